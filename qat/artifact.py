@@ -1,0 +1,247 @@
+"""Artifacts and their sidecars: what every stage of the pipeline writes, and what the next one checks.
+
+The stages (qat, export, deploy) meet through files. Each file ``F`` has a JSON sidecar ``F.json`` that says what
+made it, from which parent (by SHA-256), what its inputs, outputs and classes are, and what was measured on it.
+A file reaches its final name only whole: it is written beside it under a temporary name and then renamed.
+
+Standard library only: every stage imports this module, on machines with and without torch, ONNX or TensorRT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+Kind = Literal["checkpoint", "training-state", "onnx", "engine"]
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full: free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
+    errno.EFBIG: "the file is too large for this file system: choose another folder",
+    errno.EACCES: "no permission to write there: choose another folder",
+    errno.EPERM: "no permission to write there: choose another folder",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
+    errno.EISDIR: "that is a folder: give the name of a file",
+}
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what was wrong, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: ``shape`` in elements, with -1 for the dynamic batch; ``dtype`` in NumPy's words."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The file that an artifact was made from."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What stands in ``F.json`` beside an artifact ``F``.
+
+    ``figures`` are measurements made on the artifact; ``details`` is what only this kind of artifact has
+    (the placement of a checkpoint, the audit of an engine). ``sha256`` and ``made_by`` are filled in on writing.
+    """
+
+    kind: Kind
+    parent: Parent | None = None
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+
+def sidecar_path(artifact: Path) -> Path:
+    """``model.onnx`` -> ``model.onnx.json``."""
+    return artifact.with_name(artifact.name + ".json")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises UserError when it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+    return digest.hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns a full disk, a missing permission and the like into one line about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise UserError(f"cannot write {path}: {_DISK_ERRORS[error.errno]}") from error
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; on success it is renamed to ``path``, else it is removed.
+
+    Raises UserError when the folder cannot be made or written, or the disk is full.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError when ``path`` could not be written: asked before hours of work, not after them."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
+def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], None], **made_by: Any) -> Sidecar:
+    """Writes an artifact with ``write(temporary_path)`` and its sidecar, each under its final name only when whole.
+
+    ``made_by`` adds to what is recorded of the making (a seed, versions of further packages).
+    Returns the sidecar as written. Raises UserError when the disk does not take it.
+    """
+    with atomic_write(path) as temporary:
+        write(temporary)
+        whole = dataclasses.replace(sidecar, sha256=sha256_of(temporary), made_by=_provenance() | made_by)
+        with atomic_write(sidecar_path(path)) as temporary_sidecar:
+            text = json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(whole)}, indent=1, allow_nan=False)
+            temporary_sidecar.write_text(text + "\n", encoding="utf-8")
+    return whole
+
+
+def read_sidecar(artifact: Path, kind: Kind) -> Sidecar:
+    """Reads the sidecar of ``artifact`` and checks it: whole, of this format version and kind, and of this file.
+
+    Raises UserError naming what was expected and what was found.
+    """
+    if not artifact.is_file():
+        raise UserError(f"no file {artifact}: check the path, or make it first")
+    path = sidecar_path(artifact)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("format")
+    except FileNotFoundError:
+        raise UserError(f"{artifact} has no sidecar {path.name}: copy it there from where {kind} was made") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is no sidecar or is truncated ({error}): make {artifact.name} again") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this program reads {FORMAT_VERSION}: "
+            f"make {artifact.name} again with this version"
+        )
+    try:
+        sidecar = _sidecar_from_json(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} lacks or misstates an entry ({error}): make {artifact.name} again") from error
+    if sidecar.kind != kind:
+        raise UserError(f"{artifact} is a file of kind {sidecar.kind!r}, needed is {kind!r}: give the right file")
+    found = sha256_of(artifact)
+    if found != sidecar.sha256:
+        raise UserError(
+            f"{artifact} has SHA-256 {found}, its sidecar was written for {sidecar.sha256}: "
+            "the file is truncated or is another one; make it again"
+        )
+    return sidecar
+
+
+def read_parent(child: Path, sidecar: Sidecar, kind: Kind) -> tuple[Path, Sidecar]:
+    """The parent of ``child`` and its sidecar, looked for in the same folder.
+
+    Raises UserError naming both hashes when it is not the file that ``child`` was made from.
+    """
+    if sidecar.parent is None:
+        raise UserError(f"{child} records no parent: make it with the pipeline's own commands")
+    path = child.parent / sidecar.parent.file
+    parent = read_sidecar(path, kind)
+    if parent.sha256 != sidecar.parent.sha256:
+        raise UserError(
+            f"{child} was made from {path.name} with SHA-256 {sidecar.parent.sha256}, "
+            f"but {path} has {parent.sha256}: make {child.name} again from it"
+        )
+    return path, parent
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of the installed packages among ``packages``, without importing them."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _provenance() -> dict[str, Any]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": python} | versions("int8-qat-pipeline", "torch", "torchvision", "onnx", "onnxruntime"),
+    }
+
+
+def _sidecar_from_json(content: dict[str, Any]) -> Sidecar:
+    tensors = {
+        key: tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in content.pop(key))
+        for key in ("inputs", "outputs")
+    }
+    parent = content.pop("parent")
+    class_names = tuple(content.pop("class_names"))
+    return Sidecar(
+        parent=None if parent is None else Parent(**parent), class_names=class_names, **tensors, **content
+    )
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

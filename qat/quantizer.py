@@ -1,0 +1,158 @@
+"""The numerics of this project: symmetric INT8 fake quantization. This file is the specification.
+
+    scale  = max(amax / 127, SCALE_FLOOR)                   zero point 0
+    code   = clamp(round_half_even(x / scale), low, high)   quotient in float32, also under autocast
+    x_hat  = code * scale
+    dL/dx  = dL/dx_hat where low <= x / scale <= high, else 0        (straight-through estimator)
+
+Activations have one scale a tensor and codes in [-128, 127]. Weights have one scale an output channel and codes in
+[-127, 127]: their amax follows the weights (amax = max |w| of the channel), so no code is ever clamped and TensorRT,
+which would clamp weights to -128, computes the same.
+
+Shapes: amax and scale are [] (per tensor) or [C] (per channel, along ``axis``); C = output channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# A zero scale is refused by TensorRT and a subnormal one loses digits: the smallest normal float32 is the floor.
+SCALE_FLOOR = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """The integer codes that a quantized tensor may take, both ends included."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if not -128 <= self.low < 0 < self.high <= 127:
+            raise ValueError(f"INT8 codes lie in [-128, 127], got [{self.low}, {self.high}]: use ACTIVATION or WEIGHT")
+
+
+ACTIVATION = CodeRange(-128, 127)
+WEIGHT = CodeRange(-127, 127)
+
+
+def scale_from_amax(amax: Tensor) -> Tensor:
+    """The scale for a tensor whose largest magnitude is ``amax`` (same shape, float32, > 0)."""
+    return (amax.float() / 127).clamp(min=SCALE_FLOOR)
+
+
+def quantize(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+    """INT8 codes of ``x`` as float32 integers, same shape; ``scale`` broadcasts against ``x``."""
+    return (x.float() / scale).round_().clamp_(codes.low, codes.high)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange = ACTIVATION) -> Tensor:
+    """``x`` rounded to its INT8 grid, in the type of ``x``, with the straight-through gradient.
+
+    Args:
+        x: any shape, floating point.
+        scale: float32, > 0; broadcasts against ``x``. Gets no gradient.
+        codes: the codes that may be used.
+    """
+    return _FakeQuantize.apply(x, scale, codes.low, codes.high)
+
+
+def fake_quantize_weight(weight: Tensor, axis: int) -> Tensor:
+    """``weight`` rounded to INT8 per channel of ``axis``, its scales following it; the gradient passes unchanged."""
+    return _FakeQuantizeWeight.apply(weight, axis)
+
+
+def weight_amax(weight: Tensor, axis: int) -> Tensor:
+    """Largest magnitude in each channel of ``axis``: [C], float32."""
+    # As a matrix of C rows: reducing its one inner dimension is six times as fast on a CPU as reducing three.
+    return weight.detach().transpose(0, axis).flatten(1).abs().amax(dim=1).float()
+
+
+def per_channel(values: Tensor, ndim: int, axis: int) -> Tensor:
+    """Reshapes [C] so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake-quantizes one activation tensor, per tensor.
+
+    ``amax`` is NaN until calibration sets it. While ``observer`` is set, the input is shown to it and passes through
+    unchanged; while ``enabled`` is False, it only passes through.
+    """
+
+    amax: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("amax", torch.tensor(float("nan")))
+        self.observer: nn.Module | None = None
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of any shape to the same shape and type."""
+        if self.observer is not None:
+            self.observer(x)
+            return x
+        if not self.enabled:
+            return x
+        return fake_quantize(x, scale_from_amax(self.amax), ACTIVATION)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"amax={self.amax.item():.4g}, int8 per tensor"
+
+
+class WeightQuantizer(nn.Module):
+    """Fake-quantizes a constant weight, one scale a channel of ``axis``. It has no state: amax follows the weight."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.enabled = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``weight`` to the same shape and type."""
+        return fake_quantize_weight(weight, self.axis) if self.enabled else weight
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """The scales of ``weight``: [C], float32, > 0."""
+        return scale_from_amax(weight_amax(weight, self.axis))
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"axis={self.axis}, int8 per channel"
+
+
+# Autograd functions rather than x + (x_hat - x).detach(): that sum is off x_hat by a rounding, and the codes that a
+# network was trained with would no longer be exactly the codes that the engine computes.
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, scale)
+        ctx.codes = (low, high)
+        return quantize(x, scale, CodeRange(low, high)).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        x, scale = ctx.saved_tensors
+        low, high = ctx.codes
+        inside = (x >= low * scale) & (x <= high * scale)
+        return torch.where(inside, grad, 0), None, None, None
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, axis: int) -> Tensor:  # type: ignore[override]
+        scale = per_channel(scale_from_amax(weight_amax(weight, axis)), weight.ndim, axis)
+        return (weight.float() / scale).round_().mul_(scale).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad, None
