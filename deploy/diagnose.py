@@ -1,0 +1,111 @@
+"""What the parser and the builder refuse, in one line that says which node, why and what to do.
+
+TensorRT's own errors are paragraphs of source locations; the cause is usually one of a few breaches of its Q/DQ rules.
+Those are told apart by the words that TensorRT uses. The verbose log is read too, because only it names a node's
+scale. What is not recognised is shortened, not hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from deploy.trt import BuildLog
+
+_Q_DQ = ("QuantizeLinear", "DequantizeLinear")
+# What the parser says when it silently takes UINT8 codes as INT8: 128..255 would saturate at 127.
+_UINT8_TAKEN_AS_INT8 = "UINT8 zero_point"
+_PARSING = re.compile(r"^Parsing node: (?P<node>.*) \[(?P<op>\w+)\]$")
+_FAILED_AT = re.compile(r'While parsing node number (?P<index>\d+) \[(?P<op>\w+) -> "(?P<output>.*?)"')
+# Without a GPU each error is followed by a complaint about the driver, which is not the cause of anything.
+_NOISE = re.compile(r"cudaError|CUDA driver version|^--- (Begin|End) node|^Invalid Node - |^\s*$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ParserFailure:
+    """One refusal of the ONNX parser: the node's name and operator, and the parser's own words."""
+
+    node: str
+    op: str
+    reason: str
+
+
+def parser_failures(parser: Any, log: BuildLog) -> list[ParserFailure]:
+    """The parser's errors. Where its API does not name the node, the log does (by the node's output)."""
+    failures = []
+    named = [match.groupdict() for text in log.errors() if (match := _FAILED_AT.search(text))]
+    for index in range(parser.num_errors):
+        error = parser.get_error(index)
+        hint = named[index] if index < len(named) else {"op": "", "output": ""}
+        node = error.node_name() if hasattr(error, "node_name") else hint["output"]
+        op = error.node_operator() if hasattr(error, "node_operator") else hint["op"]
+        failures.append(ParserFailure(node, op, error.desc()))
+    return failures
+
+
+def explain(failures: list[ParserFailure], log: BuildLog) -> str:
+    """One line about the first failure and the number of further ones."""
+    if not failures:
+        return f"TensorRT refused it without a reason: {_condense(' '.join(log.errors()[-2:]))}"
+    first, *others = failures
+    if not first.node and not first.op:
+        return "it is truncated or not an ONNX file: make or copy it again"
+    further = f" ({len(others)} more nodes are refused)" if others else ""
+    return f"{first.op} node {first.node!r}: {_cause(first, log)}{further}"
+
+
+def uint8_nodes(log: BuildLog) -> list[str]:
+    """Q/DQ nodes with UINT8 zero points, which the parser reads as INT8 with no more than a warning."""
+    found, node = [], ""
+    for _, text in log.messages:
+        if match := _PARSING.match(text):
+            node = match["node"]
+        elif _UINT8_TAKEN_AS_INT8 in text:
+            found.append(node)
+    return found
+
+
+def build_failure(log: BuildLog) -> str:
+    """The last errors of a failed build, in one line."""
+    lines = [condensed for text in log.errors() if (condensed := _condense(text))]
+    return "; ".join(lines[-2:]) or "it gave no reason"
+
+
+def _cause(failure: ParserFailure, log: BuildLog) -> str:
+    reason = failure.reason
+    if "Scale coefficients must all be positive" in reason:
+        return (
+            f"its scale {_scale_of(failure, log)} holds a value that is zero, negative or not a number, "
+            "which a dead channel (all weights or activations zero) causes: "
+            "floor the scale to a small positive number and export again"
+        )
+    if failure.op in _Q_DQ and ("shiftIsAllZeros" in reason or "zero zero point" in reason):
+        return (
+            "its zero point is not 0, and TensorRT runs symmetric INT8 only: quantize again with INT8 and zero point 0"
+        )
+    if failure.op == "DequantizeLinear" and "type Int32" in reason:
+        return "it dequantizes INT32, a quantized bias, which TensorRT refuses: leave the bias in float"
+    if "UNSUPPORTED" in reason or reason.strip() == "false" or "Plugin not found" in reason:
+        return "TensorRT has no such operator: replace it in the model, or leave it out"
+    return f"TensorRT refuses it: {_condense(reason)}"
+
+
+def _scale_of(failure: ParserFailure, log: BuildLog) -> str:
+    """Name and shape of the failed node's scale, from the log's line that lists the node's inputs."""
+    start = f"{failure.node} [{failure.op}] inputs: "
+    for text in reversed(log.texts("VERBOSE")):
+        if text.startswith(start):
+            inputs = re.findall(r"\[(.+?) -> \(([\d, -]*)\)\[\w+\]\]", text[len(start) :])
+            if len(inputs) > 1:
+                name, shape = inputs[1]
+                return f"{name!r} (shape [{shape}])"
+    return "(its second input)"
+
+
+def _condense(text: str) -> str:
+    """Without driver noise, source locations and line breaks."""
+    kept = [line for line in text.splitlines() if not _NOISE.search(line)]
+    short = " ".join(" ".join(kept).split())
+    short = re.sub(r"Assertion failed: .*?: ", "", short)
+    return re.sub(r"\(?In \w+ at \S+\)?", "", short).strip(" .")

@@ -1,0 +1,138 @@
+"""Folded network -> explicit-precision ONNX: opset 20, dynamic batch, INT8 weights, Q/DQ nodes named by their layers.
+
+torch.onnx does the translation; export/ops.py keeps the Q/DQ pairs whole on the way. What is done afterwards is naming:
+each node bears the path of the module that it came from, so that the engine's layers can be traced back to the model.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from export import ops
+from qat.data import Preprocessing
+
+InputKind = Literal["float32-nchw", "uint8-nhwc"]
+
+INPUT_NAME, OUTPUT_NAME = "input", "logits"
+_EXAMPLE_BATCH = 2  # any but 0 and 1, which torch.export would take for constants
+
+
+class Uint8Input(nn.Module):
+    """Puts the preprocessing into the network: uint8 [N, H, W, 3] in RGB -> cast, transpose, normalize -> network."""
+
+    factor: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        mean, deviation = (np.array(values, np.float64) for values in (preprocessing.mean, preprocessing.std))
+        # (x / 255 - mean) / std as one multiplication and one addition.
+        self.register_buffer("factor", torch.tensor(1 / (255 * deviation), dtype=torch.float32).reshape(1, 3, 1, 1))
+        self.register_buffer("shift", torch.tensor(-mean / deviation, dtype=torch.float32).reshape(1, 3, 1, 1))
+        self.network = network
+
+    def forward(self, x_NHWC: Tensor) -> Tensor:
+        """uint8 [N, H, W, 3] -> logits."""
+        return self.network(x_NHWC.float().permute(0, 3, 1, 2) * self.factor + self.shift)
+
+
+def example_input(preprocessing: Preprocessing, kind: InputKind, batch: int = _EXAMPLE_BATCH) -> Tensor:
+    """Zeros of the shape and type that a network exported with ``kind`` takes."""
+    if kind == "uint8-nhwc":
+        return torch.zeros(batch, preprocessing.height, preprocessing.width, 3, dtype=torch.uint8)
+    return torch.zeros(batch, 3, preprocessing.height, preprocessing.width)
+
+
+def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir.Model:
+    """Translates a folded network (export/fold.py) into ONNX.
+
+    Args:
+        network: maps one tensor, batch first, to logits [N, classes].
+        example: an input of the right shape and type; its first dimension becomes dynamic.
+        metadata: what is written into the file's metadata.
+    """
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            network.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=ops.OPSET,
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            custom_translation_table=ops.TRANSLATIONS,
+            optimize=False,  # the optimizer would fold DequantizeLinear nodes of small weights to float
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    _name_by_module(model.graph)
+    _drop_exporter_notes(model)
+    model.producer_name, model.producer_version = "int8-qat-pipeline", None
+    model.metadata_props.update(metadata)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter prints and warns of its own insides, which a user can do nothing about."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _name_by_module(graph: ir.Graph) -> None:
+    """Names each node, and what it computes, by its module's path; a Q or DQ by the tensor that it quantizes."""
+    outputs = set(graph.outputs)
+    taken: set[str] = {value.name or "" for value in graph.inputs} | set(graph.initializers)
+    for node in graph:
+        name = _node_name(node)
+        serial = 0
+        while (unique := f"{name}_{serial}" if serial else name) in taken:
+            serial += 1
+        taken.add(unique)
+        node.name = unique
+        if len(node.outputs) == 1 and node.outputs[0] not in outputs:
+            node.outputs[0].name = unique
+
+
+def _node_name(node: ir.Node) -> str:
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        scale = node.inputs[1]
+        assert scale is not None
+        tensor = (scale.name or "").removesuffix(".scale").removeprefix("network.").removeprefix("activation_quantizers.")
+        return f"{tensor}/{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    modules = [scope for scope in scopes[:-1] if scope and scope != "network"]
+    name = modules[-1] if modules else (scopes[-1] if scopes else node.op_type.lower())
+    return name.removeprefix("network.")
+
+
+def _drop_exporter_notes(model: ir.Model) -> None:
+    """Stack traces of the exporting machine: half a megabyte, and its paths."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values.extend(node.outputs)
+    for value in values:
+        value.metadata_props.clear()

@@ -1,0 +1,169 @@
+"""A trained quantized network -> the network that the engine computes: INT8 weight codes, no batch normalization.
+
+Batch normalization y = g * conv(x, W) + b moves into the weight's scales: W' = W * g has amax' = amax * |g|, so its
+codes are those of W, with the sign of g. Folding changes no code, and what was trained is what is deployed.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from export import ops
+from qat.quantizer import SCALE_FLOOR, WEIGHT, ActivationQuantizer, WeightQuantizer, per_channel, quantize, scale_from_amax
+
+FLATTEN = torch.ops.int8.flatten.default
+POOL = torch.ops.int8.global_average_pool.default
+
+
+@dataclass(frozen=True)
+class DeadChannel:
+    """A channel whose weight is zero, or becomes zero by batch normalization: its scale was floored."""
+
+    layer: str
+    channel: int
+
+
+class QuantizeDequantize(nn.Module):
+    """A calibrated activation quantizer: scale [] float32, zero point [] int8."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale.clone())
+        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of any shape, float32, rounded to its INT8 grid."""
+        return ops.quantize_dequantize(x, self.scale, self.zero_point)
+
+
+class Dequantize(nn.Module):
+    """Stands where the weight quantizer stood: turns INT8 codes into the weight. scale [C], zero point [C]."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, scale: Tensor, axis: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", torch.zeros(scale.shape, dtype=torch.int8))
+        self.axis = axis
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """INT8 codes to float32, same shape."""
+        return ops.dequantize(codes, self.scale, self.zero_point, self.axis)
+
+
+class GlobalAveragePool(nn.Module):
+    """[N, C, H, W] -> [N, C, 1, 1]."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """The mean over H and W."""
+        return ops.global_average_pool(x_NCHW)
+
+
+def fold(prepared: fx.GraphModule) -> tuple[fx.GraphModule, list[DeadChannel]]:
+    """Folds a prepared and calibrated model for inference; ``prepared`` stays as it is.
+
+    Returns the folded module (float32 NCHW in, logits out, same node names) and the channels whose scale was floored.
+    """
+    folded = copy.deepcopy(prepared).eval().requires_grad_(False)
+    dead: list[DeadChannel] = []
+    _fold_batch_norms(folded, dead)
+    for name, module in list(folded.named_modules()):
+        if isinstance(module, ActivationQuantizer):
+            folded.set_submodule(name, QuantizeDequantize(scale_from_amax(module.amax)))
+        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+            folded.set_submodule(name, GlobalAveragePool())
+        elif isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer):
+            _store_codes(name, module, None, dead)
+    _replace_functions(folded)
+    folded.graph.lint()
+    folded.recompile()
+    return folded, dead
+
+
+def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
+    """Folds each batch normalization that alone reads a convolution, and removes its node."""
+    modules = dict(folded.named_modules())
+    calls: dict[str, int] = {}
+    for node in folded.graph.nodes:
+        calls[str(node.target)] = calls.get(str(node.target), 0) + (node.op == "call_module")
+    for node in list(folded.graph.nodes):
+        if node.op != "call_module" or type(modules[node.target]) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            continue
+        source, norm = node.args[0], modules[node.target]
+        if source.op != "call_module" or len(source.users) != 1 or norm.running_var is None:
+            continue
+        layer, name = modules[source.target], str(source.target)
+        if calls[name] != 1 or not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
+            continue
+        if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
+            continue  # its weight has one channel of axis 1 for several output channels
+        if isinstance(getattr(layer, "weight_quantizer", None), WeightQuantizer):
+            _store_codes(name, layer, norm, dead)
+        else:
+            _fold_float(layer, norm)
+        node.replace_all_uses_with(source)
+        folded.graph.erase_node(node)
+        folded.delete_submodule(str(node.target))
+
+
+def _store_codes(name: str, layer: nn.Module, norm: nn.Module | None, dead: list[DeadChannel]) -> None:
+    """Replaces the weight of ``layer`` by INT8 codes and its quantizer by a dequantizer, with ``norm`` folded in."""
+    quantizer, weight = layer.weight_quantizer, layer.weight.detach()
+    scale = quantizer.scale(weight)
+    codes = quantize(weight, per_channel(scale, weight.ndim, quantizer.axis), WEIGHT)
+    if norm is not None:
+        factor, shift = _affine(norm)
+        codes = codes * per_channel(torch.where(factor < 0, -1.0, 1.0), weight.ndim, quantizer.axis)
+        scale = scale * factor.abs()
+        bias = 0 if layer.bias is None else layer.bias.detach()
+        layer.bias = nn.Parameter(shift + bias * factor, requires_grad=False)
+    # A channel whose scale vanishes computes zero: zero codes with the smallest normal scale say so to TensorRT.
+    vanished = scale <= SCALE_FLOOR
+    codes = codes.masked_fill(per_channel(vanished, weight.ndim, quantizer.axis), 0)
+    dead.extend(DeadChannel(name, int(channel)) for channel in vanished.nonzero().flatten())
+    del layer.weight
+    layer.register_buffer("weight", codes.to(torch.int8))
+    layer.weight_quantizer = Dequantize(scale.clamp(min=SCALE_FLOOR), quantizer.axis)
+
+
+def _fold_float(layer: nn.Module, norm: nn.Module) -> None:
+    factor, shift = _affine(norm)
+    axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    bias = 0 if layer.bias is None else layer.bias.detach()
+    layer.weight = nn.Parameter(layer.weight * per_channel(factor, layer.weight.ndim, axis), requires_grad=False)
+    layer.bias = nn.Parameter(shift + bias * factor, requires_grad=False)
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Batch normalization as y = x * factor + shift, each [C] float32; computed in float64."""
+    deviation = (norm.running_var.double() + norm.eps).sqrt()
+    factor = (norm.weight.double() if norm.affine else 1.0) / deviation
+    shift = (norm.bias.double() if norm.affine else 0.0) - norm.running_mean.double() * factor
+    return factor.float(), shift.float()
+
+
+def _replace_functions(folded: fx.GraphModule) -> None:
+    """Functional calls and modules that the exporter would decompose -> operators that it keeps."""
+    modules = dict(folded.named_modules())
+    for node in folded.graph.nodes:
+        arguments = list(node.args[1:]) + list(node.kwargs.values())
+        flattens = (node.op == "call_function" and node.target is torch.flatten) or (
+            node.op == "call_method" and node.target == "flatten"
+        )
+        if flattens and arguments in ([1], [1, -1]):
+            node.op, node.target, node.args, node.kwargs = "call_function", FLATTEN, (node.args[0],), {}
+        elif node.op == "call_module" and isinstance(module := modules[node.target], nn.Flatten):
+            if (module.start_dim, module.end_dim) == (1, -1):
+                node.op, node.target = "call_function", FLATTEN
+        elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d and arguments in ([1], [(1, 1)]):
+            node.op, node.target, node.args, node.kwargs = "call_function", POOL, (node.args[0],), {}

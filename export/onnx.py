@@ -1,0 +1,44 @@
+"""Export a checkpoint as explicit-precision ONNX: INT8 weights inside, every Q/DQ node written down.
+
+    python -m export.onnx runs/model.qat
+    python -m export.onnx runs/model.qat --input uint8-nhwc --output runs/model_uint8.onnx
+
+Next: python -m deploy.build runs/model.onnx
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from qat.console import Command, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Command):
+    """The options of ``python -m export.onnx``."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """The checkpoint that python -m qat.train wrote."""
+    output: Path | None = None
+    """The ONNX file to write; by default beside the checkpoint, ending in .onnx."""
+    input: Literal["float32-nchw", "uint8-nhwc"] = "float32-nchw"
+    """float32-nchw: normalized images; uint8-nhwc: raw RGB bytes, preprocessing becomes part of the network."""
+    parity_images: int = 512
+    """Test images on which PyTorch and ONNX Runtime are compared, at most."""
+    layer_images: int = 8
+    """Images on which they are compared layer by layer."""
+
+
+def main(options: ExportOptions) -> None:
+    """Exports. Torch is imported here, so that --help answers at once."""
+    from export.convert import export_checkpoint
+
+    export_checkpoint(options)
+
+
+if __name__ == "__main__":
+    run_command(main, ExportOptions)

@@ -1,0 +1,87 @@
+"""Operators that stand for single ONNX nodes while a network passes through torch.onnx.
+
+PyTorch's exporter decomposes what it knows: adaptive pooling into ReduceMean and Reshape, a flatten of a dynamic batch
+into shape arithmetic, fake quantization into a form that TensorRT refuses. A custom operator is not decomposed; the
+table at the end says which ONNX nodes each becomes. They compute the same in PyTorch, so that the exported
+network can be compared with the module that it came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import opset20 as op
+from torch import Tensor
+
+from qat.quantizer import ACTIVATION, per_channel, quantize
+
+
+@torch.library.custom_op("int8::quantize_dequantize", mutates_args=())
+def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """QuantizeLinear + DequantizeLinear of an activation: x of any shape, float32; scale [] float32; zero_point [] int8."""
+    return quantize(x, scale, ACTIVATION).mul_(scale)
+
+
+@torch.library.custom_op("int8::dequantize", mutates_args=())
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    """DequantizeLinear of a weight: INT8 codes; scale [C] float32 and zero_point [C] int8 along ``axis``."""
+    return codes.float() * per_channel(scale, codes.ndim, axis)
+
+
+@torch.library.custom_op("int8::global_average_pool", mutates_args=())
+def global_average_pool(x_NCHW: Tensor) -> Tensor:
+    """GlobalAveragePool: [N, C, H, W] -> [N, C, 1, 1]."""
+    return x_NCHW.mean(dim=(2, 3), keepdim=True)
+
+
+@torch.library.custom_op("int8::flatten", mutates_args=())
+def flatten(x: Tensor) -> Tensor:
+    """Flatten(axis=1): [N, ...] -> [N, product of the rest]."""
+    return x.flatten(1).clone()
+
+
+@quantize_dequantize.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@dequantize.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
+@global_average_pool.register_fake
+def _(x_NCHW: Tensor) -> Tensor:
+    return x_NCHW.new_empty((*x_NCHW.shape[:2], 1, 1))
+
+
+@flatten.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.flatten(1).shape)
+
+
+def _onnx_quantize_dequantize(x: Any, scale: Any, zero_point: Any) -> Any:
+    return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+
+def _onnx_dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
+    return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
+
+
+def _onnx_global_average_pool(x_NCHW: Any) -> Any:
+    return op.GlobalAveragePool(x_NCHW)
+
+
+def _onnx_flatten(x: Any) -> Any:
+    return op.Flatten(x, axis=1)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.int8.quantize_dequantize.default: _onnx_quantize_dequantize,
+    torch.ops.int8.dequantize.default: _onnx_dequantize,
+    torch.ops.int8.global_average_pool.default: _onnx_global_average_pool,
+    torch.ops.int8.flatten.default: _onnx_flatten,
+}
+OPSET = 20

@@ -1,0 +1,148 @@
+"""PyTorch against ONNX Runtime: does the written file compute what was trained?
+
+Comparing only the ends says little: one code that rounds the other way changes everything behind it. So each stretch
+between two quantizers is compared on the same inputs: PyTorch is given ONNX Runtime's quantized tensors, and what it
+computes from them is held against what ONNX Runtime computed.
+
+ONNX Runtime runs with its Q/DQ fusion off: its fused INT8 kernels saturate on x86 processors without VNNI; float
+arithmetic on the dequantized codes is what TensorRT computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, fx, nn
+
+from export.emit import OUTPUT_NAME
+from export.fold import QuantizeDequantize
+from qat.prepare import ACTIVATION_QUANTIZERS
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """How well the two agree on one tensor; ``sqnr_db`` is None where they are bitwise equal."""
+
+    tensor: str
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class Parity:
+    """``images`` were run through both; ``layers`` were compared on the first few of them."""
+
+    images: int
+    other_top1: int
+    smallest_logit_cosine: float
+    layers: tuple[LayerParity, ...]
+
+    @property
+    def worst(self) -> LayerParity:
+        """The layer that agrees least."""
+        return min(self.layers, key=lambda layer: math.inf if layer.sqnr_db is None else layer.sqnr_db)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the sidecar."""
+        return asdict(self) | {"worst_layer": asdict(self.worst)}
+
+    def __str__(self) -> str:
+        worst = "bitwise equal" if self.worst.sqnr_db is None else f"{self.worst.sqnr_db:.1f} dB at {self.worst.tensor}"
+        return (
+            f"{self.other_top1} of {self.images} images with another top-1, smallest logit cosine "
+            f"{self.smallest_logit_cosine:.6f}; worst of {len(self.layers)} layers: {worst}"
+        )
+
+
+def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
+    """A CPU session of ONNX Runtime that computes Q/DQ networks as TensorRT does."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 3
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def measure(folded: fx.GraphModule, model: Path, batches: Iterable[tuple[Tensor, Tensor]], layer_images: int) -> Parity:
+    """Compares ``folded`` with the ONNX file made from it.
+
+    Args:
+        folded: from export.fold; takes float32 [N, 3, H, W].
+        model: the ONNX file.
+        batches: (input of ``folded``, the same images as the file takes them).
+        layer_images: how many images of the first batch are compared layer by layer.
+    """
+    whole = session(model)
+    images = other = 0
+    cosine = 1.0
+    layers: tuple[LayerParity, ...] = ()
+    for x_NCHW, given in batches:
+        if not layers:
+            layers = _layers(folded, model, x_NCHW[:layer_images], given[:layer_images])
+        with torch.no_grad():
+            ours = folded(x_NCHW)
+        theirs = torch.from_numpy(whole.run([OUTPUT_NAME], {whole.get_inputs()[0].name: given.numpy()})[0])
+        images += len(x_NCHW)
+        other += int((ours.argmax(1) != theirs.argmax(1)).sum())
+        cosine = min(cosine, float(nn.functional.cosine_similarity(ours.double(), theirs.double()).min()))
+    assert layers, "no image to compare on"
+    return Parity(images, other, cosine, layers)
+
+
+def sqnr_db(signal: np.ndarray, noisy: np.ndarray) -> float | None:
+    """Signal to noise in dB: 10 log10(sum signal^2 / sum (signal - noisy)^2); None when the two are equal."""
+    noise = float(np.square(signal.astype(np.float64) - noisy).sum())
+    power = float(np.square(signal.astype(np.float64)).sum())
+    if noise == 0:
+        return None
+    return 10 * math.log10(power / noise) if power else -math.inf
+
+
+def _layers(folded: fx.GraphModule, model: Path, x_NCHW: Tensor, given: Tensor) -> tuple[LayerParity, ...]:
+    proto = onnx.load(model)
+    quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
+    dequantized = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    inputs = {value.name for value in proto.graph.input}
+    shown = {node.input[0] for node in quantizes} | {dequantized[node.output[0]] for node in quantizes}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(shown - inputs))
+    values = _run(proto, given)
+    by_quantizer: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for node in quantizes:
+        name = node.input[1].split(f"{ACTIVATION_QUANTIZERS}.")[-1].removesuffix(".scale")
+        before, after = values.get(node.input[0]), values[dequantized[node.output[0]]]
+        by_quantizer.setdefault(name, []).append((given.numpy() if before is None else before, after))
+    compared = _GivenQuantized(folded, by_quantizer)
+    with torch.no_grad():
+        logits = compared.run(x_NCHW)
+    last = LayerParity(OUTPUT_NAME, sqnr_db(values[OUTPUT_NAME], logits.numpy()))
+    return (*compared.layers, last)
+
+
+def _run(proto: onnx.ModelProto, given: Tensor) -> Mapping[str, np.ndarray]:
+    whole = session(proto.SerializeToString())
+    names = [output.name for output in whole.get_outputs()]
+    return dict(zip(names, whole.run(names, {whole.get_inputs()[0].name: given.numpy()}), strict=True))
+
+
+class _GivenQuantized(fx.Interpreter):
+    """Runs the folded module, but lets every quantizer answer what ONNX Runtime answered there."""
+
+    def __init__(self, folded: fx.GraphModule, values: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> None:
+        super().__init__(folded)
+        self._values = values
+        self.layers: list[LayerParity] = []
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if not isinstance(self.fetch_attr(target), QuantizeDequantize):
+            return super().call_module(target, args, kwargs)
+        before, after = self._values[target.split(".")[-1]].pop(0)
+        if before.shape == tuple(args[0].shape):  # else it is the image itself, before the network's own preprocessing
+            self.layers.append(LayerParity(target.split(".")[-1], sqnr_db(before, args[0].numpy())))
+        return torch.from_numpy(after)

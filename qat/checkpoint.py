@@ -1,0 +1,119 @@
+"""Checkpoints: a quantized model as safetensors, with all that is needed to build it again in its sidecar.
+
+Nothing here unpickles: tensors are safetensors, the rest is JSON. The sidecar holds the model's name, the placement
+that it was trained with, preprocessing, class names, data source and measured accuracies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, fx
+
+from qat.artifact import Kind, Sidecar, TensorSpec, UserError, read_sidecar, write_artifact
+from qat.data import Preprocessing
+from qat.models import ModelSpec, build_model
+from qat.placement import Placement
+from qat.prepare import placement_of, prepare
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained quantized model, ready to be exported."""
+
+    model: fx.GraphModule
+    sidecar: Sidecar
+    preprocessing: Preprocessing
+
+
+def save_checkpoint(
+    path: Path,
+    model: fx.GraphModule,
+    spec: ModelSpec,
+    preprocessing: Preprocessing,
+    class_names: tuple[str, ...],
+    figures: Mapping[str, Any],
+    details: Mapping[str, Any],
+    seed: int,
+) -> Sidecar:
+    """Writes a prepared and trained model and its sidecar. Raises UserError when the disk does not take them.
+
+    ``figures`` are accuracies and the like; ``details`` is recorded as given (data source, recipe).
+    """
+    sidecar = Sidecar(
+        kind="checkpoint",
+        inputs=(TensorSpec("input", (-1, 3, preprocessing.height, preprocessing.width), "float32"),),
+        outputs=(TensorSpec("logits", (-1, len(class_names)), "float32"),),
+        preprocessing=asdict(preprocessing),
+        class_names=class_names,
+        figures=figures,
+        details={"model": asdict(spec), "placement": placement_of(model).to_json(), **details},
+    )
+    return write_artifact(path, sidecar, lambda file: save_tensors(file, model.state_dict()), seed=seed)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Builds the model of a checkpoint again, on the CPU, in evaluation mode.
+
+    Raises UserError when the file or its sidecar is missing, truncated, of another version, or does not fit.
+    """
+    sidecar = read_sidecar(path, "checkpoint")
+    try:
+        spec = ModelSpec(**sidecar.details["model"])
+        placement = Placement.from_json(sidecar.details["placement"])
+        preprocessing = Preprocessing.from_json(dict(sidecar.preprocessing))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
+    model = prepare(build_model(spec), placement)
+    try:
+        model.load_state_dict(load_tensors(path))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} does not fit model {spec.name!r} ({reason}): train again") from error
+    return Checkpoint(model.eval(), sidecar, preprocessing)
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> None:
+    """Writes the state of a training run, to be resumed."""
+    kind: Kind = "training-state"
+    write_artifact(path, Sidecar(kind, details=details), lambda file: save_tensors(file, tensors))
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """The tensors and details that ``save_state`` wrote. Raises UserError when they are missing or damaged."""
+    sidecar = read_sidecar(path, "training-state")
+    return load_tensors(path), sidecar.details
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as safetensors, in plain contiguous form."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        safetensors.torch.save_file(plain, path)
+    except safetensors.SafetensorError as error:  # it wraps the operating system's errors
+        number = _os_error_number(str(error))
+        if number is None:
+            raise
+        raise OSError(number, str(error)) from error
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads safetensors. Raises UserError when the file is truncated or something else."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is no safetensors file or is truncated ({error}): make it again") from error
+
+
+def _os_error_number(message: str) -> int | None:
+    """The 28 of 'I/O error: No space left on device (os error 28)'."""
+    _, found, rest = message.partition("(os error ")
+    return int(rest.partition(")")[0]) if found else None
+
+

@@ -1,0 +1,243 @@
+"""One training run: float training -> post-training quantization -> quantization-aware training -> checkpoint.
+
+Each of the four splits has one use: weights learn on train, activation ranges come from calibration, epochs are chosen
+on validation, and what is reported is measured on test.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qat.artifact import UserError, check_writable, sidecar_path
+from qat.calibrate import calibrate
+from qat.checkpoint import load_state, save_checkpoint, save_state
+from qat.console import progress, say, table, warn
+from qat.data import Data, batch_count, batches, load_data
+from qat.models import ModelSpec, build_model, load_weights
+from qat.prepare import placement_of, prepare
+from qat.trainer import Accuracy, FitState, Interrupted, Recipe, evaluate, fit, optimizer_tensors
+
+if TYPE_CHECKING:
+    from qat.train import TrainOptions
+
+# Options that may differ between a run and its resumption: they do not change the result.
+_FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root")
+
+
+@dataclass
+class Progress:
+    """What a run has reached; saved, so that it can be resumed."""
+
+    phase: Literal["float", "qat"] = "float"
+    figures: dict[str, Any] = field(default_factory=dict)
+    fit: FitState = field(default_factory=FitState)
+    model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+
+def run(options: TrainOptions) -> int:
+    """The run that ``options`` describe, new or resumed. Raises UserError for what the user can mend."""
+    check_writable(options.output)
+    device = _device(options.device)
+    recipes = _recipes(options)
+    torch.set_flush_denormal(True)  # gradients fall into denormals in small networks, which are ten times as slow
+    reached = _resumed(options) if options.resume else Progress()
+    data = load_data(
+        options.data, options.image_size, options.seed, options.calibration_images, options.data_root
+    )
+    _say_data(data)
+    torch.manual_seed(options.seed)
+    spec = ModelSpec(options.model, len(data.class_names))
+    model = build_model(spec)
+    if options.weights is not None:
+        say(load_weights(model, options.weights))
+    trainer = _Trainer(options, data, device, reached)
+    try:
+        if reached.phase == "float":
+            model = trainer.fit("float", model.to(device), recipes["float"])
+            reached.figures["float"] = trainer.test("float", model)
+            prepared = prepare(model)
+            _say_placement(prepared)
+            trainer.calibrate(prepared)
+            reached.figures["ptq"] = trainer.test("post-training quantization", prepared)
+            reached.phase, reached.fit = "qat", FitState()
+            trainer.save(prepared, FitState(), None)
+        else:
+            prepared = prepare(model).to(device)
+        prepared = trainer.fit("qat", prepared, recipes["qat"])
+        reached.figures["qat"] = trainer.test("quantization-aware training", prepared)
+    except KeyboardInterrupt as interrupt:
+        raise type(interrupt)(_how_to_resume(options)) from None
+    details = {
+        "data": {"source": options.data, "image_size": options.image_size, "root": str(options.data_root)},
+        "splits": {name: len(getattr(data, name)) for name in ("train", "calibration", "validation", "test")},
+        "calibration_images": options.calibration_images,
+        "seed": options.seed,
+        "calibrator": options.calibrator,
+        "recipes": {phase: vars(recipe) for phase, recipe in recipes.items()},
+    }
+    save_checkpoint(
+        options.output, prepared, spec, data.preprocessing, data.class_names, reached.figures, details, options.seed
+    )
+    for path in (_state_path(options), sidecar_path(_state_path(options))):
+        path.unlink(missing_ok=True)
+    _say_result(options.output, reached.figures)
+    return 0
+
+
+class _Trainer:
+    """Binds what all phases share: options, data, device, and the state that is saved."""
+
+    def __init__(self, options: TrainOptions, data: Data, device: torch.device, reached: Progress) -> None:
+        self.options, self.data, self.device, self.reached = options, data, device, reached
+
+    def fit(self, phase: str, model: Any, recipe: Recipe) -> Any:
+        """Trains ``model``, from where the run was stopped if it was in this phase."""
+        if self.reached.model:
+            model.load_state_dict(self.reached.model)
+        self.reached.fit = fit(
+            phase,
+            model,
+            self.data,
+            recipe,
+            self.device,
+            self.options.workers,
+            self.reached.fit,
+            self.reached.optimizer,
+            lambda state, optimizer: self.save(model, state, optimizer),
+            self.options.save_seconds,
+        )
+        self.reached.figures[f"{phase}_history"] = self.reached.fit.history
+        self.reached.model, self.reached.optimizer = {}, {}
+        return model
+
+    def test(self, what: str, model: nn.Module) -> dict[str, float]:
+        """Accuracy on the test split, as it is recorded."""
+        measured: Accuracy = evaluate(
+            model, self.data.test, self.data, self.options.batch_size, self.device, self.options.workers
+        )
+        say(f"{what}: {measured} test images right")
+        return {"test_top1": measured.top1, "test_loss": measured.loss, "test_images": measured.images}
+
+    def calibrate(self, prepared: nn.Module) -> None:
+        """Sets the activation ranges from the calibration split."""
+        images = self.data.calibration
+        with progress("calibrating", batch_count(images, self.options.batch_size)) as task:
+            inputs = (
+                self.data.preprocessing.normalize(x_NCHW.to(self.device))
+                for x_NCHW, _ in batches(images, self.options.batch_size, None, workers=self.options.workers)
+            )
+            for line in calibrate(prepared, inputs, self.options.calibrator, self.options.percentile, task.advance):
+                warn(line)
+
+    def save(self, model: nn.Module, state: FitState, optimizer: torch.optim.Optimizer | None) -> None:
+        """Saves the training state under a name of its own beside the output."""
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        tensors |= {f"best.{name}": value for name, value in state.best_weights.items()}
+        if optimizer is not None:
+            tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer).items()}
+        details = {
+            "phase": self.reached.phase,
+            "figures": self.reached.figures,
+            "fit": state.numbers(),
+            "options": _recorded(self.options),
+        }
+        save_state(_state_path(self.options), tensors, details)
+
+
+def _resumed(options: TrainOptions) -> Progress:
+    path = _state_path(options)
+    if not path.exists():
+        raise UserError(f"nothing to resume: there is no {path}; start without --resume, or correct --output")
+    tensors, details = load_state(path)
+    then, now = details["options"], _recorded(options)
+    differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+    if differing:
+        raise UserError(f"cannot resume with other options: {'; '.join(differing)}; give the options of the stopped run")
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
+    state = replace(FitState(**details["fit"]), best_weights=parts["best"])
+    say(f"resuming {details['phase']} training at epoch {state.epoch + 1}, step {state.step}")
+    return Progress(details["phase"], dict(details["figures"]), state, parts["model"], parts["optimizer"])
+
+
+def _recorded(options: TrainOptions) -> dict[str, Any]:
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in _FREE_ON_RESUME
+    }
+
+
+def _state_path(options: TrainOptions) -> Path:
+    return options.output.with_name(options.output.name + ".state")
+
+
+def _how_to_resume(options: TrainOptions) -> str:
+    if not _state_path(options).exists():
+        return "nothing was saved yet; nothing half-written was left behind"
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return f"saved; continue with: python -m qat.train {shlex.join([*arguments, '--resume'])}"
+
+
+def _recipes(options: TrainOptions) -> dict[str, Recipe]:
+    common = {
+        "batch_size": options.batch_size,
+        "weight_decay": options.weight_decay,
+        "label_smoothing": options.label_smoothing,
+        "seed": options.seed,
+    }
+    return {
+        "float": Recipe(epochs=options.float_epochs, lr=options.float_lr, schedule="one-cycle", **common),
+        "qat": Recipe(epochs=options.qat_epochs, lr=options.qat_lr, schedule="cosine", **common),
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason}): use --device cpu, or auto") from error
+
+
+def _say_data(data: Data) -> None:
+    sizes = ", ".join(f"{name} {len(getattr(data, name))}" for name in ("train", "calibration", "validation", "test"))
+    size = f"{data.preprocessing.height}x{data.preprocessing.width}"
+    say(f"data {data.source}: {len(data.class_names)} classes, {size} pixels; images: {sizes}")
+    for note in data.notes:
+        say(f"  {note}")
+
+
+def _say_placement(prepared: nn.Module) -> None:
+    placement = placement_of(prepared)  # type: ignore[arg-type]
+    quantized = sum(decision.quantized for decision in placement.weights)
+    adds = sum(add.quantized_input is not None for add in placement.adds)
+    say(
+        f"placement: {quantized} of {len(placement.weights)} convolutions and linear layers, "
+        f"{adds} of {len(placement.adds)} additions, {len(placement.tensors)} activations quantized"
+    )
+    for decision in placement.weights:
+        if not decision.quantized:
+            say(f"  float: {decision.label}: {decision.reason}")
+
+
+def _say_result(output: Path, figures: dict[str, Any]) -> None:
+    rows = [
+        (label, f"{figures[key]['test_top1']:.2f} %", f"{figures[key]['test_loss']:.4f}")
+        for key, label in (("float", "float"), ("ptq", "INT8, post-training"), ("qat", "INT8, trained (QAT)"))
+    ]
+    images = figures["float"]["test_images"]
+    table(f"Accuracy on the test split ({images} images)", ("network", "top-1", "loss"), rows)
+    say(f"wrote {output}\nnext: python -m export.onnx {output}")

@@ -1,0 +1,26 @@
+# Sourced by the other scripts: makes .venv in the checkout, or reuses it when nothing it depends on has changed.
+# Sets $python. Works with Python 3.10 to 3.13; PYTHON=/path/to/python chooses one.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+stamp=.venv/.installed-for
+wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum)
+python=.venv/bin/python
+
+usable() { "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; }
+
+if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
+    base=""
+    for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11 python3.10; do
+        if usable "$candidate"; then base=$candidate; break; fi
+    done
+    if [[ -z $base ]]; then
+        echo "error: no Python 3.10 to 3.13 found (tried ${PYTHON:-python3}, python3.13 ... python3.10); install one, or set PYTHON=/path/to/it" >&2
+        exit 2
+    fi
+    echo "setting up .venv with $("$base" --version) (once; later runs reuse it)"
+    if ! usable "$python"; then rm -rf .venv; "$base" -m venv .venv; fi
+    "$python" -m pip install --quiet --disable-pip-version-check uv
+    # uv takes matching builds of torch and torchvision, and installs in seconds.
+    "$python" -m uv pip install --quiet --python "$python" -c constraints.txt -e '.[rtx,dev]'
+    echo "$wanted" > "$stamp"
+fi
