@@ -1,4 +1,6 @@
-"""Calibration time of ResNet50 against its bare forward passes: python -m benchmarks.calibration
+"""Calibration time of ResNet50 against its bare forward passes, on the CPU.
+
+    python benchmarks/calibration.py
 
 One line per image size: seconds of the float model's forward passes, of observing them, and of each method's
 whole calibration (observing, then choosing every range). Best of five rounds, forward and calibration taking
@@ -7,15 +9,14 @@ turns, because the machine is shared. Weights and images are random. Target: ent
 
 from __future__ import annotations
 
-import datetime
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TypeVar, get_args
 
 import torch
 import torchvision
+from stamp import stamp
 from torch import Tensor, nn
 
 from qat.calibrate import Method, observe, set_ranges
@@ -34,7 +35,8 @@ def main() -> None:
     torch.set_flush_denormal(True)  # as training does
     model = torchvision.models.resnet50().eval()
     prepared = prepare(model)
-    print(stamp())
+    print(stamp("python benchmarks/calibration.py"))
+    print(f"ResNet50 (torchvision), float32, best of {ROUNDS} rounds")
     print(f"\n{'images':>6} {'pixels':>6} {'forward s':>10} {'observe s':>10}", end="")
     print("".join(f"{method + ' s':>13} {'ratio':>6}" for method in METHODS))
     for images, batch, pixels in CASES:
@@ -64,20 +66,6 @@ def seconds(work: Callable[[], Result]) -> tuple[float, Result]:
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
-
-
-def stamp() -> str:
-    """Where, when and with what this was measured."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next(
-        (line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "?"
-    )
-    return (
-        f"command: python -m benchmarks.calibration\n"
-        f"date: {datetime.date.today()}, torch {torch.__version__}\n"
-        f"CPU: {cpu}, {torch.get_num_threads()} threads\n"
-        f"ResNet50 (torchvision), float32, best of {ROUNDS} rounds"
-    )
 
 
 if __name__ == "__main__":

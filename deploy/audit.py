@@ -26,17 +26,21 @@ MATRIX_TYPES = ("MATRIX_MULTIPLY", "FULLY_CONNECTED")
 # Layers that move values without changing them: a DequantizeLinear is looked for behind them.
 _MOVING_TYPES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY")
 
-_LAYER_LINE = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>Inputs: .*)$", re.MULTILINE)
+_LAYER_LINE = re.compile(
+    r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>Inputs: .*)$", re.MULTILINE
+)
 _TENSOR_TYPE = re.compile(r"Datatype: (\w+)")
 _LIST_NAMES = ("Inputs", "Constants", "Outputs", "TacticName")
 _METADATA_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]|\[ONNX Layer: |\s*$)", re.DOTALL)
 _NUMBERING = re.compile(r"_myl\d+_\d+$")
-_TYPE_WORD = re.compile(r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE)
+_TYPE_WORD = re.compile(
+    r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE
+)
 _SHORT_TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
 
 # Layer types that fuse pointwise work only; they carry a convolution's name in their metadata without computing it.
-_POINTWISE_KINDS = ("kgen", "shape_call", "pointwise", "reformat", "noop", "constant")
+_POINTWISE_KINDS = ("kgen", "shape_call", "pointwise", "pointwisev2", "reformat", "noop", "constant")
 
 
 @dataclass(frozen=True)
@@ -52,15 +56,18 @@ class EngineLayer:
 
     @property
     def precision(self) -> str:
-        """The type that a convolution or matrix product computes in; for other layers that of its first input."""
-        if not self.inputs:
-            return self.outputs[0] if self.outputs else "none"
-        data, weights = self.inputs[0], (*self.inputs[1:], *self.constants)
-        if data != "INT8" or not (_is_generated(self.name) or self.kind.lower() not in _POINTWISE_KINDS):
-            return data
-        if _dequantizes_first(self.name) or (weights and "INT8" not in weights):
+        """The type of the data that the layer reads, or writes when it reads nothing."""
+        return next(iter(self.inputs + self.outputs), "none")
+
+    @property
+    def product_precision(self) -> str:
+        """The type that a convolution or matrix product multiplies in."""
+        weights = (*self.inputs[1:], *self.constants)
+        if self.precision == "INT8" and (
+            _dequantizes_first(self.name) or (weights and "INT8" not in weights)
+        ):
             return next((found for found in weights if found != "INT8"), "FP32")
-        return data
+        return self.precision
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> A
     findings = []
     for layer in declared:
         found = _layer_of(layer.node, layers)
-        precision = found.precision if found else "unknown"
+        precision = found.product_precision if found else "unknown"
         cause = "" if precision == "INT8" else _cause(layer, found)
         findings.append(Finding(layer.node, layer.operation, layer.int8, precision, cause))
     return Audit(tuple(findings), tuple(layers))
@@ -182,7 +189,9 @@ def layers_from_inspector(text: str) -> list[EngineLayer]:
 
 def _inspector_types(tensors: Any) -> tuple[str, ...]:
     listed = [tensor for tensor in tensors or [] if isinstance(tensor, dict)]
-    return tuple(_short_type(str(tensor.get("Datatype") or tensor.get("Format/Datatype", ""))) for tensor in listed)
+    return tuple(
+        _short_type(str(tensor.get("Datatype") or tensor.get("Format/Datatype", ""))) for tensor in listed
+    )
 
 
 def _short_type(words: str) -> str:
@@ -192,24 +201,21 @@ def _short_type(words: str) -> str:
 
 def _onnx_nodes(name: str, metadata: str) -> tuple[str, ...]:
     """The ONNX nodes of an engine layer, the one that it is called after first."""
-    own = [part.strip() for part in re.split(r" \+ | \|\| ", _NUMBERING.sub("", name))]
-    named = [] if _is_generated(name) else own
-    return tuple(dict.fromkeys([*named, *_METADATA_NODE.findall(metadata)]))
+    return tuple(dict.fromkeys([*_own_names(name), *_METADATA_NODE.findall(metadata)]))
 
 
 def _layer_of(node: str, layers: Sequence[EngineLayer]) -> EngineLayer | None:
     """The engine layer that computes ``node``: the one called after it, else one whose metadata names it."""
-    called = [layer for layer in layers if not _is_generated(layer.name) and node in _own_names(layer)]
-    if called:
-        return called[0]
     naming = [layer for layer in layers if node in layer.onnx_nodes]
     products = [layer for layer in naming if layer.kind.lower() not in _POINTWISE_KINDS]
+    called = [layer for layer in products if node in _own_names(layer.name)]
     kernels = [layer for layer in naming if _PRODUCT_WORD.search(_operations(layer.name))]
-    return next(iter(products + kernels), None)
+    return next(iter(called + products + kernels), None)
 
 
-def _own_names(layer: EngineLayer) -> list[str]:
-    return re.split(r" \+ | \|\| ", _NUMBERING.sub("", layer.name))
+def _own_names(name: str) -> list[str]:
+    """The nodes that a layer is called after; a generated name has none."""
+    return [] if _is_generated(name) else re.split(r" \+ | \|\| ", _NUMBERING.sub("", name))
 
 
 def _is_generated(name: str) -> bool:
@@ -269,7 +275,9 @@ def _scale_axis(dequantize: Any | None, module: Any) -> int | None:
 
 
 def _groups_and_channels(layer: Any, module: Any) -> tuple[int, int]:
-    layer.__class__ = module.IConvolutionLayer if layer.type.name == "CONVOLUTION" else module.IDeconvolutionLayer
+    layer.__class__ = (
+        module.IConvolutionLayer if layer.type.name == "CONVOLUTION" else module.IDeconvolutionLayer
+    )
     return int(layer.num_groups), int(layer.num_output_maps)
 
 
@@ -287,5 +295,7 @@ def _cause(layer: DeclaredLayer, found: EngineLayer | None) -> str:
     if layer.groups > 1 and layer.channels % 8:
         return f"grouped convolution with {layer.channels} output channels, which is no multiple of 8"
     if "INT8" not in found.inputs[:1]:
-        return f"its data arrives as {found.precision}: a layer between it and its DequantizeLinear is not INT8"
+        return (
+            f"its data arrives as {found.precision}: a layer between it and its DequantizeLinear is not INT8"
+        )
     return f"the builder chose a {found.precision} kernel"

@@ -99,7 +99,9 @@ class Toolkit:
         """What can be built ahead of time, for example ``("7.5", "8.0", ...)``; empty when only for the GPU here."""
         if self.name == "tensorrt":
             return ()
-        numbers = [int(name[2:]) for name in dir(self.module.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
+        numbers = [
+            int(name[2:]) for name in dir(self.module.ComputeCapability) if re.fullmatch(r"SM\d+", name)
+        ]
         return tuple(f"{number // 10}.{number % 10}" for number in sorted(numbers))
 
     def logger(self, log: BuildLog) -> Any:
@@ -185,7 +187,9 @@ class Toolkit:
         runtime = self.module.Runtime(self.logger(log))
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise UserError(f"{self.title} cannot load the engine that it has just built: {' '.join(log.errors()[-2:])}")
+            raise UserError(
+                f"{self.title} cannot load the engine that it has just built: {' '.join(log.errors()[-2:])}"
+            )
         inspector = engine.create_engine_inspector()
         return "inspector", inspector.get_engine_information(self.module.LayerInformationFormat.JSON)
 

@@ -183,7 +183,7 @@ def kl_of_thresholds(counts: Tensor) -> Tensor:
     filled = _sums(_prefix((c > 0).double()), edges)  # n_k
     filled[:, -1] += (c[i - 1] == 0) & clips
     # An empty group gets the log of an arbitrary value above 0, which its mass of 0 then cancels.
-    log_q = (group_mass.clamp(min=SCALE_FLOOR) / filled.clamp_(min=1)).log_()
+    log_q = group_mass.clamp(min=SCALE_FLOOR).div_(filled.clamp_(min=1)).log_()
     p_log_q = torch.linalg.vecdot(group_mass, log_q) + clipped * log_q[:, -1] - kept[i].log()
     p_log_p = _prefix(torch.xlogy(c, c))[i - 1] + torch.xlogy(last, last)
     impossible = (kept[i] == 0) | (clips & (group_mass[:, -1] == 0))

@@ -1,0 +1,302 @@
+"""Image data sets and their disjoint splits: train, calibration, validation, test.
+
+Each split has one use: weights learn on train, activation ranges come from calibration, epochs are chosen on
+validation, and what is reported is measured on test. Where a source lacks a split, it is carved out of the training
+images: stratified by class, a function of the seed alone.
+
+What is random in a training image comes only from the seed in its key, never from the process that loads it or from
+what was loaded before: the same batches come from any number of workers, and from a run that was stopped and resumed.
+
+Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on the
+device that trains.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from qat.artifact import UserError
+from qat.pixels import MEMORY_LIMIT, ArrayPixels, Pixels
+from qat.preprocessing import Augmentation, Preprocessing
+from qat.sources import Part, Source, read_source
+
+__all__ = ["Data", "ImageSet", "Preprocessing", "batch_count", "batches", "load_data", "stratified_split"]
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SMALL = 64  # pixels; up to here an image is shifted in training, above it is cropped and resized
+_CROP_MARGIN = (
+    256 / 224
+)  # evaluation of photographs: short side to 256 for a crop of 224, as torchvision does
+
+# Shares of the training images that carved-out splits get. Of what is left at least 3/4 remain for training.
+_TEST_SHARE, _VALIDATION_SHARE, _CALIBRATION_SHARE, _CALIBRATION_MOST = 1 / 5, 1 / 10, 1 / 10, 1 / 4
+_CALIBRATION_LEAST = 64  # images, where there are as many
+
+
+@dataclass(frozen=True)
+class ImageSet(Dataset[tuple[Tensor, int]]):
+    """One split. Its key is (index, seed); it gives (uint8 [3, height, width], label). ``labels``: int64 [N].
+
+    The seed decides the augmentation and is ignored without one.
+    """
+
+    pixels: Pixels
+    indices: Tensor
+    labels: Tensor
+    preprocessing: Preprocessing
+    augmentation: Augmentation | None = None
+
+    @property
+    def augment(self) -> bool:
+        """Whether images are changed at random: in the train split only."""
+        return self.augmentation is not None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = key
+        image = self.pixels[int(self.indices[index])]
+        if self.augmentation is None:
+            image = self.preprocessing.fit(image)
+        else:
+            image = self.augmentation(image, self.preprocessing, seed)
+        return image, int(self.labels[index])
+
+
+@dataclass(frozen=True)
+class Data:
+    """The four splits, which have no image in common. ``notes`` say how they were made, a line each."""
+
+    train: ImageSet
+    calibration: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    notes: tuple[str, ...]
+    source: str
+
+
+def load_data(
+    source: str, image_size: int | None, seed: int, calibration_images: int = 512, root: Path = Path("data")
+) -> Data:
+    """The data set ``source`` in four disjoint splits.
+
+    Args:
+        source: 'digits', an image folder with train/ and val/, an .npz file, or 'torchvision:NAME'.
+        image_size: height and width of the network's input in pixels; None for what suits the data.
+        seed: decides which images go into the splits that are carved out of the training images.
+        calibration_images: upper limit on the calibration split.
+        root: where torchvision's data sets are, or are downloaded to.
+
+    Raises:
+        UserError: the source is unknown, damaged or too small.
+    """
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image size {image_size} is not positive: give the height and width in pixels")
+    if calibration_images < 1:
+        raise UserError(
+            f"{calibration_images} calibration images set no activation range: ask for at least 1"
+        )
+    found = read_source(source, root)
+    preprocessing = _preprocessing(found, source, image_size)
+    augmentation = _augmentation(found, source, preprocessing)
+    indices, notes = _split(found, source, seed, calibration_images)
+
+    def image_set(name: str, part: Part | None) -> ImageSet:
+        part = part or found.train
+        chosen = indices.get(name, torch.arange(len(part.labels)))
+        pixels = _resized(part.pixels, preprocessing) if augmentation.padding else part.pixels
+        changed = augmentation if name == "train" else None
+        return ImageSet(pixels, chosen, part.labels[chosen], preprocessing, changed)
+
+    return Data(
+        image_set("train", None),
+        image_set("calibration", None),
+        image_set("validation", found.validation),
+        image_set("test", found.test),
+        found.class_names,
+        preprocessing,
+        (*found.notes, *notes),
+        source,
+    )
+
+
+def stratified_split(labels: Tensor, counts: Sequence[int], seed: int) -> list[Tensor]:
+    """Splits images at random into disjoint groups in which every class has its share.
+
+    Args:
+        labels: int64 [N].
+        counts: how many images each group gets.
+        seed: the result is a function of it, ``labels`` and ``counts``.
+
+    Returns:
+        Indices (int64, ascending): one group for each count, and last what is left over. In every group the number of
+        images of a class differs from its share by less than 2; a class of one image stays in the last group where that
+        holds more than half of all.
+    """
+    classes = labels.numpy()
+    shuffled = np.random.default_rng(seed).permutation(len(classes))
+    position = np.empty(len(classes))  # of an image within its class, from 0 to 1
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes[shuffled] == label)
+        position[members] = (np.arange(len(members)) + 0.5) / len(members)
+    order = shuffled[np.argsort(position, kind="stable")]  # any stretch of it has all classes in proportion
+    return [torch.from_numpy(np.sort(group)) for group in np.split(order, np.cumsum(counts))]
+
+
+def batch_count(images: ImageSet, batch_size: int, training: bool = False) -> int:
+    """How many batches ``batches`` gives. Raises UserError when there is none."""
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} is not positive: give at least 1")
+    whole, rest = divmod(len(images), batch_size)
+    count = whole + (rest > (1 if training else 0))
+    if count == 0:
+        raise UserError(f"{len(images)} images make no batch to train on: add images")
+    return count
+
+
+def batches(
+    images: ImageSet,
+    batch_size: int,
+    seed: int | None,
+    epoch: int = 0,
+    start: int = 0,
+    workers: int = 0,
+    training: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]), in pinned memory where there is a GPU.
+
+    Args:
+        images: the split.
+        batch_size: images in a batch; the last one may be smaller.
+        seed: None for the images in order; else order and augmentation are a function of (seed, epoch) alone.
+        epoch: from 0.
+        start: number of batches to skip; they are not loaded.
+        workers: processes that load; images in memory that need no resampling are loaded in this one.
+        training: leaves out a last batch of one image, which BatchNorm cannot train on.
+
+    Raises:
+        UserError: an image is corrupt (the line names the file).
+    """
+    count = batch_count(images, batch_size, training)
+    keys = _keys(len(images), seed, epoch)
+    chunks = [keys[i * batch_size : (i + 1) * batch_size] for i in range(start, count)]
+    loader: DataLoader[Any] = DataLoader(
+        _ErrorsAsItems(images),
+        batch_sampler=chunks,
+        num_workers=0 if _is_light(images) else workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # else the loader draws from the global one, and skipping changes what follows
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _keys(count: int, seed: int | None, epoch: int) -> list[tuple[int, int]]:
+    """(index, seed) of every image of an epoch, in order."""
+    if seed is None:
+        return [(index, 0) for index in range(count)]
+    random = np.random.default_rng([seed, epoch])
+    return list(
+        zip(random.permutation(count).tolist(), random.integers(1 << 32, size=count).tolist(), strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class _ErrorsAsItems(Dataset[Any]):
+    """Gives a UserError instead of raising it: one raised in a worker reaches the user as a page of traceback."""
+
+    images: ImageSet
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | UserError:
+        try:
+            return self.images[key]
+        except UserError as error:
+            return UserError(str(error))
+
+
+def _collate(items: list[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Tensor] | UserError:
+    images, labels = [], []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        images.append(item[0])
+        labels.append(item[1])
+    return torch.stack(images).contiguous(), torch.tensor(labels)
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the main one decides when to stop, and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _is_light(images: ImageSet) -> bool:
+    """Whether an image costs less than passing it from one process to another: about 20 us."""
+    in_memory = isinstance(images.pixels, ArrayPixels)
+    return in_memory and (images.augmentation is None or images.augmentation.padding > 0)
+
+
+def _preprocessing(found: Source, source: str, image_size: int | None) -> Preprocessing:
+    height, width = (image_size, image_size) if image_size else found.default_size
+    short = min(height, width)
+    if not found.cropped and short > _SMALL:
+        short = round(short * _CROP_MARGIN)
+    # Digits: their own mean and deviation. Elsewhere ImageNet's, which pretrained weights expect.
+    mean, std = ((0.305,) * 3, (0.376,) * 3) if source == "digits" else (_IMAGENET_MEAN, _IMAGENET_STD)
+    return Preprocessing(height, width, mean, std, short)
+
+
+def _augmentation(found: Source, source: str, preprocessing: Preprocessing) -> Augmentation:
+    short = min(preprocessing.height, preprocessing.width)
+    padding = math.ceil(short / (16 if source == "digits" else 8)) if short <= _SMALL else 0
+    return Augmentation(padding, found.mirrors)
+
+
+def _resized(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
+    """Small images at the network's size, once and for all, where they are in memory and fit there."""
+    if not isinstance(pixels, ArrayPixels) or len(pixels) * 3 * preprocessing.resize**2 > MEMORY_LIMIT:
+        return pixels
+    return ArrayPixels(preprocessing.fit(pixels.images_NCHW))
+
+
+def _split(
+    found: Source, source: str, seed: int, calibration_images: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Indices into the training images of train and of the splits carved out of them, and how that was done."""
+    total = len(found.train.labels)
+    counts = {}
+    if found.test is None:
+        counts["test"] = round(_TEST_SHARE * total)
+    if found.validation is None:
+        counts["validation"] = int(_VALIDATION_SHARE * total)
+    left = total - sum(counts.values())
+    wanted = max(_CALIBRATION_LEAST, int(_CALIBRATION_SHARE * left))
+    counts["calibration"] = min(calibration_images, wanted, int(_CALIBRATION_MOST * left))
+    for name, count in counts.items():
+        if count == 0:
+            least = 4 if found.validation else math.ceil(1 / _VALIDATION_SHARE)
+            raise UserError(
+                f"{source} has {total} training images, too few for a {name} split: at least {least} are needed"
+            )
+    groups = stratified_split(found.train.labels, list(counts.values()), seed)
+    notes = [
+        f"{name}: {count} of the {total} training images, stratified by class, not trained on"
+        for name, count in counts.items()
+    ]
+    return dict(zip([*counts, "train"], groups, strict=True)), notes

@@ -1,0 +1,139 @@
+"""Tiny Q/DQ networks, node by node: the input of every test in this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+SCALE = 0.01
+
+
+class Graph:
+    """Collects nodes and initializers; every node ``y`` of operator ``Op`` is called ``/y/Op``."""
+
+    def __init__(self, seed: int = 0):
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self._random = np.random.default_rng(seed)
+
+    def constant(self, name: str, values: object) -> str:
+        self.initializers.append(numpy_helper.from_array(np.asarray(values), name))
+        return name
+
+    def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name=f"/{output}/{op}", **attributes))
+        return output
+
+    def quantized(self, tensor: str, name: str, scale: float = 0.05, zero_point: object = np.int8(0)) -> str:
+        """Q/DQ on an activation, one scale for the tensor."""
+        constants = [
+            self.constant(f"{name}_scale", np.float32(scale)),
+            self.constant(f"{name}_zero", zero_point),
+        ]
+        codes = self.node("QuantizeLinear", [tensor, *constants], f"{name}_q")
+        return self.node("DequantizeLinear", [codes, *constants], f"{name}_dq")
+
+    def weights(self, name: str, shape: tuple[int, ...], axis: int = 0, scales: object = None) -> str:
+        """INT8 weight codes behind a DequantizeLinear with one scale per index of ``axis``."""
+        codes = self._random.integers(-127, 128, shape).astype(np.int8)
+        values = np.full(shape[axis], SCALE) if scales is None else scales
+        inputs = [
+            self.constant(f"{name}_q", codes),
+            self.constant(f"{name}_scale", np.asarray(values, np.float32)),
+            self.constant(f"{name}_zero", np.zeros(shape[axis], np.int8)),
+        ]
+        return self.node("DequantizeLinear", inputs, f"{name}_dq", axis=axis)
+
+    def float_weights(self, name: str, shape: tuple[int, ...]) -> str:
+        return self.constant(name, self._random.normal(size=shape).astype(np.float32))
+
+    def save(self, path: Path, input_shape: tuple, output_shape: tuple) -> Path:
+        """Writes the network from ``input`` to the last node's output."""
+        tensors = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in (("input", input_shape), (self.nodes[-1].output[0], output_shape))
+        ]
+        graph = helper.make_graph(self.nodes, "tiny", tensors[:1], tensors[1:], self.initializers)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        onnx.save(model, path)
+        return path
+
+
+def convolution(
+    path: Path,
+    *,
+    batch: object = "N",
+    size: object = 16,
+    weight_scales: object = None,
+    axis: int = 0,
+    input_scale: float = 0.05,
+    zero_point: object = np.int8(0),
+) -> Path:
+    """input -> Q/DQ -> Conv 3x3, 8 to 8 channels, INT8 weights -> Relu."""
+    graph = Graph()
+    x = graph.quantized("input", "x", input_scale, zero_point)
+    weights = graph.weights("w", (8, 8, 3, 3), axis, weight_scales)
+    graph.node("Conv", [x, weights], "conv", kernel_shape=[3, 3], pads=[1] * 4)
+    graph.node("Relu", ["conv"], "relu")
+    return graph.save(path, (batch, 8, size, size), (batch, 8, size, size))
+
+
+def classifier(path: Path, *, quantize_fc: bool = True) -> Path:
+    """Conv -> Relu -> Q/DQ -> GlobalAveragePool -> Flatten -> fully connected layer, with Q/DQ or in float."""
+    graph = Graph()
+    x = graph.quantized("input", "x")
+    x = graph.node("Conv", [x, graph.weights("w", (16, 8, 3, 3))], "conv", kernel_shape=[3, 3], pads=[1] * 4)
+    x = graph.node("Relu", [x], "relu")
+    x = graph.node("GlobalAveragePool", [graph.quantized(x, "pool_in")], "pool")
+    x = graph.node("Flatten", [x], "flat")
+    if quantize_fc:
+        x, weights = graph.quantized(x, "fc_in"), graph.weights("fc_w", (10, 16))
+    else:
+        weights = graph.float_weights("fc_w", (10, 16))
+    graph.node("Gemm", [x, weights, graph.float_weights("fc_b", (10,))], "fc", transB=1)
+    return graph.save(path, ("N", 8, 16, 16), ("N", 10))
+
+
+def transposed_convolution(path: Path) -> Path:
+    """input -> Q/DQ -> ConvTranspose 2x2 with INT8 weights, which TensorRT-RTX 1.7 runs in float."""
+    graph = Graph()
+    inputs = [graph.quantized("input", "x"), graph.weights("w", (16, 16, 2, 2), axis=1)]
+    graph.node("ConvTranspose", inputs, "up", kernel_shape=[2, 2], strides=[2, 2])
+    return graph.save(path, ("N", 16, 8, 8), ("N", 16, 16, 16))
+
+
+def matrix_product(path: Path, *, axis: int, transpose: bool = False) -> Path:
+    """input -> Q/DQ -> MatMul with INT8 weights, their scales along ``axis``; ``transpose`` stores them transposed."""
+    graph = Graph()
+    x = graph.quantized("input", "x")
+    weights = graph.weights("w", (10, 16) if transpose else (16, 10), axis)
+    if transpose:
+        weights = graph.node("Transpose", [weights], "wt", perm=[1, 0])
+    graph.node("MatMul", [x, weights], "fc")
+    return graph.save(path, ("N", 16), ("N", 10))
+
+
+def foreign_operator(path: Path, op: str) -> Path:
+    """A quantized convolution whose output goes into an operator that TensorRT does not have."""
+    graph = Graph()
+    inputs = [graph.quantized("input", "x"), graph.weights("w", (8, 8, 1, 1))]
+    graph.node("Conv", inputs, "conv", kernel_shape=[1, 1])
+    graph.node(op, ["conv"], "odd")
+    return graph.save(path, ("N", 8, 4, 4), ("N", 8, 4, 4))
+
+
+def quantized_bias(path: Path) -> Path:
+    """A convolution whose bias is INT32 behind a DequantizeLinear, as ONNX Runtime's quantizer writes it."""
+    graph = Graph()
+    inputs = [graph.quantized("input", "x"), graph.weights("w", (8, 8, 1, 1))]
+    bias = [
+        graph.constant("b_q", np.arange(8, dtype=np.int32)),
+        graph.constant("b_scale", np.full(8, SCALE, np.float32)),
+        graph.constant("b_zero", np.zeros(8, np.int32)),
+    ]
+    inputs.append(graph.node("DequantizeLinear", bias, "b_dq", axis=0))
+    graph.node("Conv", inputs, "conv", kernel_shape=[1, 1])
+    return graph.save(path, ("N", 8, 4, 4), ("N", 8, 4, 4))

@@ -1,0 +1,230 @@
+"""The command: engines and sidecars from the real TensorRT-RTX builder, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from qdq_models import classifier, convolution, foreign_operator, quantized_bias, transposed_convolution
+
+from deploy.build import EXIT_NOT_INT8, Options, main
+from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of, sidecar_path, write_artifact
+
+
+def build(model: Path, **options) -> int:
+    return main(Options(model=model, builder="tensorrt-rtx", **options))
+
+
+def refused(model: Path, **options) -> str:
+    """The message of the UserError; nothing may have been written."""
+    before = sorted(model.parent.iterdir()) if model.parent.exists() else []
+    with pytest.raises(UserError) as error:
+        build(model, **options)
+    assert "\n" not in str(error.value)
+    if model.parent.exists():
+        assert sorted(model.parent.iterdir()) == before
+    return str(error.value)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return convolution(tmp_path / "tiny.onnx")
+
+
+def test_engine_and_sidecar(tmp_path, capsys):
+    path = classifier(tmp_path / "tiny.onnx")
+    assert build(path) == 0
+    engine = tmp_path / "tiny.engine"
+    sidecar = read_sidecar(engine, "engine")
+    assert sidecar.parent is not None
+    assert (sidecar.parent.file, sidecar.parent.sha256) == ("tiny.onnx", sha256_of(path))
+    assert sidecar.inputs == (TensorSpec("input", (-1, 8, 16, 16), "float32"),)
+    assert sidecar.outputs == (TensorSpec("fc", (-1, 10), "float32"),)
+    assert sidecar.figures["engine_bytes"] == engine.stat().st_size
+    assert sidecar.figures["weights_bytes"] > 0
+    assert sidecar.figures["build_seconds"] > 0
+    counts = ("convolutions_int8", "convolutions", "matrix_products_int8", "matrix_products")
+    assert [sidecar.figures[name] for name in counts] == [1, 1, 1, 1]
+    assert sidecar.details["typing"] == "strong"
+    assert sidecar.details["builder"]["name"] == "tensorrt-rtx"
+    assert sidecar.details["compute_capabilities"] == ["8.6", "8.9", "12.0"]
+    assert sidecar.details["batch"] == {"min": 1, "opt": 8, "max": 32}
+    assert sidecar.details["provenance"].startswith("unknown")
+    layer = next(found for found in sidecar.details["layers"] if found["kind"] == "correlation")
+    assert (layer["inputs"], layer["precision"], layer["onnx_nodes"][0]) == (["INT8"], "INT8", "/conv/Conv")
+    output = capsys.readouterr()
+    assert "convolutions in INT8" in output.out
+    assert "provenance" in output.err
+
+
+def test_parents_sidecar_is_carried_over(model):
+    parent = Sidecar(
+        kind="onnx",
+        preprocessing={"mean": [0.5]},
+        class_names=("cat", "dog"),
+        figures={"nodes": 6},
+        details={},
+    )
+    content = model.read_bytes()
+    write_artifact(model, parent, lambda path: path.write_bytes(content) and None)
+    assert build(model, compute_capabilities=("8.9",)) == 0
+    sidecar = read_sidecar(model.with_suffix(".engine"), "engine")
+    assert sidecar.preprocessing == {"mean": [0.5]}
+    assert sidecar.class_names == ("cat", "dog")
+    assert sidecar.details["onnx"]["figures"] == {"nodes": 6}
+    assert sidecar.details["provenance"] == "known"
+
+
+def test_fixed_batch_needs_no_profile(tmp_path):
+    path = convolution(tmp_path / "fixed.onnx", batch=2)
+    assert build(path, output=tmp_path / "new" / "x.engine", compute_capabilities=("8.9",)) == 0
+    sidecar = read_sidecar(tmp_path / "new" / "x.engine", "engine")
+    assert sidecar.inputs[0].shape == (2, 8, 16, 16)
+    assert sidecar.details["batch"] is None
+
+
+@pytest.mark.parametrize(
+    ("make", "node"),
+    [
+        (transposed_convolution, "/up/ConvTranspose"),
+        (lambda path: convolution(path, axis=1), "/conv/Conv"),
+    ],
+)
+def test_declared_int8_that_is_float_exits_3_and_writes(make, node, tmp_path, capsys):
+    path = make(tmp_path / "m.onnx")
+    assert build(path, compute_capabilities=("8.9",)) == EXIT_NOT_INT8
+    sidecar = read_sidecar(tmp_path / "m.engine", "engine")
+    assert sidecar.figures["convolutions_int8"] == 0
+    output = capsys.readouterr()
+    assert f"not INT8: convolution {node} (declared INT8, FP32)" in output.out
+    assert "the engine is written" in output.err
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.01, float("nan")])
+def test_dead_channel_names_node_and_scale(bad, tmp_path):
+    path = convolution(tmp_path / "m.onnx", weight_scales=[0.01] * 7 + [bad])
+    message = refused(path)
+    assert "DequantizeLinear node '/w_dq/DequantizeLinear'" in message
+    assert "'w_scale' (shape [8])" in message
+    assert "dead channel" in message
+    assert "floor" in message
+
+
+def test_zero_activation_scale_names_node_and_scale(tmp_path):
+    message = refused(convolution(tmp_path / "m.onnx", input_scale=0.0))
+    assert "QuantizeLinear node '/x_q/QuantizeLinear': its scale 'x_scale'" in message
+
+
+def test_uint8_that_the_parser_would_take_silently(tmp_path):
+    message = refused(convolution(tmp_path / "m.onnx", zero_point=np.uint8(0)))
+    assert "UINT8 at 2 nodes, the first '/x_q/QuantizeLinear'" in message
+
+
+@pytest.mark.parametrize("zero_point", [np.uint8(128), np.int8(3)])
+def test_zero_point_that_is_not_zero(zero_point, tmp_path):
+    message = refused(convolution(tmp_path / "m.onnx", zero_point=zero_point))
+    assert "'/x_q/QuantizeLinear': its zero point is not 0" in message
+
+
+def test_quantized_bias(tmp_path):
+    message = refused(quantized_bias(tmp_path / "m.onnx"))
+    assert "'/b_dq/DequantizeLinear': it dequantizes INT32, a quantized bias" in message
+
+
+@pytest.mark.parametrize("op", ["FooBar", "StringNormalizer"])
+def test_operator_that_tensorrt_does_not_have(op, tmp_path):
+    message = refused(foreign_operator(tmp_path / "m.onnx", op))
+    assert f"{op} node '/odd/{op}': TensorRT has no such operator" in message
+
+
+def test_missing_file(tmp_path):
+    assert f"no file {tmp_path / 'no.onnx'}" in refused(tmp_path / "no.onnx")
+
+
+@pytest.mark.parametrize("kept", [0, 100, 900])
+def test_truncated_file(kept, model):
+    model.write_bytes(model.read_bytes()[:kept])
+    assert "ONNX file" in refused(model)
+
+
+def test_text_file(tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_text("I am not a model\n" * 50)
+    assert "not an ONNX file" in refused(path)
+
+
+def test_sidecar_of_another_file(model):
+    content = model.read_bytes()
+    write_artifact(model, Sidecar(kind="onnx"), lambda path: path.write_bytes(content) and None)
+    found, expected = convolution(model, size=8), json.loads(sidecar_path(model).read_text())["sha256"]
+    message = refused(model)
+    assert sha256_of(found) in message
+    assert expected in message
+
+
+def test_sidecar_of_another_format_version(model):
+    sidecar_path(model).write_text('{"format": 99}')
+    assert "format version 99" in refused(model)
+
+
+def test_dynamic_size_is_refused(tmp_path):
+    path = convolution(tmp_path / "m.onnx", size="S")
+    assert "input 'input' has shape (-1, 8, -1, -1): only the first dimension" in refused(path)
+
+
+def test_unsupported_compute_capability(model):
+    assert "'9.0': choose from 7.5, 8.0" in refused(model, compute_capabilities=("9.0",))
+
+
+def test_batch_sizes_that_contradict(model):
+    assert "needed is 1 <= opt <= max" in refused(model, opt_batch=64)
+
+
+def test_output_that_is_the_model(model):
+    assert "is the model itself" in refused(model, output=model)
+
+
+def test_output_that_cannot_be_written(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "a part of the path is a file" in refused(model, output=tmp_path / "file" / "x.engine")
+
+
+def test_command_line_gives_one_line_and_exit_code_2(tmp_path):
+    done = _command("deploy.build", str(tmp_path / "no.onnx"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: no file {tmp_path / 'no.onnx'}: check the path, or make it with python -m export.onnx"
+    ]
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = _command("deploy.build", "--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert "--compute-capabilities" in done.stdout
+    assert min(seconds) < 1.0
+    imported = _command("deploy.build", "--help", flags=("-X", "importtime")).stderr
+    modules = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in imported.splitlines()}
+    assert "tyro" in modules
+    assert not modules & {"torch", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "numpy", "onnx"}
+
+
+def _command(module: str, *arguments: str, flags: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.run(
+        [sys.executable, *flags, "-m", module, *arguments],
+        cwd=root,
+        env=os.environ | {"COLUMNS": "120"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )

@@ -1,0 +1,183 @@
+"""What the ONNX file is made of, and that ONNX Runtime computes from it what PyTorch computes."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+
+from export import parity
+from export.emit import Uint8Input, emit, example_input
+from export.fold import fold
+from export.lint import lint
+from qat.data import Preprocessing
+from qat.prepare import prepare
+from qat.quantizer import ActivationQuantizer
+
+PIXELS = 32
+
+
+def preprocessing() -> Preprocessing:
+    return Preprocessing(height=PIXELS, width=PIXELS, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), resize=PIXELS)
+
+
+def folded_resnet18() -> fx.GraphModule:
+    torch.manual_seed(0)
+    prepared = prepare(torchvision.models.resnet18(num_classes=10).eval())
+    for module in prepared.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.amax.fill_(4.0)
+    return fold(prepared)[0]
+
+
+@pytest.fixture(scope="module")
+def folded() -> fx.GraphModule:
+    return folded_resnet18()
+
+
+@pytest.fixture(scope="module")
+def model(folded) -> ir.Model:
+    return emit(folded, example_input(preprocessing(), "float32-nchw"), {"input": "float32-nchw"})
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randint(0, 256, (4, 3, PIXELS, PIXELS), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+def nodes(model: ir.Model, *types: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type in types]
+
+
+def test_only_the_nodes_that_are_wanted(model):
+    counts = {}
+    for node in model.graph:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    # 20 convolutions; 8 additions; 3 projections, the input, the pooled input and the pooled output are quantized too
+    activations = 1 + 1 + 8 + 8 + 3 + 1
+    assert counts == {
+        "Conv": 20,
+        "Relu": 17,
+        "Add": 8,
+        "MaxPool": 1,
+        "GlobalAveragePool": 1,
+        "Flatten": 1,
+        "Gemm": 1,
+        "QuantizeLinear": activations,
+        "DequantizeLinear": activations + 21,
+    }
+    assert model.opset_imports[""] == 20
+
+
+def test_weights_are_int8_initializers_behind_one_dequantize_linear(model):
+    for node in nodes(model, "Conv", "Gemm"):
+        dequantize = node.inputs[1].producer()
+        assert dequantize.op_type == "DequantizeLinear"
+        codes, scale, zero_point = dequantize.inputs
+        assert codes.const_value.dtype == ir.DataType.INT8
+        assert scale.const_value.dtype == ir.DataType.FLOAT
+        assert scale.shape == zero_point.shape == (codes.shape[0],)
+        assert not zero_point.const_value.numpy().any()
+
+
+def test_q_and_dq_share_scale_and_zero_point(model):
+    for quantize in nodes(model, "QuantizeLinear"):
+        (dequantize,) = quantize.outputs[0].consumers()
+        assert dequantize.inputs[1] is quantize.inputs[1]
+        assert dequantize.inputs[2] is quantize.inputs[2]
+
+
+def test_nodes_bear_the_names_of_their_modules(model):
+    names = {node.name for node in model.graph}
+    assert {"conv1", "layer1.0.conv1", "layer2.0.downsample.0", "fc", "x/quantize", "layer1.0.conv1.weight_quantizer/dequantize"} <= names
+    assert len(names) == len(list(model.graph))
+
+
+def test_nothing_of_this_machine_is_in_the_file(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    ir.save(model, path)
+    content = path.read_bytes()
+    for trace in (b"site-packages", str(Path.cwd()).encode(), b"stack_trace"):
+        assert trace not in content
+    assert onnx.load(path).metadata_props[0].key == "input"
+
+
+def test_lint_is_clean(model):
+    assert lint(model) == []
+
+
+def test_float_input_agrees_with_onnx_runtime_layer_by_layer(folded, model, images, tmp_path):
+    path = tmp_path / "model.onnx"
+    ir.save(model, path)
+    x = preprocessing().normalize(images)
+    found = parity.measure(folded, path, [(x, x)], layer_images=4)
+    assert found.images == 4
+    assert len(found.layers) == len(nodes(model, "QuantizeLinear")) + 1
+    assert found.worst.sqnr_db is None or found.worst.sqnr_db > 100
+
+
+def test_any_batch_size_runs(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    ir.save(model, path)
+    session = parity.session(path)
+    for batch in (1, 3):
+        x = np.zeros((batch, 3, PIXELS, PIXELS), np.float32)
+        assert session.run(None, {"input": x})[0].shape == (batch, 10)
+
+
+def test_uint8_input_does_the_preprocessing(folded, images, tmp_path):
+    network = Uint8Input(folded, preprocessing())
+    model = emit(network, example_input(preprocessing(), "uint8-nhwc"), {})
+    assert lint(model) == []
+    assert [node.op_type for node in list(model.graph)[:4]] == ["Cast", "Transpose", "Mul", "Add"]
+    path = tmp_path / "model.onnx"
+    ir.save(model, path)
+    assert model.graph.inputs[0].dtype == ir.DataType.UINT8
+    given = images.permute(0, 2, 3, 1).contiguous()
+    normalized = preprocessing().normalize(images)
+    found = parity.measure(folded, path, [(normalized, given)], layer_images=4)
+    worst_inside = min(layer.sqnr_db or 999 for layer in found.layers[1:])
+    assert worst_inside > 100
+    assert (found.layers[0].sqnr_db or 999) > 100  # the normalized image itself
+
+
+def test_parity_sees_a_wrong_scale(folded, model, images, tmp_path):
+    """The comparison must be able to fail: one scale in the file is off by 5 %."""
+    path = tmp_path / "model.onnx"
+    ir.save(model, path)
+    proto = onnx.load(path)
+    (scale,) = [t for t in proto.graph.initializer if t.name == "layer2.0.conv1.weight_quantizer.scale"]
+    scale.raw_data = (onnx.numpy_helper.to_array(scale) * np.float32(1.05)).tobytes()
+    onnx.save(proto, path)
+    x = preprocessing().normalize(images)
+    found = parity.measure(folded, path, [(x, x)], layer_images=4)
+    assert found.worst.tensor == "layer2_0_relu"
+    assert found.worst.sqnr_db < 40
+
+
+def test_sqnr_against_the_definition():
+    signal = np.array([3.0, 4.0], np.float32)
+    assert parity.sqnr_db(signal, signal) is None
+    assert parity.sqnr_db(signal, signal + np.array([0.5, 0], np.float32)) == pytest.approx(20)
+
+
+def test_a_flatten_module_and_functional_pooling_stay_single_nodes():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.flatten, self.fc = nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.flatten(nn.functional.adaptive_avg_pool2d(self.conv(x).relu(), 1)))
+
+    prepared = prepare(Head().eval())
+    for module in prepared.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.amax.fill_(4.0)
+    types = [node.op_type for node in emit(fold(prepared)[0], torch.zeros(2, 3, 8, 8), {}).graph]
+    assert types.count("GlobalAveragePool") == types.count("Flatten") == 1
+    assert not set(types) & {"ReduceMean", "Reshape", "Shape", "Identity", "Constant"}

@@ -1,0 +1,116 @@
+"""Folding batch normalization changes no code, only scales; dead channels are floored and named."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from export.fold import fold
+from qat.prepare import prepare
+from qat.quantizer import SCALE_FLOOR, ActivationQuantizer
+
+
+def lively_norms(model: nn.Module) -> None:
+    """Batch statistics and factors as after training, some factors negative."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.5, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            module.weight.data.normal_(0, 1, generator=generator)
+            module.bias.data.normal_(0, 0.1, generator=generator)
+
+
+def prepared(model: nn.Module, amax: float = 4.0) -> nn.Module:
+    lively_norms(model)
+    result = prepare(model).eval()
+    for module in result.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.amax.fill_(amax)
+    return result
+
+
+def test_codes_are_those_of_the_unfolded_weight_up_to_the_sign_of_the_factor():
+    model = prepared(torchvision.models.resnet18(num_classes=10))
+    folded, dead = fold(model)
+    assert not dead
+    weight = model.get_parameter("layer1.0.conv1.weight").detach().numpy().astype(np.float64)
+    norm = model.get_submodule("layer1.0.bn1")
+    amax = np.abs(weight).max(axis=(1, 2, 3), keepdims=True)
+    scale = (amax.astype(np.float32) / np.float32(127)).astype(np.float32)
+    codes = np.rint(weight.astype(np.float32) / scale)
+    factor = (norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()).numpy()
+    signs = np.where(factor < 0, -1, 1).reshape(-1, 1, 1, 1)
+    stored = folded.get_buffer("layer1.0.conv1.weight")
+    assert stored.dtype == torch.int8
+    np.testing.assert_array_equal(stored.numpy(), codes * signs)
+    np.testing.assert_allclose(
+        folded.get_buffer("layer1.0.conv1.weight_quantizer.scale").numpy(), scale.ravel() * np.abs(factor), rtol=1e-6
+    )
+    assert (factor < 0).any(), "the test needs negative factors"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_folded_convolution_computes_the_same(bias):
+    model = prepared(nn.Sequential(nn.Conv2d(16, 24, 3, bias=bias), nn.BatchNorm2d(24)))
+    folded, _ = fold(model)
+    x = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
+def test_a_float_convolution_is_folded_too():
+    model = prepared(nn.Sequential(nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 16, 3)))
+    folded, _ = fold(model)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
+def test_a_transposed_convolution_is_folded_along_its_output_channels():
+    model = prepared(nn.Sequential(nn.ConvTranspose2d(16, 24, 2, stride=2), nn.BatchNorm2d(24)))
+    folded, _ = fold(model)
+    x = torch.randn(2, 16, 4, 4)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_norm_that_others_read_past_is_not_folded():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(x) + x.sigmoid()
+
+    model = prepared(Shared())
+    folded, _ = fold(model)
+    x = torch.randn(2, 16, 4, 4)
+    torch.testing.assert_close(folded(x), model(x))
+    assert any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
+@pytest.mark.parametrize("cause", ["weight", "norm"])
+def test_a_dead_channel_is_floored_and_named(cause):
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16))
+    ready = prepared(model)
+    layer = ready.get_submodule("0" if cause == "weight" else "1")
+    layer.weight.data[5] = 0
+    folded, dead = fold(ready)
+    assert [(channel.layer, channel.channel) for channel in dead] == [("0", 5)]
+    scale = folded.get_buffer("0.weight_quantizer.scale")
+    assert scale[5] == SCALE_FLOOR
+    assert (folded.get_buffer("0.weight")[5] == 0).all()
+    x = torch.randn(2, 16, 8, 8)
+    torch.testing.assert_close(folded(x), ready(x), rtol=1e-5, atol=1e-5)
+
+
+def test_fold_leaves_the_prepared_model_alone():
+    model = prepared(torchvision.models.resnet18(num_classes=10))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fold(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -1,0 +1,190 @@
+"""Tiny networks, node by node: what is quantized, by which rule, and that nothing else is."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from qat.network import network_from_fx
+from qat.placement import Placement, place
+from qat.prepare import trace
+
+
+def placement(model: nn.Module) -> Placement:
+    return place(network_from_fx(trace(model)))
+
+
+def reads(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
+    """tensor -> [(who reads it quantized, by which rule)]"""
+    return {t.tensor: [(read.reader, read.rule) for read in t.reads] for t in placement(model).tensors}
+
+
+def conv(inputs: int = 16, outputs: int = 16, kernel: int = 3, groups: int = 1) -> nn.Sequential:
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(outputs))
+
+
+class Residual(nn.Module):
+    """relu(body(x) + skip(x)), where ``add`` says how the sum is written."""
+
+    def __init__(self, body: nn.Module, skip: nn.Module, add=lambda a, b: a + b):
+        super().__init__()
+        self.stem, self.body, self.skip, self.add, self.head = conv(), body, skip, add, conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return self.head(F.relu(self.add(self.body(x), self.skip(x))))
+
+
+def test_a_chain_quantizes_only_the_inputs_of_convolutions():
+    model = nn.Sequential(conv(3, 16), nn.ReLU(), conv(16, 32), nn.LeakyReLU())
+    assert reads(model) == {"input_1": [("_0_0", "weighted_input")], "_1": [("_2_0", "weighted_input")]}
+    assert [w.quantized for w in placement(model).weights] == [True, True]
+
+
+@pytest.mark.parametrize("add", [lambda a, b: a + b, torch.add, lambda a, b: b + a, lambda a, b: a.add_(b)])
+def test_identity_skip_is_quantized_and_shares_the_quantizer_of_the_convolution_input(add):
+    model = Residual(conv(), nn.Identity(), add)
+    found = reads(model)
+    add_name = placement(model).adds[0].op
+    # nn.Identity makes a tensor of its own in the graph; the skip is quantized once, behind it.
+    assert found == {
+        "x": [("stem_0", "weighted_input")],
+        "relu": [("body_0", "weighted_input")],
+        "skip": [(add_name, "residual_add")],
+        "relu_1": [("head_0", "weighted_input")],
+    }
+
+
+class PlainSkip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.body, self.head = conv(), conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = self.body(x) + x
+        return self.head(x)
+
+
+def test_skip_and_convolution_input_are_one_tensor_with_one_quantizer():
+    found = reads(PlainSkip())
+    assert found["relu"] == [("body_0", "weighted_input"), ("add", "residual_add")]
+    assert found == {
+        "x": [("first_0", "weighted_input")],
+        "relu": [("body_0", "weighted_input"), ("add", "residual_add")],
+        "add": [("head_0", "weighted_input")],
+    }
+
+
+def test_of_two_convolution_branches_the_shorter_is_quantized():
+    body = nn.Sequential(conv(), nn.ReLU(), conv())
+    for model, shorter in (
+        (Residual(body, conv(kernel=1)), "skip_1"),
+        (Residual(conv(kernel=1), body), "body_1"),
+    ):
+        (decision,) = placement(model).adds
+        assert (decision.quantized_input, decision.rule) == (shorter, "residual_add_of_convolutions")
+        assert reads(model)[shorter] == [("add", "residual_add_of_convolutions")]
+
+
+def test_an_add_without_a_convolution_stays_float():
+    model = Residual(nn.Sequential(conv(), nn.ReLU()), nn.Identity())
+    (decision,) = placement(model).adds
+    assert decision.quantized_input is None
+    assert decision.rule == "float_add"
+    assert decision.reason
+    assert all(reader != decision.op for found in reads(model).values() for reader, _ in found)
+
+
+def test_max_pool_adds_nothing_and_average_pool_is_quantized_before_a_quantized_layer():
+    model = nn.Sequential(
+        conv(3, 16), nn.ReLU(), nn.MaxPool2d(2), conv(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+    )
+    assert reads(model) == {
+        "input_1": [("_0_0", "weighted_input")],
+        "_2": [("_3_0", "weighted_input")],
+        "_4": [("_5", "pool_input")],
+        "_6": [("_7", "weighted_input")],
+    }
+
+
+def test_an_average_pool_before_nothing_quantized_stays_float():
+    assert "_1" not in reads(nn.Sequential(conv(3, 16), nn.ReLU(), nn.AdaptiveAvgPool2d(1)))
+
+
+class Concat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.inner, self.head = conv(), conv(), conv(), conv(48, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        nested = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], dim=1)
+        return self.head(torch.cat([nested, F.relu(self.inner(x))], dim=1))
+
+
+def test_nested_concats_share_one_scale():
+    tensors = {t.tensor: t for t in placement(Concat()).tensors}
+    assert {name: t.quantizer for name, t in tensors.items()} == {
+        "x": "x",
+        "relu": "cat_1",
+        "relu_1": "cat_1",
+        "cat": "cat_1",
+        "relu_2": "cat_1",
+        "cat_1": "cat_1",
+    }
+    assert [read.rule for read in tensors["relu"].reads] == ["shared_concat_scale"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups", "kernel", "quantized"),
+    [
+        (3, 64, 1, 7, True),  # the first layer of a ResNet
+        (3, 10, 1, 3, False),  # few channels, neither a multiple of 8
+        (32, 10, 1, 1, True),
+        (32, 32, 32, 3, True),  # depthwise
+        (36, 36, 36, 3, False),  # depthwise, not a multiple of 8
+        (32, 32, 4, 1, False),  # grouped 1x1
+    ],
+)
+def test_small_channel_rules(inputs, outputs, groups, kernel, quantized):
+    (decision,) = placement(nn.Sequential(nn.Conv2d(inputs, outputs, kernel, groups=groups))).weights
+    assert decision.quantized is quantized
+    assert bool(decision.reason) is not quantized
+
+
+@pytest.mark.parametrize(("name", "adds", "projections"), [("resnet18", 8, 3), ("resnet50", 16, 4), ("resnet101", 33, 4)])
+def test_resnets(name, adds, projections):
+    found = placement(torchvision.models.get_model(name))
+    rules = [decision.rule for decision in found.adds]
+    assert len(rules) == adds
+    assert rules.count("residual_add_of_convolutions") == projections
+    assert set(rules) == {"residual_add", "residual_add_of_convolutions"}
+    assert all(decision.quantized for decision in found.weights)
+    readers = {read.reader: tensor for tensor in found.tensors for read in tensor.reads if "residual" in read.rule}
+    assert len(readers) == adds  # exactly one quantized input each
+    for decision in found.adds:
+        tensor = readers[decision.op]
+        if decision.rule == "residual_add_of_convolutions":
+            assert "downsample" in tensor.tensor
+            assert len(tensor.reads) == 1
+        else:  # the skip tensor already feeds a convolution: one quantizer for both
+            assert [read.rule for read in tensor.reads] == ["weighted_input", "residual_add"]
+
+
+def test_no_model_or_class_name_appears_in_the_rules():
+    from pathlib import Path
+
+    import qat.placement
+
+    text = Path(qat.placement.__file__).read_text().lower()
+    for word in ("resnet", "bottleneck", "basicblock", "densenet", "mobilenet", "downsample", "torchvision", "timm"):
+        assert word not in text
+
+
+def test_placement_survives_json():
+    import json
+
+    found = placement(torchvision.models.resnet18())
+    assert Placement.from_json(json.loads(json.dumps(found.to_json()))) == found

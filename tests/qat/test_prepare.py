@@ -1,0 +1,129 @@
+"""Insertion of quantizers: keys, modes, numerics, and models that cannot be traced."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from qat.artifact import UserError
+from qat.prepare import placement_of, prepare, trace
+from qat.quantizer import ActivationQuantizer, WeightQuantizer, fake_quantize, fake_quantize_weight
+
+
+def set_ranges(model: nn.Module, amax: float) -> None:
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.amax.fill_(amax)
+
+
+def test_float_keys_and_values_stay_and_only_ranges_are_added():
+    model = torchvision.models.resnet18(num_classes=10)
+    prepared = prepare(model)
+    before, after = model.state_dict(), prepared.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(key.startswith("activation_quantizers.") and key.endswith(".amax") for key in after.keys() - before.keys())
+    assert len(after.keys() - before.keys()) == len({t.quantizer for t in placement_of(prepared).tensors})
+
+
+def test_prepare_leaves_the_float_model_alone():
+    model = torchvision.models.resnet18(num_classes=10)
+    prepared = prepare(model)
+    assert not any(isinstance(module, WeightQuantizer) for module in model.modules())
+    next(prepared.parameters()).data.fill_(7.0)
+    assert not (next(model.parameters()) == 7.0).any()
+
+
+def test_it_computes_what_the_placement_says():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1))
+    prepared = prepare(model)
+    set_ranges(prepared, 2.0)
+    x = torch.randn(2, 3, 8, 8)
+    scale = torch.tensor(2.0) / 127
+    hidden = F.conv2d(fake_quantize(x, scale), fake_quantize_weight(model[0].weight, 0), model[0].bias)
+    want = F.conv2d(fake_quantize(hidden.relu(), scale), fake_quantize_weight(model[2].weight, 0), model[2].bias)
+    assert torch.equal(prepared(x), want)
+
+
+def test_gradients_reach_every_parameter():
+    prepared = prepare(torchvision.models.resnet18(num_classes=10)).train()
+    set_ranges(prepared, 4.0)
+    prepared(torch.randn(2, 3, 64, 64)).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in prepared.parameters())
+
+
+def test_switched_off_it_is_the_float_model():
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    prepared = prepare(model)
+    for module in prepared.modules():
+        if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
+            module.enabled = False
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(prepared(x), model(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_kept(training):
+    prepared = prepare(torchvision.models.resnet18(num_classes=10).train(training))
+    assert all(module.training is training for module in prepared.modules())
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.conv(x), 0.5, training=self.training)
+
+
+def test_functional_dropout_follows_train_and_eval():
+    traced = trace(FunctionalDropout())
+    x = torch.randn(1, 3, 8, 8)
+    assert (traced.train()(x) == 0).any()
+    assert not (traced.eval()(x) == 0).any()
+
+
+def test_a_module_called_twice_has_one_weight_quantizer():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.relu(self.conv(x)))
+
+    prepared = prepare(Twice())
+    set_ranges(prepared, 4.0)
+    assert sum(isinstance(module, WeightQuantizer) for module in prepared.modules()) == 1
+    assert prepared(torch.randn(1, 16, 4, 4)).shape == (1, 16, 4, 4)
+
+
+class DependsOnValues(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+def test_an_untraceable_model_is_one_line_that_names_the_line():
+    with pytest.raises(UserError, match=r"test_prepare\.py:\d+: if x\.sum\(\) > 0") as error:
+        prepare(DependsOnValues())
+    assert "\n" not in str(error.value)
+
+
+def test_the_placement_of_another_model_is_refused():
+    placement = placement_of(prepare(torchvision.models.resnet18()))
+    with pytest.raises(UserError, match="made for another model"):
+        prepare(nn.Sequential(nn.Conv2d(3, 16, 3)), placement)
+
+
+def test_transposed_convolutions_are_quantized_along_their_output_channels():
+    model = nn.Sequential(nn.ConvTranspose2d(16, 8, 2, stride=2))
+    prepared = prepare(model)
+    set_ranges(prepared, 4.0)
+    x = torch.randn(1, 16, 4, 4)
+    want = F.conv_transpose2d(
+        fake_quantize(x, torch.tensor(4.0) / 127), fake_quantize_weight(model[0].weight, 1), model[0].bias, stride=2
+    )
+    assert torch.equal(prepared(x), want)
