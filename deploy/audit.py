@@ -1,16 +1,17 @@
-"""What precision every convolution and matrix product of an engine really runs in, against what the ONNX declares.
+"""What every convolution and matrix product of an engine really runs in, against what the ONNX declares.
 
-Declared: a layer of the parsed network is declared INT8 when all its data inputs, activation and weights, come from
-DequantizeLinear, possibly through a transpose or a reshape. Real: the builder's list of final layers, either the text
-in TensorRT-RTX's verbose log or the engine inspector's JSON. ONNX nodes and engine layers are matched by name: an
-engine layer is called after its ONNX node, and a fused one names all its nodes.
+Declared: a layer of the parsed network is declared INT8 when all its data inputs, activation and weights,
+come from DequantizeLinear, possibly through a transpose or a reshape. Real: the builder's list of final
+layers, either the text in TensorRT-RTX's verbose log or the engine inspector's JSON. ONNX nodes and
+engine layers are matched by name: an engine layer is called after its ONNX node, and a fused one names
+all its nodes.
 
-A layer computes in INT8 when it reads INT8 data and INT8 weights. One exception: a generated kernel (``__myl_...``)
-spells its operations in its name, and when a Cast stands before the product (``CastMulCastCastMulFc``) it dequantizes
-first and multiplies in float, although INT8 goes in.
+A layer computes in INT8 when it reads INT8 data and INT8 weights. One exception: a generated kernel
+(``__myl_...``) spells its operations in its name, and when a Cast stands before the product
+(``CastMulCastCastMulFc``) it dequantizes first and multiplies in float, although INT8 goes in.
 
-The text form was captured from the real builder (tests/deploy/test_audit.py). The JSON forms follow NVIDIA's
-documentation and ../shared/tensorrt.md and were not run: they need a GPU.
+The text form was captured from the real builder (tests/deploy/test_audit.py). The JSON forms follow
+NVIDIA's documentation and ../shared/tensorrt.md and were not run: they need a GPU.
 """
 
 from __future__ import annotations
@@ -26,26 +27,22 @@ MATRIX_TYPES = ("MATRIX_MULTIPLY", "FULLY_CONNECTED")
 # Layers that move values without changing them: a DequantizeLinear is looked for behind them.
 _MOVING_TYPES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY")
 
-_LAYER_LINE = re.compile(
-    r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>Inputs: .*)$", re.MULTILINE
-)
+_LAYER_LINE = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>Inputs: .*)$", re.MULTILINE)
 _TENSOR_TYPE = re.compile(r"Datatype: (\w+)")
 _LIST_NAMES = ("Inputs", "Constants", "Outputs", "TacticName")
 _METADATA_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]|\[ONNX Layer: |\s*$)", re.DOTALL)
 _NUMBERING = re.compile(r"_myl\d+_\d+$")
-_TYPE_WORD = re.compile(
-    r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE
-)
+_TYPE_WORD = re.compile(r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE)
 _SHORT_TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
 
-# Layer types that fuse pointwise work only; they carry a convolution's name in their metadata without computing it.
+# Layers of pointwise work only: their metadata may name a convolution that they do not compute.
 _POINTWISE_KINDS = ("kgen", "shape_call", "pointwise", "pointwisev2", "reformat", "noop", "constant")
 
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """A final layer: ``inputs``, ``constants`` and ``outputs`` are tensor types such as ``INT8`` and ``FP32``."""
+    """A final layer: ``inputs``, ``constants`` and ``outputs`` are types such as ``INT8`` and ``FP32``."""
 
     name: str
     kind: str
@@ -63,16 +60,14 @@ class EngineLayer:
     def product_precision(self) -> str:
         """The type that a convolution or matrix product multiplies in."""
         weights = (*self.inputs[1:], *self.constants)
-        if self.precision == "INT8" and (
-            _dequantizes_first(self.name) or (weights and "INT8" not in weights)
-        ):
+        if self.precision == "INT8" and (_dequantizes_first(self.name) or (weights and "INT8" not in weights)):
             return next((found for found in weights if found != "INT8"), "FP32")
         return self.precision
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One convolution or matrix product: declared precision, real precision and, where not INT8, the likely cause."""
+    """One convolution or matrix product: what it is declared, what it is and, where not INT8, the likely cause."""
 
     node: str
     operation: Literal["convolution", "matrix product"]
@@ -136,7 +131,7 @@ def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> A
 
 
 def declared_layers(network: Any, module: Any) -> list[DeclaredLayer]:
-    """The convolutions and matrix products of a parsed INetworkDefinition; ``module`` is TensorRT's Python module."""
+    """The convolutions and matrix products of a parsed INetworkDefinition; ``module`` is TensorRT's own."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
     wanted = (*CONVOLUTION_TYPES, *MATRIX_TYPES)
@@ -144,7 +139,7 @@ def declared_layers(network: Any, module: Any) -> list[DeclaredLayer]:
 
 
 def layers_from_log(text: str) -> list[EngineLayer]:
-    """Final layers from a verbose build log: lines ``Name: ..., LayerType: ..., Inputs: [...], ... Metadata: ...``."""
+    """Final layers from a verbose build log: ``Name: ..., LayerType: ..., Inputs: [...], ... Metadata: ...``."""
     found = []
     for match in _LAYER_LINE.finditer(text):
         body, _, metadata = match["rest"].partition(", Metadata: ")
@@ -155,8 +150,16 @@ def layers_from_log(text: str) -> list[EngineLayer]:
             key: tuple(_short_type(word) for word in _TENSOR_TYPE.findall(body[start:end]))
             for (start, key), end in zip(present, ends, strict=True)
         }
-        types = (lists.get(key, ()) for key in ("Inputs", "Constants", "Outputs"))
-        found.append(EngineLayer(match["name"], match["kind"], *types, _onnx_nodes(match["name"], metadata)))
+        found.append(
+            EngineLayer(
+                name=match["name"],
+                kind=match["kind"],
+                inputs=lists.get("Inputs", ()),
+                constants=lists.get("Constants", ()),
+                outputs=lists.get("Outputs", ()),
+                onnx_nodes=_onnx_nodes(match["name"], metadata),
+            )
+        )
     return found
 
 
@@ -189,9 +192,7 @@ def layers_from_inspector(text: str) -> list[EngineLayer]:
 
 def _inspector_types(tensors: Any) -> tuple[str, ...]:
     listed = [tensor for tensor in tensors or [] if isinstance(tensor, dict)]
-    return tuple(
-        _short_type(str(tensor.get("Datatype") or tensor.get("Format/Datatype", ""))) for tensor in listed
-    )
+    return tuple(_short_type(str(tensor.get("Datatype") or tensor.get("Format/Datatype", ""))) for tensor in listed)
 
 
 def _short_type(words: str) -> str:
@@ -275,9 +276,7 @@ def _scale_axis(dequantize: Any | None, module: Any) -> int | None:
 
 
 def _groups_and_channels(layer: Any, module: Any) -> tuple[int, int]:
-    layer.__class__ = (
-        module.IConvolutionLayer if layer.type.name == "CONVOLUTION" else module.IDeconvolutionLayer
-    )
+    layer.__class__ = module.IConvolutionLayer if layer.type.name == "CONVOLUTION" else module.IDeconvolutionLayer
     return int(layer.num_groups), int(layer.num_output_maps)
 
 
@@ -289,13 +288,11 @@ def _cause(layer: DeclaredLayer, found: EngineLayer | None) -> str:
     if layer.kind == "DECONVOLUTION":
         return "transposed convolution: the builder chose a float kernel; leave it unquantized"
     if layer.operation == "convolution" and layer.weight_axis not in (None, 0):
-        return f"weight scales lie on axis {layer.weight_axis}, and a convolution needs one per output channel (axis 0)"
+        return f"weight scales lie on axis {layer.weight_axis}; a convolution needs one per output channel (axis 0)"
     if _dequantizes_first(found.name):
         return "the kernel dequantizes and multiplies in float: weight scales must lie on the output axis"
     if layer.groups > 1 and layer.channels % 8:
         return f"grouped convolution with {layer.channels} output channels, which is no multiple of 8"
     if "INT8" not in found.inputs[:1]:
-        return (
-            f"its data arrives as {found.precision}: a layer between it and its DequantizeLinear is not INT8"
-        )
+        return f"its data arrives as {found.precision}: a layer between it and its DequantizeLinear is not INT8"
     return f"the builder chose a {found.precision} kernel"

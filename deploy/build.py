@@ -1,7 +1,8 @@
 """Builds a TensorRT engine from a Q/DQ ONNX file and audits it: is INT8 what the ONNX declares INT8?
 
-With a GPU and TensorRT the engine is built for that GPU; without, TensorRT-RTX builds it ahead of time for the compute
-capabilities asked for. Exit code 3 says that a layer which the ONNX declares INT8 runs in another precision.
+With a GPU and TensorRT the engine is built for that GPU; without, TensorRT-RTX builds it ahead of time
+for the compute capabilities asked for. Exit code 3 says that a layer which the ONNX declares INT8 runs in
+another precision.
 """
 
 from __future__ import annotations
@@ -82,9 +83,7 @@ def main(options: Options) -> int:
         )
     check_writable(output)
     toolkit = find_toolkit(options.builder)
-    capabilities = options.compute_capabilities or (
-        DEFAULT_CAPABILITIES if toolkit.name == "tensorrt-rtx" else ()
-    )
+    capabilities = options.compute_capabilities or (DEFAULT_CAPABILITIES if toolkit.name == "tensorrt-rtx" else ())
     target = toolkit.gpu or "compute capabilities " + " ".join(capabilities)
     say(f"{toolkit.title}, {toolkit.typing}ly typed, for {target}")
 
@@ -105,13 +104,11 @@ def main(options: Options) -> int:
     return 0
 
 
-def build(
-    toolkit: Toolkit, model: Path, capabilities: tuple[str, ...], opt_batch: int, max_batch: int
-) -> Built:
+def build(toolkit: Toolkit, model: Path, capabilities: tuple[str, ...], opt_batch: int, max_batch: int) -> Built:
     """Parses ``model``, builds its engine and audits it; nothing is written.
 
-    A dynamic batch gets an optimization profile from 1 to ``max_batch``. Raises UserError when the parser or the
-    builder refuses the model, naming the node, or when a compute capability is not supported.
+    A dynamic batch gets an optimization profile from 1 to ``max_batch``. Raises UserError when the parser or
+    the builder refuses the model, naming the node, or when a compute capability is not supported.
     """
     from deploy import audit, diagnose
     from deploy.trt import BuildLog
@@ -136,7 +133,7 @@ def build(
     layers = audit.layers_from_log(text) if form == "log" else audit.layers_from_inspector(text)
     if not layers:
         raise UserError(
-            f"{toolkit.title} did not list the engine's layers, so nothing proves its precision: report this version"
+            f"{toolkit.title} did not list the engine's layers: nothing proves their precision; report this"
         )
     inputs = _specs([network.get_input(i) for i in range(network.num_inputs)])
     outputs = _specs([network.get_output(i) for i in range(network.num_outputs)])
@@ -144,7 +141,7 @@ def build(
 
 
 def _read_model(model: Path) -> tuple[Sidecar | None, Parent]:
-    """The model's sidecar, where there is one, and its identity. Raises UserError when they do not belong together."""
+    """The model's sidecar, where there is one, and its identity; UserError when they do not fit together."""
     if not model.is_file():
         raise UserError(f"no file {model}: check the path, or make it with python -m export.onnx")
     if sidecar_path(model).exists():
@@ -163,8 +160,8 @@ def _parse(toolkit: Toolkit, builder: Any, model: Path, log: BuildLog) -> Any:
         raise UserError(f"{toolkit.title} cannot parse {model}: {diagnose.explain(failures, log)}")
     if nodes := diagnose.uint8_nodes(log):
         raise UserError(
-            f"{model} quantizes to UINT8 at {len(nodes)} nodes, the first {nodes[0]!r}, which TensorRT would take "
-            "as INT8, so that codes above 127 saturate: quantize again with INT8 and zero point 0"
+            f"{model} quantizes to UINT8 at {len(nodes)} nodes, the first {nodes[0]!r}, which TensorRT would "
+            "take as INT8, so that codes above 127 saturate: quantize again with INT8 and zero point 0"
         )
     if network.num_outputs == 0:  # the parser takes an empty file, and text too, for a network without nodes
         raise UserError(f"{model} holds no network: it is empty or not an ONNX file; make or copy it again")
@@ -172,9 +169,7 @@ def _parse(toolkit: Toolkit, builder: Any, model: Path, log: BuildLog) -> Any:
 
 
 def _add_profile(builder: Any, config: Any, network: Any, opt_batch: int, max_batch: int) -> None:
-    dynamic = [
-        network.get_input(i) for i in range(network.num_inputs) if -1 in tuple(network.get_input(i).shape)
-    ]
+    dynamic = [network.get_input(i) for i in range(network.num_inputs) if -1 in tuple(network.get_input(i).shape)]
     if not dynamic:
         return
     profile = builder.create_optimization_profile()
@@ -182,8 +177,8 @@ def _add_profile(builder: Any, config: Any, network: Any, opt_batch: int, max_ba
         batch, *rest = tensor.shape
         if -1 in rest:
             raise UserError(
-                f"input {tensor.name!r} has shape {(batch, *rest)}: only the first dimension, the batch, may be "
-                "dynamic; export it with fixed sizes"
+                f"input {tensor.name!r} has shape {(batch, *rest)}: only the first dimension, the batch, may "
+                "be dynamic; export it with fixed sizes"
             )
         profile.set_shape(tensor.name, (1, *rest), (opt_batch, *rest), (max_batch, *rest))
     config.add_optimization_profile(profile)
@@ -239,10 +234,8 @@ def _print_audit(built: Built) -> None:
     table("Audit", ("what", "found"), rows)
     for finding in built.audit.findings:
         if finding.precision != "INT8":
-            declared = "declared INT8, " if finding.declared_int8 else ""
-            say(
-                f"not INT8: {finding.operation} {finding.node} ({declared}{finding.precision}): {finding.cause}"
-            )
+            found = ("declared INT8, " if finding.declared_int8 else "") + finding.precision
+            say(f"not INT8: {finding.operation} {finding.node} ({found}): {finding.cause}")
 
 
 def _sidecar(
@@ -268,9 +261,7 @@ def _sidecar(
         "typing": toolkit.typing,
         "compute_capabilities": list(capabilities),
         "gpu": toolkit.gpu,
-        "batch": {"min": 1, "opt": options.opt_batch, "max": options.max_batch}
-        if _is_dynamic(built)
-        else None,
+        "batch": {"min": 1, "opt": options.opt_batch, "max": options.max_batch} if _is_dynamic(built) else None,
         "provenance": "known" if source else "unknown: the ONNX file has no sidecar",
         "onnx": {"figures": dict(source.figures), "made_by": dict(source.made_by)} if source else None,
         "findings": [asdict(finding) for finding in built.audit.findings],

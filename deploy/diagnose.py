@@ -1,8 +1,8 @@
 """What the parser and the builder refuse, in one line that says which node, why and what to do.
 
-TensorRT's own errors are paragraphs of source locations; the cause is usually one of a few breaches of its Q/DQ rules.
-Those are told apart by the words that TensorRT uses. The verbose log is read too, because only it names a node's
-scale. What is not recognised is shortened, not hidden.
+TensorRT's own errors are paragraphs of source locations; the cause is usually one of a few breaches of
+its Q/DQ rules. Those are told apart by the words that TensorRT uses. The verbose log is read too, because
+only it names a node's scale. What is not recognised is shortened, not hidden.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ _UINT8_TAKEN_AS_INT8 = "UINT8 zero_point"
 _PARSING = re.compile(r"^Parsing node: (?P<node>.*) \[(?P<op>\w+)\]$")
 _FAILED_AT = re.compile(r'While parsing node number (?P<index>\d+) \[(?P<op>\w+) -> "(?P<output>.*?)"')
 # Without a GPU each error is followed by a complaint about the driver, which is not the cause of anything.
-_NOISE = re.compile(
-    r"cudaError|CUDA driver version|^--- (Begin|End) node|^Invalid Node - |^\s*$", re.IGNORECASE
-)
+_NOISE = re.compile(r"cudaError|CUDA driver version|^--- (Begin|End) node|^Invalid Node - |^\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def _cause(failure: ParserFailure, log: BuildLog) -> str:
             "floor the scale to a small positive number and export again"
         )
     if failure.op in _Q_DQ and ("shiftIsAllZeros" in reason or "zero zero point" in reason):
-        return "its zero point is not 0, and TensorRT runs symmetric INT8 only: quantize again with INT8 and zero point 0"
+        return "its zero point is not 0, and TensorRT's INT8 is symmetric: quantize again with INT8 and zero point 0"
     if failure.op == "DequantizeLinear" and "type Int32" in reason:
         return "it dequantizes INT32, a quantized bias, which TensorRT refuses: leave the bias in float"
     if "UNSUPPORTED" in reason or reason.strip() == "false" or "Plugin not found" in reason:

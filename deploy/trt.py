@@ -1,15 +1,17 @@
 """The one place that knows TensorRT's versions: 8.6, 10.x, 11.x and TensorRT-RTX 1.7.
 
-It decides which builder a machine can use, how a network is created and typed there, and where the builder tells
-what the final layers are. Everything else in deploy/ works through ``Toolkit`` and the part of the Python API that
-all these versions share.
+It decides which builder a machine can use, how a network is created and typed there, and where the
+builder tells what the final layers are. Everything else in deploy/ works through ``Toolkit`` and the part
+of the Python API that all these versions share.
 
 What differs, and what is done about it:
-- Typing. A strongly typed network takes every precision from its Q/DQ nodes. 8.6 has weakly typed networks only:
-  there the INT8 and FP16 builder flags allow what the Q/DQ nodes ask for, and the sidecar says "weak".
-- EXPLICIT_BATCH must be set in 8.6, is ignored in 10.x and does not exist later: it is set where it exists.
-- Final layers. TensorRT has a GPU and loads the engine, so the engine inspector answers. TensorRT-RTX builds ahead
-  of time, often without any GPU: its verbose log lists the layers.
+- Typing. A strongly typed network takes every precision from its Q/DQ nodes. 8.6 has weakly typed
+  networks only: there the INT8 and FP16 builder flags allow what the Q/DQ nodes ask for, and the sidecar
+  says "weak".
+- EXPLICIT_BATCH must be set in 8.6, is ignored in 10.x and does not exist later: it is set where it
+  exists.
+- Final layers. TensorRT has a GPU and loads the engine, so the engine inspector answers. TensorRT-RTX
+  builds ahead of time, often without any GPU: its verbose log lists the layers.
 
 Run for this file: TensorRT-RTX 1.7 (tests/deploy). The branches of 8.6, 10.x and 11.x follow NVIDIA's API
 documentation and were not run: they need a GPU.
@@ -32,7 +34,7 @@ from qat.artifact import UserError
 
 BuilderName = Literal["tensorrt", "tensorrt-rtx"]
 
-# The wheel of ONNX Runtime's TensorRT-RTX provider carries TensorRT-RTX's libraries; the order is that of loading.
+# The wheel of ONNX Runtime's TensorRT-RTX provider carries the libraries; the order is that of loading.
 RTX_LIBRARY_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
 RTX_LIBRARIES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")
 RTX_BINDINGS = "tensorrt_rtx_bindings"
@@ -46,7 +48,7 @@ _WEIGHTS_LINE = re.compile(r"^Total Weights Memory: (\d+) bytes", re.MULTILINE)
 
 @dataclass
 class BuildLog:
-    """Everything that the parser and the builder said, in order: pairs of severity (``ERROR`` ...) and text."""
+    """Everything that parser and builder said, in order: pairs of severity (``ERROR`` ...) and text."""
 
     messages: list[tuple[str, str]] = field(default_factory=list)
 
@@ -96,12 +98,10 @@ class Toolkit:
         return hasattr(self.module, "IProgressMonitor")
 
     def compute_capabilities(self) -> tuple[str, ...]:
-        """What can be built ahead of time, for example ``("7.5", "8.0", ...)``; empty when only for the GPU here."""
+        """What can be built for ahead of time, such as ``("7.5", "8.0")``; empty when only the GPU here."""
         if self.name == "tensorrt":
             return ()
-        numbers = [
-            int(name[2:]) for name in dir(self.module.ComputeCapability) if re.fullmatch(r"SM\d+", name)
-        ]
+        numbers = [int(name[2:]) for name in dir(self.module.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
         return tuple(f"{number // 10}.{number % 10}" for number in sorted(numbers))
 
     def logger(self, log: BuildLog) -> Any:
@@ -158,9 +158,9 @@ class Toolkit:
     def report_progress(self, config: Any, report: Callable[[float, str], None]) -> Iterator[None]:
         """While the block builds, calls ``report(fraction done, phase)`` and lets Ctrl-C cancel the build.
 
-        An exception must not pass through TensorRT's C++ code, so Ctrl-C only sets a mark, on which the monitor
-        cancels the build and KeyboardInterrupt is raised afterwards. Without a monitor Ctrl-C ends the process at
-        once; nothing has been written by then.
+        An exception must not pass through TensorRT's C++ code, so Ctrl-C only sets a mark, on which the
+        monitor cancels the build and KeyboardInterrupt is raised afterwards. Without a monitor Ctrl-C ends the
+        process at once; nothing has been written by then.
         """
         interrupted: list[int] = []
 
@@ -180,7 +180,7 @@ class Toolkit:
     def final_layers(self, log: BuildLog, plan: Any) -> tuple[Literal["log", "inspector"], str]:
         """What the builder says about the engine's final layers, and in which form: see deploy/audit.py.
 
-        ``plan`` is the serialized engine. TensorRT-RTX answers from ``log``; TensorRT's engine is loaded and inspected.
+        ``plan`` is the serialized engine. TensorRT-RTX answers from ``log``; TensorRT loads and inspects it.
         """
         if self.name == "tensorrt-rtx":
             return "log", "\n".join(log.texts("VERBOSE"))

@@ -66,7 +66,11 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
         preprocessing=checkpoint.sidecar.preprocessing,
         class_names=checkpoint.sidecar.class_names,
         figures=figures,
-        details={"input": options.input, "opset": OPSET, "dead_channels": [asdict(channel) for channel in dead]},
+        details={
+            "input": options.input,
+            "opset": OPSET,
+            "dead_channels": [asdict(channel) for channel in dead],
+        },
     )
     written = write_artifact(output, sidecar, write)
     say(f"wrote {output}\nnext: python -m deploy.build {output}")
@@ -98,7 +102,10 @@ def _pairs(
     for x_NCHW, _ in images:
         x_NCHW = x_NCHW[:left]
         normalized = checkpoint.preprocessing.normalize(x_NCHW)
-        yield normalized, x_NCHW.permute(0, 2, 3, 1).contiguous() if options.input == "uint8-nhwc" else normalized
+        yield (
+            normalized,
+            x_NCHW.permute(0, 2, 3, 1).contiguous() if options.input == "uint8-nhwc" else normalized,
+        )
         left -= len(x_NCHW)
         if left <= 0:
             return
@@ -110,7 +117,11 @@ def _test_images(checkpoint: Checkpoint) -> tuple[Iterator[tuple[Tensor, Tensor]
     data = details["data"]
     try:
         loaded = load_data(
-            data["source"], data["image_size"], details["seed"], details["calibration_images"], Path(data["root"])
+            data["source"],
+            data["image_size"],
+            details["seed"],
+            details["calibration_images"],
+            Path(data["root"]),
         )
         return batches(loaded.test, _PARITY_BATCH, None), f"the test split of {data['source']}"
     except UserError as error:

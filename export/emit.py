@@ -116,7 +116,9 @@ def _node_name(node: ir.Node) -> str:
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         scale = node.inputs[1]
         assert scale is not None
-        tensor = (scale.name or "").removesuffix(".scale").removeprefix("network.").removeprefix("activation_quantizers.")
+        tensor = (
+            (scale.name or "").removesuffix(".scale").removeprefix("network.").removeprefix("activation_quantizers.")
+        )
         return f"{tensor}/{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     modules = [scope for scope in scopes[:-1] if scope and scope != "network"]

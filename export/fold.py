@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from export import ops
-from qat.quantizer import SCALE_FLOOR, WEIGHT, ActivationQuantizer, WeightQuantizer, per_channel, quantize, scale_from_amax
+from qat.quantizer import (
+    SCALE_FLOOR,
+    WEIGHT,
+    ActivationQuantizer,
+    WeightQuantizer,
+    per_channel,
+    quantize,
+    scale_from_amax,
+)
 
 FLATTEN = torch.ops.int8.flatten.default
 POOL = torch.ops.int8.global_average_pool.default
+
+_Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
     for node in folded.graph.nodes:
         calls[str(node.target)] = calls.get(str(node.target), 0) + (node.op == "call_module")
     for node in list(folded.graph.nodes):
-        if node.op != "call_module" or type(modules[node.target]) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if node.op != "call_module" or type(modules[node.target]) not in get_args(_Norm):
             continue
         source, norm = node.args[0], modules[node.target]
         if source.op != "call_module" or len(source.users) != 1 or norm.running_var is None:
@@ -116,7 +127,7 @@ def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
         folded.delete_submodule(str(node.target))
 
 
-def _store_codes(name: str, layer: nn.Module, norm: nn.Module | None, dead: list[DeadChannel]) -> None:
+def _store_codes(name: str, layer: Any, norm: _Norm | None, dead: list[DeadChannel]) -> None:
     """Replaces the weight of ``layer`` by INT8 codes and its quantizer by a dequantizer, with ``norm`` folded in."""
     quantizer, weight = layer.weight_quantizer, layer.weight.detach()
     scale = quantizer.scale(weight)
@@ -136,7 +147,7 @@ def _store_codes(name: str, layer: nn.Module, norm: nn.Module | None, dead: list
     layer.weight_quantizer = Dequantize(scale.clamp(min=SCALE_FLOOR), quantizer.axis)
 
 
-def _fold_float(layer: nn.Module, norm: nn.Module) -> None:
+def _fold_float(layer: Any, norm: _Norm) -> None:
     factor, shift = _affine(norm)
     axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
     bias = 0 if layer.bias is None else layer.bias.detach()
@@ -144,8 +155,10 @@ def _fold_float(layer: nn.Module, norm: nn.Module) -> None:
     layer.bias = nn.Parameter(shift + bias * factor, requires_grad=False)
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _affine(norm: _Norm) -> tuple[Tensor, Tensor]:
     """Batch normalization as y = x * factor + shift, each [C] float32; computed in float64."""
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
     deviation = (norm.running_var.double() + norm.eps).sqrt()
     factor = (norm.weight.double() if norm.affine else 1.0) / deviation
     shift = (norm.bias.double() if norm.affine else 0.0) - norm.running_mean.double() * factor

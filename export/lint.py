@@ -39,7 +39,9 @@ def lint(model: ir.Model) -> list[Finding]:
         if node.op_type == "QuantizeLinear":
             findings.extend(_pair(node))
         if node.op_type in FORBIDDEN:
-            message = f"{node.op_type} is not supported: use QuantizeLinear and DequantizeLinear around float operations"
+            message = (
+                f"{node.op_type} is not supported: use QuantizeLinear and DequantizeLinear around float operations"
+            )
             findings.append(Finding(_name(node), "forbidden_op", message))
         if node.op_type in WEIGHTED:
             findings.extend(_float_bias(node))
@@ -59,7 +61,9 @@ def _scale(node: ir.Node) -> Iterator[Finding]:
         yield Finding(_name(node), "constant_scale", "the scale is not a constant: make it an initializer")
     elif not np.isfinite(scale).all() or (scale <= 0).any():
         bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)))
-        message = f"{bad.size} of {scale.size} scales are not positive and finite, first at channel {bad[0]}: floor them"
+        message = (
+            f"{bad.size} of {scale.size} scales are not positive and finite, first at channel {bad[0]}: floor them"
+        )
         yield Finding(_name(node), "positive_scale", message)
 
 
@@ -70,7 +74,11 @@ def _zero_point(node: ir.Node) -> Iterator[Finding]:
         return
     zero_point = _constant(given)
     if zero_point is None:
-        yield Finding(_name(node), "constant_zero_point", "the zero point is not an initializer: remove what lies between")
+        yield Finding(
+            _name(node),
+            "constant_zero_point",
+            "the zero point is not an initializer: remove what lies between",
+        )
     elif zero_point.dtype != np.int8:
         yield Finding(_name(node), "int8_zero_point", f"the zero point is {zero_point.dtype}: quantize to INT8")
     elif zero_point.any():
@@ -82,7 +90,8 @@ def _granularity(node: ir.Node) -> Iterator[Finding]:
     scale, data = _constant(node.inputs[1]), node.inputs[0]
     if scale is None or scale.size <= 1 or data is None:
         return
-    root = data.producer().inputs[0] if data.producer() is not None and data.producer().op_type == "QuantizeLinear" else data
+    producer = data.producer()
+    root = producer.inputs[0] if producer is not None and producer.op_type == "QuantizeLinear" else data
     if root is None or _constant(root) is None:
         yield Finding(_name(node), "per_tensor_activation", "an activation has several scales: use one a tensor")
         return

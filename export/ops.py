@@ -20,7 +20,7 @@ from qat.quantizer import ACTIVATION, per_channel, quantize
 
 @torch.library.custom_op("int8::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """QuantizeLinear + DequantizeLinear of an activation: x of any shape, float32; scale [] float32; zero_point [] int8."""
+    """QuantizeLinear + DequantizeLinear: x of any shape, float32; scale [] float32; zero_point [] int8."""
     return quantize(x, scale, ACTIVATION).mul_(scale)
 
 

@@ -28,6 +28,8 @@ FORMAT_VERSION = 1
 
 Kind = Literal["checkpoint", "training-state", "onnx", "engine"]
 
+_RECORDED_PACKAGES = ("int8-qat-pipeline", "torch", "torchvision", "timm", "onnx", "onnx-ir", "onnxruntime")
+
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
@@ -36,6 +38,8 @@ _DISK_ERRORS = {
     errno.EPERM: "no permission to write there: choose another folder",
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
+    errno.ENOENT: "the folder does not exist and cannot be made: choose another path",
+    errno.EEXIST: "a part of the path is a file, not a folder: choose another path",
     errno.EISDIR: "that is a folder: give the name of a file",
 }
 
@@ -222,23 +226,21 @@ def versions(*packages: str) -> dict[str, str]:
 
 def _provenance() -> dict[str, Any]:
     python = ".".join(map(str, sys.version_info[:3]))
+    module = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script that was run by its path
+    program = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [*program, *sys.argv[1:]],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": python} | versions("int8-qat-pipeline", "torch", "torchvision", "onnx", "onnxruntime"),
+        "versions": {"python": python} | versions(*_RECORDED_PACKAGES),
     }
 
 
 def _sidecar_from_json(content: dict[str, Any]) -> Sidecar:
-    tensors = {
-        key: tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in content.pop(key))
-        for key in ("inputs", "outputs")
-    }
-    parent = content.pop("parent")
-    class_names = tuple(content.pop("class_names"))
-    return Sidecar(
-        parent=None if parent is None else Parent(**parent), class_names=class_names, **tensors, **content
-    )
+    for key in ("inputs", "outputs"):
+        content[key] = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in content[key])
+    content["parent"] = None if content["parent"] is None else Parent(**content["parent"])
+    content["class_names"] = tuple(content["class_names"])
+    return Sidecar(**content)
 
 
 def _umask() -> int:

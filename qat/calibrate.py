@@ -157,9 +157,9 @@ def mse_of_thresholds(counts: Tensor) -> Tensor:
     bins = len(counts)
     c = counts.double() / counts.sum()
     x = torch.arange(bins, device=c.device, dtype=torch.float64) + 0.5
-    i = _thresholds(counts)
-    edges = _code_edges(bins, c.device)[: len(i)]
-    scale = i.double() / ACTIVATION.high  # [T]
+    end = _end(counts)
+    edges = _code_edges(bins, c.device)[: end - LEVELS + 1]
+    scale = torch.arange(LEVELS, end + 1, device=c.device, dtype=torch.float64) / ACTIVATION.high  # [T]
     mass, first = (_sums(_prefix(moment), edges) for moment in (c, c * x))  # [T, K]
     levels = torch.arange(LEVELS, device=c.device) * scale[:, None]  # [T, K]
     return (c * x * x).sum() + torch.linalg.vecdot(levels, levels * mass - 2 * first)
@@ -170,23 +170,25 @@ def kl_of_thresholds(counts: Tensor) -> Tensor:
 
     Infinite where Q cannot represent P, and everywhere when there are no counts.
     """
+    end = _end(counts)
+    edges = _group_edges(len(counts), counts.device)[: end - LEVELS + 1]
     total = counts.sum().clamp(min=1)
     c = counts.double() / total
-    kept = _prefix(counts).double() / total  # kept[i] is the sum of c below i, without rounding
-    i = _thresholds(counts)
-    edges = _group_edges(len(counts), counts.device)[: len(i)]
-    clipped = kept[-1] - kept[i]  # [T]
+    prefix = _prefix(counts).double() / total  # of integers: no rounding makes an empty group look filled
+    c_last = c[LEVELS - 1 : end]  # c_{i-1}: [T]
+    kept = prefix[LEVELS : end + 1]  # c_0 + .. + c_{i-1}: [T]
+    clipped = prefix[-1] - kept
     clips = clipped > 0
-    last = c[i - 1] + clipped
 
-    group_mass = _sums(kept, edges)  # S_k: [T, K]
+    group_mass = _sums(prefix, edges)  # S_k: [T, K]
     filled = _sums(_prefix((c > 0).double()), edges)  # n_k
-    filled[:, -1] += (c[i - 1] == 0) & clips
+    filled[:, -1] += (c_last == 0) & clips
     # An empty group gets the log of an arbitrary value above 0, which its mass of 0 then cancels.
     log_q = group_mass.clamp(min=SCALE_FLOOR).div_(filled.clamp_(min=1)).log_()
-    p_log_q = torch.linalg.vecdot(group_mass, log_q) + clipped * log_q[:, -1] - kept[i].log()
-    p_log_p = _prefix(torch.xlogy(c, c))[i - 1] + torch.xlogy(last, last)
-    impossible = (kept[i] == 0) | (clips & (group_mass[:, -1] == 0))
+    p_log_q = torch.linalg.vecdot(group_mass, log_q) + clipped * log_q[:, -1] - kept.log()
+    p_last = c_last + clipped
+    p_log_p = _prefix(torch.xlogy(c, c))[LEVELS - 1 : end] + torch.xlogy(p_last, p_last)
+    impossible = (kept == 0) | (clips & (group_mass[:, -1] == 0))
     return torch.where(impossible, math.inf, p_log_p - p_log_q)
 
 
@@ -235,9 +237,7 @@ def set_ranges(
             continue
         quantizer.amax.fill_(_choose(observer, method, percentile))
         if observer.amax / ACTIVATION.high < SCALE_FLOOR:
-            warnings.append(
-                f"tensor {name} is zero for every calibration image: dead channels, or too few images?"
-            )
+            warnings.append(f"tensor {name} is zero for every calibration image: dead channels, or too few images?")
     return warnings
 
 
@@ -316,10 +316,10 @@ def _sums(prefix: Tensor, edges: Tensor) -> Tensor:
     return prefix.index_select(0, edges.flatten()).view(edges.shape).diff(dim=1)
 
 
-def _thresholds(counts: Tensor) -> Tensor:
-    """[T]: 128 .. the end of the last bin that is not empty, above which nothing is clipped."""
-    end = int((torch.arange(1, len(counts) + 1, device=counts.device) * (counts > 0)).max())
-    return torch.arange(LEVELS, max(end, LEVELS) + 1, device=counts.device)
+def _end(counts: Tensor) -> int:
+    """The largest i: the end of the last bin that is not empty, above which nothing is clipped; at least 128."""
+    filled = counts.nonzero()
+    return max(LEVELS, int(filled[-1]) + 1) if len(filled) else LEVELS
 
 
 @lru_cache(maxsize=4)

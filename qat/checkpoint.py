@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from qat.artifact import Kind, Sidecar, TensorSpec, UserError, read_sidecar, write_artifact
 from qat.data import Preprocessing
 from qat.models import ModelSpec, build_model
-from qat.placement import Placement
-from qat.prepare import placement_of, prepare
+from qat.placement import RULES, Placement
+from qat.prepare import activation_quantizers, placement_of, prepare
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,13 @@ def save_checkpoint(
         preprocessing=asdict(preprocessing),
         class_names=class_names,
         figures=figures,
-        details={"model": asdict(spec), "placement": placement_of(model).to_json(), **details},
+        details={
+            "model": asdict(spec),
+            "placement": placement_of(model).to_json(),
+            "rules": RULES,
+            "amax": {name: float(quantizer.amax) for name, quantizer in activation_quantizers(model).items()},
+            **details,
+        },
     )
     return write_artifact(path, sidecar, lambda file: save_tensors(file, model.state_dict()), seed=seed)
 
@@ -115,5 +121,3 @@ def _os_error_number(message: str) -> int | None:
     """The 28 of 'I/O error: No space left on device (os error 28)'."""
     _, found, rest = message.partition("(os error ")
     return int(rest.partition(")")[0]) if found else None
-
-

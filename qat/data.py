@@ -1,24 +1,25 @@
 """Image data sets and their disjoint splits: train, calibration, validation, test.
 
 Each split has one use: weights learn on train, activation ranges come from calibration, epochs are chosen on
-validation, and what is reported is measured on test. Where a source lacks a split, it is carved out of the training
-images: stratified by class, a function of the seed alone.
+validation, and what is reported is measured on test. Where a source lacks a split, it is carved out of the
+training images: stratified by class, a function of the seed alone.
 
-What is random in a training image comes only from the seed in its key, never from the process that loads it or from
-what was loaded before: the same batches come from any number of workers, and from a run that was stopped and resumed.
+What is random in a training image comes only from the seed in its key, never from the process that loads it or
+from what was loaded before: the same batches come from any number of workers, and from a run that was stopped
+and resumed.
 
-Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on the
-device that trains.
+Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on
+the device that trains.
 """
 
 from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,16 +35,14 @@ __all__ = ["Data", "ImageSet", "Preprocessing", "batch_count", "batches", "load_
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SMALL = 64  # pixels; up to here an image is shifted in training, above it is cropped and resized
-_CROP_MARGIN = (
-    256 / 224
-)  # evaluation of photographs: short side to 256 for a crop of 224, as torchvision does
+_CROP_MARGIN = 256 / 224  # evaluation of photographs: short side to 256 for a crop of 224, as torchvision does
 
 # Shares of the training images that carved-out splits get. Of what is left at least 3/4 remain for training.
 _TEST_SHARE, _VALIDATION_SHARE, _CALIBRATION_SHARE, _CALIBRATION_MOST = 1 / 5, 1 / 10, 1 / 10, 1 / 4
 _CALIBRATION_LEAST = 64  # images, where there are as many
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet(Dataset[tuple[Tensor, int]]):
     """One split. Its key is (index, seed); it gives (uint8 [3, height, width], label). ``labels``: int64 [N].
 
@@ -106,20 +105,21 @@ def load_data(
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size} is not positive: give the height and width in pixels")
     if calibration_images < 1:
-        raise UserError(
-            f"{calibration_images} calibration images set no activation range: ask for at least 1"
-        )
+        raise UserError(f"{calibration_images} calibration images set no activation range: ask for at least 1")
+    if not 0 <= seed < 1 << 32:
+        raise UserError(f"seed {seed} is out of range: give one from 0 to {(1 << 32) - 1}")
     found = read_source(source, root)
     preprocessing = _preprocessing(found, source, image_size)
     augmentation = _augmentation(found, source, preprocessing)
+    if augmentation.padding:
+        found = _resized(found, preprocessing)
     indices, notes = _split(found, source, seed, calibration_images)
 
     def image_set(name: str, part: Part | None) -> ImageSet:
         part = part or found.train
         chosen = indices.get(name, torch.arange(len(part.labels)))
-        pixels = _resized(part.pixels, preprocessing) if augmentation.padding else part.pixels
-        changed = augmentation if name == "train" else None
-        return ImageSet(pixels, chosen, part.labels[chosen], preprocessing, changed)
+        changes = augmentation if name == "train" else None
+        return ImageSet(part.pixels, chosen, part.labels[chosen], preprocessing, changes)
 
     return Data(
         image_set("train", None),
@@ -142,12 +142,12 @@ def stratified_split(labels: Tensor, counts: Sequence[int], seed: int) -> list[T
         seed: the result is a function of it, ``labels`` and ``counts``.
 
     Returns:
-        Indices (int64, ascending): one group for each count, and last what is left over. In every group the number of
-        images of a class differs from its share by less than 2; a class of one image stays in the last group where that
-        holds more than half of all.
+        Indices (int64, ascending): one group for each count, and last what is left over. In every group the number
+        of images of a class differs from its share by about one; a class of one image stays in the last group where
+        that holds more than half of all.
     """
     classes = labels.numpy()
-    shuffled = np.random.default_rng(seed).permutation(len(classes))
+    shuffled = np.random.RandomState(seed).permutation(len(classes))  # a stream that no NumPy version changes
     position = np.empty(len(classes))  # of an image within its class, from 0 to 1
     for label in np.unique(classes):
         members = np.flatnonzero(classes[shuffled] == label)
@@ -176,7 +176,7 @@ def batches(
     workers: int = 0,
     training: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]), in pinned memory where there is a GPU.
+    """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]); pinned where there is a GPU.
 
     Args:
         images: the split.
@@ -200,12 +200,13 @@ def batches(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_ignore_interrupts,
-        generator=torch.Generator(),  # else the loader draws from the global one, and skipping changes what follows
+        generator=torch.Generator(),  # else the loader draws from the global one, and resuming changes what follows
     )
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        images_NCHW, labels = batch
+        yield images_NCHW, labels
 
 
 def _keys(count: int, seed: int | None, epoch: int) -> list[tuple[int, int]]:
@@ -213,14 +214,12 @@ def _keys(count: int, seed: int | None, epoch: int) -> list[tuple[int, int]]:
     if seed is None:
         return [(index, 0) for index in range(count)]
     random = np.random.default_rng([seed, epoch])
-    return list(
-        zip(random.permutation(count).tolist(), random.integers(1 << 32, size=count).tolist(), strict=True)
-    )
+    return list(zip(random.permutation(count).tolist(), random.integers(1 << 32, size=count).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
 class _ErrorsAsItems(Dataset[Any]):
-    """Gives a UserError instead of raising it: one raised in a worker reaches the user as a page of traceback."""
+    """Gives a UserError instead of raising it: one raised in a worker arrives as a page of traceback."""
 
     images: ImageSet
 
@@ -248,8 +247,9 @@ def _ignore_interrupts(_: int) -> None:
 
 def _is_light(images: ImageSet) -> bool:
     """Whether an image costs less than passing it from one process to another: about 20 us."""
-    in_memory = isinstance(images.pixels, ArrayPixels)
-    return in_memory and (images.augmentation is None or images.augmentation.padding > 0)
+    size = (images.preprocessing.height, images.preprocessing.width)
+    ready = isinstance(images.pixels, ArrayPixels) and images.pixels.images.shape[-2:] == size
+    return ready and (images.augmentation is None or images.augmentation.padding > 0)
 
 
 def _preprocessing(found: Source, source: str, image_size: int | None) -> Preprocessing:
@@ -268,17 +268,19 @@ def _augmentation(found: Source, source: str, preprocessing: Preprocessing) -> A
     return Augmentation(padding, found.mirrors)
 
 
-def _resized(pixels: Pixels, preprocessing: Preprocessing) -> Pixels:
-    """Small images at the network's size, once and for all, where they are in memory and fit there."""
-    if not isinstance(pixels, ArrayPixels) or len(pixels) * 3 * preprocessing.resize**2 > MEMORY_LIMIT:
-        return pixels
-    return ArrayPixels(preprocessing.fit(pixels.images_NCHW))
+def _resized(found: Source, preprocessing: Preprocessing) -> Source:
+    """Small images that are in memory, at the network's size once and for all, where they fit there."""
+    parts = {name: getattr(found, name) for name in ("train", "validation", "test")}
+    arrays = {name: part for name, part in parts.items() if part and isinstance(part.pixels, ArrayPixels)}
+    if sum(len(part.labels) for part in arrays.values()) * 3 * preprocessing.resize**2 > MEMORY_LIMIT:
+        return found
+    for name, part in arrays.items():
+        arrays[name] = Part(ArrayPixels(preprocessing.fit(part.pixels.images)), part.labels)
+    return replace(found, **arrays)
 
 
-def _split(
-    found: Source, source: str, seed: int, calibration_images: int
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Indices into the training images of train and of the splits carved out of them, and how that was done."""
+def _split(found: Source, source: str, seed: int, calibration_images: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Indices of train and of the splits carved out of it into the training images, and how that was done."""
     total = len(found.train.labels)
     counts = {}
     if found.test is None:
@@ -292,11 +294,11 @@ def _split(
         if count == 0:
             least = 4 if found.validation else math.ceil(1 / _VALIDATION_SHARE)
             raise UserError(
-                f"{source} has {total} training images, too few for a {name} split: at least {least} are needed"
+                f"{source} has {total} training images, too few for a {name} split: add some, {least} are needed"
             )
     groups = stratified_split(found.train.labels, list(counts.values()), seed)
     notes = [
-        f"{name}: {count} of the {total} training images, stratified by class, not trained on"
+        f"{name}: {count} of {total} images, held out of training, stratified by class"
         for name, count in counts.items()
     ]
     return dict(zip([*counts, "train"], groups, strict=True)), notes

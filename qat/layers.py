@@ -17,7 +17,7 @@ class _Convolution(nn.modules.conv._ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, I, *space] -> [N, O, *space']."""
-        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)  # type: ignore[operator]
+        return self._conv_forward(x, self.weight_quantizer(self.weight), self.bias)
 
 
 class QuantizedConv1d(_Convolution, nn.Conv1d):
@@ -39,13 +39,12 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[N, I, H, W] -> [N, O, H', W']."""
-        padding = self._output_padding(
+        assert not isinstance(self.padding, str), "transposed convolutions take no named padding"
+        extra = self._output_padding(
             x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation  # type: ignore[arg-type]
         )
         weight = self.weight_quantizer(self.weight)
-        return F.conv_transpose2d(
-            x, weight, self.bias, self.stride, self.padding, padding, self.groups, self.dilation  # type: ignore[arg-type]
-        )
+        return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
 
 class QuantizedLinear(nn.Linear):
@@ -78,7 +77,16 @@ def quantized_layer(module: nn.Module) -> nn.Module:
 def _arguments(module: nn.Module) -> dict[str, Any]:
     names = ["in_features", "out_features"]
     if isinstance(module, nn.modules.conv._ConvNd):
-        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+        names = [
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "groups",
+            "padding_mode",
+        ]
         if module.transposed:
             names.append("output_padding")
     return {name: getattr(module, name) for name in names} | {"bias": module.bias is not None}

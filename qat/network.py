@@ -98,7 +98,10 @@ class Network:
 
 
 _MODULES: tuple[tuple[OpKind, tuple[type[nn.Module], ...]], ...] = (
-    ("convolution", (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)),
+    (
+        "convolution",
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    ),
     ("linear", (nn.Linear,)),
     ("batch_norm", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
     ("activation", (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)),
@@ -119,7 +122,16 @@ _FUNCTIONS: dict[OpKind, tuple[Callable[..., Any], ...]] = {
 _METHODS: dict[OpKind, tuple[str, ...]] = {
     "add": ("add", "add_"),
     "activation": ("relu", "relu_"),
-    "data_movement": ("flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze"),
+    "data_movement": (
+        "flatten",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "contiguous",
+        "squeeze",
+        "unsqueeze",
+    ),
 }
 
 

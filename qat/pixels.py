@@ -1,7 +1,7 @@
 """Images by index: arrays in memory, image files, torchvision's data sets that read files.
 
-Files whose decoded images fit in 1 GiB are decoded once, at the start: no image is decoded twice, and a corrupt one is
-found before any training. More are decoded on demand.
+Files whose decoded images fit in 1 GiB are decoded once, at the start: no image is decoded twice, and a corrupt one
+is found before any training. More are decoded on demand.
 
 Layouts: N images, C channels (RGB), H height, W width. Pixels are uint8, 0..255.
 """
@@ -36,13 +36,13 @@ class Pixels(Protocol):
 class ArrayPixels:
     """Images of one size, in memory: uint8 [N, 3, H, W]."""
 
-    images_NCHW: Tensor
+    images: Tensor
 
     def __len__(self) -> int:
-        return len(self.images_NCHW)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.images_NCHW[index]
+        return self.images[index]
 
 
 def images_nchw(images: np.ndarray | Tensor) -> Tensor:
@@ -80,10 +80,8 @@ class TorchvisionPixels:
         try:
             return _rgb(self.dataset[index][0])
         except Exception as error:  # Pillow raises a great many kinds
-            name = type(self.dataset).__name__
-            raise UserError(
-                f"image {index} of torchvision's {name} is corrupt ({one_line(error)}): remove it and download again"
-            ) from error
+            name = f"image {index} of torchvision's {type(self.dataset).__name__}"
+            raise UserError(f"{name} is corrupt ({one_line(error)}): download the data set again") from error
 
 
 def decode_all(paths: Sequence[str]) -> list[Tensor] | None:
@@ -105,7 +103,8 @@ def decode_all(paths: Sequence[str]) -> list[Tensor] | None:
 def _image_size(path: str) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.size
+            return width, height
     except Exception as error:  # Pillow raises a great many kinds
         raise _unreadable(path, error) from error
 

@@ -20,6 +20,18 @@ WEIGHTED = ("convolution", "linear")
 # Operations that commute with quantization: TensorRT moves a Q across them to where it saves memory traffic.
 COMMUTING = ("max_pool", "data_movement")
 
+# What each rule means, in a sentence for people; recorded with every checkpoint and shown in the report.
+RULES = {
+    "weighted_input": "a convolution or linear layer runs in INT8 when its input and its weight are quantized",
+    "residual_add": "one input of a residual addition is quantized, so that it fuses into the other's convolution",
+    "residual_add_of_convolutions": "of two convolutions that are added, the one on the shorter path is quantized",
+    "pool_input": "an average pool runs in INT8 when its input and its output are quantized",
+    "shared_concat_scale": "all inputs of a concatenation share the scale of its output, so that it copies codes",
+    "few_channels": "a convolution with few channels, none a multiple of 8, has no fast INT8 kernel",
+    "grouped_channels": "a grouped convolution has INT8 kernels for multiples of 8 channels and extents of 3 or more",
+    "float_add": "no INT8 convolution ends in this addition, so none can take it in",
+}
+
 
 @dataclass(frozen=True)
 class QuantizedRead:
@@ -131,7 +143,9 @@ def weight_rule(op: Op) -> WeightDecision:
     if op.kind == "linear":
         return WeightDecision(op.name, op.label, True, "weighted_input")
     if weight.groups > 1 and (weight.out_channels % 8 or max(weight.kernel) < 3):
-        reason = f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}: needs a multiple of 8, >= 3"
+        reason = (
+            f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}: needs a multiple of 8, >= 3"
+        )
         return WeightDecision(op.name, op.label, False, "grouped_channels", reason)
     if weight.groups == 1 and few and not aligned:
         reason = f"{weight.in_channels} -> {weight.out_channels} channels: below 16, neither a multiple of 8"
@@ -149,8 +163,7 @@ def residual_add(network: Network, add: Op, quantized: set[str]) -> AddDecision:
     left, right = add.inputs
     sources = {tensor: _fusing_convolution(network, tensor, quantized) for tensor in (left, right)}
     if sources[left] is None and sources[right] is None:
-        reason = "no INT8 convolution ends in this addition, so none can take it in"
-        return AddDecision(add.name, add.label, None, "float_add", reason)
+        return AddDecision(add.name, add.label, None, "float_add", RULES["float_add"])
     if sources[left] is None or sources[right] is None:
         skip = left if sources[left] is None else right
         return AddDecision(add.name, add.label, skip, "residual_add")

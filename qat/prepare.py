@@ -40,7 +40,14 @@ def trace(model: nn.Module) -> fx.GraphModule:
     try:
         # In training mode: an evaluation trace would lose auxiliary heads.
         traced = fx.GraphModule(model, Tracer().trace(model.train()), type(model).__name__)
-    except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except (
+        fx.proxy.TraceError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+        NotImplementedError,
+    ) as error:
         raise UserError(_why_untraceable(error)) from error
     _keep_dropout_modes(traced)
     traced.recompile()
@@ -86,6 +93,12 @@ def prepare(model: nn.Module, placement: Placement | None = None) -> fx.GraphMod
 def placement_of(prepared: fx.GraphModule) -> Placement:
     """The decisions that a prepared model was made with."""
     return prepared.meta["placement"]
+
+
+def activation_quantizers(prepared: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The activation quantizers of a prepared model, by the name of their tensor."""
+    quantizers = prepared.get_submodule(ACTIVATION_QUANTIZERS)
+    return {name: module for name, module in quantizers.named_children() if isinstance(module, ActivationQuantizer)}
 
 
 def _device(model: nn.Module) -> torch.device:

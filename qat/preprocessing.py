@@ -28,8 +28,8 @@ _CROP_SCALE, _CROP_RATIO, _CROP_TRIALS = (0.35, 1.0), (3 / 4, 4 / 3), 10
 class Preprocessing:
     """From an RGB image to the network's input: resize, center crop, normalize. Stored in every sidecar.
 
-    ``resize`` is the length in pixels that the short side gets before the center crop of ``height`` x ``width``;
-    an image whose short side has it already is not resampled. Resampling is bilinear with antialiasing.
+    ``resize`` is the length in pixels that the short side gets before the center crop of ``height`` x ``width``.
+    An image that has it already is not resampled.
     """
 
     height: int
@@ -42,7 +42,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of ``dataclasses.asdict``. Raises UserError when an entry is missing, unknown or of no use."""
+        """The inverse of ``dataclasses.asdict``. Raises UserError when an entry is missing or of no use."""
         try:
             colors = {name: _three_floats(content[name]) for name in ("mean", "std")}
             found = cls(**{**content, **colors})
@@ -52,7 +52,7 @@ class Preprocessing:
                 raise ValueError(f"{found.height}x{found.width} out of {found.resize}")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"preprocessing lacks or misstates an entry ({type(error).__name__}: {error}): make the file again"
+                f"preprocessing lacks or misstates an entry ({type(error).__name__}: {error}): make it again"
             ) from error
         return found
 
@@ -77,8 +77,8 @@ class Preprocessing:
 class Augmentation:
     """Random changes of a training image.
 
-    ``padding`` > 0: shift by up to as many pixels, filling with black; 0: crop 35..100 % of the area and resize it.
-    ``flip``: mirror left to right, every second time.
+    ``padding``: shift by up to as many pixels, filling with black; 0: crop 35..100 % of the area and resize it.
+    ``flip``: mirror half of the images left to right.
     """
 
     padding: int
@@ -93,7 +93,7 @@ class Augmentation:
             top, left = torch.randint(2 * self.padding + 1, (2,), generator=generator).tolist()
             image = transforms.crop(image, top, left, *size)
         else:
-            box = _random_box(*image.shape[-2:], generator)
+            box = _random_box(image.shape[-2], image.shape[-1], generator)
             image = transforms.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True)
         if self.flip and torch.rand((), generator=generator) < 0.5:
             image = transforms.horizontal_flip(image)

@@ -137,13 +137,13 @@ class WeightQuantizer(nn.Module):
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.codes = (low, high)
         return quantize(x, scale, CodeRange(low, high)).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         x, scale = ctx.saved_tensors
         low, high = ctx.codes
         # One pass over memory where comparisons and torch.where take four. It is zero at its bounds, ours belong to
@@ -155,10 +155,10 @@ class _FakeQuantize(torch.autograd.Function):
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, axis: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx, weight: Tensor, axis: int) -> Tensor:
         scale = per_channel(scale_from_amax(weight_amax(weight, axis)), weight.ndim, axis)
         return (weight.float() / scale).round_().mul_(scale).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return grad, None

@@ -22,7 +22,7 @@ from qat.console import progress, say, table, warn
 from qat.data import Data, batch_count, batches, load_data
 from qat.models import ModelSpec, build_model, load_weights
 from qat.prepare import placement_of, prepare
-from qat.trainer import Accuracy, FitState, Interrupted, Recipe, evaluate, fit, optimizer_tensors
+from qat.trainer import Accuracy, FitState, Recipe, evaluate, fit, optimizer_tensors
 
 if TYPE_CHECKING:
     from qat.train import TrainOptions
@@ -49,9 +49,7 @@ def run(options: TrainOptions) -> int:
     recipes = _recipes(options)
     torch.set_flush_denormal(True)  # gradients fall into denormals in small networks, which are ten times as slow
     reached = _resumed(options) if options.resume else Progress()
-    data = load_data(
-        options.data, options.image_size, options.seed, options.calibration_images, options.data_root
-    )
+    data = load_data(options.data, options.image_size, options.seed, options.calibration_images, options.data_root)
     _say_data(data)
     torch.manual_seed(options.seed)
     spec = ModelSpec(options.model, len(data.class_names))
@@ -84,7 +82,14 @@ def run(options: TrainOptions) -> int:
         "recipes": {phase: vars(recipe) for phase, recipe in recipes.items()},
     }
     save_checkpoint(
-        options.output, prepared, spec, data.preprocessing, data.class_names, reached.figures, details, options.seed
+        options.output,
+        prepared,
+        spec,
+        data.preprocessing,
+        data.class_names,
+        reached.figures,
+        details,
+        options.seed,
     )
     for path in (_state_path(options), sidecar_path(_state_path(options))):
         path.unlink(missing_ok=True)
@@ -160,7 +165,9 @@ def _resumed(options: TrainOptions) -> Progress:
     then, now = details["options"], _recorded(options)
     differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
     if differing:
-        raise UserError(f"cannot resume with other options: {'; '.join(differing)}; give the options of the stopped run")
+        raise UserError(
+            f"cannot resume with other options: {'; '.join(differing)}; give the options of the stopped run"
+        )
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
@@ -190,7 +197,7 @@ def _how_to_resume(options: TrainOptions) -> str:
 
 
 def _recipes(options: TrainOptions) -> dict[str, Recipe]:
-    common = {
+    common: dict[str, Any] = {
         "batch_size": options.batch_size,
         "weight_decay": options.weight_decay,
         "label_smoothing": options.label_smoothing,

@@ -1,7 +1,7 @@
 """Where images come from: digits, an image folder, an .npz file, torchvision's data sets.
 
-Every reader checks all that it can before training starts, and says in one line what is wrong. How the images are split
-is decided in qat/data.py, how they are decoded and kept in qat/pixels.py.
+Every reader checks all that it can before training starts, and says in one line what is wrong. How the images are
+split is decided in qat/data.py, how they are decoded and kept in qat/pixels.py.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Part:
 class Source:
     """What a reader found. A part that the source does not have is None.
 
-    ``default_size`` is (height, width) in pixels; ``cropped``: images show nothing but their subject, filling the frame
-    (so evaluation needs no margin to crop); ``mirrors``: the mirror image of a class still belongs to it.
+    ``default_size`` is (height, width) in pixels; ``cropped``: all images have one size and are taken whole, without
+    a margin to crop in evaluation; ``mirrors``: the mirror image of a class still belongs to it.
     """
 
     train: Part
@@ -69,16 +69,16 @@ def read_source(source: str, root: Path) -> Source:
         return _read_npz(path)
     known = ["digits", *(f"torchvision:{name}" for name in _names())]
     raise UserError(
-        f"unknown data set {source!r}: no such folder{did_you_mean(source, known)}; give digits, a folder with train/ "
-        f"and val/, an .npz file, or torchvision:NAME with one of {', '.join(_names())}"
+        f"unknown data set {source!r}: no such folder{did_you_mean(source, known)}; give digits, a folder with "
+        f"train/ and val/, an .npz file, or torchvision:NAME with one of {', '.join(_names())}"
     )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``; did you mean A or B?``, or nothing when no name comes close. Case is ignored."""
+    """`` (did you mean A or B?)``, or nothing when no name comes close. Case is ignored."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=3)
-    return f"; did you mean {' or '.join(by_lower[match] for match in close)}?" if close else ""
+    return f" (did you mean {' or '.join(by_lower[match] for match in close)}?)" if close else ""
 
 
 # --- digits
@@ -99,9 +99,7 @@ def _read_digits() -> Source:
 def _read_folder(folder: Path) -> Source:
     if not (folder / "train").is_dir() or not (folder / "val").is_dir():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
-        raise UserError(
-            f"{folder} has no train/ or no val/ (found: {found}): put <class>/<image> into train/ and val/"
-        )
+        raise UserError(f"{folder} has no train/ or no val/ (found: {found}): put <class>/<image> into train/ and val/")
     splits = [split for split in ("train", "val", "test") if (folder / split).is_dir()]
     files = {split: _class_files(folder / split) for split in splits}
     for split in splits[1:]:
@@ -129,9 +127,7 @@ def _read_folder(folder: Path) -> Source:
 
 def _class_files(split: Path) -> dict[str, list[str]]:
     """Class name -> its image files, both sorted; files in folders within a class count as the class's."""
-    classes = sorted(
-        child.name for child in split.iterdir() if child.is_dir() and not child.name.startswith(".")
-    )
+    classes = sorted(child.name for child in split.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not classes:
         raise UserError(f"{split} has no class folders: put the images of each class into {split}/<class>/")
     files = {}
@@ -144,9 +140,7 @@ def _class_files(split: Path) -> dict[str, list[str]]:
         )
         if not files[name]:
             kinds = " ".join(IMG_EXTENSIONS)
-            raise UserError(
-                f"class folder {split / name} has no image ({kinds}): add some, or remove the folder"
-            )
+            raise UserError(f"class folder {split / name} has no image ({kinds}): add some, or remove the folder")
     return files
 
 
@@ -170,9 +164,7 @@ def _read_npz(path: Path) -> Source:
     missing = [key for key in required if key not in arrays]
     if missing:
         found = ", ".join(arrays) or "nothing"
-        raise UserError(
-            f"{path} lacks {', '.join(missing)} (found: {found}): save it with {', '.join(required)}"
-        )
+        raise UserError(f"{path} lacks {', '.join(missing)} (found: {found}): save it with {', '.join(required)}")
     if ("val_images" in arrays) != ("val_labels" in arrays):
         raise UserError(f"{path} has only one of val_images and val_labels: save both or neither")
     splits = [split for split in ("train", "val", "test") if f"{split}_images" in arrays]
@@ -203,13 +195,12 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"no file {path}: check the path") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{path} is no .npz file, is truncated or holds Python objects ({one_line(error)}): save it again with np.savez"
+            f"{path} is no .npz file, is truncated or holds Python objects ({one_line(error)}): "
+            "save it again with np.savez"
         ) from error
 
 
-def _check_npz_split(
-    path: Path, split: str, images: np.ndarray, labels: np.ndarray, size: tuple[int, ...]
-) -> None:
+def _check_npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray, size: tuple[int, ...]) -> None:
     grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
     if images.dtype != np.uint8 or not grey_or_rgb or images.size == 0:
         raise UserError(
@@ -222,8 +213,8 @@ def _check_npz_split(
         )
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise UserError(
-            f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)}: needed is one integer for each of the "
-            f"{len(images)} images, [{len(images)}]"
+            f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)}: needed is an integer for each of the "
+            f"{len(images)} images"
         )
 
 
@@ -232,9 +223,7 @@ def _npz_class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ..
         return tuple(str(label) for label in range(max(0, int(arrays["train_labels"].max())) + 1))
     names = arrays["class_names"]
     if names.dtype.kind != "U" or names.ndim != 1:
-        raise UserError(
-            f"{path}: class_names is {names.dtype} {list(names.shape)}: needed is a list of strings"
-        )
+        raise UserError(f"{path}: class_names is {names.dtype} {list(names.shape)}: needed is a list of strings")
     return tuple(str(name) for name in names)
 
 
@@ -248,7 +237,7 @@ def _check_label_range(path: Path, split: str, labels: np.ndarray, classes: int)
     absent = np.setdiff1d(np.arange(classes), labels)
     if split == "train" and len(absent):
         raise UserError(
-            f"{path}: {len(absent)} of {classes} classes have no training image (the first is class {absent[0]}): "
+            f"{path}: {len(absent)} of {classes} classes have no training image (class {absent[0]} is the first): "
             "number the classes from 0 without gaps"
         )
 
@@ -261,8 +250,8 @@ def _named(train: str, test: str, validation: str | None = None) -> tuple[dict[s
 
 
 _FLAG: tuple[dict[str, Any] | None, ...] = ({"train": True}, None, {"train": False})
-# Name -> the arguments that select (train, validation, test). Where labels of the test split are not public, or there is
-# none, the validation split is the test split.
+# Name -> the arguments that select (train, validation, test). Where there is no test split with public labels, the
+# validation split is the test split.
 _TORCHVISION: dict[str, tuple[dict[str, Any] | None, ...]] = {
     "CIFAR10": _FLAG,
     "CIFAR100": _FLAG,
@@ -321,24 +310,20 @@ def _open(name: str, root: Path, options: dict[str, Any]) -> Any:
     except Exception as error:  # each set has its own way to say that its files are not there
         absent = error
     if name in ("ImageNet", "StanfordCars"):  # cannot be downloaded
-        raise UserError(
-            f"{name} is not in {root} ({one_line(absent)}): put its files there by hand"
-        ) from absent
+        raise UserError(f"{name} is not in {root} ({one_line(absent)}): put its files there by hand") from absent
     try:
         return make(root, download=True, **options)
     except Exception as error:
         raise UserError(
-            f"cannot download {name} to {root} ({one_line(error)}): check the network, or put its files there by hand "
-            f"as torchvision.datasets.{name} expects them"
+            f"cannot download {name} to {root} ({one_line(error)}): check the network, or put its files there by "
+            f"hand as torchvision.datasets.{name} expects them"
         ) from error
 
 
 def _part(dataset: Any) -> Part:
     data = getattr(dataset, "data", None)
     pixels: Pixels = (
-        ArrayPixels(images_nchw(data))
-        if isinstance(data, (np.ndarray, Tensor))
-        else TorchvisionPixels(dataset)
+        ArrayPixels(images_nchw(data)) if isinstance(data, (np.ndarray, Tensor)) else TorchvisionPixels(dataset)
     )
     for attribute in ("targets", "labels", "_labels"):
         if hasattr(dataset, attribute):

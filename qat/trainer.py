@@ -39,7 +39,13 @@ class Recipe:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, lowest in (("epochs", 0), ("lr", 0), ("batch_size", 2), ("weight_decay", 0), ("label_smoothing", 0)):
+        for name, lowest in (
+            ("epochs", 0),
+            ("lr", 0),
+            ("batch_size", 2),
+            ("weight_decay", 0),
+            ("label_smoothing", 0),
+        ):
             if not getattr(self, name) >= lowest:
                 raise UserError(f"{name} must be at least {lowest}, got {getattr(self, name)}: correct the option")
 
@@ -90,7 +96,9 @@ class Interrupted(KeyboardInterrupt):
 SaveState = Callable[[FitState, torch.optim.Optimizer], None]
 
 
-def evaluate(model: nn.Module, images: ImageSet, data: Data, batch_size: int, device: torch.device, workers: int) -> Accuracy:
+def evaluate(
+    model: nn.Module, images: ImageSet, data: Data, batch_size: int, device: torch.device, workers: int
+) -> Accuracy:
     """Accuracy of ``model`` on all of ``images``, in evaluation mode."""
     model.eval()
     correct, loss = 0, 0.0
@@ -144,7 +152,15 @@ def fit(
             description = f"{phase} epoch {state.epoch + 1}/{recipe.epochs}"
             with progress(description, total) as task:
                 task.advance(state.step)
-                steps = batches(data.train, recipe.batch_size, recipe.seed, state.epoch, state.step, workers, training=True)
+                steps = batches(
+                    data.train,
+                    recipe.batch_size,
+                    recipe.seed,
+                    state.epoch,
+                    state.step,
+                    workers,
+                    training=True,
+                )
                 for x_NCHW, labels in steps:
                     done = (state.epoch + state.step / total) / recipe.epochs
                     torch.manual_seed(_step_seed(recipe.seed, phase, state.epoch, state.step))
@@ -175,7 +191,9 @@ def fit(
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as named tensors: ``<parameter's position>.<entry>``."""
     entries = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(value) for index, entry in entries.items() for name, value in entry.items()}
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index, entry in entries.items() for name, value in entry.items()
+    }
 
 
 def _step(
@@ -241,8 +259,8 @@ def _finite(loss_sum: Tensor | float, description: str, step: int, recipe: Recip
     value = float(loss_sum)
     if not math.isfinite(value):
         raise UserError(
-            f"the loss became {value} in {description}, step {step} or shortly before, at learning rate up to {recipe.lr:g}: "
-            "lower it, or resume from the last saved state with --resume"
+            f"the loss became {value} in {description}, at step {step} or shortly before, with a learning rate up to "
+            f"{recipe.lr:g}: lower it, or resume from the last saved state with --resume"
         )
     return value
 

@@ -82,7 +82,7 @@ def convolution(
 
 
 def classifier(path: Path, *, quantize_fc: bool = True) -> Path:
-    """Conv -> Relu -> Q/DQ -> GlobalAveragePool -> Flatten -> fully connected layer, with Q/DQ or in float."""
+    """Conv -> Relu -> Q/DQ -> GlobalAveragePool -> Flatten -> fully connected, with Q/DQ or in float."""
     graph = Graph()
     x = graph.quantized("input", "x")
     x = graph.node("Conv", [x, graph.weights("w", (16, 8, 3, 3))], "conv", kernel_shape=[3, 3], pads=[1] * 4)
@@ -106,7 +106,7 @@ def transposed_convolution(path: Path) -> Path:
 
 
 def matrix_product(path: Path, *, axis: int, transpose: bool = False) -> Path:
-    """input -> Q/DQ -> MatMul with INT8 weights, their scales along ``axis``; ``transpose`` stores them transposed."""
+    """input -> Q/DQ -> MatMul with INT8 weights, scales along ``axis``; ``transpose`` stores them turned."""
     graph = Graph()
     x = graph.quantized("input", "x")
     weights = graph.weights("w", (10, 16) if transpose else (16, 10), axis)

@@ -1,4 +1,4 @@
-"""What an engine's layers really run in: text of the real builder's log, and inspector JSON by its documentation."""
+"""What an engine's layers really run in: the real builder's log, and inspector JSON by its documentation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deploy.audit import DeclaredLayer, EngineLayer, audit, layers_from_inspecto
 from deploy.build import build
 from deploy.trt import find_toolkit
 
-# Captured from TensorRT-RTX 1.7.1.116, verbose, ProfilingVerbosity.DETAILED: a quantized convolution and its ReLU.
+# Captured from TensorRT-RTX 1.7.1.116, verbose and DETAILED: a quantized convolution and its ReLU.
 RTX_CONVOLUTION = (
     "Name: /conv/Conv_myl0_2, LayerType: correlation, Inputs: [ { Name: __mye200conv.1_7_myl0, Dimens"
     "ions: [-1,8,16,16], Strides: [2048,1,128,8], StrideOrder: [3,0,2,1], Datatype: Int8, Format: (NH"
@@ -45,18 +45,12 @@ RTX_DEQUANTIZED_PRODUCT = (
 )
 
 
-def declared(
-    node: str, operation="convolution", kind="CONVOLUTION", float_inputs=(), axis=0, groups=1, channels=8
-):
+def declared(node: str, operation="convolution", kind="CONVOLUTION", float_inputs=(), axis=0, groups=1, channels=8):
     return DeclaredLayer(node, operation, kind, tuple(float_inputs), axis, groups, channels)
 
 
 def test_log_lines_of_a_convolution_and_its_relu():
-    text = (
-        "some chatter\nLayers:\n"
-        + RTX_CONVOLUTION
-        + "\nI/O Tensors:\n Name: input, IOMode: Input, DataType: Float"
-    )
+    text = "some chatter\nLayers:\n" + RTX_CONVOLUTION + "\nI/O Tensors:\n Name: input, IOMode: Input, DataType: Float"
     convolution, relu = layers_from_log(text)
     assert convolution == EngineLayer(
         name="/conv/Conv_myl0_2",
@@ -85,7 +79,7 @@ def test_kernel_that_dequantizes_first_is_float_although_int8_goes_in():
 def test_causes_of_float_layers():
     def cause(layer, precision="FP32"):
         engine = [
-            EngineLayer(layer.node + "_myl0_1", "correlation", (precision,), (precision,), ("FP32",), ())
+            EngineLayer(layer.node + "_myl0_1", "correlation", (precision,), (precision,), ("FP32",), (layer.node,))
         ]
         (finding,) = audit([layer], engine).findings
         return finding.cause
@@ -113,7 +107,7 @@ def test_old_inspector_with_control_characters_and_one_sentence_for_format_and_t
        "Outputs": [{"Name": "x'", "Format/Datatype": "Four wide channel vectorized row major Int8 format"}]},
       {"Name": "w + QuantizeLinear_3 + Conv_9 + Relu_10", "LayerType": "CaskConvolution",
        "Inputs": [{"Name": "x'", "Format/Datatype": "Four wide channel vectorized row major Int8 format"}],
-       "Outputs": [{"Name": "y", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}],
+       "Outputs": [{"Name": "y", "Format/Datatype": "32 wide channel vectorized row major Int8 format"}],
        "Weights": {"Type": "Int8", "Count": 9408}, "Bias": {"Type": "Float", "Count": 64},
        "Metadata": "[ONNX Layer: Conv_9]\x1e[ONNX Layer: Relu_10]"},
       {"Name": "Conv_11", "LayerType": "CaskConvolution",

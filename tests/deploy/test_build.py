@@ -192,7 +192,7 @@ def test_output_that_is_the_model(model):
 
 def test_output_that_cannot_be_written(model, tmp_path):
     (tmp_path / "file").write_text("")
-    assert "a part of the path is a file" in refused(model, output=tmp_path / "file" / "x.engine")
+    assert "a part of the path is a file" in refused(model, output=tmp_path / "file" / "folder" / "x.engine")
 
 
 def test_command_line_gives_one_line_and_exit_code_2(tmp_path):

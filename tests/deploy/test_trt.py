@@ -31,7 +31,8 @@ def test_rtx_is_found_and_described(toolkit):
 def test_finding_rtx_imports_no_torch_and_no_onnxruntime():
     code = (
         "import sys; from deploy.trt import find_toolkit; find_toolkit('tensorrt-rtx'); "
-        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'onnxruntime_ep_nv_tensorrt_rtx') if m in sys.modules])"
+        "heavy = ('torch', 'onnx', 'onnxruntime', 'onnxruntime_ep_nv_tensorrt_rtx'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -40,7 +41,7 @@ def test_finding_rtx_imports_no_torch_and_no_onnxruntime():
 def test_no_builder_usable_says_what_was_tried_and_what_to_install():
     # An interpreter without site-packages of the builders: find_spec finds nothing there.
     code = (
-        "import importlib.util as u; from deploy.trt import find_toolkit; from qat.artifact import UserError; "
+        "import importlib.util as u; from deploy.trt import find_toolkit, UserError; "
         "u.find_spec = lambda name, package=None: None\n"
         "try: find_toolkit('auto')\nexcept UserError as error: print(error)"
     )
@@ -81,8 +82,6 @@ def test_progress_rises_to_the_end_and_ctrl_c_cancels(toolkit, tmp_path):
 
 
 def test_weights_memory_is_the_last_one_logged():
-    log = BuildLog(
-        [("INFO", "Total Weights Memory: 12 bytes"), ("INFO", "Total Weights Memory: 25663624 bytes")]
-    )
+    log = BuildLog([("INFO", "Total Weights Memory: 12 bytes"), ("INFO", "Total Weights Memory: 25663624 bytes")])
     assert log.weights_bytes() == 25663624
     assert BuildLog([("INFO", "Total Activation Memory: 5 bytes")]).weights_bytes() is None

@@ -93,7 +93,14 @@ def test_q_and_dq_share_scale_and_zero_point(model):
 
 def test_nodes_bear_the_names_of_their_modules(model):
     names = {node.name for node in model.graph}
-    assert {"conv1", "layer1.0.conv1", "layer2.0.downsample.0", "fc", "x/quantize", "layer1.0.conv1.weight_quantizer/dequantize"} <= names
+    assert {
+        "conv1",
+        "layer1.0.conv1",
+        "layer2.0.downsample.0",
+        "fc",
+        "x/quantize",
+        "layer1.0.conv1.weight_quantizer/dequantize",
+    } <= names
     assert len(names) == len(list(model.graph))
 
 

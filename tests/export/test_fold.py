@@ -46,7 +46,9 @@ def test_codes_are_those_of_the_unfolded_weight_up_to_the_sign_of_the_factor():
     assert stored.dtype == torch.int8
     np.testing.assert_array_equal(stored.numpy(), codes * signs)
     np.testing.assert_allclose(
-        folded.get_buffer("layer1.0.conv1.weight_quantizer.scale").numpy(), scale.ravel() * np.abs(factor), rtol=1e-6
+        folded.get_buffer("layer1.0.conv1.weight_quantizer.scale").numpy(),
+        scale.ravel() * np.abs(factor),
+        rtol=1e-6,
     )
     assert (factor < 0).any(), "the test needs negative factors"
 

@@ -89,7 +89,10 @@ def test_several_scales_for_an_activation():
     model = tiny()
     replace(model, "x_scale", np.full(3, 0.1, np.float32))
     replace(model, "x_zero", np.zeros(3, np.int8))
-    assert found(model) == [("x/quantize", "per_tensor_activation"), ("x/dequantize", "per_tensor_activation")]
+    assert found(model) == [
+        ("x/quantize", "per_tensor_activation"),
+        ("x/dequantize", "per_tensor_activation"),
+    ]
 
 
 def test_the_wrong_channel_axis():

@@ -100,7 +100,14 @@ def test_an_add_without_a_convolution_stays_float():
 
 def test_max_pool_adds_nothing_and_average_pool_is_quantized_before_a_quantized_layer():
     model = nn.Sequential(
-        conv(3, 16), nn.ReLU(), nn.MaxPool2d(2), conv(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4)
+        conv(3, 16),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        conv(),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 4),
     )
     assert reads(model) == {
         "input_1": [("_0_0", "weighted_input")],
@@ -154,7 +161,9 @@ def test_small_channel_rules(inputs, outputs, groups, kernel, quantized):
     assert bool(decision.reason) is not quantized
 
 
-@pytest.mark.parametrize(("name", "adds", "projections"), [("resnet18", 8, 3), ("resnet50", 16, 4), ("resnet101", 33, 4)])
+@pytest.mark.parametrize(
+    ("name", "adds", "projections"), [("resnet18", 8, 3), ("resnet50", 16, 4), ("resnet101", 33, 4)]
+)
 def test_resnets(name, adds, projections):
     found = placement(torchvision.models.get_model(name))
     rules = [decision.rule for decision in found.adds]
@@ -179,7 +188,16 @@ def test_no_model_or_class_name_appears_in_the_rules():
     import qat.placement
 
     text = Path(qat.placement.__file__).read_text().lower()
-    for word in ("resnet", "bottleneck", "basicblock", "densenet", "mobilenet", "downsample", "torchvision", "timm"):
+    for word in (
+        "resnet",
+        "bottleneck",
+        "basicblock",
+        "densenet",
+        "mobilenet",
+        "downsample",
+        "torchvision",
+        "timm",
+    ):
         assert word not in text
 
 

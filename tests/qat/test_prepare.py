@@ -22,7 +22,9 @@ def test_float_keys_and_values_stay_and_only_ranges_are_added():
     prepared = prepare(model)
     before, after = model.state_dict(), prepared.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert all(key.startswith("activation_quantizers.") and key.endswith(".amax") for key in after.keys() - before.keys())
+    assert all(
+        key.startswith("activation_quantizers.") and key.endswith(".amax") for key in after.keys() - before.keys()
+    )
     assert len(after.keys() - before.keys()) == len({t.quantizer for t in placement_of(prepared).tensors})
 
 
@@ -124,6 +126,9 @@ def test_transposed_convolutions_are_quantized_along_their_output_channels():
     set_ranges(prepared, 4.0)
     x = torch.randn(1, 16, 4, 4)
     want = F.conv_transpose2d(
-        fake_quantize(x, torch.tensor(4.0) / 127), fake_quantize_weight(model[0].weight, 1), model[0].bias, stride=2
+        fake_quantize(x, torch.tensor(4.0) / 127),
+        fake_quantize_weight(model[0].weight, 1),
+        model[0].bias,
+        stride=2,
     )
     assert torch.equal(prepared(x), want)

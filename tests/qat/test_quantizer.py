@@ -145,9 +145,7 @@ class TestScale:
 
 class TestGradient:
     def test_it_passes_inside_the_clamp_range_and_stops_outside(self):
-        x = torch.tensor(
-            [-129.0, -128.01, -128.0, -127.0, 0.0, 0.5, 127.0, 127.01, 500.0], requires_grad=True
-        )
+        x = torch.tensor([-129.0, -128.01, -128.0, -127.0, 0.0, 0.5, 127.0, 127.01, 500.0], requires_grad=True)
         grad = torch.arange(1.0, 10.0)
         fake_quantize(x, torch.tensor(1.0)).backward(grad)
         assert x.grad is not None

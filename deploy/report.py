@@ -1,0 +1,174 @@
+"""One page that shows what was trained, exported and built: accuracies, every layer's precision, every Q/DQ's reason.
+
+    python -m deploy.report runs/model.engine
+
+Reads the sidecars of the engine, of its ONNX file and of its checkpoint, and refuses files that do not belong together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from qat.artifact import Sidecar, atomic_write, check_writable, read_parent, read_sidecar
+from qat.console import Command, run_command, say, table
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+PHASES = (("float", "float"), ("ptq", "INT8, post-training"), ("qat", "INT8, trained (QAT)"))
+MB = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Command):
+    """The options of ``python -m deploy.report``."""
+
+    engine: Annotated[Path, tyro.conf.Positional]
+    """The engine that python -m deploy.build wrote."""
+    output: Path | None = None
+    """The page to write; by default report.html beside the engine."""
+
+
+def main(options: ReportOptions) -> None:
+    """Writes the page and prints the table of accuracies."""
+    output = options.output or options.engine.with_name("report.html")
+    check_writable(output)
+    page = render(options.engine)
+    with atomic_write(output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    _print_summary(*_family(options.engine))
+    say(f"report: {output}")
+
+
+def render(engine: Path) -> str:
+    """The page as HTML, self-contained. Raises UserError when a sidecar is missing or of another file."""
+    import jinja2
+
+    built, onnx, checkpoint = _family(engine)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["megabytes"] = _megabytes
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(
+        engine=built,
+        onnx=onnx,
+        checkpoint=checkpoint,
+        name=engine.name,
+        accuracies=_accuracies(checkpoint),
+        curve=_curve(checkpoint),
+        layers=_layers(built, checkpoint),
+        tensors=_tensors(checkpoint),
+        rules=checkpoint.details["rules"] if checkpoint else {},
+    )
+
+
+def _family(engine: Path) -> tuple[Sidecar, Sidecar | None, Sidecar | None]:
+    """The sidecars of an engine, of its ONNX file and of its checkpoint, as far as they are recorded."""
+    built = read_sidecar(engine, "engine")
+    if built.details["provenance"] != "known":
+        return built, None, None
+    path, onnx = read_parent(engine, built, "onnx")
+    _, checkpoint = read_parent(path, onnx, "checkpoint")
+    return built, onnx, checkpoint
+
+
+def _accuracies(checkpoint: Sidecar | None) -> list[dict[str, Any]]:
+    if checkpoint is None:
+        return []
+    figures = checkpoint.figures
+    return [
+        {
+            "label": label,
+            "top1": figures[key]["test_top1"],
+            "loss": figures[key]["test_loss"],
+            "change": figures[key]["test_top1"] - figures["float"]["test_top1"],
+        }
+        for key, label in PHASES
+    ]
+
+
+def _layers(engine: Sidecar, checkpoint: Sidecar | None) -> list[dict[str, Any]]:
+    """Every convolution and matrix product of the engine, with the rule that decided about it."""
+    weights = checkpoint.details["placement"]["weights"] if checkpoint else []
+    rules = {decision["label"]: decision for decision in weights}
+    rows = []
+    for finding in engine.details["findings"]:
+        decision = rules.get(finding["node"], {})
+        why = finding["cause"] or decision.get("reason", "")
+        rows.append({**finding, "rule": decision.get("rule", ""), "why": why})
+    return rows
+
+
+def _tensors(checkpoint: Sidecar | None) -> list[dict[str, Any]]:
+    """Every quantized activation, its scale, who reads it and why."""
+    if checkpoint is None:
+        return []
+    amax = checkpoint.details["amax"]
+    return [
+        {
+            **tensor,
+            "scale": amax[tensor["quantizer"]] / 127,
+            "shared": tensor["quantizer"] != tensor["tensor"],
+        }
+        for tensor in checkpoint.details["placement"]["tensors"]
+    ]
+
+
+def _curve(checkpoint: Sidecar | None) -> dict[str, Any] | None:
+    """Validation accuracy by epoch as points of an SVG of 600 x 160, float and QAT."""
+    if checkpoint is None:
+        return None
+    histories = {phase: checkpoint.figures.get(f"{phase}_history", []) for phase in ("float", "qat")}
+    values = [epoch["validation_top1"] for history in histories.values() for epoch in history]
+    if len(values) < 2:
+        return None
+    low, high = min(values), max(max(values), min(values) + 1)
+
+    def point(index: int, value: float) -> str:
+        return f"{20 + 560 * index / (len(values) - 1):.1f},{150 - 140 * (value - low) / (high - low):.1f}"
+
+    points = [point(index, value) for index, value in enumerate(values)]
+    border = len(histories["float"])
+    return {
+        "float": points[:border],
+        "qat": points[max(border - 1, 0) :],
+        "low": low,
+        "high": high,
+        "epochs": len(values),
+    }
+
+
+def _print_summary(engine: Sidecar, onnx: Sidecar | None, checkpoint: Sidecar | None) -> None:
+    figures = engine.figures
+    rows: list[tuple[str, str]] = []
+    if checkpoint is not None:
+        images = checkpoint.figures["float"]["test_images"]
+        rows += [
+            (f"{row['label']}, top-1 on {images} test images", f"{row['top1']:.2f} %")
+            for row in _accuracies(checkpoint)
+        ]
+    if onnx is not None:
+        parity = onnx.figures["parity"]
+        rows.append(("ONNX file", f"{onnx.figures['bytes'] / MB:.2f} MB, {onnx.figures['nodes']} nodes"))
+        rows.append(
+            (
+                "PyTorch and ONNX Runtime differ in top-1",
+                f"{parity['other_top1']} of {parity['images']} images",
+            )
+        )
+    rows += [
+        ("convolutions in INT8", f"{figures['convolutions_int8']} of {figures['convolutions']}"),
+        ("matrix products in INT8", f"{figures['matrix_products_int8']} of {figures['matrix_products']}"),
+        ("engine weights memory", _megabytes(figures["weights_bytes"])),
+        ("engine built in", f"{figures['build_seconds']:.1f} s by {engine.details['builder']['name']}"),
+    ]
+    table("Result", ("what", "measured"), rows)
+
+
+def _megabytes(count: int | None) -> str:
+    return "not measured" if count is None else f"{count / MB:.2f} MB"
+
+
+if __name__ == "__main__":
+    run_command(main, ReportOptions)

@@ -1,0 +1,258 @@
+"""A float model by name, and its weights from a file or from torchvision.
+
+A model is described by a few words (ModelSpec) that go into the checkpoint's sidecar, so that it can be built again
+without unpickling anything. Weights must fit key by key; only a classifier of another number of classes may differ.
+
+Three defaults differ from torchvision's, each for a reason:
+- zero_init_residual=True for the ResNet family: without it ResNet50 does not converge on small data.
+- No auxiliary heads for googlenet and inception_v3: they cost time in training and are not exported.
+- transform_input=True for the same two: their ImageNet weights were trained on images normalized in another way, and
+  the model converts. It is a fixed factor and shift, so it does not matter to a model trained from scratch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qat.artifact import UserError
+from qat.pixels import one_line
+from qat.sources import did_you_mean
+
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
+_NO_AUXILIARY = {"aux_logits": False, "init_weights": False, "transform_input": True}
+_NAME = "model_name"  # attribute of a built model: load_weights finds torchvision's weights by it
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A model by name.
+
+    ``name``: a torchvision classification model ('resnet50'), 'timm/NAME', or 'path/file.py:function', which is called
+    as function(num_classes=..., **kwargs). ``kwargs`` are passed to the constructor and must be JSON-able.
+    """
+
+    name: str
+    num_classes: int
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def build_model(spec: ModelSpec) -> nn.Module:
+    """The model, randomly initialized from torch's global generator, on the CPU, in training mode.
+
+    Raises UserError when there is no such model, or its constructor or function refuses the arguments.
+    """
+    name, options = spec.name, {"num_classes": spec.num_classes, **spec.kwargs}
+    make: Callable[..., Any]
+    if ".py:" in name:
+        make = _function(name)
+    elif name.startswith("timm/"):
+        make = _timm_builder(name.removeprefix("timm/"))
+    else:
+        make = _torchvision_builder(name)
+        options = _defaults(name) | options
+    try:
+        model = make(**options)
+    except Exception as error:
+        shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise UserError(
+            f"model {name} cannot be built with {shown} ({type(error).__name__}: {one_line(error)}): correct it"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"{name} returned a {type(model).__name__}: it must return a torch.nn.Module")
+    setattr(model, _NAME, name)
+    return model
+
+
+def load_weights(model: nn.Module, weights: str) -> str:
+    """Loads ``weights`` into ``model``, which ``build_model`` built; returns a line that says what was loaded.
+
+    Args:
+        weights: a .safetensors file, a .pth or .pt file that holds a state dict (nothing else is unpickled), or
+            torchvision's name of weights for the model, such as 'IMAGENET1K_V2' or 'DEFAULT'.
+
+    Raises:
+        UserError: no such weights, a damaged file, a failed download, or keys that do not fit the model.
+    """
+    path = Path(weights).expanduser()
+    if path.exists() or path.suffix in (".safetensors", ".pth", ".pt"):
+        found = _state_dict(path)
+    else:
+        found = _torchvision_weights(getattr(model, _NAME, ""), weights)
+    if getattr(model, "aux_logits", None) is False:
+        found = {key: tensor for key, tensor in found.items() if not key.startswith(_AUXILIARY)}
+    own = model.state_dict()
+    head = _other_classifier(own, found)
+    misfits = _misfits(own, {key: tensor for key, tensor in found.items() if not _belongs(key, head)}, head)
+    if misfits:
+        raise UserError(f"weights {weights} do not fit the model: {'; '.join(misfits)}; give weights of this model")
+    fitting = {key: tensor for key, tensor in found.items() if not _belongs(key, head)}
+    model.load_state_dict(own | fitting)
+    if not head:
+        return f"weights: {weights}"
+    then, now = (len(tensors[f"{head}.weight"]) for tensors in (found, own))
+    return f"weights: {weights}, but for {head}: {then} classes there, {now} here, so it starts at random"
+
+
+# --- builders
+
+
+def _torchvision_names() -> list[str]:
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def _torchvision_builder(name: str) -> Callable[..., Any]:
+    known = _torchvision_names()
+    if name not in known:
+        raise UserError(
+            f"unknown model {name!r}{did_you_mean(name, known)}; give one of torchvision's {len(known)} classification "
+            "models, timm/NAME, or path/file.py:function"
+        )
+    builder: Callable[..., Any] = torchvision.models.get_model_builder(name)
+    return builder
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """Constructor arguments that differ from torchvision's defaults; see the module's docstring."""
+    if torchvision.models.get_model_builder(name).__module__ == "torchvision.models.resnet":
+        return {"zero_init_residual": True}
+    return dict(_NO_AUXILIARY) if name in ("googlenet", "inception_v3") else {}
+
+
+def _timm_builder(name: str) -> Callable[..., Any]:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"model timm/{name} needs timm, which is not installed: pip install timm") from error
+    if not timm.is_model(name):
+        known = timm.list_models()
+        raise UserError(
+            f"timm {timm.__version__} has no model {name!r} among its {len(known)}{did_you_mean(name, known)}"
+        )
+    return lambda **options: timm.create_model(name, pretrained=False, **options)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """The function of 'path/file.py:function'; the file is run."""
+    file, _, function = name.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise UserError(f"no file {file} for the model {name}: check the path")
+    module_name = f"_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{file} cannot be run ({type(error).__name__}: {one_line(error)}): correct it") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"{file} has no function {function!r}: it has {', '.join(defined) or 'none'}")
+    return found  # type: ignore[no-any-return]
+
+
+# --- weights
+
+
+def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
+    if name not in _torchvision_names():
+        raise UserError(f"no weights file {weights}: check the path; only torchvision's models have weights by name")
+    known = torchvision.models.get_model_weights(name)
+    entry = weights.removeprefix(f"{known.__name__}.")
+    if entry not in known.__members__:
+        raise UserError(
+            f"{name} has no weights {weights!r}, and there is no such file; there are {', '.join(known.__members__)}"
+        )
+    try:  # torchvision itself knows which old keys to rename
+        model = torchvision.models.get_model(name, weights=known[entry])
+    except Exception as error:  # URLError, a time-out, a wrong hash, a full disk
+        raise UserError(
+            f"cannot download weights {entry} of {name} from {known[entry].url} ({one_line(error)}): "
+            "check the network, or download that file by hand and give its path"
+        ) from error
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file; 'state_dict' and 'model' entries are entered, the prefix 'module.' is removed."""
+    found = _read(path)
+    while isinstance(found, Mapping):
+        inner = next((key for key in ("state_dict", "model") if isinstance(found.get(key), Mapping)), None)
+        if inner is None:
+            break
+        found = found[inner]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        content = ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
+        raise UserError(f"{path} holds no state dict (found: {content or 'nothing'}): save model.state_dict()")
+    prefix = "module." if all(key.startswith("module.") for key in found) else ""
+    return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no weights file, or holds Python objects; unpickling those can run any code and is refused: "
+            "save the tensors alone, torch.save(model.state_dict(), file)"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot read weights file {path}: {error.strerror or one_line(error)}; check the path"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"weights file {path} is truncated or damaged ({one_line(error)}): get it again") from error
+
+
+def _other_classifier(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """The module whose tensors differ in their first dimension alone, if it is the only one: '' if there is none.
+
+    A layer inside the network would make the next one differ too.
+    """
+    differing = [key for key in own if key in found and own[key].shape != found[key].shape]
+    modules = {key.rpartition(".")[0] for key in differing}
+    in_outputs = all(own[key].ndim and own[key].shape[1:] == found[key].shape[1:] for key in differing)
+    module = modules.pop() if len(modules) == 1 and in_outputs else ""
+    return module if f"{module}.weight" in differing else ""
+
+
+def _belongs(key: str, module: str) -> bool:
+    return bool(module) and key.rpartition(".")[0] == module
+
+
+def _misfits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], head: str) -> list[str]:
+    """What does not fit, a phrase for each kind. num_batches_tracked may be missing: old files lack it."""
+    missing = [
+        key for key in own if key not in found and not key.endswith("num_batches_tracked") and not _belongs(key, head)
+    ]
+    unexpected = [key for key in found if key not in own]
+    shapes = [
+        f"{key} {list(found[key].shape)} for {list(own[key].shape)}"
+        for key in found
+        if key in own and own[key].shape != found[key].shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    return [
+        f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in kinds
+        if keys
+    ]
