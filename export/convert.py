@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from export.emit import INPUT_NAME, OUTPUT_NAME, Uint8Input, emit, example_input
-from export.fold import fold
+from export.fold import DeadChannel, fold
 from export.lint import lint
 from export.ops import OPSET
 from export.parity import measure
@@ -42,8 +43,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
 
     start = time.perf_counter()
     folded, dead = fold(checkpoint.model)
-    for channel in dead:
-        warn(f"{channel.layer}, channel {channel.channel}: its weight is zero, a dead channel; the scale was floored")
+    _warn_of_dead_channels(dead)
     network = Uint8Input(folded, checkpoint.preprocessing) if options.input == "uint8-nhwc" else folded
     example = example_input(checkpoint.preprocessing, options.input)
     model = emit(network, example, _metadata(checkpoint, options))
@@ -75,6 +75,13 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     written = write_artifact(output, sidecar, write)
     say(f"wrote {output}\nnext: python -m deploy.build {output}")
     return written
+
+
+def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
+    for layer, channels in itertools.groupby(dead, lambda channel: channel.layer):
+        numbers = [channel.channel for channel in channels]
+        listed = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        warn(f"{layer}: {len(numbers)} dead channels ({listed}): their weights are zero; the scales were floored")
 
 
 def _metadata(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:

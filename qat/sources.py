@@ -186,10 +186,10 @@ def _read_npz(path: Path) -> Source:
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("one bare array")
-        with loaded:
+        with open(path, "rb") as file:  # np.load itself leaves a damaged file open
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("one bare array")
             return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path") from None

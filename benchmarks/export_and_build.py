@@ -1,0 +1,65 @@
+"""Size and time of the ONNX file and of the TensorRT-RTX engine of ResNet50, 1000 classes, 224 px.
+
+    python benchmarks/export_and_build.py
+
+Weights and images are random: size, structure and time do not depend on them; accuracy is measured by scripts/demo.
+The two commands run as a user runs them; their times are those that they record, the process's start not counted.
+"""
+
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from stamp import stamp
+
+from qat.artifact import read_sidecar
+from qat.calibrate import calibrate
+from qat.checkpoint import save_checkpoint
+from qat.models import ModelSpec, build_model
+from qat.prepare import prepare
+from qat.preprocessing import Preprocessing
+
+CLASSES, PIXELS = 1000, 224
+
+
+def write_checkpoint(path: Path) -> None:
+    torch.manual_seed(0)
+    spec = ModelSpec("resnet50", CLASSES)
+    model = prepare(build_model(spec))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # some start at zero, which would make their weights vanish
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    calibrate(model, torch.randn(16, 3, PIXELS, PIXELS).split(8), "max")
+    preprocessing = Preprocessing(PIXELS, PIXELS, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256)
+    classes = tuple(str(index) for index in range(CLASSES))
+    data = {"data": {"source": "none", "image_size": PIXELS, "root": "."}, "seed": 0, "calibration_images": 16}
+    save_checkpoint(path, model, spec, preprocessing, classes, {}, data, seed=0)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "model.qat"
+        write_checkpoint(checkpoint)
+        for command in ("export.onnx", "deploy.build"):
+            source = checkpoint if command == "export.onnx" else checkpoint.with_suffix(".onnx")
+            subprocess.run([sys.executable, "-m", command, source], check=True, capture_output=True)
+        onnx = read_sidecar(checkpoint.with_suffix(".onnx"), "onnx").figures
+        engine = read_sidecar(checkpoint.with_suffix(".engine"), "engine")
+    built = engine.figures
+    print(stamp("python benchmarks/export_and_build.py"))
+    print(f"ResNet50, {CLASSES} classes, {PIXELS} px; builder {engine.details['builder']}")
+    print(f"  ONNX file                   {onnx['bytes'] / 1e6:7.2f} MB")
+    print(f"  ONNX nodes                  {onnx['nodes']:7d}")
+    print(f"  fold, emit and lint         {onnx['export_seconds']:7.1f} s")
+    print(f"  engine weights memory       {built['weights_bytes'] / 1e6:7.2f} MB")
+    print(f"  engine build                {built['build_seconds']:7.1f} s")
+    print(f"  convolutions in INT8        {built['convolutions_int8']} of {built['convolutions']}")
+    print(f"  matrix products in INT8     {built['matrix_products_int8']} of {built['matrix_products']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""Models by name and their weights: what is built, what is loaded, and one line for everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qat.artifact import UserError
+from qat.models import ModelSpec, build_model, load_weights
+
+NET = """
+from torch import nn
+def net(num_classes, width=4):
+    return nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width, num_classes))
+def broken(num_classes):
+    raise KeyError("oh")
+def number(num_classes):
+    return num_classes
+"""
+
+
+@pytest.fixture
+def net_file(tmp_path: Path) -> Path:
+    path = tmp_path / "net.py"
+    path.write_text(NET)
+    return path
+
+
+def refused_model(name: str, *parts: str, **kwargs: object) -> None:
+    with pytest.raises(UserError) as caught:
+        build_model(ModelSpec(name, 4, kwargs))
+    assert_line(caught.value, parts)
+
+
+def refused_weights(model: nn.Module, weights: object, *parts: str) -> None:
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        load_weights(model, str(weights))
+    assert_line(caught.value, parts)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+def assert_line(error: UserError, parts: tuple[str, ...]) -> None:
+    line = str(error)
+    assert "\n" not in line
+    for part in parts:
+        assert part in line, line
+
+
+def build_net(net_file: Path, classes: int = 4, **kwargs: object) -> nn.Module:
+    return build_model(ModelSpec(f"{net_file}:net", classes, kwargs))
+
+
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+# --- models
+
+
+def test_torchvision_model_has_its_keys_and_zero_initialized_residuals() -> None:
+    model = build_model(ModelSpec("resnet18", 7))
+    assert model.state_dict().keys() == torchvision.models.resnet18(num_classes=7).state_dict().keys()
+    assert model.get_parameter("fc.weight").shape == (7, 512)
+    assert not model.get_parameter("layer1.0.bn2.weight").any()
+    assert model.get_parameter("layer1.0.bn1.weight").all()
+    assert build_model(ModelSpec("resnet18", 7, {"zero_init_residual": False})).get_parameter("layer1.0.bn2.weight").all()
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_off(name: str) -> None:
+    model = build_model(ModelSpec(name, 5))
+    assert not any("aux" in key.lower() for key in model.state_dict())
+    assert model(torch.zeros(2, 3, 96, 96)).shape == (2, 5)  # in training mode too, logits and nothing else
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "regnet_y_400mf", "squeezenet1_1"])
+def test_other_families(name: str) -> None:
+    assert build_model(ModelSpec(name, 5)).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+
+
+def test_timm_model() -> None:
+    pytest.importorskip("timm")
+    assert build_model(ModelSpec("timm/resnet18", 5)).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+    refused_model("timm/resnet5", "no model 'resnet5'", "did you mean resnet")
+
+
+def test_function_of_a_file(net_file: Path) -> None:
+    assert build_net(net_file, 6, width=8)(torch.zeros(2, 3, 3, 3)).shape == (2, 6)
+
+
+def test_spec_goes_through_json() -> None:
+    spec = ModelSpec("resnet18", 7, {"zero_init_residual": False})
+    assert ModelSpec(**json.loads(json.dumps(dataclasses.asdict(spec)))) == spec
+
+
+def test_the_seed_decides_the_weights() -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(build_model(ModelSpec("resnet18", 7)))
+    assert equal(models[0].state_dict(), models[1].state_dict())
+
+
+def test_unknown_models(net_file: Path) -> None:
+    refused_model("resnet5", "unknown model 'resnet5'", "did you mean resnet50", "80 classification models")
+    refused_model("maskrcnn_resnet50_fpn", "unknown model")
+    refused_model("resnet18", "cannot be built", "width=3", width=3)
+    refused_model(f"{net_file.parent}/absent.py:net", "no file", "absent.py")
+    refused_model(f"{net_file}:nets", "no function 'nets'", "net, broken, number")
+    refused_model(f"{net_file}:broken", "KeyError", "oh")
+    refused_model(f"{net_file}:number", "returned a int", "torch.nn.Module")
+    for text, part in (("import absent_module", "ModuleNotFoundError"), ("def net(:", "SyntaxError")):
+        net_file.write_text(text)
+        refused_model(f"{net_file}:net", "cannot be run", part)
+
+
+# --- weights
+
+
+@pytest.mark.parametrize("suffix", ["pth", "pt", "safetensors"])
+def test_weights_from_a_file(net_file: Path, tmp_path: Path, suffix: str) -> None:
+    given, model = build_net(net_file), build_net(net_file)
+    path = tmp_path / f"w.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(given.state_dict(), path)
+    assert str(path) in load_weights(model, str(path))
+    assert equal(given.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("nest", ["state_dict", "model"])
+def test_nested_state_dict_with_prefix_and_without_batch_counters(net_file: Path, tmp_path: Path, nest: str) -> None:
+    given, model = build_net(net_file), build_net(net_file)
+    state = {f"module.{key}": t for key, t in given.state_dict().items() if "num_batches" not in key}
+    torch.save({nest: state, "epoch": 3}, tmp_path / "w.pth")
+    load_weights(model, str(tmp_path / "w.pth"))
+    assert equal(given.state_dict(), model.state_dict())
+
+
+def test_classifier_of_another_class_count_stays_random(net_file: Path, tmp_path: Path) -> None:
+    given, model = build_net(net_file, 10), build_net(net_file, 4)
+    torch.save(given.state_dict(), tmp_path / "w.pth")
+    head = model.get_parameter("3.weight").clone()
+    note = load_weights(model, str(tmp_path / "w.pth"))
+    assert "but for 3: 10 classes there, 4 here" in note
+    assert torch.equal(model.get_parameter("3.weight"), head)
+    assert torch.equal(model.get_parameter("0.weight"), given.get_parameter("0.weight"))
+
+
+def test_auxiliary_heads_in_a_weight_file_are_skipped(tmp_path: Path) -> None:
+    given = torchvision.models.googlenet(num_classes=5, init_weights=False)
+    model = build_model(ModelSpec("googlenet", 5))
+    torch.save(given.state_dict(), tmp_path / "w.pth")
+    load_weights(model, str(tmp_path / "w.pth"))
+    assert torch.equal(model.get_parameter("fc.weight"), given.get_parameter("fc.weight"))
+
+
+def test_weights_by_name_come_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torchvision.models.squeezenet1_1()
+    url = torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cached = tmp_path / "hub" / "checkpoints" / url.rpartition("/")[2]  # as if downloaded before
+    cached.parent.mkdir(parents=True)
+    torch.save(given.state_dict(), cached)
+    for weights in ("DEFAULT", "IMAGENET1K_V1", "SqueezeNet1_1_Weights.IMAGENET1K_V1"):
+        model = build_model(ModelSpec("squeezenet1_1", 4))
+        assert "1000 classes there, 4 here" in load_weights(model, weights)
+        assert torch.equal(model.get_parameter("features.0.weight"), given.get_parameter("features.0.weight"))
+
+
+def test_weights_that_do_not_fit(net_file: Path, tmp_path: Path) -> None:
+    path, model = tmp_path / "w.pth", build_net(net_file)
+    torch.save(build_net(net_file, width=8).state_dict(), path)
+    refused_weights(model, path, "7 keys of another shape (0.weight [8, 3, 3, 3] for [4, 3, 3, 3], ", ", ...)")
+    state = model.state_dict()
+    state["extra"] = state.pop("0.bias")
+    torch.save(state, path)
+    refused_weights(model, path, "1 keys missing (0.bias)", "1 keys unexpected (extra)")
+    torch.save(torchvision.models.squeezenet1_1(num_classes=4).state_dict(), path)
+    refused_weights(build_model(ModelSpec("resnet18", 4)), path, "keys missing (conv1.weight, ", "keys unexpected")
+
+
+def test_bad_weight_files(net_file: Path, tmp_path: Path) -> None:
+    model = build_net(net_file)
+    refused_weights(model, tmp_path / "absent.pth", "cannot read weights file", "No such file")
+    path = tmp_path / "w.pth"
+    torch.save(model, path)
+    refused_weights(model, path, "unpickling", "torch.save(model.state_dict(), file)")
+    torch.save({"epoch": 3}, path)
+    refused_weights(model, path, "holds no state dict (found: epoch)")
+    torch.save(model.state_dict(), path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"nonsense"):
+        path.write_bytes(content)
+        refused_weights(model, path, str(path))
+    tensors = tmp_path / "w.safetensors"
+    save_file(model.state_dict(), tensors)
+    for content in (tensors.read_bytes()[:-9], b"", b"nonsense" * 4):
+        tensors.write_bytes(content)
+        refused_weights(model, tensors, "truncated or damaged")
+    tensors.unlink()
+    refused_weights(model, tensors, "No such file")
+    refused_weights(model, tmp_path, "cannot read", "directory")
+
+
+def test_unknown_weight_names(net_file: Path) -> None:
+    refused_weights(build_model(ModelSpec("resnet18", 4)), "IMAGENET1K_V9", "no weights", "IMAGENET1K_V1, DEFAULT")
+    refused_weights(build_net(net_file), "DEFAULT", "only torchvision's models have weights by name")
+
+
+def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for scheme in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(scheme, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of its first use
+    model = build_model(ModelSpec("squeezenet1_1", 4))
+    refused_weights(model, "DEFAULT", "cannot download weights", "check the network", "https://")
