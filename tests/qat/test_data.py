@@ -220,7 +220,7 @@ def test_preprocessing_goes_through_json_and_normalizes() -> None:
     np.testing.assert_allclose(preprocessing.normalize(x_NCHW).numpy(), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [{"mean": [1, 2]}, {"std": [0, 1, 1]}, {"color": "BGR"}, {"height": 99}, {"x": 1}])
+@pytest.mark.parametrize("change", [{"mean": [1, 2]}, {"std": [0, 1, 1]}, {"color": "BGR"}, {"resize": 9}, {"x": 1}])
 def test_preprocessing_of_a_damaged_sidecar_is_refused(change: dict[str, Any]) -> None:
     good = dataclasses.asdict(Preprocessing(24, 24, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 24))
     with pytest.raises(UserError, match="preprocessing"):
@@ -377,7 +377,9 @@ def test_bad_folders(tmp_path: Path) -> None:
 
 
 def test_too_few_images(tmp_path: Path) -> None:
-    refused(make_folder(tmp_path / "a", train=4), "8 training images", "too few for a validation split", "10 are needed")
+    refused(
+        make_folder(tmp_path / "a", train=4), "8 training images", "too few for a validation split", "10 are needed"
+    )
     arrays = npz_arrays(train=4)
     arrays |= {"val_images": arrays["test_images"], "val_labels": arrays["test_labels"]}
     for key in ("train_images", "train_labels"):

@@ -72,7 +72,9 @@ def test_torchvision_model_has_its_keys_and_zero_initialized_residuals() -> None
     assert model.get_parameter("fc.weight").shape == (7, 512)
     assert not model.get_parameter("layer1.0.bn2.weight").any()
     assert model.get_parameter("layer1.0.bn1.weight").all()
-    assert build_model(ModelSpec("resnet18", 7, {"zero_init_residual": False})).get_parameter("layer1.0.bn2.weight").all()
+    assert (
+        build_model(ModelSpec("resnet18", 7, {"zero_init_residual": False})).get_parameter("layer1.0.bn2.weight").all()
+    )
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
