@@ -16,11 +16,21 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, fx
 
-from qat.artifact import Kind, Sidecar, TensorSpec, UserError, read_sidecar, write_artifact
+from qat.artifact import (
+    FORMAT_VERSION,
+    Sidecar,
+    TensorSpec,
+    UserError,
+    atomic_write,
+    read_sidecar,
+    write_artifact,
+)
 from qat.data import Preprocessing
 from qat.models import ModelSpec, build_model
 from qat.placement import RULES, Placement
 from qat.prepare import activation_quantizers, placement_of, prepare
+
+_STATE = "training_state"  # entry of the file's header
 
 
 @dataclass(frozen=True)
@@ -86,22 +96,34 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> None:
-    """Writes the state of a training run, to be resumed."""
-    kind: Kind = "training-state"
-    write_artifact(path, Sidecar(kind, details=details), lambda file: save_tensors(file, tensors))
+    """Writes the state of a training run, to be resumed.
+
+    One file without a sidecar: two cannot be renamed at once, and a run that is killed in between could not be resumed.
+    """
+    text = json.dumps({"format": FORMAT_VERSION, **details}, allow_nan=False)
+    with atomic_write(path) as temporary:
+        save_tensors(temporary, tensors, {_STATE: text})
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """The tensors and details that ``save_state`` wrote. Raises UserError when they are missing or damaged."""
-    sidecar = read_sidecar(path, "training-state")
-    return load_tensors(path), sidecar.details
+    tensors = load_tensors(path)
+    with safetensors.safe_open(path, "pt") as file:
+        details = json.loads((file.metadata() or {}).get(_STATE, "{}"))
+    version = details.pop("format", None)
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} is a training state of format version {version}, this program reads {FORMAT_VERSION}: "
+            "start without --resume"
+        )
+    return tensors, details
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as safetensors, in plain contiguous form."""
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors as safetensors, in plain contiguous form; ``metadata`` goes into the file's header."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        safetensors.torch.save_file(plain, path)
+        safetensors.torch.save_file(plain, path, dict(metadata or {}))
     except safetensors.SafetensorError as error:  # it wraps the operating system's errors
         number = _os_error_number(str(error))
         if number is None:

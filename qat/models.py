@@ -160,11 +160,11 @@ def _function(name: str) -> Callable[..., Any]:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"{file} cannot be run ({type(error).__name__}: {one_line(error)}): correct it") from error
-    found = getattr(module, function, None)
+    found: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(found):
         defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UserError(f"{file} has no function {function!r}: it has {', '.join(defined) or 'none'}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 # --- weights

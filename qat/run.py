@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.artifact import UserError, check_writable, sidecar_path
+from qat.artifact import UserError, check_writable
 from qat.calibrate import calibrate
 from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.console import progress, say, table, warn
@@ -91,8 +91,7 @@ def run(options: TrainOptions) -> int:
         details,
         options.seed,
     )
-    for path in (_state_path(options), sidecar_path(_state_path(options))):
-        path.unlink(missing_ok=True)
+    _state_path(options).unlink(missing_ok=True)
     _say_result(options.output, reached.figures)
     return 0
 

@@ -1,4 +1,4 @@
-"""Data sets made in tmp_path: disjoint splits, batches that depend on nothing but their seed, one line for bad input."""
+"""Data sets made in tmp_path: disjoint splits, batches that depend on their seed alone, one line for bad input."""
 
 from __future__ import annotations
 
@@ -137,8 +137,7 @@ def test_folder_without_test_tests_on_val(tmp_path: Path) -> None:
     for images in (data.train, data.test):
         for index, label in enumerate(images.labels.tolist()):
             assert (float(images[index, 0][0].float().mean()) > 80) == bool(label)
-    assert data.train.augment
-    assert not (data.calibration.augment or data.validation.augment or data.test.augment)
+    assert [getattr(data, name).augment for name in SPLITS] == [True, False, False, False]
 
 
 def test_folder_with_test_keeps_all_three(tmp_path: Path) -> None:
