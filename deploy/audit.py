@@ -10,8 +10,8 @@ A layer computes in INT8 when it reads INT8 data and INT8 weights. One exception
 (``__myl_...``) spells its operations in its name, and when a Cast stands before the product
 (``CastMulCastCastMulFc``) it dequantizes first and multiplies in float, although INT8 goes in.
 
-The text form was captured from the real builder (tests/deploy/test_audit.py). The JSON forms follow
-NVIDIA's documentation and ../shared/tensorrt.md and were not run: they need a GPU.
+The text form and the JSON of TensorRT 8.6 were captured from the real builders (tests/deploy/test_audit.py). The JSON
+of newer versions follows NVIDIA's documentation and was not run.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ class EngineLayer:
     def product_precision(self) -> str:
         """The type that a convolution or matrix product multiplies in."""
         weights = (*self.inputs[1:], *self.constants)
+        # TensorRT 8.6 hides the types of data whose batch is dynamic; a kernel multiplies in the type of its weights.
+        if self.precision == "unknown" and self.constants:
+            return self.constants[0]
         if self.precision == "INT8" and (_dequantizes_first(self.name) or (weights and "INT8" not in weights)):
             return next((found for found in weights if found != "INT8"), "FP32")
         return self.precision
@@ -174,8 +177,9 @@ def layers_from_inspector(text: str) -> list[EngineLayer]:
     for entry in json.loads(text, strict=False).get("Layers", []):
         layer = {"Name": entry} if isinstance(entry, str) else entry
         constants = _inspector_types(layer.get("Constants"))
-        if isinstance(weights := layer.get("Weights"), dict):
-            constants = (_short_type(str(weights.get("Type", ""))), *constants)
+        # "Weights", or "ConvWeights" where a pooling is fused with the convolution
+        weights = [value for key, value in layer.items() if key.endswith("Weights") and isinstance(value, dict)]
+        constants = (*(_short_type(str(entry.get("Type", ""))) for entry in weights), *constants)
         name = str(layer.get("Name", ""))
         found.append(
             EngineLayer(
@@ -197,7 +201,7 @@ def _inspector_types(tensors: Any) -> tuple[str, ...]:
 
 def _short_type(words: str) -> str:
     match = _TYPE_WORD.search(words)
-    return _SHORT_TYPES.get(match[0].upper(), match[0].upper()) if match else words or "unknown"
+    return _SHORT_TYPES.get(match[0].upper(), match[0].upper()) if match else "unknown"
 
 
 def _onnx_nodes(name: str, metadata: str) -> tuple[str, ...]:
@@ -285,6 +289,8 @@ def _cause(layer: DeclaredLayer, found: EngineLayer | None) -> str:
         return f"not declared INT8: no Q/DQ on {' and '.join(layer.float_inputs)}"
     if found is None:
         return "no engine layer bears its name: look in the layer list of the sidecar"
+    if found.product_precision == "unknown":
+        return "the builder does not tell the type of its data"
     if layer.kind == "DECONVOLUTION":
         return "transposed convolution: the builder chose a float kernel; leave it unquantized"
     if layer.operation == "convolution" and layer.weight_axis not in (None, 0):

@@ -190,7 +190,9 @@ class Toolkit:
             raise UserError(
                 f"{self.title} cannot load the engine that it has just built: {' '.join(log.errors()[-2:])}"
             )
+        context = _context_at_optimum(engine, self.module)
         inspector = engine.create_engine_inspector()
+        inspector.execution_context = context  # without it, the types of a dynamic batch are "N/A"
         return "inspector", inspector.get_engine_information(self.module.LayerInformationFormat.JSON)
 
 
@@ -212,6 +214,17 @@ def find_toolkit(choice: Literal["auto"] | BuilderName = "auto") -> Toolkit:
         choice, f"{RTX_INSTALL} (needs no GPU), or use {TENSORRT_INSTALL}"
     )
     raise UserError(f"no TensorRT builder is usable. Tried: {'; '.join(failures)}. To install: {remedy}")
+
+
+def _context_at_optimum(engine: Any, module: Any) -> Any:
+    """An execution context in which every dynamic input has the size that its profile is optimized for."""
+    context = engine.create_execution_context()
+    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+        is_input = engine.get_tensor_mode(name) == module.TensorIOMode.INPUT
+        if is_input and -1 in tuple(engine.get_tensor_shape(name)):
+            _, optimum, _ = engine.get_tensor_profile_shape(name, 0)
+            context.set_input_shape(name, optimum)
+    return context
 
 
 def numpy_name(data_type: Any) -> str:

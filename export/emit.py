@@ -77,7 +77,7 @@ def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir
         )
     assert program is not None
     model = program.model
-    _name_by_module(model.graph)
+    _name_by_module(model.graph, _layers(network))
     _drop_exporter_notes(model)
     model.producer_name, model.producer_version = "int8-qat-pipeline", None
     model.metadata_props.update(metadata)
@@ -97,12 +97,12 @@ def _quiet_exporter() -> Iterator[None]:
         logging.disable(previous)
 
 
-def _name_by_module(graph: ir.Graph) -> None:
+def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
     """Names each node, and what it computes, by its module's path; a Q or DQ by the tensor that it quantizes."""
     outputs = set(graph.outputs)
     taken: set[str] = {value.name or "" for value in graph.inputs} | set(graph.initializers)
     for node in graph:
-        name = _node_name(node)
+        name = _node_name(node, layers)
         serial = 0
         while (unique := f"{name}_{serial}" if serial else name) in taken:
             serial += 1
@@ -112,7 +112,13 @@ def _name_by_module(graph: ir.Graph) -> None:
             node.outputs[0].name = unique
 
 
-def _node_name(node: ir.Node) -> str:
+def _layers(network: nn.Module) -> set[str]:
+    """Paths of the modules that are one layer: with no children but a quantizer of their weight."""
+    modules = network.named_modules()
+    return {path for path, module in modules if {name for name, _ in module.named_children()} <= {"weight_quantizer"}}
+
+
+def _node_name(node: ir.Node, layers: set[str]) -> str:
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         scale = node.inputs[1]
         assert scale is not None
@@ -122,8 +128,10 @@ def _node_name(node: ir.Node) -> str:
         return f"{tensor}/{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     modules = [scope for scope in scopes[:-1] if scope and scope != "network"]
-    name = modules[-1] if modules else (scopes[-1] if scopes else node.op_type.lower())
-    return name.removeprefix("network.")
+    path = modules[-1] if modules else ""
+    if path not in layers:  # a function that a module with children calls: layer1.0 -> layer1.0.add
+        path = f"{path}.{node.op_type.lower()}".removeprefix(".")
+    return path.removeprefix("network.")
 
 
 def _drop_exporter_notes(model: ir.Model) -> None:

@@ -174,3 +174,45 @@ def test_real_builder_matrix_product_by_scale_axis(tmp_path):
 
 def _built(model):
     return build(find_toolkit("tensorrt-rtx"), model, ("8.9",), 8, 32).audit
+
+
+# Captured on an H200 from TensorRT 8.6.0 (an engine with a dynamic batch); entries that the audit does not read are
+# left out.
+TENSORRT_8_6 = """
+{"Layers": [
+{"Name": "x/quantize", "LayerType": "Reformat",
+ "Inputs": [{"Name": "input", "Dimensions": [-1,3,32,32], "Format/Datatype": "N/A due to dynamic shapes"}],
+ "Outputs": [{"Name": "x/quantize", "Dimensions": [-1,3,32,32], "Format/Datatype": "N/A due to dynamic shapes"}],
+ "Metadata": ""},
+{"Name": "conv1.weight + conv1 + relu + maxpool", "LayerType": "CaskConvActPool",
+ "Inputs": [{"Name": "x/quantize", "Dimensions": [-1,3,32,32], "Format/Datatype": "N/A due to dynamic shapes"}],
+ "Outputs": [{"Name": "maxpool/quantize", "Dimensions": [-1,64,8,8], "Format/Datatype": "N/A due to dynamic shapes"}],
+ "ConvWeights": {"Type": "Int8", "Count": 9408}, "ConvBias": {"Type": "Float", "Count": 64},
+ "ConvHasSparseWeights": 0, "Metadata": "[ONNX Layer: conv1][ONNX Layer: relu][ONNX Layer: maxpool]"},
+{"Name": "layer1.0.conv3.weight + layer1.0.conv3 + layer1.0 + layer1.0.relu_2", "LayerType": "CaskConvolution",
+ "Inputs": [{"Name": "layer1_0_relu_1/quantize", "Format/Datatype": "N/A due to dynamic shapes"},
+            {"Name": "layer1_0_downsample_1/quantize", "Format/Datatype": "N/A due to dynamic shapes"}],
+ "Outputs": [{"Name": "layer1_0_relu_2/quantize", "Format/Datatype": "N/A due to dynamic shapes"}],
+ "Weights": {"Type": "Int8", "Count": 16384}, "HasSparseWeights": 0,
+ "Metadata": "[ONNX Layer: layer1.0.conv3][ONNX Layer: layer1.0][ONNX Layer: layer1.0.relu_2]"},
+{"Name": "fc.weight + transpose_before_fc + fc + fc.bias + (Unnamed Layer* 565) [ElementWise]",
+ "LayerType": "CaskConvolution",
+ "Inputs": [{"Name": "layer4_2_relu_2/quantize", "Format/Datatype": "N/A due to dynamic shapes"}],
+ "Outputs": [{"Name": "(Unnamed Layer* 565) [ElementWise]_out_tensor",
+              "Format/Datatype": "N/A due to dynamic shapes"}],
+ "Weights": {"Type": "Float", "Count": 20480}, "Metadata": "[ONNX Layer: fc][ONNX Layer: fc]"}
+], "Bindings": ["input", "logits"]}
+"""
+
+
+def test_tensorrt_8_6_hides_data_types_of_a_dynamic_batch_so_the_weights_decide():
+    # The last layer's weights were Int8; Float stands here so that the test sees both answers.
+    layers = layers_from_inspector(TENSORRT_8_6)
+    declared = [
+        DeclaredLayer("conv1", "convolution", "CONVOLUTION", (), 0, 1, 64),
+        DeclaredLayer("layer1.0.conv3", "convolution", "CONVOLUTION", (), 0, 1, 256),
+        DeclaredLayer("fc", "matrix product", "MATRIX_MULTIPLY", (), 0, 1, 0),
+    ]
+    found = audit(declared, layers)
+    assert [finding.precision for finding in found.findings] == ["INT8", "INT8", "FP32"]
+    assert [finding.node for finding in found.broken] == ["fc"]

@@ -97,6 +97,7 @@ def test_nodes_bear_the_names_of_their_modules(model):
         "conv1",
         "layer1.0.conv1",
         "layer2.0.downsample.0",
+        "layer1.0.add",
         "fc",
         "x/quantize",
         "layer1.0.conv1.weight_quantizer/dequantize",
