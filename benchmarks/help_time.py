@@ -1,6 +1,6 @@
 """Time of --help of every command, from the start of the process to its end.
 
-    python benchmarks/help_time.py
+python benchmarks/help_time.py
 """
 
 import subprocess

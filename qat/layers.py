@@ -40,9 +40,8 @@ class QuantizedConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """[N, I, H, W] -> [N, O, H', W']."""
         assert not isinstance(self.padding, str), "transposed convolutions take no named padding"
-        extra = self._output_padding(
-            x, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation  # type: ignore[arg-type]
-        )
+        stride, kernel, dilation = list(self.stride), list(self.kernel_size), list(self.dilation)
+        extra = self._output_padding(x, output_size, stride, list(self.padding), kernel, 2, dilation)
         weight = self.weight_quantizer(self.weight)
         return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
