@@ -74,7 +74,7 @@ def main(options: Options) -> int:
     from deploy.trt import find_toolkit
 
     output = options.output or options.model.with_suffix(".engine")
-    source, parent = _read_model(options.model)
+    source, parent = _read_model(options.model, output)
     if output.resolve() == options.model.resolve():
         raise UserError(f"{output} is the model itself: give --output another name")
     if not 1 <= options.opt_batch <= options.max_batch:
@@ -140,14 +140,14 @@ def build(toolkit: Toolkit, model: Path, capabilities: tuple[str, ...], opt_batc
     return Built(plan, seconds, inputs, outputs, audit.audit(declared, layers), log)
 
 
-def _read_model(model: Path) -> tuple[Sidecar | None, Parent]:
+def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
     """The model's sidecar, where there is one, and its identity; UserError when they do not fit together."""
     if not model.is_file():
         raise UserError(f"no file {model}: check the path, or make it with python -m export.onnx")
     if sidecar_path(model).exists():
         source = read_sidecar(model, "onnx")
-        return source, Parent(model.name, source.sha256)
-    return None, Parent(model.name, sha256_of(model))
+        return source, Parent.of(output, model, source.sha256)
+    return None, Parent.of(output, model, sha256_of(model))
 
 
 def _parse(toolkit: Toolkit, builder: Any, model: Path, log: BuildLog) -> Any:

@@ -60,7 +60,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
 
     sidecar = Sidecar(
         kind="onnx",
-        parent=Parent(options.checkpoint.name, checkpoint.sidecar.sha256),
+        parent=Parent.of(output, options.checkpoint, checkpoint.sidecar.sha256),
         inputs=(TensorSpec(INPUT_NAME, (-1, *example.shape[1:]), str(example.dtype).removeprefix("torch.")),),
         outputs=(TensorSpec(OUTPUT_NAME, (-1, len(checkpoint.sidecar.class_names)), "float32"),),
         preprocessing=checkpoint.sidecar.preprocessing,

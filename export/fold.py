@@ -96,6 +96,7 @@ def fold(prepared: fx.GraphModule) -> tuple[fx.GraphModule, list[DeadChannel]]:
         elif isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer):
             _store_codes(name, module, None, dead)
     _replace_functions(folded)
+    folded.delete_all_unused_submodules()
     folded.graph.lint()
     folded.recompile()
     return folded, dead
@@ -114,7 +115,8 @@ def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
         if source.op != "call_module" or len(source.users) != 1 or norm.running_var is None:
             continue
         layer, name = modules[source.target], str(source.target)
-        if calls[name] != 1 or not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)):
+        # Behind a linear layer normalization may run over another axis than the layer's channels.
+        if calls[name] != 1 or not isinstance(layer, nn.modules.conv._ConvNd):
             continue
         if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
             continue  # its weight has one channel of axis 1 for several output channels
@@ -124,7 +126,6 @@ def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
             _fold_float(layer, norm)
         node.replace_all_uses_with(source)
         folded.graph.erase_node(node)
-        folded.delete_submodule(str(node.target))
 
 
 def _store_codes(name: str, layer: Any, norm: _Norm | None, dead: list[DeadChannel]) -> None:
@@ -169,14 +170,19 @@ def _replace_functions(folded: fx.GraphModule) -> None:
     """Functional calls and modules that the exporter would decompose -> operators that it keeps."""
     modules = dict(folded.named_modules())
     for node in folded.graph.nodes:
-        arguments = list(node.args[1:]) + list(node.kwargs.values())
-        flattens = (node.op == "call_function" and node.target is torch.flatten) or (
-            node.op == "call_method" and node.target == "flatten"
-        )
-        if flattens and arguments in ([1], [1, -1]):
+        if _flattens_all_but_batch(node, modules):
             node.op, node.target, node.args, node.kwargs = "call_function", FLATTEN, (node.args[0],), {}
-        elif node.op == "call_module" and isinstance(module := modules[node.target], nn.Flatten):
-            if (module.start_dim, module.end_dim) == (1, -1):
-                node.op, node.target = "call_function", FLATTEN
-        elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d and arguments in ([1], [(1, 1)]):
-            node.op, node.target, node.args, node.kwargs = "call_function", POOL, (node.args[0],), {}
+        elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
+            size = node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
+            if size in (1, (1, 1), [1, 1]):
+                node.op, node.target, node.args, node.kwargs = "call_function", POOL, (node.args[0],), {}
+
+
+def _flattens_all_but_batch(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    if node.target not in (torch.flatten, "flatten"):
+        return False
+    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+    return (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)

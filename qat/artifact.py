@@ -59,10 +59,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Parent:
-    """The file that an artifact was made from."""
+    """The file that an artifact was made from; ``file`` is its path, seen from the folder of the artifact."""
 
     file: str
     sha256: str
+
+    @classmethod
+    def of(cls, child: Path, parent: Path, sha256: str) -> Parent:
+        """What ``child`` records of the file ``parent`` that it is made from."""
+        return cls(os.path.relpath(parent.absolute(), child.absolute().parent), sha256)
 
 
 @dataclass(frozen=True)
@@ -128,8 +133,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            _flush(temporary)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         finally:
@@ -152,12 +156,13 @@ def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], None], 
     ``made_by`` adds to what is recorded of the making (a seed, versions of further packages).
     Returns the sidecar as written. Raises UserError when the disk does not take it.
     """
-    with atomic_write(path) as temporary:
+    # Both are whole before either is renamed, the artifact first.
+    with atomic_write(sidecar_path(path)) as temporary_sidecar, atomic_write(path) as temporary:
         write(temporary)
         whole = dataclasses.replace(sidecar, sha256=sha256_of(temporary), made_by=_provenance() | made_by)
-        with atomic_write(sidecar_path(path)) as temporary_sidecar:
-            text = json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(whole)}, indent=1, allow_nan=False)
-            temporary_sidecar.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(whole)}, indent=1, allow_nan=False)
+        temporary_sidecar.write_text(text + "\n", encoding="utf-8")
+        _flush(temporary_sidecar)
     return whole
 
 
@@ -197,13 +202,15 @@ def read_sidecar(artifact: Path, kind: Kind) -> Sidecar:
 
 
 def read_parent(child: Path, sidecar: Sidecar, kind: Kind) -> tuple[Path, Sidecar]:
-    """The parent of ``child`` and its sidecar, looked for in the same folder.
+    """The parent of ``child`` and its sidecar, looked for where it was, then in the folder of ``child``.
 
     Raises UserError naming both hashes when it is not the file that ``child`` was made from.
     """
     if sidecar.parent is None:
         raise UserError(f"{child} records no parent: make it with the pipeline's own commands")
     path = child.parent / sidecar.parent.file
+    if not path.exists():  # the two were moved together
+        path = child.parent / path.name
     parent = read_sidecar(path, kind)
     if parent.sha256 != sidecar.parent.sha256:
         raise UserError(
@@ -241,6 +248,12 @@ def _sidecar_from_json(content: dict[str, Any]) -> Sidecar:
     content["parent"] = None if content["parent"] is None else Parent(**content["parent"])
     content["class_names"] = tuple(content["class_names"])
     return Sidecar(**content)
+
+
+def _flush(path: Path) -> None:
+    """Makes sure that a written file is on the disk, where a full one would say so."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:

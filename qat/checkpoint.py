@@ -121,7 +121,8 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Writes tensors as safetensors, in plain contiguous form; ``metadata`` goes into the file's header."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # clone: safetensors refuses tensors that share memory, as tied weights do
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(plain, path, dict(metadata or {}))
     except safetensors.SafetensorError as error:  # it wraps the operating system's errors

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import fx, nn
 
 OpKind = Literal[
@@ -26,7 +27,8 @@ OpKind = Literal[
     "concat",
     "max_pool",
     "average_pool",
-    "data_movement",  # reshape, slice, dropout, ...: values pass unchanged, so a scale passes too
+    "dropout",  # nothing in the engine, but in training it scales what it keeps
+    "data_movement",  # reshape, slice, ...: values pass unchanged, so a scale passes too
     "other",
 ]
 
@@ -98,16 +100,14 @@ class Network:
 
 
 _MODULES: tuple[tuple[OpKind, tuple[type[nn.Module], ...]], ...] = (
-    (
-        "convolution",
-        (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    ),
+    ("convolution", (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)),
     ("linear", (nn.Linear,)),
     ("batch_norm", (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)),
     ("activation", (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardtanh)),
     ("max_pool", (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)),
     ("average_pool", (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)),
-    ("data_movement", (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Identity, nn.Flatten, nn.ChannelShuffle)),
+    ("dropout", (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, torchvision.ops.StochasticDepth)),
+    ("data_movement", (nn.Identity, nn.Flatten, nn.ChannelShuffle)),
 )
 
 _FUNCTIONS: dict[OpKind, tuple[Callable[..., Any], ...]] = {
@@ -116,7 +116,7 @@ _FUNCTIONS: dict[OpKind, tuple[Callable[..., Any], ...]] = {
     "activation": (F.relu, F.relu_, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.hardtanh),
     "max_pool": (F.max_pool1d, F.max_pool2d, F.max_pool3d),
     "average_pool": (F.avg_pool1d, F.avg_pool2d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d),
-    "data_movement": (torch.flatten, torch.reshape, torch.permute, torch.transpose, F.dropout, torch.squeeze),
+    "data_movement": (torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
 }
 
 _METHODS: dict[OpKind, tuple[str, ...]] = {
@@ -172,9 +172,12 @@ def _label(node: fx.Node) -> str:
 
 
 def _constant_weight(node: fx.Node, modules: dict[str, nn.Module]) -> ConstantWeight | None:
-    if node.op != "call_module":
+    if _kind(node, modules) not in ("convolution", "linear") or not node.all_input_nodes:
         return None
-    match modules[str(node.target)]:
+    module = modules[str(node.target)]
+    if "weight" not in module._parameters:  # computed anew at each call, as by spectral normalization
+        return None
+    match module:
         case nn.modules.conv._ConvNd() as conv:
             return ConstantWeight(conv.in_channels, conv.out_channels, conv.groups, tuple(conv.kernel_size))
         case nn.Linear() as linear:

@@ -18,7 +18,7 @@ from qat.network import Network, Op
 
 WEIGHTED = ("convolution", "linear")
 # Operations that commute with quantization: TensorRT moves a Q across them to where it saves memory traffic.
-COMMUTING = ("max_pool", "data_movement")
+COMMUTING = ("max_pool", "data_movement", "dropout")
 
 # What each rule means, in a sentence for people; recorded with every checkpoint and shown in the report.
 RULES = {
@@ -107,7 +107,8 @@ def place(network: Network) -> Placement:
 
     reads: dict[str, list[QuantizedRead]] = {}  # tensor -> its quantized reads
     for op in quantized:
-        reads.setdefault(network[op].inputs[0], []).append(QuantizedRead(op, "weighted_input"))
+        tensor, reader = _before_dropout(network, op)
+        reads.setdefault(tensor, []).append(QuantizedRead(reader, "weighted_input"))
     for add in adds:
         if add.quantized_input is not None:
             reads.setdefault(add.quantized_input, []).append(QuantizedRead(add.op, add.rule))
@@ -200,15 +201,26 @@ def shared_concat_scale(network: Network, reads: dict[str, list[QuantizedRead]])
 
 
 def _fusing_convolution(network: Network, tensor: str, quantized: set[str]) -> str | None:
-    """The INT8 convolution whose result ``tensor`` is, through batch normalization at most and read by no one else."""
+    """The INT8 convolution whose result ``tensor`` is, in the engine, through batch normalization at most."""
     op = network[tensor]
     while len(network.readers(op.name)) == 1:
         if op.kind in WEIGHTED:
             return op.name if op.name in quantized else None
-        if op.kind != "batch_norm":
+        if op.kind not in ("batch_norm", "dropout"):
             return None
         op = network[op.inputs[0]]
     return None
+
+
+def _before_dropout(network: Network, op: str) -> tuple[str, str]:
+    """The tensor that ``op`` reads, before any dropout, and who reads it: the dropout, or ``op``.
+
+    Behind a dropout, which scales up what it keeps, values in training exceed the range that calibration found.
+    """
+    tensor, reader = network[op].inputs[0], op
+    while network[tensor].kind == "dropout":
+        tensor, reader = network[tensor].inputs[0], tensor
+    return tensor, reader
 
 
 def _quantized_behind(network: Network, tensor: str, reads: dict[str, list[QuantizedRead]]) -> str | None:

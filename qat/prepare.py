@@ -1,12 +1,14 @@
 """A float model in, the same model with quantizers at the placed points out.
 
-The result is a torch.fx GraphModule. Its state dict has all keys of the float model, unchanged, and beside them one
+The result is a torch.fx GraphModule. Its state dict has the keys of the float model, unchanged (of all modules that
+``forward`` calls), and beside them one
 ``activation_quantizers.<tensor>.amax`` for every quantized activation; weight quantizers have no state.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import traceback
 from pathlib import Path
 
@@ -38,7 +40,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     model = copy.deepcopy(model)
     training = model.training
     try:
-        # In training mode: an evaluation trace would lose auxiliary heads.
+        evaluated = Tracer().trace(model.eval())
         traced = fx.GraphModule(model, Tracer().trace(model.train()), type(model).__name__)
     except (
         fx.proxy.TraceError,
@@ -49,7 +51,11 @@ def trace(model: nn.Module) -> fx.GraphModule:
         NotImplementedError,
     ) as error:
         raise UserError(_why_untraceable(error)) from error
+    _check_modes_agree(evaluated, traced.graph)
     _keep_dropout_modes(traced)
+    for node in traced.graph.nodes:
+        if hasattr(nn.ModuleDict, node.name):  # x.to(...) makes a node "to", which no submodule can be called
+            node.name = f"{node.name}_"
     traced.recompile()
     return traced.train(training)
 
@@ -113,6 +119,18 @@ def _check_fits(placement: Placement, nodes: dict[str, fx.Node]) -> None:
             f"the placement names {len(missing)} operations that this model lacks, first {missing[0]!r}: "
             "it was made for another model or by another version; train again"
         )
+
+
+def _check_modes_agree(evaluated: fx.Graph, trained: fx.Graph) -> None:
+    """A trace follows one branch of ``if self.training``, which would then be taken in both modes."""
+    sequences = [[(node.op, node.target) for node in graph.nodes] for graph in (evaluated, trained)]
+    for evaluation, training in itertools.zip_longest(*sequences, fillvalue=("", "nothing")):
+        if evaluation != training:
+            raise UserError(
+                f"the model computes {evaluation[1]} in evaluation where it computes {training[1]} in training, and "
+                "torch.fx can keep only one: put what depends on self.training into torch.nn.Dropout or "
+                "torchvision.ops.StochasticDepth, or switch it off"
+            )
 
 
 def _keep_dropout_modes(traced: fx.GraphModule) -> None:

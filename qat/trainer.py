@@ -143,6 +143,9 @@ def fit(
 
     def save_now() -> None:
         nonlocal last_save
+        # The loss was of the weights before the step; what is saved are those after it.
+        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+            raise _diverged("a weight became NaN or infinite", state, recipe, total)
         save(state, optimizer)
         last_save = time.monotonic()
 
@@ -170,7 +173,9 @@ def fit(
                     stopping = interrupted()
                     due = stopping or time.monotonic() - last_save >= seconds_between_saves
                     if due or state.step % _STEPS_BETWEEN_LOSS_CHECKS == 0 or state.step == total:
-                        state.loss_sum = _finite(state.loss_sum, description, state.step, recipe)
+                        state.loss_sum = float(state.loss_sum)
+                        if not math.isfinite(state.loss_sum):
+                            raise _diverged(f"the loss became {state.loss_sum}", state, recipe, total)
                         note = f"loss {state.loss_sum / state.step:.3f}"
                     task.advance(note=note)
                     if due and state.step < total:
@@ -255,14 +260,12 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimizer.load_state_dict(content)
 
 
-def _finite(loss_sum: Tensor | float, description: str, step: int, recipe: Recipe) -> float:
-    value = float(loss_sum)
-    if not math.isfinite(value):
-        raise UserError(
-            f"the loss became {value} in {description}, at step {step} or shortly before, with a learning rate up to "
-            f"{recipe.lr:g}: lower it, or resume from the last saved state with --resume"
-        )
-    return value
+def _diverged(what: str, state: FitState, recipe: Recipe, total: int) -> UserError:
+    rate = recipe.lr_at((state.epoch + state.step / total) / recipe.epochs)
+    return UserError(
+        f"{what} in epoch {state.epoch + 1}, at step {state.step} of {total} or shortly before, "
+        f"where the learning rate was {rate:.2g}: start again with a lower one"
+    )
 
 
 def _step_seed(seed: int, phase: str, epoch: int, step: int) -> int:

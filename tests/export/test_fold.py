@@ -116,3 +116,35 @@ def test_fold_leaves_the_prepared_model_alone():
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_batch_norm_called_twice_is_kept_for_the_call_that_cannot_be_folded():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            return self.norm(self.norm(self.conv(x)).relu())
+
+    model = prepared(Twice())
+    folded, _ = fold(model)
+    x = torch.randn(2, 16, 4, 4)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_normalization_over_another_axis_than_the_channels_of_a_linear_layer_is_not_folded():
+    model = prepared(nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8)))
+    model.get_submodule("1").weight.data.uniform_(0.5, 2)
+    folded, _ = fold(model)
+    x = torch.randn(2, 8, 16)  # BatchNorm1d normalizes axis 1, the linear layer computes axis 2
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_flatten_of_the_first_dimensions_is_not_taken_for_one_of_the_last():
+    class Head(nn.Module):
+        def forward(self, x):
+            return torch.flatten(x, end_dim=1)
+
+    model = prepared(Head())
+    assert fold(model)[0](torch.zeros(2, 3, 4)).shape == (6, 4)

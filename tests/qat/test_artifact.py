@@ -140,3 +140,14 @@ def test_artifact_needs_the_standard_library_only():
         name.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
     }
     assert imported <= set(sys.stdlib_module_names)
+
+
+def test_a_parent_in_another_folder_is_found_there_and_after_both_were_moved_together(written, tmp_path):
+    path, parent = written
+    child = tmp_path / "other" / "model.engine"
+    sidecar = Sidecar("engine", Parent.of(child, path, parent.sha256))
+    sidecar = write_artifact(child, sidecar, lambda file: file.write_bytes(b"e"))
+    assert read_parent(child, sidecar, "onnx")[1] == parent
+    for file in (path, sidecar_path(path)):
+        file.rename(child.parent / file.name)
+    assert read_parent(child, sidecar, "onnx")[1] == parent

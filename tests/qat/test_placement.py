@@ -206,3 +206,29 @@ def test_placement_survives_json():
 
     found = placement(torchvision.models.resnet18())
     assert Placement.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_the_quantizer_stands_before_dropout_which_scales_values_up_in_training():
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4))
+    assert reads(model) == {"input_1": [("_0", "weighted_input")], "_1": [("_2", "weighted_input")]}
+
+
+def test_stochastic_depth_does_not_hide_the_convolution_from_the_addition():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.body, self.depth = conv(), conv(), torchvision.ops.StochasticDepth(0.2, "row")
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            return self.depth(self.body(x)) + x
+
+    (decision,) = placement(Block()).adds
+    assert (decision.quantized_input, decision.rule) == ("relu", "residual_add")
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.ConvTranspose1d(16, 16, 2), nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 1))]
+)
+def test_layers_that_cannot_be_quantized_stay_float(layer):
+    assert placement(nn.Sequential(layer)).weights == ()

@@ -132,3 +132,24 @@ def test_transposed_convolutions_are_quantized_along_their_output_channels():
         stride=2,
     )
     assert torch.equal(prepared(x), want)
+
+
+def test_a_training_branch_that_a_trace_would_freeze_is_refused():
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2 if self.training else x
+
+    with pytest.raises(UserError, match="in evaluation where it computes"):
+        prepare(Branch())
+
+
+def test_a_node_named_like_a_method_of_modules():
+    class Cast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.to(torch.float32))
+
+    assert list(prepare(Cast()).activation_quantizers._modules) == ["to_"]
