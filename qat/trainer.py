@@ -39,15 +39,12 @@ class Recipe:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, lowest in (
-            ("epochs", 0),
-            ("lr", 0),
-            ("batch_size", 2),
-            ("weight_decay", 0),
-            ("label_smoothing", 0),
-        ):
-            if not getattr(self, name) >= lowest:
-                raise UserError(f"{name} must be at least {lowest}, got {getattr(self, name)}: correct the option")
+        lowest = {"epochs": 0, "lr": 0, "batch_size": 2, "weight_decay": 0, "label_smoothing": 0}
+        for name, least in lowest.items():
+            if not getattr(self, name) >= least:  # NaN is not
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}: correct the option")
+        if self.label_smoothing > 1:
+            raise UserError(f"label_smoothing must be at most 1, got {self.label_smoothing}: correct the option")
 
     def lr_at(self, done: float) -> float:
         """The learning rate when the fraction ``done`` in [0, 1] of the phase is over."""
@@ -99,7 +96,7 @@ SaveState = Callable[[FitState, torch.optim.Optimizer], None]
 def evaluate(
     model: nn.Module, images: ImageSet, data: Data, batch_size: int, device: torch.device, workers: int
 ) -> Accuracy:
-    """Accuracy of ``model`` on all of ``images``, in evaluation mode."""
+    """Accuracy of ``model`` on all of ``images``, in evaluation mode. Raises UserError when the loss is not finite."""
     model.eval()
     correct, loss = 0, 0.0
     with torch.no_grad(), progress("evaluating", len(images)) as task:
@@ -109,6 +106,8 @@ def evaluate(
             correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
             task.advance(len(labels))
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} in evaluation, a weight is NaN: start again with a lower learning rate")
     return Accuracy(100 * correct / len(images), loss / len(images), len(images))
 
 

@@ -254,7 +254,7 @@ def stopped_after_one_step(trained: Path, output: Path) -> None:
 
     model_file = output.parent.parent / "interrupting.py"
     model_file.write_text(
-        (trained / "net.py").read_text().replace('os.environ.get("STOP_IN_PASS", 0)', "1").replace("os.environ", "stops")
+        tiny.NET.replace('os.environ.get("STOP_IN_PASS", 0)', "1").replace("os.environ", "stops")
         + f"\nstops = {{'STOP_BY': {int(INTERRUPT)}}}\n"
     )
     train(trained, output, model=f"{model_file}:net")
@@ -267,7 +267,7 @@ def test_a_loss_that_becomes_nan_is_one_line_and_leaves_the_state_before_it(
     trained: Path, output: Path, command: Run
 ) -> None:
     done = command("qat.train", *arguments(trained, output, float_lr=1e30, save_seconds=0))
-    assert_one_line(done, "the loss became nan in float epoch 1/2, at step 2", "learning rate up to 1e+30")
+    assert_one_line(done, "the loss became nan in epoch 1, at step 2 of 9", "start again with a lower one")
     assert [path.name for path in output.parent.iterdir()] == ["model.qat.state"]
     assert state_of(output) == ("float", 0, 1)
     tensors = load_state(output.with_name("model.qat.state"))[0]
@@ -275,7 +275,7 @@ def test_a_loss_that_becomes_nan_is_one_line_and_leaves_the_state_before_it(
 
 
 def test_weights_that_became_nan_in_the_last_step_of_an_epoch_are_noticed(trained: Path, output: Path) -> None:
-    with pytest.raises(UserError, match="loss .*nan"):  # one step: its own loss is that of the weights before it
+    with pytest.raises(UserError, match="loss is nan"):  # one step: its own loss is that of the weights before it
         train(trained, output, float_lr=1e30, float_epochs=1, batch_size=81, save_seconds=0)
     assert list(output.parent.iterdir()) == []
 
@@ -284,7 +284,7 @@ def test_weights_that_are_nan_from_the_start_are_noticed(trained: Path, output: 
     weights = output.parent.parent / "nan.safetensors"
     state = build_model(ModelSpec(f"{trained / 'net.py'}:net", 3)).state_dict()
     save_file(state | {"fc.bias": torch.full((3,), math.nan)}, weights)
-    with pytest.raises(UserError, match="loss .*nan"):
+    with pytest.raises(UserError, match="loss is nan"):
         train(trained, output, weights=str(weights), float_epochs=0, qat_epochs=0)
     assert list(output.parent.iterdir()) == []
 

@@ -1,0 +1,126 @@
+"""What several test modules share: command lines in processes of their own, and one tiny trained checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import pytest
+import tiny
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+class Run(Protocol):
+    """Runs ``python -m module arguments`` from the root of the repository."""
+
+    def __call__(
+        self,
+        module: str,
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+        file_size: int | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """``file_size``: the longest file, in bytes, that the command can write."""
+
+
+@pytest.fixture(scope="session")
+def _launcher() -> Iterator[subprocess.Popen[str]]:
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", "import launcher; launcher.serve()"],
+        cwd=ROOT,
+        env={**_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield launcher
+    _stream(launcher.stdin).close()
+    launcher.wait()
+    _stream(launcher.stdout).close()
+
+
+@pytest.fixture
+def command(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Command lines as a user gives them, in a process of their own that finds torch imported already."""
+    folder = tmp_path_factory.mktemp("streams")
+
+    def run(
+        module: str,
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+        file_size: int | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        streams = {name: folder / name for name in ("stdout", "stderr")}
+        for path in streams.values():
+            path.write_text("")
+        request = {
+            "module": module,
+            "arguments": list(map(str, arguments)),
+            "environment": environment or {},
+            "file_size": file_size,
+            **{name: str(path) for name, path in streams.items()},
+        }
+        stdin = _stream(_launcher.stdin)
+        stdin.write(json.dumps(request) + "\n")
+        stdin.flush()
+        code = int(_stream(_launcher.stdout).readline())
+        texts = {name: path.read_text() for name, path in streams.items()}
+        return subprocess.CompletedProcess([module, *arguments], code, **texts)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model.qat, its sidecar, and the network and images that it was made from. Not to be changed."""
+    from qat.run import run
+    from qat.train import TrainOptions
+
+    folder = tmp_path_factory.mktemp("trained")
+    try:
+        assert run(TrainOptions(**tiny.options(folder))) == 0
+    finally:
+        torch.set_flush_denormal(False)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained checkpoint and its sidecar, to be changed."""
+    for name in ("model.qat", "model.qat.json"):
+        shutil.copy(trained / name, tmp_path / name)
+    return tmp_path / "model.qat"
+
+
+@pytest.fixture(scope="session")
+def chain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model.qat, the ONNX file made of it, the engine made of that, and their sidecars. Not to change."""
+    from deploy import build
+    from export.convert import export_checkpoint
+    from export.onnx import ExportOptions
+
+    folder = tmp_path_factory.mktemp("chain")
+    for name in ("model.qat", "model.qat.json"):
+        shutil.copy(trained / name, folder / name)
+    export_checkpoint(ExportOptions(checkpoint=folder / "model.qat"))
+    onnx = folder / "model.onnx"
+    assert build.main(build.Options(model=onnx, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return dict(os.environ)
+
+
+def _stream(stream: IO[Any] | None) -> IO[Any]:
+    assert stream is not None
+    return stream

@@ -1,0 +1,184 @@
+"""The page about a real chain of checkpoint, ONNX file and engine, and what is refused to be shown together."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+from qdq_models import classifier
+
+from deploy import build
+from deploy.report import ReportOptions, main, render
+from qat.artifact import Sidecar, UserError, read_sidecar, sidecar_path, write_artifact
+
+NAMES = ("model.qat", "model.onnx", "model.engine")
+
+
+@pytest.fixture(scope="module")
+def page(chain: Path) -> str:
+    return html.unescape(render(chain / "model.engine"))
+
+
+@pytest.fixture
+def family(chain: Path, tmp_path: Path) -> Path:
+    """A copy of the chain, to be changed."""
+    for name in NAMES:
+        shutil.copy(chain / name, tmp_path)
+        shutil.copy(sidecar_path(chain / name), tmp_path)
+    return tmp_path
+
+
+def rows(page: str) -> list[str]:
+    """The rows of all tables as text, their cells separated by |."""
+    found = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    return [re.sub(r"<[^>]+>", "", re.sub(r"</td>\s*<td", "|<td", row)).strip() for row in found]
+
+
+def test_every_accuracy_is_on_the_page(chain: Path, page: str) -> None:
+    figures = read_sidecar(chain / "model.qat", "checkpoint").figures
+    for name, label in (("float", "float"), ("ptq", "INT8, post-training"), ("qat", "INT8, trained (QAT)")):
+        assert f"{label}<b>{figures[name]['test_top1']:.2f} %</b>" in page
+        assert f"loss {figures[name]['test_loss']:.4f}" in page
+    assert "Accuracy on 60 test images" in page
+    assert "27 calibration images (mse)" in page
+    assert "81 training images" in page
+
+
+def test_every_layer_is_a_row_with_its_precision_and_rule(chain: Path, page: str) -> None:
+    findings = read_sidecar(chain / "model.engine", "engine").details["findings"]
+    weights = read_sidecar(chain / "model.qat", "checkpoint").details["placement"]["weights"]
+    rules = {decision["label"]: decision["rule"] for decision in weights}
+    assert {finding["node"] for finding in findings} == rules.keys() == {"conv1", "conv2", "fc"}
+    for finding in findings:
+        name, operation, precision, rule, _ = next(r for r in rows(page) if r.startswith(finding["node"])).split("|")
+        assert (name, operation, precision.strip()) == (finding["node"], finding["operation"], "INT8")
+        assert rule == rules[name]
+
+
+def test_every_quantized_activation_is_a_row_with_its_scale_readers_and_rules(chain: Path, page: str) -> None:
+    details = read_sidecar(chain / "model.qat", "checkpoint").details
+    quantizers = [node for node in onnx.load(chain / "model.onnx").graph.node if node.op_type == "QuantizeLinear"]
+    tensors = details["placement"]["tensors"]
+    assert len(tensors) == len(quantizers) > 0
+    table = page.partition("<h2>Q/DQ nodes</h2>")[2]
+    for tensor in tensors:
+        row = next(r for r in rows(table) if r.split("|")[0].split()[0] == tensor["tensor"])
+        assert f"{details['amax'][tensor['quantizer']] / 127:.4g}" in row
+        for read in tensor["reads"]:
+            assert f"{read['reader']} {read['rule']}" in row
+
+
+def test_every_rule_is_explained(chain: Path, page: str) -> None:
+    details = read_sidecar(chain / "model.qat", "checkpoint").details
+    used = {decision["rule"] for decision in details["placement"]["weights"]}
+    used |= {read["rule"] for tensor in details["placement"]["tensors"] for read in tensor["reads"]}
+    for rule in used | details["rules"].keys():
+        assert f"<dt><code>{rule}</code></dt><dd>{details['rules'][rule]}</dd>" in page
+
+
+def test_the_engine_and_the_onnx_file_are_described(chain: Path, page: str) -> None:
+    onnx_sidecar = read_sidecar(chain / "model.onnx", "onnx")
+    assert f"{onnx_sidecar.figures['nodes']} nodes, opset 20, input float32-nchw" in page
+    assert "0 of\n60 images with another top-1" in page
+    assert "built by tensorrt-rtx" in page
+    assert "convolutions in INT8<b>2 of 2</b>" in page
+    assert "matrix products in INT8<b>1 of 1</b>" in page
+    assert "without a GPU" in page
+
+
+def test_the_curve_has_a_point_for_every_epoch(page: str) -> None:
+    float_points, qat_points = (line.split() for line in re.findall(r'<polyline points="([^"]*)"', page))
+    assert len(float_points) == 2
+    assert len(qat_points) == 3  # the QAT curve begins where the float one ends
+    assert qat_points[0] == float_points[-1]
+    for point in float_points + qat_points:
+        x, y = map(float, point.split(","))
+        assert 0 <= x <= 600
+        assert 0 <= y <= 160
+
+
+def test_the_page_needs_no_other_file_and_no_network(page: str) -> None:
+    assert page.startswith("<!doctype html>")
+    assert not re.search(r"https?://|<script|<link|src=|@import", page)
+
+
+def test_the_command_writes_the_page_and_prints_the_result(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(ReportOptions(engine=family / "model.engine"))
+    assert (family / "report.html").read_text() == render(family / "model.engine")
+    printed = capsys.readouterr().out
+    for words in ("top-1 on 60 test images", "convolutions in INT8", "2 of 2", "0 of 60 images", "report: "):
+        assert words in printed
+
+
+def test_an_onnx_file_written_again_after_the_build_is_refused_with_both_hashes(family: Path) -> None:
+    path = family / "model.onnx"
+    before = read_sidecar(path, "onnx")
+    model = onnx.load(path)
+    model.doc_string = "exported again"
+    now = write_artifact(path, before, lambda file: onnx.save(model, file))
+    assert now.sha256 != before.sha256
+    with pytest.raises(UserError) as caught:
+        main(ReportOptions(engine=family / "model.engine", output=family / "page.html"))
+    assert before.sha256 in str(caught.value)
+    assert now.sha256 in str(caught.value)
+    assert not (family / "page.html").exists()
+
+
+def test_an_onnx_file_changed_under_its_sidecar_is_refused(family: Path) -> None:
+    with (family / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(UserError, match="its sidecar was written for"):
+        render(family / "model.engine")
+
+
+def test_a_checkpoint_trained_again_after_the_export_is_refused(family: Path) -> None:
+    path = family / "model.qat"
+    before = read_sidecar(path, "checkpoint")
+    now = write_artifact(path, before, lambda file: file.write_bytes(b"other weights") and None)
+    with pytest.raises(UserError, match=f"{before.sha256}.*{now.sha256}"):
+        render(family / "model.engine")
+
+
+@pytest.mark.parametrize("gone", ["model.qat", "model.onnx", "model.onnx.json", "model.engine", "model.engine.json"])
+def test_a_file_that_is_gone_is_named(family: Path, gone: str) -> None:
+    (family / gone).unlink()
+    with pytest.raises(UserError, match=re.escape(gone)):
+        main(ReportOptions(engine=family / "model.engine"))
+    assert not (family / "report.html").exists()
+
+
+def test_names_with_markup_are_shown_as_text(family: Path) -> None:
+    engine = family / "model.engine"
+    sidecar = read_sidecar(engine, "engine")
+    content = engine.read_bytes()
+    findings = [{**finding, "cause": "<script>alert(1)</script>"} for finding in sidecar.details["findings"]]
+    changed = Sidecar(
+        "engine", sidecar.parent, figures=sidecar.figures, details={**sidecar.details, "findings": findings}
+    )
+    write_artifact(engine, changed, lambda file: file.write_bytes(content) and None)
+    page = render(engine)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_an_engine_of_an_onnx_file_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = classifier(tmp_path / "foreign.onnx")
+    options = build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))
+    assert build.main(options) == 0
+    model.unlink()  # an engine without provenance is shown by itself
+    capsys.readouterr()
+    main(ReportOptions(engine=tmp_path / "foreign.engine"))
+    page = (tmp_path / "report.html").read_text()
+    findings = read_sidecar(tmp_path / "foreign.engine", "engine").details["findings"]
+    assert len(findings) == 2
+    for finding in findings:
+        assert any(row.startswith(f"{finding['node']}|{finding['operation']}|INT8") for row in rows(page))
+    assert "Accuracy on" not in page
+    assert "Q/DQ nodes" not in page
+    printed = capsys.readouterr().out
+    assert "convolutions in INT8" in printed
+    assert "top-1" not in printed

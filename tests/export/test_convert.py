@@ -1,0 +1,182 @@
+"""From a checkpoint to an ONNX file and its sidecar: what is written down, what is warned of, what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import parity
+from export.convert import export_checkpoint
+from export.onnx import ExportOptions
+from qat.artifact import Parent, Sidecar, TensorSpec, UserError, read_parent, read_sidecar, sha256_of
+from qat.checkpoint import load_checkpoint, save_checkpoint
+from qat.models import ModelSpec
+from qat.preprocessing import Preprocessing
+
+
+def metadata(path: Path) -> dict[str, str]:
+    return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+
+
+def refused(match: str, **options: Any) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        export_checkpoint(ExportOptions(**options))
+    assert "\n" not in str(caught.value)
+
+
+# --- the ordinary export
+
+
+@pytest.fixture(scope="module")
+def exported(chain: Path) -> Sidecar:
+    return read_sidecar(chain / "model.onnx", "onnx")
+
+
+def test_the_sidecar_names_the_checkpoint_and_describes_the_network(chain: Path, exported: Sidecar) -> None:
+    checkpoint = read_sidecar(chain / "model.qat", "checkpoint")
+    assert exported.parent == Parent("model.qat", sha256_of(chain / "model.qat"))
+    assert read_parent(chain / "model.onnx", exported, "checkpoint") == (chain / "model.qat", checkpoint)
+    assert exported.inputs == (TensorSpec("input", (-1, 3, 16, 16), "float32"),)
+    assert exported.outputs == (TensorSpec("logits", (-1, 3), "float32"),)
+    assert exported.preprocessing == checkpoint.preprocessing
+    assert exported.class_names == checkpoint.class_names
+    assert exported.details == {"input": "float32-nchw", "opset": 20, "dead_channels": []}
+
+
+def test_the_sidecar_agrees_with_the_file(chain: Path, exported: Sidecar) -> None:
+    model = onnx.load(chain / "model.onnx")
+    assert exported.sha256 == sha256_of(chain / "model.onnx")
+    assert exported.figures["nodes"] == len(model.graph.node)
+    assert exported.figures["bytes"] == (chain / "model.onnx").stat().st_size
+    assert exported.figures["export_seconds"] > 0
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [exported.details["opset"]]
+    (given,) = model.graph.input
+    first, *rest = given.type.tensor_type.shape.dim
+    assert first.dim_param
+    assert [dimension.dim_value for dimension in rest] == [3, 16, 16]
+
+
+def test_parity_on_the_test_split_is_stated(chain: Path, exported: Sidecar) -> None:
+    found = exported.figures["parity"]
+    quantizers = [node for node in onnx.load(chain / "model.onnx").graph.node if node.op_type == "QuantizeLinear"]
+    assert found["source"].startswith("the test split of ")
+    assert (found["images"], found["other_top1"]) == (60, 0)
+    assert found["smallest_logit_cosine"] > 0.9999
+    assert len(found["layers"]) == len(quantizers) + 1
+    assert found["worst_layer"] in found["layers"]
+    assert found["worst_layer"]["sqnr_db"] is None or found["worst_layer"]["sqnr_db"] > 100
+
+
+def test_the_file_alone_says_how_to_use_it(chain: Path, exported: Sidecar) -> None:
+    found = metadata(chain / "model.onnx")
+    assert json.loads(found["class_names"]) == ["red", "green", "blue"]
+    assert json.loads(found["preprocessing"]) == exported.preprocessing
+    assert found["checkpoint_sha256"] == sha256_of(chain / "model.qat")
+    assert found["input"] == "float32-nchw"
+    assert str(chain) not in "".join(found.values())
+
+
+# --- raw bytes as input, a folder of its own
+
+
+def test_uint8_input_computes_the_same_from_raw_images(chain: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "bytes.onnx"
+    written = export_checkpoint(
+        ExportOptions(checkpoint=chain / "model.qat", output=output, input="uint8-nhwc", parity_images=7)
+    )
+    assert written.inputs == (TensorSpec("input", (-1, 16, 16, 3), "uint8"),)
+    assert written.details["input"] == metadata(output)["input"] == "uint8-nhwc"
+    assert written.figures["parity"]["images"] == 7
+    assert read_parent(output, written, "checkpoint")[0].samefile(chain / "model.qat")
+
+    images = np.load(Path(read_sidecar(chain / "model.qat", "checkpoint").details["data"]["source"]))["test_images"]
+    preprocessing = Preprocessing.from_json(dict(written.preprocessing))
+    normalized = preprocessing.normalize(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    (from_bytes,) = parity.session(output).run(None, {"input": images})
+    (from_floats,) = parity.session(chain / "model.onnx").run(None, {"input": normalized})
+    assert (from_bytes.argmax(1) == from_floats.argmax(1)).mean() > 0.98
+    np.testing.assert_allclose(from_bytes, from_floats, atol=0.1)
+
+
+# --- a checkpoint with a dead channel, whose images are gone
+
+
+@dataclass(frozen=True)
+class Exported:
+    sidecar: Sidecar
+    warnings: list[str]
+
+
+@pytest.fixture(scope="module")
+def bereft(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Channel 3 of conv2 is zero; the images have been removed."""
+    path = tmp_path_factory.mktemp("bereft") / "model.qat"
+    loaded = load_checkpoint(trained / "model.qat")
+    with torch.no_grad():
+        loaded.model.get_parameter("conv2.weight")[3] = 0
+    details = dict(loaded.sidecar.details)
+    details["data"] = {**details["data"], "source": "gone/images.npz"}
+    spec = ModelSpec(**details["model"])
+    names = loaded.sidecar.class_names
+    save_checkpoint(path, loaded.model, spec, loaded.preprocessing, names, loaded.sidecar.figures, details, 0)
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        sidecar = export_checkpoint(ExportOptions(checkpoint=path))
+    return Exported(sidecar, stderr.getvalue().splitlines())
+
+
+def test_a_dead_channel_is_warned_of_and_recorded(bereft: Exported) -> None:
+    assert bereft.warnings[0] == (
+        "warning: conv2, channel 3: its weight is zero, a dead channel; the scale was floored"
+    )
+    assert bereft.sidecar.details["dead_channels"] == [{"layer": "conv2", "channel": 3}]
+    assert bereft.sidecar.figures["parity"]["other_top1"] == 0
+
+
+def test_without_the_images_parity_is_measured_on_random_ones(bereft: Exported) -> None:
+    (warning,) = bereft.warnings[1:]
+    assert warning.startswith("warning: the test images are not at hand (no file gone/images.npz")
+    assert "random ones" in warning
+    assert bereft.sidecar.figures["parity"]["source"] == "random images"
+    assert bereft.sidecar.figures["parity"]["images"] == 8
+
+
+# --- what is refused
+
+
+def test_an_output_that_is_the_checkpoint_is_refused(checkpoint: Path) -> None:
+    before = sha256_of(checkpoint)
+    roundabout = checkpoint.parent / "folder" / ".." / checkpoint.name
+    (checkpoint.parent / "folder").mkdir()
+    (checkpoint.parent / "link").symlink_to(checkpoint)
+    for output in (checkpoint, roundabout, checkpoint.parent / "link"):
+        refused("would overwrite the checkpoint", checkpoint=checkpoint, output=output)
+    assert sha256_of(checkpoint) == before
+
+
+def test_a_checkpoint_that_ends_in_onnx_is_not_overwritten(checkpoint: Path) -> None:
+    renamed = checkpoint.rename(checkpoint.with_name("model.onnx"))
+    refused("would overwrite the checkpoint", checkpoint=renamed)
+
+
+@pytest.mark.parametrize("count", ["parity_images", "layer_images"])
+def test_parity_cannot_be_left_out(checkpoint: Path, count: str) -> None:
+    refused("--parity-images and --layer-images must be at least 1", checkpoint=checkpoint, **{count: 0})
+    assert not checkpoint.with_suffix(".onnx").exists()
+
+
+def test_an_onnx_file_is_no_checkpoint(chain: Path, tmp_path: Path) -> None:
+    refused(
+        "is a file of kind 'onnx', needed is 'checkpoint'",
+        checkpoint=chain / "model.onnx",
+        output=tmp_path / "x.onnx",
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,289 @@
+"""Checkpoints and training states: the same network comes back, and one line for every file that is not whole."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.artifact import UserError, read_sidecar, sidecar_path, write_artifact
+from qat.calibrate import calibrate
+from qat.checkpoint import Checkpoint, load_checkpoint, load_state, save_checkpoint, save_state
+from qat.models import ModelSpec, build_model
+from qat.prepare import placement_of, prepare
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(4))
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images)
+
+
+def refused(path: Path, *parts: str, load: Callable[[Path], Any] = load_checkpoint) -> None:
+    with pytest.raises(UserError) as caught:
+        load(path)
+    line = str(caught.value)
+    assert "\n" not in line
+    for part in parts:
+        assert part in line, line
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(sidecar_path(path).read_text())
+    change(content)
+    sidecar_path(path).write_text(json.dumps(content))
+
+
+def rewrite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Other tensors, under a sidecar that was written for them."""
+    sidecar = read_sidecar(path, "checkpoint")
+    write_artifact(path, sidecar, lambda file: save_file(dict(tensors), file))
+
+
+def save_again(path: Path, loaded: Checkpoint) -> None:
+    details = {"data": {}, "seed": 0}
+    spec = ModelSpec(**loaded.sidecar.details["model"])
+    names = loaded.sidecar.class_names
+    save_checkpoint(path, loaded.model, spec, loaded.preprocessing, names, {"float": 1}, details, 0)
+
+
+# --- checkpoints
+
+
+def test_what_was_saved_gives_bitwise_equal_logits(trained: Path, tmp_path: Path, images: Tensor) -> None:
+    torch.manual_seed(1)
+    spec = ModelSpec(f"{trained / 'net.py'}:net", 3)
+    prepared = prepare(build_model(spec))
+    assert calibrate(prepared, [images], "max") == []
+    preprocessing = load_checkpoint(trained / "model.qat").preprocessing
+    path = tmp_path / "model.qat"
+    written = save_checkpoint(path, prepared, spec, preprocessing, ("a", "b", "c"), {"x": 1.5}, {"note": "n"}, seed=9)
+    loaded = load_checkpoint(path)
+    assert torch.equal(logits(loaded.model, images), logits(prepared.eval(), images))
+    assert not loaded.model.training
+    assert loaded.sidecar == written == read_sidecar(path, "checkpoint")
+    assert loaded.preprocessing == preprocessing
+    assert placement_of(loaded.model) == placement_of(prepared)
+    assert (written.class_names, written.figures, written.details["note"]) == (("a", "b", "c"), {"x": 1.5}, "n")
+    assert written.made_by["seed"] == 9
+
+
+def test_a_loaded_checkpoint_can_be_saved_and_loaded_again(trained: Path, tmp_path: Path, images: Tensor) -> None:
+    first = load_checkpoint(trained / "model.qat")
+    save_again(tmp_path / "again.qat", first)
+    again = load_checkpoint(tmp_path / "again.qat")
+    assert torch.equal(logits(again.model, images), logits(first.model, images))
+    assert again.sidecar.details["placement"] == first.sidecar.details["placement"]
+
+
+def test_a_network_that_uses_one_weight_under_two_names(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tied.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def net(num_classes):\n"
+        "    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, num_classes))\n"
+        "    net[3].weight = net[1].weight\n"
+        "    return net\n"
+    )
+    spec = ModelSpec(f"{path}:net", 3)
+    prepared = prepare(build_model(spec))
+    calibrate(prepared, [torch.randn(4, 3, 1, 1)], "max")
+    preprocessing = load_checkpoint(trained / "model.qat").preprocessing
+    save_checkpoint(tmp_path / "tied.qat", prepared, spec, preprocessing, ("a", "b", "c"), {}, {}, 0)
+    x = torch.randn(4, 3, 1, 1)
+    assert torch.equal(logits(load_checkpoint(tmp_path / "tied.qat").model, x), logits(prepared.eval(), x))
+
+
+def test_the_file_is_safetensors_and_its_header_is_json(trained: Path) -> None:
+    content = (trained / "model.qat").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} <= {"F32", "I64"}
+    assert len(content) == 8 + length + max(e["data_offsets"][1] for n, e in header.items() if n != "__metadata__")
+
+
+def test_a_pickle_under_the_name_of_a_checkpoint_is_not_unpickled(checkpoint: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "unpickled",)
+
+    sidecar = read_sidecar(checkpoint, "checkpoint")
+    write_artifact(checkpoint, sidecar, lambda file: torch.save({"conv1.weight": Trap()}, file))
+    refused(checkpoint, "is no safetensors file or is truncated")
+    assert not (tmp_path / "unpickled").exists()
+    torch.load(checkpoint, weights_only=False)  # the trap works
+    assert (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 5, 500, -1])
+def test_a_truncated_checkpoint_names_both_hashes(checkpoint: Path, keep: int) -> None:
+    expected = read_sidecar(checkpoint, "checkpoint").sha256
+    checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
+    refused(checkpoint, expected, "truncated")
+
+
+def test_the_sidecar_of_another_file(checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.qat"
+    save_again(other, load_checkpoint(checkpoint))
+    edit(other, lambda content: content)
+    hashes = read_sidecar(checkpoint, "checkpoint").sha256, "its sidecar was written for"
+    tensors = load_file(other)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other)
+    shutil.copy(sidecar_path(checkpoint), sidecar_path(other))
+    refused(other, *hashes)
+
+
+def test_a_sidecar_with_an_unknown_model(checkpoint: Path) -> None:
+    edit(checkpoint, lambda content: content["details"]["model"].update(name="resnet51"))
+    refused(checkpoint, "unknown model 'resnet51'", "did you mean")
+
+
+def test_a_sidecar_whose_model_file_is_gone(checkpoint: Path) -> None:
+    edit(checkpoint, lambda content: content["details"]["model"].update(name="gone/net.py:net"))
+    refused(checkpoint, "no file gone/net.py")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["details"].pop("model"),
+        lambda content: content["details"].pop("placement"),
+        lambda content: content["details"].update(model="resnet18"),
+        lambda content: content["details"].update(model={"name": "resnet18"}),
+        lambda content: content["details"].update(placement=[]),
+        lambda content: content["details"]["placement"].pop("tensors"),
+        lambda content: content["details"]["placement"]["weights"][0].pop("rule"),
+        lambda content: content["preprocessing"].pop("mean"),
+        lambda content: content["preprocessing"].update(std=[0, 0, 0]),
+        lambda content: content.update(preprocessing=3),
+        lambda content: content.update(details=[]),
+    ],
+)
+def test_a_sidecar_that_lacks_or_misstates_an_entry(
+    checkpoint: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edit(checkpoint, change)
+    refused(checkpoint, "lacks or misstates", "again")
+
+
+def test_a_placement_of_another_model(checkpoint: Path) -> None:
+    edit(checkpoint, lambda content: content["details"]["placement"]["weights"][0].update(op="layer9"))
+    refused(checkpoint, "lacks, first 'layer9'", "train again")
+
+
+def test_tensors_that_do_not_fit_the_model(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint)
+    rewrite(checkpoint, {name: tensor for name, tensor in tensors.items() if name != "fc.bias"})
+    refused(checkpoint, "does not fit model", 'Missing key(s) in state_dict: "fc.bias"', "train again")
+    rewrite(checkpoint, tensors | {"fc.weight": torch.zeros(5, 8)})
+    refused(checkpoint, "does not fit model", "size mismatch for fc.weight")
+
+
+def test_another_number_of_classes_than_the_weights_have(checkpoint: Path) -> None:
+    edit(checkpoint, lambda content: content["details"]["model"].update(num_classes=7))
+    refused(checkpoint, "does not fit model", "size mismatch for fc.weight")
+
+
+# --- writing
+
+
+@contextmanager
+def files_no_longer_than(size: int) -> Iterator[None]:
+    """Writing more fails with EFBIG, as ENOSPC does on a full disk; Python ignores the signal that comes with it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 2000])
+def test_a_checkpoint_that_the_disk_does_not_take_leaves_nothing(trained: Path, tmp_path: Path, size: int) -> None:
+    loaded = load_checkpoint(trained / "model.qat")
+    path = tmp_path / "model.qat"
+    with pytest.raises(UserError, match=rf"cannot write {path}: the file is too large"), files_no_longer_than(size):
+        save_again(path, loaded)
+    assert list(tmp_path.iterdir()) == []
+    save_again(path, loaded)  # the limit was the reason
+    assert path.stat().st_size > 2000
+
+
+def test_a_sidecar_that_the_disk_does_not_take_leaves_no_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(checkpoint)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    many = replace(loaded, sidecar=replace(loaded.sidecar, class_names=tuple(f"class {i}" for i in range(9999))))
+    with pytest.raises(UserError, match="cannot write"), files_no_longer_than(100_000):
+        save_again(checkpoint, many)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# --- training states
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    path = tmp_path / "model.qat.state"
+    save_state(path, {"model.w": torch.arange(5.0)}, {"phase": "float"})
+    return path
+
+
+def test_a_state_comes_back(state: Path, tmp_path: Path) -> None:
+    tensors, details = load_state(state)
+    assert torch.equal(tensors["model.w"], torch.arange(5.0))
+    assert details == {"phase": "float"}
+    assert [path.name for path in tmp_path.iterdir()] == ["model.qat.state"]
+
+
+def test_a_process_killed_while_it_saves_leaves_a_state_that_loads(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever rename it does not get to: the state is the old one or the new one, whole."""
+
+    class Killed(BaseException):
+        pass
+
+    real, left = Path.replace, [0]
+
+    def rename(path: Path, target: Path) -> Path:
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", rename)
+    phases = []
+    for renames in range(3):
+        left[0] = renames
+        try:
+            save_state(state, {"model.w": torch.full((5,), float(renames))}, {"phase": f"{renames}"})
+        except Killed:
+            pass
+        phases.append(load_state(state)[1]["phase"])
+    assert phases == ["float", "1", "2"]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_state(state: Path, keep: int) -> None:
+    state.write_bytes(state.read_bytes()[:keep])
+    refused(state, "is no safetensors file or is truncated", load=load_state)
+
+
+def test_a_state_of_another_version_and_a_file_that_is_none(state: Path, trained: Path) -> None:
+    save_file({"model.w": torch.zeros(2)}, state, {"training_state": '{"format": 99}'})
+    refused(state, "format version 99, this program reads 1", load=load_state)
+    refused(trained / "model.qat", "format version None", load=load_state)
