@@ -34,7 +34,7 @@ _RANDOM_IMAGES = 8
 def export_checkpoint(options: ExportOptions) -> Sidecar:
     """Exports a checkpoint and returns the sidecar of the ONNX file. Raises UserError for what the user can mend."""
     output = options.output or options.checkpoint.with_suffix(".onnx")
-    if output == options.checkpoint:
+    if output.resolve() == options.checkpoint.resolve():
         raise UserError(f"{output} would overwrite the checkpoint: give another --output")
     if options.parity_images < 1 or options.layer_images < 1:
         raise UserError("--parity-images and --layer-images must be at least 1: parity is part of every export")
@@ -81,7 +81,7 @@ def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
     for layer, channels in itertools.groupby(dead, lambda channel: channel.layer):
         numbers = [channel.channel for channel in channels]
         listed = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        warn(f"{layer}: {len(numbers)} dead channels ({listed}): their weights are zero; the scales were floored")
+        warn(f"{layer}: dead channels {listed}, {len(numbers)} in all: their weights are zero; the scales were floored")
 
 
 def _metadata(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:

@@ -163,7 +163,7 @@ def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], None], 
         text = json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(whole)}, indent=1, allow_nan=False)
         temporary_sidecar.write_text(text + "\n", encoding="utf-8")
         _flush(temporary_sidecar)
-    return whole
+    return _sidecar_from_json(json.loads(text))  # as a reader will see it: JSON has lists, no tuples
 
 
 def read_sidecar(artifact: Path, kind: Kind) -> Sidecar:
@@ -243,6 +243,7 @@ def _provenance() -> dict[str, Any]:
 
 
 def _sidecar_from_json(content: dict[str, Any]) -> Sidecar:
+    content = {key: value for key, value in content.items() if key != "format"}
     for key in ("inputs", "outputs"):
         content[key] = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in content[key])
     content["parent"] = None if content["parent"] is None else Parent(**content["parent"])

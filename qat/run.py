@@ -47,6 +47,8 @@ def run(options: TrainOptions) -> int:
     check_writable(options.output)
     device = _device(options.device)
     recipes = _recipes(options)
+    if not 0 < options.percentile <= 100:
+        raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
     torch.set_flush_denormal(True)  # gradients fall into denormals in small networks, which are ten times as slow
     reached = _resumed(options) if options.resume else Progress()
     data = load_data(options.data, options.image_size, options.seed, options.calibration_images, options.data_root)

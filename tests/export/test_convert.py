@@ -135,7 +135,7 @@ def bereft(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 def test_a_dead_channel_is_warned_of_and_recorded(bereft: Exported) -> None:
     assert bereft.warnings[0] == (
-        "warning: conv2, channel 3: its weight is zero, a dead channel; the scale was floored"
+        "warning: conv2: dead channels 3, 1 in all: their weights are zero; the scales were floored"
     )
     assert bereft.sidecar.details["dead_channels"] == [{"layer": "conv2", "channel": 3}]
     assert bereft.sidecar.figures["parity"]["other_top1"] == 0

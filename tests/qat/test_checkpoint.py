@@ -6,7 +6,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qat.artifact import UserError, read_sidecar, sidecar_path, write_artifact
+from qat.artifact import UserError, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.calibrate import calibrate
 from qat.checkpoint import Checkpoint, load_checkpoint, load_state, save_checkpoint, save_state
 from qat.models import ModelSpec, build_model
@@ -75,7 +75,8 @@ def test_what_was_saved_gives_bitwise_equal_logits(trained: Path, tmp_path: Path
     loaded = load_checkpoint(path)
     assert torch.equal(logits(loaded.model, images), logits(prepared.eval(), images))
     assert not loaded.model.training
-    assert loaded.sidecar == written == read_sidecar(path, "checkpoint")
+    assert loaded.sidecar == read_sidecar(path, "checkpoint")
+    assert loaded.sidecar.sha256 == written.sha256 == sha256_of(path)
     assert loaded.preprocessing == preprocessing
     assert placement_of(loaded.model) == placement_of(prepared)
     assert (written.class_names, written.figures, written.details["note"]) == (("a", "b", "c"), {"x": 1.5}, "n")
@@ -269,10 +270,8 @@ def test_a_process_killed_while_it_saves_leaves_a_state_that_loads(
     phases = []
     for renames in range(3):
         left[0] = renames
-        try:
+        with suppress(Killed):
             save_state(state, {"model.w": torch.full((5,), float(renames))}, {"phase": f"{renames}"})
-        except Killed:
-            pass
         phases.append(load_state(state)[1]["phase"])
     assert phases == ["float", "1", "2"]
 

@@ -289,6 +289,15 @@ def test_weights_that_are_nan_from_the_start_are_noticed(trained: Path, output: 
     assert list(output.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("percentile", [0.0, 100.5, math.nan])
+def test_a_percentile_out_of_range_is_refused_before_training(
+    trained: Path, output: Path, capsys: pytest.CaptureFixture[str], percentile: float
+) -> None:
+    with pytest.raises(UserError, match=f"--percentile {percentile} is out of range"):
+        train(trained, output, percentile=percentile)
+    assert "epoch" not in capsys.readouterr().out
+
+
 def test_a_device_that_is_not_there(trained: Path, output: Path) -> None:
     with pytest.raises(UserError, match=r"device 'nonsense' cannot be used .*--device cpu"):
         train(trained, output, device="nonsense")
