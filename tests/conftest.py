@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -15,6 +17,21 @@ import tiny
 import torch
 
 ROOT = Path(__file__).parent.parent
+
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # networks as small as these wait for the second thread more than it helps
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Training in this process, bit by bit as in those with ONE_THREAD; torch's settings are as before afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
 
 
 class Run(Protocol):
@@ -35,7 +52,7 @@ def _launcher() -> Iterator[subprocess.Popen[str]]:
     launcher = subprocess.Popen(
         [sys.executable, "-c", "import launcher; launcher.serve()"],
         cwd=ROOT,
-        env={**_environment(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env={**os.environ, **ONE_THREAD, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -84,10 +101,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qat.train import TrainOptions
 
     folder = tmp_path_factory.mktemp("trained")
-    try:
+    with one_thread():
         assert run(TrainOptions(**tiny.options(folder))) == 0
-    finally:
-        torch.set_flush_denormal(False)
     return folder
 
 
@@ -113,12 +128,6 @@ def chain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     onnx = folder / "model.onnx"
     assert build.main(build.Options(model=onnx, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     return folder
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
 
 
 def _stream(stream: IO[Any] | None) -> IO[Any]:

@@ -1,5 +1,7 @@
 """Runs command lines without paying for torch's import each time: a process that has it, and forks for each of them.
 
+Nothing of ONNX is imported before the fork: ONNX Runtime's threads do not survive one, and a child could not end.
+
 Each child is a process of its own that runs ``python -m MODULE ARGUMENTS``: its exit code, its signals, its standard
 output and its standard error are real. One request is a line of JSON on standard input, its answer is the exit code.
 """
@@ -11,14 +13,12 @@ import os
 import resource
 import runpy
 import sys
-from typing import Any
+import traceback
+from typing import Any, NoReturn
 
 
 def serve() -> None:
     """Answers requests until standard input ends."""
-    import onnx_ir  # noqa: F401
-    import torch.onnx  # noqa: F401
-
     import qat.run  # noqa: F401
 
     for line in sys.stdin:
@@ -26,12 +26,11 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             become(request)
-            return
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def become(request: dict[str, Any]) -> None:
-    """Runs the command in this process, which ends with it."""
+def become(request: dict[str, Any]) -> NoReturn:
+    """Runs the command in this process, which ends with it, at once: torch's tear-down would take longer than all."""
     for stream, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
         os.dup2(os.open(path, os.O_RDWR), stream)
     os.environ |= request["environment"]
@@ -39,7 +38,17 @@ def become(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
     sys.modules.pop(request["module"], None)
     sys.argv = [request["module"], *request["arguments"]]
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    code: Any = 1
+    try:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from conftest import Run
 from PIL import Image
 
@@ -98,14 +98,13 @@ def missing_weights(place: Workplace) -> tuple[object, ...]:
 
 def pickled_weights(place: Workplace) -> tuple[object, ...]:
     place.train["weights"] = place.folder / "weights.pth"
-    place.train["weights"].write_bytes(pickle.dumps({"state_dict": Path("x")}))
+    torch.save({"epoch": 3, "state_dict": {}, "options": Path("x")}, place.train["weights"])
     return place.folder / "weights.pth", "unpickling", "torch.save(model.state_dict(), file)"
 
 
 def weights_of_another_model(place: Workplace) -> tuple[object, ...]:
-    place.train |= {"weights": place.good / "model.qat", "model": "resnet18"}
-    shutil.copy(place.good / "model.qat", place.folder / "other.safetensors")
-    place.train["weights"] = place.folder / "other.safetensors"
+    weights = shutil.copy(place.good / "model.qat", place.folder / "other.safetensors")
+    place.train |= {"weights": weights, "model": "resnet18"}
     return "do not fit the model", "keys missing"
 
 

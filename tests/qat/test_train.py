@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import ROOT, Run
+from conftest import ONE_THREAD, ROOT, Run, one_thread
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,9 +36,9 @@ KILL, INTERRUPT = signal.SIGKILL, signal.SIGINT
 
 
 @pytest.fixture(autouse=True)
-def _denormals_as_before() -> Iterator[None]:
-    yield
-    torch.set_flush_denormal(False)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture
@@ -205,7 +206,14 @@ def test_ctrl_c_saves_and_prints_a_command_that_ends_with_the_same_weights(
     assert line.startswith("interrupted: saved; continue with: python -m qat.train ")
     assert state_of(output) == ("float", 0, 5)  # the step that was under way is done
     words = shlex.split(line.partition("continue with: ")[2])
-    resumed = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    resumed = subprocess.run(
+        [sys.executable, *words[1:]],
+        cwd=ROOT,
+        env={**os.environ, **ONE_THREAD},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert resumed.stderr == ""
     assert_same(load_file(output), load_file(trained / "model.qat"))
 
@@ -237,27 +245,15 @@ def test_nothing_to_resume(trained: Path, output: Path, command: Run) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 7, 1000])
-def test_a_truncated_state_is_refused(trained: Path, output: Path, keep: int) -> None:
+def test_a_truncated_state_is_refused(trained: Path, output: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
+    for name, value in stop(1, INTERRUPT).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(qat.trainer.Interrupted):
-        stopped_after_one_step(trained, output)
+        train(trained, output)
     state = output.with_name("model.qat.state")
     state.write_bytes(state.read_bytes()[:keep])
     with pytest.raises(UserError, match=r"model\.qat\.state is no safetensors file or is truncated"):
         train(trained, output, resume=True)
-
-
-def stopped_after_one_step(trained: Path, output: Path) -> None:
-    """A run that is interrupted in its first step."""
-
-    def interrupt(*_: object) -> None:
-        signal.raise_signal(INTERRUPT)
-
-    model_file = output.parent.parent / "interrupting.py"
-    model_file.write_text(
-        tiny.NET.replace('os.environ.get("STOP_IN_PASS", 0)', "1").replace("os.environ", "stops")
-        + f"\nstops = {{'STOP_BY': {int(INTERRUPT)}}}\n"
-    )
-    train(trained, output, model=f"{model_file}:net")
 
 
 # --- what can go wrong in training
