@@ -21,7 +21,7 @@ from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.console import progress, say, table, warn
 from qat.data import Data, batch_count, batches, load_data
 from qat.models import ModelSpec, build_model, load_weights
-from qat.prepare import placement_of, prepare
+from qat.prepare import placement_of, prepare, trace
 from qat.trainer import Accuracy, FitState, Recipe, evaluate, fit, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def run(options: TrainOptions) -> int:
     model = build_model(spec)
     if options.weights is not None:
         say(load_weights(model, options.weights))
+    trace(model)  # a model that cannot be quantized is refused now, not after hours of float training
     trainer = _Trainer(options, data, device, reached)
     try:
         if reached.phase == "float":
