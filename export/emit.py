@@ -1,5 +1,7 @@
 """Folded network -> explicit-precision ONNX: opset 20, dynamic batch, INT8 weights, Q/DQ nodes named by their layers.
 
+A network without quantizers becomes an ONNX file of float32 or, by ``with_ends``, of float16.
+
 torch.onnx does the translation; export/ops.py keeps the Q/DQ pairs whole on the way. What is done afterwards is naming:
 each node bears the path of the module that it came from, so that the engine's layers can be traced back to the model.
 """
@@ -8,16 +10,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import io
 import logging
+import operator
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from export import ops
 from qat.data import Preprocessing
@@ -28,23 +32,47 @@ INPUT_NAME, OUTPUT_NAME = "input", "logits"
 _EXAMPLE_BATCH = 2  # any but 0 and 1, which torch.export would take for constants
 
 
-class Uint8Input(nn.Module):
-    """Puts the preprocessing into the network: uint8 [N, H, W, 3] in RGB -> cast, transpose, normalize -> network."""
+def with_ends(
+    folded: fx.GraphModule, preprocessing: Preprocessing, kind: InputKind, dtype: torch.dtype = torch.float32
+) -> fx.GraphModule:
+    """``folded`` computing in ``dtype``, between what a user hands over and float32 logits; ``folded`` stays as it is.
 
-    factor: Tensor
-    shift: Tensor
+    float32-nchw: [N, 3, H, W], normalized. uint8-nhwc: [N, H, W, 3] in RGB -> cast, transpose, normalize -> network.
+    """
+    network = copy.deepcopy(folded).to(dtype)
+    graph = network.graph
+    given = next(node for node in graph.nodes if node.op == "placeholder")
+    behind = next(node for node in graph.nodes if node.op != "placeholder")
+    readers, x = list(given.users), given
+    # Nodes of the same graph: in a module around it, the exporter would forget which module calls which function.
+    with graph.inserting_before(behind):
+        if kind == "uint8-nhwc" or dtype != torch.float32:
+            x = graph.call_method("to", (x, dtype))
+        if kind == "uint8-nhwc":
+            x = graph.call_method("permute", (x, 0, 3, 1, 2))
+            for function, name, values in _normalization(preprocessing):
+                network.register_buffer(name, values.to(dtype))
+                x = graph.call_function(function, (x, graph.get_attr(name)))
+    for reader in readers:
+        reader.replace_input_with(given, x)
+    if dtype != torch.float32:
+        output = graph.output_node()
+        (logits,) = output.all_input_nodes
+        with graph.inserting_before(output):
+            output.replace_input_with(logits, graph.call_method("to", (logits, torch.float32)))
+    graph.lint()
+    network.recompile()
+    return network
 
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        mean, deviation = (np.array(values, np.float64) for values in (preprocessing.mean, preprocessing.std))
-        # (x / 255 - mean) / std as one multiplication and one addition.
-        self.register_buffer("factor", torch.tensor(1 / (255 * deviation), dtype=torch.float32).reshape(1, 3, 1, 1))
-        self.register_buffer("shift", torch.tensor(-mean / deviation, dtype=torch.float32).reshape(1, 3, 1, 1))
-        self.network = network
 
-    def forward(self, x_NHWC: Tensor) -> Tensor:
-        """uint8 [N, H, W, 3] -> logits."""
-        return self.network(x_NHWC.float().permute(0, 3, 1, 2) * self.factor + self.shift)
+def _normalization(preprocessing: Preprocessing) -> Iterator[tuple[Callable[..., Any], str, Tensor]]:
+    """(x / 255 - mean) / std as one multiplication and one addition: the function, a name and its other operand."""
+    mean, deviation = (np.array(values, np.float64) for values in (preprocessing.mean, preprocessing.std))
+    for function, name, values in (
+        (operator.mul, "input_factor", 1 / (255 * deviation)),
+        (operator.add, "input_shift", -mean / deviation),
+    ):
+        yield function, name, torch.tensor(values, dtype=torch.float32).reshape(1, 3, 1, 1)
 
 
 def example_input(preprocessing: Preprocessing, kind: InputKind, batch: int = _EXAMPLE_BATCH) -> Tensor:
@@ -122,16 +150,14 @@ def _node_name(node: ir.Node, layers: set[str]) -> str:
     if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         scale = node.inputs[1]
         assert scale is not None
-        tensor = (
-            (scale.name or "").removesuffix(".scale").removeprefix("network.").removeprefix("activation_quantizers.")
-        )
+        tensor = (scale.name or "").removesuffix(".scale").removeprefix("activation_quantizers.")
         return f"{tensor}/{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    modules = [scope for scope in scopes[:-1] if scope and scope != "network"]
+    modules = [scope for scope in scopes[:-1] if scope]
     path = modules[-1] if modules else ""
     if path not in layers:  # a function that a module with children calls: layer1.0 -> layer1.0.add
         path = f"{path}.{node.op_type.lower()}".removeprefix(".")
-    return path.removeprefix("network.")
+    return path
 
 
 def _drop_exporter_notes(model: ir.Model) -> None:

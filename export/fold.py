@@ -2,6 +2,8 @@
 
 Batch normalization y = g * conv(x, W) + b moves into the weight's scales: W' = W * g has amax' = amax * |g|, so its
 codes are those of W, with the sign of g. Folding changes no code, and what was trained is what is deployed.
+
+``fold_float`` makes the float twin, which speed is compared with: the same weights, no quantizer.
 """
 
 from __future__ import annotations
@@ -91,15 +93,43 @@ def fold(prepared: fx.GraphModule) -> tuple[fx.GraphModule, list[DeadChannel]]:
     for name, module in list(folded.named_modules()):
         if isinstance(module, ActivationQuantizer):
             folded.set_submodule(name, QuantizeDequantize(scale_from_amax(module.amax)))
-        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-            folded.set_submodule(name, GlobalAveragePool())
         elif isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer):
             _store_codes(name, module, None, dead)
+    return _finished(folded), dead
+
+
+def fold_float(prepared: fx.GraphModule) -> fx.GraphModule:
+    """Folds a prepared model without its quantizers: float weights as trained; ``prepared`` stays as it is.
+
+    Returns the folded module: float32 NCHW in, logits out, node names as those of ``fold``.
+    """
+    folded = copy.deepcopy(prepared).eval().requires_grad_(False)
+    _remove_quantizers(folded)
+    _fold_batch_norms(folded, [])
+    return _finished(folded)
+
+
+def _finished(folded: fx.GraphModule) -> fx.GraphModule:
+    """``folded`` in operations that the exporter keeps, without what is no longer used."""
+    for name, module in list(folded.named_modules()):
+        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
+            folded.set_submodule(name, GlobalAveragePool())
     _replace_functions(folded)
     folded.delete_all_unused_submodules()
     folded.graph.lint()
     folded.recompile()
-    return folded, dead
+    return folded
+
+
+def _remove_quantizers(folded: fx.GraphModule) -> None:
+    modules = dict(folded.named_modules())
+    for node in list(folded.graph.nodes):
+        if node.op == "call_module" and isinstance(modules[node.target], ActivationQuantizer):
+            node.replace_all_uses_with(node.args[0])
+            folded.graph.erase_node(node)
+    for module in modules.values():
+        if isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer):
+            module.weight_quantizer = nn.Identity()
 
 
 def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:

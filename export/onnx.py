@@ -2,7 +2,9 @@
 
     python -m export.onnx runs/model.qat
     python -m export.onnx runs/model.qat --input uint8-nhwc --output runs/model_uint8.onnx
+    python -m export.onnx runs/model.qat --precision float16
 
+Beside model.onnx it writes model.reference.npz: test images with PyTorch's answers, to check an engine by.
 Next: python -m deploy.build runs/model.onnx
 """
 
@@ -24,11 +26,13 @@ class ExportOptions(Command):
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """The checkpoint that python -m qat.train wrote."""
     output: Path | None = None
-    """The ONNX file to write; by default beside the checkpoint, ending in .onnx."""
+    """The ONNX file to write; by default beside the checkpoint, ending in .onnx, .float32.onnx or .float16.onnx."""
     input: Literal["float32-nchw", "uint8-nhwc"] = "float32-nchw"
     """float32-nchw: normalized images; uint8-nhwc: raw RGB bytes, preprocessing becomes part of the network."""
+    precision: Literal["int8", "float32", "float16"] = "int8"
+    """float32, float16: the same weights without any quantizer, as the baseline that INT8 is compared with."""
     parity_images: int = 512
-    """Test images on which PyTorch and ONNX Runtime are compared, at most."""
+    """Test images on which PyTorch and ONNX Runtime are compared, at most; they go into the reference file."""
     layer_images: int = 8
     """Images on which they are compared layer by layer."""
 

@@ -2,7 +2,7 @@
 
 Comparing only the ends says little: one code that rounds the other way changes everything behind it. So each stretch
 between two quantizers is compared on the same inputs: PyTorch is given ONNX Runtime's quantized tensors, and what it
-computes from them is held against what ONNX Runtime computed.
+computes from them is held against what ONNX Runtime computed. Of a file without quantizers the logits are compared.
 
 ONNX Runtime runs with its Q/DQ fusion off: its fused INT8 kernels saturate on x86 processors without VNNI; float
 arithmetic on the dequantized codes is what TensorRT computes.
@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from export.emit import OUTPUT_NAME
 from export.fold import QuantizeDequantize
+from qat.artifact import UserError
 from qat.prepare import ACTIVATION_QUANTIZERS
 
 
@@ -37,7 +38,7 @@ class LayerParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """``images`` were run through both; ``layers`` were compared on the first few of them."""
+    """``images`` were run through both; ``layers`` were compared on the first few of them, the logits last."""
 
     images: int
     other_top1: int
@@ -55,9 +56,10 @@ class Parity:
 
     def __str__(self) -> str:
         worst = "bitwise equal" if self.worst.sqnr_db is None else f"{self.worst.sqnr_db:.1f} dB at {self.worst.tensor}"
+        compared = f"worst of {len(self.layers)} layers: " if len(self.layers) > 1 else ""
         return (
             f"{self.other_top1} of {self.images} images with another top-1, smallest logit cosine "
-            f"{self.smallest_logit_cosine:.6f}; worst of {len(self.layers)} layers: {worst}"
+            f"{self.smallest_logit_cosine:.6f}; {compared}{worst}"
         )
 
 
@@ -70,7 +72,9 @@ def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def measure(folded: fx.GraphModule, model: Path, batches: Iterable[tuple[Tensor, Tensor]], layer_images: int) -> Parity:
+def measure(
+    folded: fx.GraphModule, model: Path, batches: Iterable[tuple[Tensor, Tensor]], layer_images: int
+) -> tuple[Parity, Tensor]:
     """Compares ``folded`` with the ONNX file made from it.
 
     Args:
@@ -78,9 +82,16 @@ def measure(folded: fx.GraphModule, model: Path, batches: Iterable[tuple[Tensor,
         model: the ONNX file.
         batches: (input of ``folded``, the same images as the file takes them).
         layer_images: how many images of the first batch are compared layer by layer.
+
+    Returns:
+        How well the two agree, and the logits of ``folded`` on all images, float32 [N, classes].
+
+    Raises:
+        UserError: the file computes values that are not finite.
     """
     whole = session(model)
-    images = other = 0
+    logits: list[Tensor] = []
+    other = 0
     cosine = 1.0
     layers: tuple[LayerParity, ...] = ()
     for x_NCHW, given in batches:
@@ -89,11 +100,16 @@ def measure(folded: fx.GraphModule, model: Path, batches: Iterable[tuple[Tensor,
         with torch.no_grad():
             ours = folded(x_NCHW)
         theirs = torch.from_numpy(whole.run([OUTPUT_NAME], {whole.get_inputs()[0].name: given.numpy()})[0])
-        images += len(x_NCHW)
+        if not theirs.isfinite().all():
+            raise UserError(
+                "the exported network answers NaN or infinity: a value in it exceeds what its type holds "
+                "(float16: 65504); export with another --precision, or train again"
+            )
+        logits.append(ours)
         other += int((ours.argmax(1) != theirs.argmax(1)).sum())
         cosine = min(cosine, float(nn.functional.cosine_similarity(ours.double(), theirs.double()).min()))
     assert layers, "no image to compare on"
-    return Parity(images, other, cosine, layers)
+    return Parity(sum(map(len, logits)), other, cosine, layers), torch.cat(logits)
 
 
 def sqnr_db(signal: np.ndarray, noisy: np.ndarray) -> float | None:

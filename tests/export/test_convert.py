@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import torch
 
 from export import parity
 from export.convert import export_checkpoint
+from export.fold import fold
 from export.onnx import ExportOptions
 from qat.artifact import Parent, Sidecar, TensorSpec, UserError, read_parent, read_sidecar, sha256_of
-from qat.checkpoint import load_checkpoint, save_checkpoint
+from qat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qat.models import ModelSpec
 from qat.preprocessing import Preprocessing
+from qat.quantizer import ActivationQuantizer, WeightQuantizer
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -49,7 +52,8 @@ def test_the_sidecar_names_the_checkpoint_and_describes_the_network(chain: Path,
     assert exported.outputs == (TensorSpec("logits", (-1, 3), "float32"),)
     assert exported.preprocessing == checkpoint.preprocessing
     assert exported.class_names == checkpoint.class_names
-    assert exported.details == {"input": "float32-nchw", "opset": 20, "dead_channels": []}
+    described = {name: value for name, value in exported.details.items() if name != "reference"}
+    assert described == {"input": "float32-nchw", "precision": "int8", "opset": 20, "dead_channels": []}
 
 
 def test_the_sidecar_agrees_with_the_file(chain: Path, exported: Sidecar) -> None:
@@ -81,8 +85,37 @@ def test_the_file_alone_says_how_to_use_it(chain: Path, exported: Sidecar) -> No
     assert json.loads(found["class_names"]) == ["red", "green", "blue"]
     assert json.loads(found["preprocessing"]) == exported.preprocessing
     assert found["checkpoint_sha256"] == sha256_of(chain / "model.qat")
-    assert found["input"] == "float32-nchw"
+    assert (found["input"], found["precision"]) == ("float32-nchw", "int8")
     assert str(chain) not in "".join(found.values())
+
+
+# --- the reference file beside it
+
+
+def test_the_reference_holds_the_test_images_and_what_pytorch_answers(chain: Path, exported: Sidecar) -> None:
+    recorded = exported.details["reference"]
+    path = chain / "model.reference.npz"
+    assert recorded["file"] == path.name
+    assert recorded["sha256"] == sha256_of(path)
+    assert recorded["images"] == exported.figures["parity"]["images"] == 60
+    assert recorded["source"] == exported.figures["parity"]["source"]
+
+    checkpoint = load_checkpoint(chain / "model.qat")
+    given = np.load(checkpoint.sidecar.details["data"]["source"])
+    found = np.load(path)
+    assert {name: (array.dtype, array.shape) for name, array in found.items()} == {
+        "images": (np.uint8, (60, 16, 16, 3)),
+        "labels": (np.int64, (60,)),
+        "logits": (np.float32, (60, 3)),
+    }
+    np.testing.assert_array_equal(found["images"], given["test_images"])
+    np.testing.assert_array_equal(found["labels"], given["test_labels"])
+    x = checkpoint.preprocessing.normalize(torch.from_numpy(found["images"]).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        answers = fold(checkpoint.model)[0](x).numpy()
+    np.testing.assert_allclose(found["logits"], answers, rtol=1e-4, atol=1e-4)
+    assert recorded["top1"] == pytest.approx(100 * (answers.argmax(1) == given["test_labels"]).mean())
+    assert recorded["top1"] > 80
 
 
 # --- raw bytes as input, a folder of its own
@@ -95,7 +128,8 @@ def test_uint8_input_computes_the_same_from_raw_images(chain: Path, tmp_path: Pa
     )
     assert written.inputs == (TensorSpec("input", (-1, 16, 16, 3), "uint8"),)
     assert written.details["input"] == metadata(output)["input"] == "uint8-nhwc"
-    assert written.figures["parity"]["images"] == 7
+    assert written.figures["parity"]["images"] == written.details["reference"]["images"] == 7
+    assert len(np.load(output.parent / "bytes.reference.npz")["images"]) == 7
     assert read_parent(output, written, "checkpoint")[0].samefile(chain / "model.qat")
 
     images = np.load(Path(read_sidecar(chain / "model.qat", "checkpoint").details["data"]["source"]))["test_images"]
@@ -107,12 +141,63 @@ def test_uint8_input_computes_the_same_from_raw_images(chain: Path, tmp_path: Pa
     np.testing.assert_allclose(from_bytes, from_floats, atol=0.1)
 
 
+# --- the same network in float, to compare with
+
+
+@pytest.mark.parametrize(("precision", "close"), [("float32", 1e-5), ("float16", 1e-2)])
+def test_a_float_export_is_the_network_without_quantizers(checkpoint: Path, precision: Any, close: float) -> None:
+    written = export_checkpoint(ExportOptions(checkpoint=checkpoint, precision=precision))
+    output = checkpoint.with_name(f"model.{precision}.onnx")
+    assert read_sidecar(output, "onnx") == written
+    assert written.details["precision"] == metadata(output)["precision"] == precision
+    assert written.inputs == (TensorSpec("input", (-1, 3, 16, 16), "float32"),)
+    assert written.outputs == (TensorSpec("logits", (-1, 3), "float32"),)
+    assert written.details["dead_channels"] == []
+    assert written.figures["parity"]["other_top1"] == 0
+    assert written.figures["parity"]["worst_layer"]["tensor"] == "logits"
+    assert not {node.op_type for node in onnx.load(output).graph.node} & {"QuantizeLinear", "DequantizeLinear"}
+
+    reference = np.load(checkpoint.with_name(written.details["reference"]["file"]))
+    loaded = load_checkpoint(checkpoint)
+    for module in loaded.model.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.enabled = False
+    x = loaded.preprocessing.normalize(torch.from_numpy(reference["images"]).permute(0, 3, 1, 2))
+    with torch.no_grad():
+        expected = loaded.model(x).numpy()
+    (answers,) = parity.session(output).run(None, {"input": x.numpy()})
+    assert np.linalg.norm(answers - expected) < close * np.linalg.norm(expected)
+    assert np.linalg.norm(reference["logits"] - expected) < 1e-5 * np.linalg.norm(expected)
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == [
+        f"model.{precision}.onnx",
+        f"model.{precision}.onnx.json",
+        f"model.{precision}.reference.npz",
+        "model.qat",
+        "model.qat.json",
+    ]
+
+
+def test_values_beyond_float16_are_refused_and_nothing_is_written(checkpoint: Path) -> None:
+    loaded = load_checkpoint(checkpoint)
+    with torch.no_grad():
+        loaded.model.get_parameter("fc.bias")[1] = 1e5
+    save_again(loaded, checkpoint, loaded.sidecar.details)
+    refused("answers NaN or infinity.*65504.*another --precision", checkpoint=checkpoint, precision="float16")
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["model.qat", "model.qat.json"]
+
+
+def save_again(loaded: Checkpoint, path: Path, details: Mapping[str, Any]) -> None:
+    spec, names = ModelSpec(**details["model"]), loaded.sidecar.class_names
+    save_checkpoint(path, loaded.model, spec, loaded.preprocessing, names, loaded.sidecar.figures, details, 0)
+
+
 # --- a checkpoint with a dead channel, whose images are gone
 
 
 @dataclass(frozen=True)
 class Exported:
     sidecar: Sidecar
+    folder: Path
     warnings: list[str]
 
 
@@ -125,12 +210,10 @@ def bereft(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
         loaded.model.get_parameter("conv2.weight")[3] = 0
     details = dict(loaded.sidecar.details)
     details["data"] = {**details["data"], "source": "gone/images.npz"}
-    spec = ModelSpec(**details["model"])
-    names = loaded.sidecar.class_names
-    save_checkpoint(path, loaded.model, spec, loaded.preprocessing, names, loaded.sidecar.figures, details, 0)
+    save_again(loaded, path, details)
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
         sidecar = export_checkpoint(ExportOptions(checkpoint=path))
-    return Exported(sidecar, stderr.getvalue().splitlines())
+    return Exported(sidecar, path.parent, stderr.getvalue().splitlines())
 
 
 def test_a_dead_channel_is_warned_of_and_recorded(bereft: Exported) -> None:
@@ -149,6 +232,15 @@ def test_without_the_images_parity_is_measured_on_random_ones(bereft: Exported) 
     assert bereft.sidecar.figures["parity"]["images"] == 8
 
 
+def test_random_images_have_no_labels(bereft: Exported) -> None:
+    recorded = bereft.sidecar.details["reference"]
+    reference = np.load(bereft.folder / recorded["file"])
+    assert (recorded["images"], recorded["source"], recorded["top1"]) == (8, "random images", None)
+    assert reference["images"].shape == (8, 16, 16, 3)
+    assert reference["labels"].tolist() == [-1] * 8
+    assert reference["logits"].shape == (8, 3)
+
+
 # --- what is refused
 
 
@@ -165,6 +257,16 @@ def test_an_output_that_is_the_checkpoint_is_refused(checkpoint: Path) -> None:
 def test_a_checkpoint_that_ends_in_onnx_is_not_overwritten(checkpoint: Path) -> None:
     renamed = checkpoint.rename(checkpoint.with_name("model.onnx"))
     refused("would overwrite the checkpoint", checkpoint=renamed)
+
+
+def test_a_checkpoint_under_the_name_of_the_reference_is_not_overwritten(checkpoint: Path) -> None:
+    renamed = checkpoint.rename(checkpoint.with_name("model.reference.npz"))
+    refused("would overwrite the checkpoint", checkpoint=renamed, output=checkpoint.with_name("model.onnx"))
+
+
+def test_a_reference_that_cannot_be_written_is_said_before_the_work(checkpoint: Path) -> None:
+    checkpoint.with_name("model.reference.npz").mkdir()
+    refused("cannot write .*model.reference.npz: that is a folder", checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize("count", ["parity_images", "layer_images"])

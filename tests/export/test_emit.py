@@ -11,8 +11,8 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from export import parity
-from export.emit import Uint8Input, emit, example_input
-from export.fold import fold
+from export.emit import emit, example_input, with_ends
+from export.fold import fold, fold_float
 from export.lint import lint
 from qat.data import Preprocessing
 from qat.prepare import prepare
@@ -25,18 +25,19 @@ def preprocessing() -> Preprocessing:
     return Preprocessing(height=PIXELS, width=PIXELS, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), resize=PIXELS)
 
 
-def folded_resnet18() -> fx.GraphModule:
+@pytest.fixture(scope="module")
+def prepared() -> fx.GraphModule:
     torch.manual_seed(0)
     prepared = prepare(torchvision.models.resnet18(num_classes=10).eval())
     for module in prepared.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(4.0)
-    return fold(prepared)[0]
+    return prepared
 
 
 @pytest.fixture(scope="module")
-def folded() -> fx.GraphModule:
-    return folded_resnet18()
+def folded(prepared) -> fx.GraphModule:
+    return fold(prepared)[0]
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +123,9 @@ def test_float_input_agrees_with_onnx_runtime_layer_by_layer(folded, model, imag
     path = tmp_path / "model.onnx"
     ir.save(model, path)
     x = preprocessing().normalize(images)
-    found = parity.measure(folded, path, [(x, x)], layer_images=4)
-    assert found.images == 4
+    found, logits = parity.measure(folded, path, [(x[:3], x[:3]), (x[3:], x[3:])], layer_images=4)
+    assert found.images == len(logits) == 4
+    torch.testing.assert_close(logits, folded(x))
     assert len(found.layers) == len(nodes(model, "QuantizeLinear")) + 1
     assert found.worst.sqnr_db is None or found.worst.sqnr_db > 100
 
@@ -138,19 +140,57 @@ def test_any_batch_size_runs(model, tmp_path):
 
 
 def test_uint8_input_does_the_preprocessing(folded, images, tmp_path):
-    network = Uint8Input(folded, preprocessing())
+    network = with_ends(folded, preprocessing(), "uint8-nhwc")
     model = emit(network, example_input(preprocessing(), "uint8-nhwc"), {})
     assert lint(model) == []
+    assert "layer1.0.add" in {node.name for node in model.graph}
     assert [node.op_type for node in list(model.graph)[:4]] == ["Cast", "Transpose", "Mul", "Add"]
     path = tmp_path / "model.onnx"
     ir.save(model, path)
     assert model.graph.inputs[0].dtype == ir.DataType.UINT8
     given = images.permute(0, 2, 3, 1).contiguous()
     normalized = preprocessing().normalize(images)
-    found = parity.measure(folded, path, [(normalized, given)], layer_images=4)
+    found, _ = parity.measure(folded, path, [(normalized, given)], layer_images=4)
     worst_inside = min(layer.sqnr_db or 999 for layer in found.layers[1:])
     assert worst_inside > 100
     assert (found.layers[0].sqnr_db or 999) > 100  # the normalized image itself
+
+
+def test_the_float32_file_has_the_same_nodes_without_q_and_dq(prepared, model, images, tmp_path):
+    network = fold_float(prepared)
+    plain = emit(network, example_input(preprocessing(), "float32-nchw"), {})
+    quantizing = nodes(model, "QuantizeLinear", "DequantizeLinear")
+    expected = [(node.name, node.op_type) for node in model.graph if node not in quantizing]
+    assert [(node.name, node.op_type) for node in plain.graph] == expected
+    assert {value.dtype for value in plain.graph.initializers.values()} == {ir.DataType.FLOAT}
+    assert lint(plain) == []
+    path = tmp_path / "model.onnx"
+    ir.save(plain, path)
+    x = preprocessing().normalize(images)
+    found, _ = parity.measure(network, path, [(x, x)], layer_images=4)
+    assert [layer.tensor for layer in found.layers] == ["logits"]
+    assert found.to_json()["worst_layer"]["sqnr_db"] > 100
+    assert str(found).endswith("dB at logits")
+
+
+@pytest.mark.parametrize(("kind", "before"), [("float32-nchw", []), ("uint8-nhwc", ["transpose", "mul", "add"])])
+def test_the_float16_file_is_float16_between_two_casts(prepared, model, images, tmp_path, kind, before):
+    network = fold_float(prepared)
+    given = preprocessing().normalize(images)
+    pairs = [(given, given if kind == "float32-nchw" else images.permute(0, 2, 3, 1).contiguous())]
+    half = emit(with_ends(network, preprocessing(), kind, torch.float16), example_input(preprocessing(), kind), {})
+    inside = [node.name for node in model.graph if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    assert [node.name for node in half.graph] == ["cast", *before, *inside, "cast_1"]
+    assert {value.dtype for value in half.graph.initializers.values()} == {ir.DataType.FLOAT16}
+    assert half.graph.inputs[0].dtype == (ir.DataType.FLOAT if kind == "float32-nchw" else ir.DataType.UINT8)
+    assert half.graph.outputs[0].dtype == ir.DataType.FLOAT
+    assert next(network.parameters()).dtype == torch.float32
+    path = tmp_path / "model.onnx"
+    ir.save(half, path)
+    found, logits = parity.measure(network, path, pairs, layer_images=4)
+    assert logits.dtype == torch.float32
+    assert 40 < found.worst.sqnr_db < 100
+    assert found.smallest_logit_cosine > 0.9999
 
 
 def test_parity_sees_a_wrong_scale(folded, model, images, tmp_path):
@@ -162,7 +202,7 @@ def test_parity_sees_a_wrong_scale(folded, model, images, tmp_path):
     scale.raw_data = (onnx.numpy_helper.to_array(scale) * np.float32(1.05)).tobytes()
     onnx.save(proto, path)
     x = preprocessing().normalize(images)
-    found = parity.measure(folded, path, [(x, x)], layer_images=4)
+    found, _ = parity.measure(folded, path, [(x, x)], layer_images=4)
     assert found.worst.tensor == "layer2_0_relu"
     assert found.worst.sqnr_db < 40
 

@@ -1,14 +1,21 @@
-"""Folding batch normalization changes no code, only scales; dead channels are floored and named."""
+"""Folding batch normalization changes no code, only scales; dead channels are floored and named.
+
+Folded to float, a network computes what it computes with all quantizers disabled.
+"""
+
+import copy
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torchvision
-from torch import nn
+from torch import fx, nn
 
-from export.fold import fold
+from export.fold import fold, fold_float
+from qat.checkpoint import load_checkpoint
 from qat.prepare import prepare
-from qat.quantizer import SCALE_FLOOR, ActivationQuantizer
+from qat.quantizer import SCALE_FLOOR, ActivationQuantizer, WeightQuantizer
 
 
 def lively_norms(model: nn.Module) -> None:
@@ -109,10 +116,11 @@ def test_a_dead_channel_is_floored_and_named(cause):
     torch.testing.assert_close(folded(x), ready(x), rtol=1e-5, atol=1e-5)
 
 
-def test_fold_leaves_the_prepared_model_alone():
+@pytest.mark.parametrize("folding", [fold, fold_float])
+def test_fold_leaves_the_prepared_model_alone(folding):
     model = prepared(torchvision.models.resnet18(num_classes=10))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    fold(model)
+    folding(model)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -148,3 +156,61 @@ def test_a_flatten_of_the_first_dimensions_is_not_taken_for_one_of_the_last():
 
     model = prepared(Head())
     assert fold(model)[0](torch.zeros(2, 3, 4)).shape == (6, 4)
+
+
+# --- without quantizers
+
+
+def without_quantizers(model: fx.GraphModule) -> fx.GraphModule:
+    disabled = copy.deepcopy(model).eval()
+    for module in disabled.modules():
+        if isinstance(module, ActivationQuantizer | WeightQuantizer):
+            module.enabled = False
+    return disabled
+
+
+def tiny_net() -> nn.Module:
+    module: dict = {}
+    exec(tiny.NET, module)
+    return module["net"](3)
+
+
+def transposed() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 24, 2, stride=2, bias=False),
+        nn.BatchNorm2d(24),
+    )
+
+
+@pytest.mark.parametrize("make", [tiny_net, torchvision.models.resnet18, torchvision.models.mobilenet_v2, transposed])
+def test_the_float_twin_computes_what_the_network_does_without_quantizers(make):
+    torch.manual_seed(0)
+    assert_float_twin(prepared(make()), torch.randn(4, 3, 32, 32))
+
+
+def test_the_float_twin_of_a_trained_network(trained):
+    images = np.load(trained / "images.npz")["test_images"]
+    checkpoint = load_checkpoint(trained / "model.qat")
+    assert_float_twin(checkpoint.model, checkpoint.preprocessing.normalize(torch.tensor(images).permute(0, 3, 1, 2)))
+
+
+def assert_float_twin(model: fx.GraphModule, x: torch.Tensor) -> None:
+    twin = fold_float(model)
+    with torch.no_grad():
+        expected = without_quantizers(model)(x)
+        assert (twin(x) - expected).norm() < 1e-5 * expected.norm()
+        assert (model(x) - expected).norm() > 1e-3 * expected.norm(), "quantizers make no difference in this test"
+    assert not any(
+        isinstance(module, nn.BatchNorm2d | WeightQuantizer | ActivationQuantizer) for module in twin.modules()
+    )
+    folded = fold(model)[0]
+    assert [node.name for node in twin.graph.nodes] == [
+        node.name for node in folded.graph.nodes if not str(node.target).startswith("activation_quantizers.")
+    ]
+
+
+def test_an_uncalibrated_network_has_a_float_twin():
+    model = prepared(tiny_net(), amax=float("nan"))
+    assert fold_float(model)(torch.zeros(1, 3, 16, 16)).isfinite().all()

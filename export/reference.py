@@ -1,0 +1,90 @@
+"""Test images and PyTorch's answers in a file beside the ONNX file: ``model.onnx`` -> ``model.reference.npz``.
+
+With it an engine can be checked on a machine that has neither torch nor the data set; deploy/reference.py reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qat.artifact import UserError, atomic_write, sha256_of
+from qat.checkpoint import Checkpoint
+from qat.console import warn
+from qat.data import batches, load_data
+
+_BATCH = 32
+_RANDOM_IMAGES = 8
+_NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images before normalization, uint8 [N, 3, H, W]; their labels, int64 [N], -1 if random; where they come from."""
+
+    images_NCHW: Tensor
+    labels: Tensor
+    source: str
+
+
+def sample(checkpoint: Checkpoint, count: int) -> Sample:
+    """Up to ``count`` images of the test split that the checkpoint was measured on, or random ones without it."""
+    details = checkpoint.sidecar.details
+    data = details["data"]
+    try:
+        loaded = load_data(
+            data["source"],
+            data["image_size"],
+            details["seed"],
+            details["calibration_images"],
+            Path(data["root"]),
+        )
+    except UserError as error:
+        warn(f"the test images are not at hand ({error}); comparing on random ones, which says less")
+        generator = torch.Generator().manual_seed(0)
+        shape = (min(count, _RANDOM_IMAGES), 3, checkpoint.preprocessing.height, checkpoint.preprocessing.width)
+        x_NCHW = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        return Sample(x_NCHW, torch.full((len(x_NCHW),), _NO_LABEL), "random images")
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for x_NCHW, y in batches(loaded.test, _BATCH, None):
+        left = count - sum(map(len, labels))
+        images.append(x_NCHW[:left])
+        labels.append(y[:left])
+        if left <= len(y):
+            break
+    return Sample(torch.cat(images), torch.cat(labels), f"the test split of {data['source']}")
+
+
+def reference_path(onnx: Path) -> Path:
+    """``model.onnx`` -> ``model.reference.npz``."""
+    return onnx.with_name(onnx.name.removesuffix(".onnx") + ".reference.npz")
+
+
+def write_reference(path: Path, images: Sample, logits: Tensor) -> dict[str, Any]:
+    """Writes ``images`` with what PyTorch answers on them, float32 [N, classes].
+
+    Returns what the ONNX file's sidecar records of it. Raises UserError when the disk does not take it.
+    """
+    with atomic_write(path) as temporary:
+        with open(temporary, "wb") as file:  # given a path, NumPy would append .npz to it
+            np.savez_compressed(
+                file,
+                images=images.images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(),
+                labels=images.labels.numpy(),
+                logits=logits.numpy(),
+            )
+        digest = sha256_of(temporary)
+    labelled = bool((images.labels != _NO_LABEL).all())
+    return {
+        "file": path.name,
+        "sha256": digest,
+        "images": len(images.labels),
+        "source": images.source,
+        "top1": 100 * float((logits.argmax(1) == images.labels).double().mean()) if labelled else None,
+    }
