@@ -1,5 +1,8 @@
 """Builds a TensorRT engine from a Q/DQ ONNX file and audits it: is INT8 what the ONNX declares INT8?
 
+    python -m deploy.build runs/model.onnx
+    python -m deploy.build runs/model.onnx --profiles 1,1,8 32,128,256 --timing-cache runs/timing.cache
+
 With a GPU and TensorRT the engine is built for that GPU; without, TensorRT-RTX builds it ahead of time
 for the compute capabilities asked for. Exit code 3 says that a layer which the ONNX declares INT8 runs in
 another precision.
@@ -7,32 +10,29 @@ another precision.
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from deploy.settings import BuildSettings, Profile
 from qat.artifact import (
     Parent,
     Sidecar,
-    TensorSpec,
     UserError,
+    atomic_write,
     check_writable,
     read_sidecar,
     sha256_of,
     sidecar_path,
     write_artifact,
 )
-from qat.console import Command, progress, run_command, say, table, warn
+from qat.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
-    from deploy.audit import Audit
-    from deploy.trt import BuildLog, Toolkit
+    from deploy.builder import Built
+    from deploy.trt import Toolkit
 
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
 EXIT_NOT_INT8 = 3
@@ -51,22 +51,45 @@ class Options(Command):
     """auto: TensorRT where a GPU is, else TensorRT-RTX."""
     compute_capabilities: tuple[str, ...] | None = None
     """For TensorRT-RTX, the GPUs to build for; by default 8.6 8.9 12.0."""
-    opt_batch: int = 8
-    """Batch size that a dynamic batch is optimized for."""
-    max_batch: int = 32
-    """Largest batch size that a dynamic batch allows."""
+    profiles: tuple[str, ...] = ("1,8,32",)
+    """Batch sizes MIN,OPT,MAX that a dynamic batch takes and is tuned for; several make several profiles. A single
+    number, such as 128, is a fixed batch, which is the fastest."""
+    repeat: int = 1
+    """Build so often and keep the engine that is fastest at the OPT batch: the choice of kernels varies from build to
+    build. Needs a GPU."""
+    timing_cache: Path | None = None
+    """File that keeps the timings of kernels: made by the first build, it shortens the next ones."""
+    optimization_level: int = 3
+    """0 builds fast, 5 tries the most kernels."""
+    timing_iterations: int | None = None
+    """How often each kernel is timed; more makes the choice steadier. By default TensorRT's own."""
+    workspace_gib: float | None = None
+    """Most scratch memory that a layer may use, in GiB; by default all of the GPU's."""
+    tf32: bool = False
+    """Let float32 layers run on TF32 tensor cores."""
+    hardware_compatible: bool = False
+    """An engine for every GPU from Ampere on."""
+    version_compatible: bool = False
+    """An engine that later versions of TensorRT load too."""
+    refit: bool = False
+    """An engine whose weights can be exchanged."""
+    strip_weights: bool = False
+    """An engine without weights, to be refitted when it is loaded."""
 
-
-@dataclass(frozen=True)
-class Built:
-    """A built engine, still in memory."""
-
-    plan: Any
-    seconds: float
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    audit: Audit
-    log: BuildLog
+    def settings(self, capabilities: tuple[str, ...]) -> BuildSettings:
+        """As the builder takes them. Raises UserError."""
+        return BuildSettings(
+            profiles=tuple(Profile.parse(text) for text in self.profiles),
+            capabilities=capabilities,
+            optimization_level=self.optimization_level,
+            workspace_gib=self.workspace_gib,
+            timing_iterations=self.timing_iterations,
+            tf32=self.tf32,
+            hardware_compatible=self.hardware_compatible,
+            version_compatible=self.version_compatible,
+            refit=self.refit,
+            strip_weights=self.strip_weights,
+        )
 
 
 def main(options: Options) -> int:
@@ -74,25 +97,24 @@ def main(options: Options) -> int:
     from deploy.trt import find_toolkit
 
     output = options.output or options.model.with_suffix(".engine")
+    options.settings(())  # its mistakes are the cheapest to find
     source, parent = _read_model(options.model, output)
     if output.resolve() == options.model.resolve():
         raise UserError(f"{output} is the model itself: give --output another name")
-    if not 1 <= options.opt_batch <= options.max_batch:
-        raise UserError(
-            f"--opt-batch {options.opt_batch} and --max-batch {options.max_batch}: needed is 1 <= opt <= max"
-        )
+    if options.repeat < 1:
+        raise UserError(f"--repeat {options.repeat}: needed is 1 at least")
     check_writable(output)
     toolkit = find_toolkit(options.builder)
     capabilities = options.compute_capabilities or (DEFAULT_CAPABILITIES if toolkit.name == "tensorrt-rtx" else ())
-    target = toolkit.gpu or "compute capabilities " + " ".join(capabilities)
-    say(f"{toolkit.title}, {toolkit.typing}ly typed, for {target}")
+    target = toolkit.device.name if toolkit.device else "compute capabilities " + " ".join(capabilities)
+    say(f"{toolkit.title}, {toolkit.typing()}ly typed, for {target}")
 
-    built = build(toolkit, options.model, capabilities, options.opt_batch, options.max_batch)
+    built = _build(toolkit, options, options.settings(capabilities))
     _print_audit(built)
     if source is None:
         warn(f"{options.model} has no sidecar: its provenance, preprocessing and class names are unknown")
-    sidecar = _sidecar(built, toolkit, capabilities, source, parent, options)
-    write_artifact(output, sidecar, lambda path: _write_plan(path, built.plan))
+    sidecar = engine_sidecar(built, toolkit, options.settings(capabilities), source, parent)
+    write_artifact(output, sidecar, lambda path: write_plan(path, built.plan))
     say(f"wrote {output} and {sidecar_path(output).name}")
     if broken := built.audit.broken:
         names = ", ".join(finding.node for finding in broken[:5]) + (" ..." if len(broken) > 5 else "")
@@ -102,42 +124,6 @@ def main(options: Options) -> int:
         )
         return EXIT_NOT_INT8
     return 0
-
-
-def build(toolkit: Toolkit, model: Path, capabilities: tuple[str, ...], opt_batch: int, max_batch: int) -> Built:
-    """Parses ``model``, builds its engine and audits it; nothing is written.
-
-    A dynamic batch gets an optimization profile from 1 to ``max_batch``. Raises UserError when the parser or
-    the builder refuses the model, naming the node, or when a compute capability is not supported.
-    """
-    from deploy import audit, diagnose
-    from deploy.trt import BuildLog
-
-    log = BuildLog()
-    builder = toolkit.module.Builder(toolkit.logger(log))
-    config = toolkit.create_config(builder, capabilities)
-    network = _parse(toolkit, builder, model, log)
-    declared = audit.declared_layers(network, toolkit.module)
-    _add_profile(builder, config, network, opt_batch, max_batch)
-
-    start = time.perf_counter()
-    with _build_progress(toolkit, config):
-        plan = builder.build_serialized_network(network, config)
-    seconds = time.perf_counter() - start
-    if plan is None:
-        raise UserError(
-            f"{toolkit.title} could not build {model}: {diagnose.build_failure(log)}; "
-            "change the model there, or try the other --builder"
-        )
-    form, text = toolkit.final_layers(log, plan)
-    layers = audit.layers_from_log(text) if form == "log" else audit.layers_from_inspector(text)
-    if not layers:
-        raise UserError(
-            f"{toolkit.title} did not list the engine's layers: nothing proves their precision; report this"
-        )
-    inputs = _specs([network.get_input(i) for i in range(network.num_inputs)])
-    outputs = _specs([network.get_output(i) for i in range(network.num_outputs)])
-    return Built(plan, seconds, inputs, outputs, audit.audit(declared, layers), log)
 
 
 def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
@@ -150,72 +136,53 @@ def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
     return None, Parent.of(output, model, sha256_of(model))
 
 
-def _parse(toolkit: Toolkit, builder: Any, model: Path, log: BuildLog) -> Any:
-    from deploy import diagnose
+def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built:
+    """Builds as often as asked, with the timing cache, and returns the fastest engine."""
+    from deploy.builder import build
 
-    network = toolkit.create_network(builder)
-    parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
-    if not parser.parse_from_file(str(model)):
-        failures = diagnose.parser_failures(parser, log)
-        raise UserError(f"{toolkit.title} cannot parse {model}: {diagnose.explain(failures, log)}")
-    if nodes := diagnose.uint8_nodes(log):
-        raise UserError(
-            f"{model} quantizes to UINT8 at {len(nodes)} nodes, the first {nodes[0]!r}, which TensorRT would "
-            "take as INT8, so that codes above 127 saturate: quantize again with INT8 and zero point 0"
-        )
-    if network.num_outputs == 0:  # the parser takes an empty file, and text too, for a network without nodes
-        raise UserError(f"{model} holds no network: it is empty or not an ONNX file; make or copy it again")
-    return network
-
-
-def _add_profile(builder: Any, config: Any, network: Any, opt_batch: int, max_batch: int) -> None:
-    dynamic = [network.get_input(i) for i in range(network.num_inputs) if -1 in tuple(network.get_input(i).shape)]
-    if not dynamic:
-        return
-    profile = builder.create_optimization_profile()
-    for tensor in dynamic:
-        batch, *rest = tensor.shape
-        if -1 in rest:
-            raise UserError(
-                f"input {tensor.name!r} has shape {(batch, *rest)}: only the first dimension, the batch, may "
-                "be dynamic; export it with fixed sizes"
-            )
-        profile.set_shape(tensor.name, (1, *rest), (opt_batch, *rest), (max_batch, *rest))
-    config.add_optimization_profile(profile)
+    cache = options.timing_cache
+    if cache is None and options.repeat == 1:
+        return build(toolkit, options.model, settings)
+    if options.repeat > 1 and toolkit.device is None:
+        raise UserError("--repeat keeps the fastest engine, and without a GPU none can be timed: leave it out")
+    if options.repeat > 1 and cache is not None:
+        raise UserError("--repeat times kernels anew in each build, --timing-cache avoids just that: give one of them")
+    if options.repeat > 1:
+        return _fastest([build(toolkit, options.model, settings) for _ in range(options.repeat)], toolkit)
+    assert cache is not None
+    check_writable(cache)
+    built = build(toolkit, options.model, settings, cache.read_bytes() if cache.exists() else b"")
+    if built.timing_cache == "replaced":
+        warn(f"{cache} is damaged or from another version or GPU, and was replaced")
+    say(f"timing cache {cache}: {built.timing_cache}, {len(built.timing_cache_content) / MB:.2f} MB")
+    with atomic_write(cache) as temporary:
+        temporary.write_bytes(built.timing_cache_content)
+    return built
 
 
-@contextmanager
-def _build_progress(toolkit: Toolkit, config: Any) -> Iterator[None]:
-    """Shows how far the build is; where the builder does not tell, the seconds that it has taken."""
-    start = time.monotonic()
-    ended = threading.Event()
-    with progress("building the engine, percent", 100) as task:
+def _fastest(candidates: list[Built], toolkit: Toolkit) -> Built:
+    from contextlib import ExitStack
 
-        def report(fraction: float, phase: str) -> None:
-            task.advance(max(0, int(100 * fraction) - task.done), phase)
+    from deploy.measure import latencies
+    from deploy.runtime import Engine
 
-        def tick() -> None:
-            while not ended.wait(1.0):
-                task.advance(0, f"{time.monotonic() - start:.0f} s")
-
-        clock = threading.Thread(target=tick, daemon=True)
-        if not toolkit.reports_progress:
-            clock.start()
-        try:
-            with toolkit.report_progress(config, report):
-                yield
-        finally:
-            ended.set()
+    with ExitStack() as stack:
+        engines = {
+            str(index): stack.enter_context(Engine(bytes(built.plan), toolkit, contexts=1))
+            for index, built in enumerate(candidates)
+        }
+        batch = engines["0"].profiles[0].opt
+        medians = {name: latency.median for name, latency in latencies(engines, batch).items()}
+    best = min(medians, key=lambda name: medians[name])
+    spread = 100 * (max(medians.values()) / medians[best] - 1)
+    listed = ", ".join(f"{median:.4f}" for median in medians.values())
+    say(f"{len(candidates)} builds, batch {batch}: {listed} ms; kept the fastest, the slowest is {spread:.1f} % slower")
+    return candidates[int(best)]
 
 
-def _specs(tensors: list[Any]) -> tuple[TensorSpec, ...]:
-    from deploy.trt import numpy_name
-
-    return tuple(TensorSpec(tensor.name, tuple(tensor.shape), numpy_name(tensor.dtype)) for tensor in tensors)
-
-
-def _write_plan(path: Path, plan: Any) -> None:
-    path.write_bytes(memoryview(plan))
+def write_plan(path: Path, plan: object) -> None:
+    """Writes a serialized engine."""
+    path.write_bytes(memoryview(plan))  # type: ignore[arg-type]
 
 
 def _megabytes(count: int | None) -> str:
@@ -227,8 +194,9 @@ def _print_audit(built: Built) -> None:
     rows = [
         ("convolutions in INT8", f"{convolutions[0]} of {convolutions[1]}"),
         ("matrix products in INT8", f"{products[0]} of {products[1]}"),
+        ("layers", str(len(built.audit.layers))),
         ("weights memory", _megabytes(built.log.weights_bytes())),
-        ("engine", _megabytes(built.plan.nbytes)),
+        ("engine", _megabytes(built.bytes)),
         ("build", f"{built.seconds:.1f} s"),
     ]
     table("Audit", ("what", "found"), rows)
@@ -238,19 +206,16 @@ def _print_audit(built: Built) -> None:
             say(f"not INT8: {finding.operation} {finding.node} ({found}): {finding.cause}")
 
 
-def _sidecar(
-    built: Built,
-    toolkit: Toolkit,
-    capabilities: tuple[str, ...],
-    source: Sidecar | None,
-    parent: Parent,
-    options: Options,
+def engine_sidecar(
+    built: Built, toolkit: Toolkit, settings: BuildSettings, source: Sidecar | None, parent: Parent
 ) -> Sidecar:
+    """What is recorded of an engine; ``source`` is the sidecar of its ONNX file, where there is one."""
     convolutions, products = built.audit.count("convolution"), built.audit.count("matrix product")
     figures = {
         "build_seconds": round(built.seconds, 3),
-        "engine_bytes": built.plan.nbytes,
+        "engine_bytes": built.bytes,
         "weights_bytes": built.log.weights_bytes(),
+        "layers": len(built.audit.layers),
         "convolutions_int8": convolutions[0],
         "convolutions": convolutions[1],
         "matrix_products_int8": products[0],
@@ -258,15 +223,21 @@ def _sidecar(
     }
     details = {
         "builder": {"name": toolkit.name, "version": toolkit.version},
-        "typing": toolkit.typing,
-        "compute_capabilities": list(capabilities),
-        "gpu": toolkit.gpu,
-        "batch": {"min": 1, "opt": options.opt_batch, "max": options.max_batch} if _is_dynamic(built) else None,
+        "typing": toolkit.typing(settings.precision),
+        "precision": settings.precision,
+        "compute_capabilities": list(settings.capabilities),
+        "gpu": toolkit.device.name if toolkit.device else None,
+        "device": asdict(toolkit.device) if toolkit.device else None,
+        "profiles": [asdict(profile) for profile in built.profiles],
+        "settings": asdict(settings),
+        "timing_cache": built.timing_cache,
+        "hardware_compatible": settings.hardware_compatible,
+        "version_compatible": settings.version_compatible,
         "provenance": "known" if source else "unknown: the ONNX file has no sidecar",
         "onnx": {"figures": dict(source.figures), "made_by": dict(source.made_by)} if source else None,
         "findings": [asdict(finding) for finding in built.audit.findings],
         "layers": [asdict(layer) | {"precision": layer.precision} for layer in built.audit.layers],
-        "warnings": built.log.texts("WARNING"),
+        "log": [f"{severity}: {text}" for severity, text in built.log.messages if severity != "VERBOSE"],
     }
     return Sidecar(
         kind="engine",
@@ -278,10 +249,6 @@ def _sidecar(
         figures=figures,
         details=details,
     )
-
-
-def _is_dynamic(built: Built) -> bool:
-    return any(-1 in spec.shape for spec in built.inputs)
 
 
 if __name__ == "__main__":

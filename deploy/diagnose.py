@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.trt import BuildLog
+from deploy.buildlog import BuildLog
 
 _Q_DQ = ("QuantizeLinear", "DequantizeLinear")
 # What the parser says when it silently takes UINT8 codes as INT8: 128..255 would saturate at 127.

@@ -1,20 +1,21 @@
 """The one place that knows TensorRT's versions: 8.6, 10.x, 11.x and TensorRT-RTX 1.7.
 
-It decides which builder a machine can use, how a network is created and typed there, and where the
-builder tells what the final layers are. Everything else in deploy/ works through ``Toolkit`` and the part
-of the Python API that all these versions share.
+It decides which builder a machine can use, how a network is created and typed there, how a build is configured, where
+the builder tells what the final layers are, and how an engine is loaded. Everything else in deploy/ works through
+``Toolkit`` and the part of the Python API that all these versions share.
 
 What differs, and what is done about it:
-- Typing. A strongly typed network takes every precision from its Q/DQ nodes. 8.6 has weakly typed
-  networks only: there the INT8 and FP16 builder flags allow what the Q/DQ nodes ask for, and the sidecar
-  says "weak".
-- EXPLICIT_BATCH must be set in 8.6, is ignored in 10.x and does not exist later: it is set where it
-  exists.
-- Final layers. TensorRT has a GPU and loads the engine, so the engine inspector answers. TensorRT-RTX
-  builds ahead of time, often without any GPU: its verbose log lists the layers.
+- Typing. A strongly typed network takes every precision from the network itself. 8.6 has weakly typed networks only:
+  there the INT8 and FP16 builder flags allow what the Q/DQ nodes ask for, and the sidecar says "weak". FP16 and
+  implicit INT8 from a float32 network need weak typing, which 8.6 and 10.x have.
+- EXPLICIT_BATCH must be set in 8.6, is ignored in 10.x and does not exist later: it is set where it exists.
+- Sharing an optimization profile among execution contexts is a preview feature of 8.6 and the rule from 10.x on.
+- Final layers. TensorRT has a GPU and loads the engine, so the engine inspector answers. TensorRT-RTX builds ahead of
+  time, often without any GPU: its verbose log lists the layers.
+- A context whose scratch memory is the caller's: ``device_memory`` in 8.6, a strategy and ``set_device_memory`` later.
 
-Run for this file: TensorRT-RTX 1.7 (tests/deploy). The branches of 8.6, 10.x and 11.x follow NVIDIA's API
-documentation and were not run: they need a GPU.
+Run for this file: TensorRT-RTX 1.7 (tests/deploy) and TensorRT 8.6.0 on an H200 (tests/gpu). The branches of 10.x and
+11.x follow NVIDIA's API documentation and the types of 10.13; they were not run.
 """
 
 from __future__ import annotations
@@ -25,14 +26,21 @@ import importlib
 import importlib.util
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from deploy import cuda
+from deploy.buildlog import BuildLog, progress_monitor, recorder
+from deploy.settings import BuildSettings, Precision
 from qat.artifact import UserError
 
+if TYPE_CHECKING:
+    import tensorrt as trt
+
 BuilderName = Literal["tensorrt", "tensorrt-rtx"]
+TimingCache = Literal["created", "reused", "replaced"]
 
 # The wheel of ONNX Runtime's TensorRT-RTX provider carries the libraries; the order is that of loading.
 RTX_LIBRARY_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
@@ -43,28 +51,12 @@ TENSORRT_INSTALL = "a machine with an NVIDIA GPU and its driver, and there pip i
 
 # TensorRT's names of data types -> NumPy's.
 _NUMPY_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-_WEIGHTS_LINE = re.compile(r"^Total Weights Memory: (\d+) bytes", re.MULTILINE)
-
-
-@dataclass
-class BuildLog:
-    """Everything that parser and builder said, in order: pairs of severity (``ERROR`` ...) and text."""
-
-    messages: list[tuple[str, str]] = field(default_factory=list)
-
-    def texts(self, *severities: str) -> list[str]:
-        """The messages of these severities, each once, in order; of all severities when none is named."""
-        chosen = (text for severity, text in self.messages if not severities or severity in severities)
-        return list(dict.fromkeys(chosen))
-
-    def errors(self) -> list[str]:
-        """Errors and internal errors."""
-        return self.texts("ERROR", "INTERNAL_ERROR")
-
-    def weights_bytes(self) -> int | None:
-        """Bytes that the engine's weights take, or None where the builder does not log them."""
-        found = [match for text in self.texts() for match in _WEIGHTS_LINE.findall(text)]
-        return int(found[-1]) if found else None
+# Builder flags that allow a precision in a weakly typed network.
+_WEAK_FLAGS: dict[Precision, tuple[str, ...]] = {
+    "explicit": ("INT8", "FP16"),
+    "implicit": ("INT8", "FP16"),
+    "fp16": ("FP16",),
+}
 
 
 @dataclass(frozen=True)
@@ -73,8 +65,8 @@ class Toolkit:
 
     name: BuilderName
     module: Any
-    gpu: str | None = None
-    """Name of the GPU that engines are built for; None when the builder works ahead of time, without one."""
+    device: cuda.Device | None = None
+    """The GPU that engines are built for; None when the builder works ahead of time, without one."""
 
     @property
     def version(self) -> str:
@@ -86,11 +78,21 @@ class Toolkit:
         """For example ``TensorRT-RTX 1.7.1.116``."""
         return {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[self.name] + f" {self.version}"
 
-    @property
-    def typing(self) -> Literal["strong", "weak"]:
-        """``strong`` where every precision comes from the network, ``weak`` where builder flags allow it."""
-        strong = hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
-        return "strong" if strong or self.name == "tensorrt-rtx" else "weak"
+    def typing(self, precision: Precision = "explicit") -> Literal["strong", "weak"]:
+        """``strong`` where every precision comes from the network, ``weak`` where builder flags allow it.
+
+        Raises UserError when this version has no typing that gives a float32 network this precision.
+        """
+        strong = hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") or self.name == "tensorrt-rtx"
+        if strong and precision in ("explicit", "fp32", "tf32"):
+            return "strong"
+        flags = _WEAK_FLAGS.get(precision, ())
+        if missing := [flag for flag in flags if not hasattr(self.module.BuilderFlag, flag)]:
+            raise UserError(
+                f"{self.title} knows strongly typed networks only and has no {' and '.join(missing)} flag for "
+                f"{precision}: leave this precision out"
+            )
+        return "weak"
 
     @property
     def reports_progress(self) -> bool:
@@ -106,46 +108,80 @@ class Toolkit:
 
     def logger(self, log: BuildLog) -> Any:
         """An ILogger that writes every message, verbose ones too, to ``log``."""
-        base = self.module.ILogger
+        return recorder(self.module.ILogger, log)
 
-        class Recorder(base):  # type: ignore[misc, valid-type]
-            def __init__(self) -> None:
-                base.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                log.messages.append((severity.name, message))
-
-        return Recorder()
-
-    def create_network(self, builder: Any) -> Any:
-        """An empty network with explicit batch, strongly typed where that exists."""
+    def create_network(self, builder: trt.Builder, precision: Precision = "explicit") -> trt.INetworkDefinition:
+        """An empty network with explicit batch, typed as ``typing(precision)`` says."""
         flags = self.module.NetworkDefinitionCreationFlag
-        wanted = [getattr(flags, name, None) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED")]
+        names = ("EXPLICIT_BATCH", "STRONGLY_TYPED") if self.typing(precision) == "strong" else ("EXPLICIT_BATCH",)
+        wanted = [getattr(flags, name, None) for name in names]
         return builder.create_network(sum(1 << int(flag) for flag in wanted if flag is not None))
 
-    def create_config(self, builder: Any, capabilities: Sequence[str] = ()) -> Any:
-        """A builder configuration for INT8 Q/DQ networks that records every final layer.
-
-        ``capabilities`` are compute capabilities such as ``"8.6"``, for a builder that works ahead of time.
-        Raises UserError when one of them is not supported.
-        """
+    def create_config(self, builder: trt.Builder, settings: BuildSettings) -> trt.IBuilderConfig:
+        """A builder configuration that records every final layer. Raises UserError for what this version lacks."""
         config = builder.create_builder_config()
         config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED
-        if self.typing == "weak":
-            config.set_flag(self.module.BuilderFlag.INT8)
-            config.set_flag(self.module.BuilderFlag.FP16)
+        config.builder_optimization_level = settings.optimization_level
+        if self.typing(settings.precision) == "weak":
+            for name in _WEAK_FLAGS.get(settings.precision, ()):
+                config.set_flag(getattr(self.module.BuilderFlag, name))
+        if not (settings.tf32 or settings.precision == "tf32"):
+            config.clear_flag(self.module.BuilderFlag.TF32)
+        for wanted, name in (
+            (settings.version_compatible, "VERSION_COMPATIBLE"),
+            (settings.refit, "REFIT"),
+            (settings.strip_weights, "STRIP_PLAN"),
+        ):
+            if wanted:
+                config.set_flag(self._flag(name))
+        if settings.hardware_compatible:
+            if self.name == "tensorrt-rtx":
+                raise UserError(f"{self.title} builds for the compute capabilities asked for: list them all instead")
+            config.hardware_compatibility_level = self.module.HardwareCompatibilityLevel.AMPERE_PLUS
+        if settings.workspace_gib is not None:
+            pool = self.module.MemoryPoolType.WORKSPACE
+            config.set_memory_pool_limit(pool, int(settings.workspace_gib * cuda.GIB))
+        if settings.timing_iterations is not None:
+            config.avg_timing_iterations = settings.timing_iterations
+        if sharing := getattr(self.module.PreviewFeature, "PROFILE_SHARING_0806", None):
+            config.set_preview_feature(sharing, True)
+        self._set_capabilities(config, settings.capabilities)
+        return config
+
+    def use_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> TimingCache:
+        """Gives the build the tactic timings of earlier ones; it gets an empty cache when that is empty or does not
+        fit.
+
+        A cache fits when it was written by this version for this GPU. Raises UserError where builds time no tactics.
+        """
+        if self.name == "tensorrt-rtx":
+            raise UserError(f"{self.title} times no kernels when it builds: leave out --timing-cache")
+        outcome: TimingCache = "reused" if content else "created"
+        cache = config.create_timing_cache(content)
+        if cache is None or not config.set_timing_cache(cache, False):
+            outcome = "replaced"
+            config.set_timing_cache(config.create_timing_cache(b""), False)
+        return outcome
+
+    def _flag(self, name: str) -> Any:
+        flag = getattr(self.module.BuilderFlag, name, None)
+        if flag is None:
+            raise UserError(f"{self.title} does not know the option {name}: leave it out, or use another version")
+        return flag
+
+    def _set_capabilities(self, config: Any, capabilities: tuple[str, ...]) -> None:
         names = [self._capability_name(capability) for capability in dict.fromkeys(capabilities)]
         if names:
             config.num_compute_capabilities = len(names)
         for index, name in enumerate(names):
             config.set_compute_capability(getattr(self.module.ComputeCapability, name), index)
-        return config
 
     def _capability_name(self, capability: str) -> str:
         supported = self.compute_capabilities()
         if not supported:
+            gpu = self.device.name if self.device else "none"
             raise UserError(
-                f"{self.title} builds for the GPU of this machine ({self.gpu}) only: leave out "
+                f"{self.title} builds for the GPU of this machine ({gpu}) only: leave out "
                 "--compute-capabilities, or choose --builder tensorrt-rtx"
             )
         if capability not in supported:
@@ -155,7 +191,7 @@ class Toolkit:
         return "SM" + capability.replace(".", "")
 
     @contextlib.contextmanager
-    def report_progress(self, config: Any, report: Callable[[float, str], None]) -> Iterator[None]:
+    def report_progress(self, config: trt.IBuilderConfig, report: Callable[[float, str], None]) -> Iterator[None]:
         """While the block builds, calls ``report(fraction done, phase)`` and lets Ctrl-C cancel the build.
 
         An exception must not pass through TensorRT's C++ code, so Ctrl-C only sets a mark, on which the
@@ -168,7 +204,8 @@ class Toolkit:
             interrupted.append(signal_number)
 
         if self.reports_progress:
-            config.progress_monitor = _monitor(self.module, report, lambda: not interrupted)
+            base = self.module.IProgressMonitor
+            config.progress_monitor = progress_monitor(base, report, lambda: not interrupted)
         before = signal.signal(signal.SIGINT, mark if self.reports_progress else signal.SIG_DFL)
         try:
             yield
@@ -177,23 +214,60 @@ class Toolkit:
         if interrupted:
             raise KeyboardInterrupt("the build was cancelled and nothing was written")
 
-    def final_layers(self, log: BuildLog, plan: Any) -> tuple[Literal["log", "inspector"], str]:
-        """What the builder says about the engine's final layers, and in which form: see deploy/audit.py.
+    def load(self, plan: Any, log: BuildLog, host_code: bool = False) -> tuple[Any, trt.ICudaEngine]:
+        """The runtime and the engine of a serialized one; the runtime must live as long.
+
+        ``host_code`` lets the engine run code of its own on the CPU: version-compatible ones carry their runtime.
+        Raises UserError when it does not load.
+        """
+        runtime = self.module.Runtime(self.logger(log))
+        if host_code:
+            runtime.engine_host_code_allowed = True
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            said = " ".join(" ".join(log.errors()[-2:]).split())
+            raise UserError(
+                f"{self.title} cannot load the engine: it is truncated, or was built by another version or for another "
+                f"GPU; build it again here ({said})"
+            )
+        return runtime, engine
+
+    def create_context(self, engine: trt.ICudaEngine, memory: cuda.DeviceMemory) -> trt.IExecutionContext:
+        """An execution context that works in ``memory`` of ``scratch_bytes``. Raises UserError when there is none."""
+        strategy = getattr(self.module, "ExecutionContextAllocationStrategy", None)
+        if strategy is None:
+            context = engine.create_execution_context_without_device_memory()
+        else:
+            context = engine.create_execution_context(strategy.USER_MANAGED)
+        if context is None:
+            raise UserError("TensorRT could not make an execution context: the GPU's memory may be full")
+        if strategy is None:
+            context.device_memory = memory.address  # type: ignore[attr-defined]
+        else:
+            context.set_device_memory(memory.address, memory.size)
+        return context
+
+    def scratch_bytes(self, engine: trt.ICudaEngine) -> int:
+        """Bytes of GPU memory that an execution context works in."""
+        newer = getattr(engine, "device_memory_size_v2", None)
+        return int(engine.device_memory_size if newer is None else newer)
+
+    def final_layers(
+        self, log: BuildLog, plan: Any, host_code: bool = False
+    ) -> tuple[Literal["log", "inspector"], str]:
+        """What the builder says about the engine's final layers, and in which form: see deploy/layers.py.
 
         ``plan`` is the serialized engine. TensorRT-RTX answers from ``log``; TensorRT loads and inspects it.
         """
         if self.name == "tensorrt-rtx":
             return "log", "\n".join(log.texts("VERBOSE"))
-        runtime = self.module.Runtime(self.logger(log))
-        engine = runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise UserError(
-                f"{self.title} cannot load the engine that it has just built: {' '.join(log.errors()[-2:])}"
-            )
-        context = _context_at_optimum(engine, self.module)
+        _runtime, engine = self.load(plan, log, host_code)
+        return "inspector", self.inspect(engine)
+
+    def inspect(self, engine: trt.ICudaEngine) -> str:
+        """The engine inspector's JSON."""
         inspector = engine.create_engine_inspector()
-        inspector.execution_context = context  # without it, the types of a dynamic batch are "N/A"
-        return "inspector", inspector.get_engine_information(self.module.LayerInformationFormat.JSON)
+        return inspector.get_engine_information(self.module.LayerInformationFormat.JSON)
 
 
 def find_toolkit(choice: Literal["auto"] | BuilderName = "auto") -> Toolkit:
@@ -208,7 +282,7 @@ def find_toolkit(choice: Literal["auto"] | BuilderName = "auto") -> Toolkit:
             continue
         try:
             return find()
-        except (ImportError, OSError, RuntimeError) as error:
+        except (ImportError, OSError, UserError) as error:
             failures.append(f"{name} ({' '.join(str(error).split())})")
     remedy = {"tensorrt": TENSORRT_INSTALL, "tensorrt-rtx": RTX_INSTALL}.get(
         choice, f"{RTX_INSTALL} (needs no GPU), or use {TENSORRT_INSTALL}"
@@ -216,15 +290,9 @@ def find_toolkit(choice: Literal["auto"] | BuilderName = "auto") -> Toolkit:
     raise UserError(f"no TensorRT builder is usable. Tried: {'; '.join(failures)}. To install: {remedy}")
 
 
-def _context_at_optimum(engine: Any, module: Any) -> Any:
-    """An execution context in which every dynamic input has the size that its profile is optimized for."""
-    context = engine.create_execution_context()
-    for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
-        is_input = engine.get_tensor_mode(name) == module.TensorIOMode.INPUT
-        if is_input and -1 in tuple(engine.get_tensor_shape(name)):
-            _, optimum, _ = engine.get_tensor_profile_shape(name, 0)
-            context.set_input_shape(name, optimum)
-    return context
+def sizes(shape: trt.Dims) -> tuple[int, ...]:
+    """A shape as Python's tuple; -1 is a dynamic size."""
+    return tuple(shape[index] for index in range(len(shape)))
 
 
 def numpy_name(data_type: Any) -> str:
@@ -233,10 +301,11 @@ def numpy_name(data_type: Any) -> str:
 
 
 def _find_tensorrt() -> Toolkit:
-    if importlib.util.find_spec("tensorrt") is None:
+    spec = importlib.util.find_spec("tensorrt")
+    if spec is None or spec.origin is None:  # a folder of type stubs has no origin
         raise ImportError("the package tensorrt is not installed")
-    gpu = _gpu_name()
-    return Toolkit("tensorrt", importlib.import_module("tensorrt"), gpu)
+    device = cuda.device()
+    return Toolkit("tensorrt", importlib.import_module("tensorrt"), device)
 
 
 def _find_rtx() -> Toolkit:
@@ -255,48 +324,3 @@ def _find_rtx() -> Toolkit:
             raise ImportError(f"no {pattern} in {folder}")
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     return Toolkit("tensorrt-rtx", importlib.import_module(RTX_BINDINGS))
-
-
-def _gpu_name() -> str:
-    """Name of the first GPU, asked from the driver itself: torch and CUDA's runtime need not be installed."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        raise RuntimeError("no NVIDIA driver: libcuda.so.1 is not found") from None
-    if status := driver.cuInit(0):
-        raise RuntimeError(f"the NVIDIA driver finds no usable GPU: cuInit returns {status}")
-    name = ctypes.create_string_buffer(256)
-    if status := driver.cuDeviceGetName(name, len(name), 0):
-        raise RuntimeError(f"the NVIDIA driver finds no usable GPU: cuDeviceGetName returns {status}")
-    return name.value.decode()
-
-
-def _monitor(module: Any, report: Callable[[float, str], None], go_on: Callable[[], bool]) -> Any:
-    base = module.IProgressMonitor
-    open_phases: dict[str, tuple[int, int]] = {}  # name -> (steps done, steps), outermost first
-
-    def tell() -> None:
-        fraction, share = 0.0, 1.0
-        for done, steps in open_phases.values():
-            share /= max(steps, 1)
-            fraction += done * share
-        report(min(fraction, 1.0), next(reversed(open_phases), ""))
-
-    class Monitor(base):  # type: ignore[misc, valid-type]
-        def __init__(self) -> None:
-            base.__init__(self)
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            open_phases[phase_name] = (0, num_steps)
-            tell()
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in open_phases:
-                open_phases[phase_name] = (step + 1, open_phases[phase_name][1])
-            tell()
-            return go_on()
-
-        def phase_finish(self, phase_name: str) -> None:
-            open_phases.pop(phase_name, None)
-
-    return Monitor()

@@ -22,5 +22,10 @@ if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
     "$python" -m pip install --quiet --disable-pip-version-check uv
     # uv takes matching builds of torch and torchvision, and installs in seconds.
     "$python" -m uv pip install --quiet --python "$python" -c constraints.txt -e '.[rtx,dev]'
+    # TensorRT's types for the type checker, apart from the packages: the whole of TensorRT would come with them. Two of
+    # their lines are no Python: a parameter called "in", and one without a default behind one that has it.
+    "$python" -m uv pip install --quiet --python "$python" --no-deps --target .venv/stubs tensorrt-stubs==10.13.0.35.1
+    sed -i -E 's/\bin: list/in_: list/; s/(power: Weights = None, channel_axis: int)\)/\1 = 0)/' \
+        .venv/stubs/tensorrt_bindings/tensorrt.pyi
     echo "$wanted" > "$stamp"
 fi

@@ -54,7 +54,7 @@ def test_engine_and_sidecar(tmp_path, capsys):
     assert sidecar.details["typing"] == "strong"
     assert sidecar.details["builder"]["name"] == "tensorrt-rtx"
     assert sidecar.details["compute_capabilities"] == ["8.6", "8.9", "12.0"]
-    assert sidecar.details["batch"] == {"min": 1, "opt": 8, "max": 32}
+    assert sidecar.details["profiles"] == [{"min": 1, "opt": 8, "max": 32}]
     assert sidecar.details["provenance"].startswith("unknown")
     layer = next(found for found in sidecar.details["layers"] if found["kind"] == "correlation")
     assert (layer["inputs"], layer["precision"], layer["onnx_nodes"][0]) == (["INT8"], "INT8", "/conv/Conv")
@@ -86,7 +86,7 @@ def test_fixed_batch_needs_no_profile(tmp_path):
     assert build(path, output=tmp_path / "new" / "x.engine", compute_capabilities=("8.9",)) == 0
     sidecar = read_sidecar(tmp_path / "new" / "x.engine", "engine")
     assert sidecar.inputs[0].shape == (2, 8, 16, 16)
-    assert sidecar.details["batch"] is None
+    assert sidecar.details["profiles"] == []
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_unsupported_compute_capability(model):
 
 
 def test_batch_sizes_that_contradict(model):
-    assert "needed is 1 <= opt <= max" in refused(model, opt_batch=64)
+    assert "needed is 1 <= min <= opt <= max" in refused(model, profiles=("1,64,32",))
 
 
 def test_output_that_is_the_model(model):

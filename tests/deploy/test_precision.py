@@ -6,8 +6,10 @@ import json
 
 from qdq_models import classifier, matrix_product
 
-from deploy.audit import DeclaredLayer, EngineLayer, audit, layers_from_inspector, layers_from_log
-from deploy.build import build
+from deploy.builder import build
+from deploy.layers import EngineLayer, layers_from_inspector, layers_from_log
+from deploy.precision import DeclaredLayer, audit
+from deploy.settings import BuildSettings
 from deploy.trt import find_toolkit
 
 # Captured from TensorRT-RTX 1.7.1.116, verbose and DETAILED: a quantized convolution and its ReLU.
@@ -59,6 +61,8 @@ def test_log_lines_of_a_convolution_and_its_relu():
         constants=("INT8", "FP32", "FP32"),
         outputs=("FP32",),
         onnx_nodes=("/conv/Conv", "/x_dq/DequantizeLinear", "/w_dq/DequantizeLinear"),
+        format="(NHWC) Channel major format",
+        tactic="__myelin_CASK_STUB",
     )
     assert relu.kind == "kgen"
     assert relu.onnx_nodes == ("/relu/Relu",)
@@ -173,7 +177,7 @@ def test_real_builder_matrix_product_by_scale_axis(tmp_path):
 
 
 def _built(model):
-    return build(find_toolkit("tensorrt-rtx"), model, ("8.9",), 8, 32).audit
+    return build(find_toolkit("tensorrt-rtx"), model, BuildSettings(capabilities=("8.9",))).audit
 
 
 # Captured on an H200 from TensorRT 8.6.0 (an engine with a dynamic batch); entries that the audit does not read are

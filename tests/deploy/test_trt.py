@@ -9,7 +9,9 @@ import sys
 import pytest
 from qdq_models import convolution
 
-from deploy.trt import BuildLog, find_toolkit, numpy_name
+from deploy.buildlog import BuildLog
+from deploy.settings import BuildSettings
+from deploy.trt import find_toolkit, numpy_name
 from qat.artifact import UserError
 
 
@@ -21,7 +23,7 @@ def toolkit():
 def test_rtx_is_found_and_described(toolkit):
     assert toolkit.name == "tensorrt-rtx"
     assert toolkit.title == f"TensorRT-RTX {toolkit.version}"
-    assert toolkit.typing == "strong"
+    assert toolkit.typing() == "strong"
     assert toolkit.reports_progress
     assert {"8.6", "8.9", "12.0"} <= set(toolkit.compute_capabilities())
     assert numpy_name(toolkit.module.DataType.FLOAT) == "float32"
@@ -56,7 +58,7 @@ def test_no_builder_usable_says_what_was_tried_and_what_to_install():
 def test_unknown_compute_capability_names_the_supported_ones(toolkit):
     builder = toolkit.module.Builder(toolkit.logger(BuildLog()))
     with pytest.raises(UserError, match=r"capability '9.0': choose from 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"):
-        toolkit.create_config(builder, ("8.6", "9.0"))
+        toolkit.create_config(builder, BuildSettings(capabilities=("8.6", "9.0")))
 
 
 def test_progress_rises_to_the_end_and_ctrl_c_cancels(toolkit, tmp_path):
@@ -66,7 +68,7 @@ def test_progress_rises_to_the_end_and_ctrl_c_cancels(toolkit, tmp_path):
         network = toolkit.create_network(builder)
         parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
         assert parser.parse_from_file(str(convolution(tmp_path / "m.onnx", batch=1)))
-        config = toolkit.create_config(builder, ("8.9",))
+        config = toolkit.create_config(builder, BuildSettings(capabilities=("8.9",)))
         with toolkit.report_progress(config, report):
             return builder.build_serialized_network(network, config)
 

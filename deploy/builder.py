@@ -1,0 +1,186 @@
+"""ONNX file -> engine in memory: parse, configure, build, and hold what came out against what the ONNX declares."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploy import diagnose, implicit
+from deploy.buildlog import BuildLog
+from deploy.layers import layers_from_inspector, layers_from_log
+from deploy.precision import Audit, audit, declared_layers
+from deploy.settings import BuildSettings, Profile
+from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
+from qat.artifact import TensorSpec, UserError
+from qat.console import progress
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built engine, still in memory."""
+
+    plan: Any
+    seconds: float
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    profiles: tuple[Profile, ...]
+    """Empty for an engine of fixed batch."""
+    audit: Audit
+    log: BuildLog
+    timing_cache: TimingCache | None
+    timing_cache_content: bytes
+
+    @property
+    def bytes(self) -> int:
+        """Size of the engine."""
+        return memoryview(self.plan).nbytes
+
+
+def build(
+    toolkit: Toolkit,
+    model: Path,
+    settings: BuildSettings,
+    timing_cache: bytes | None = None,
+    extra_outputs: tuple[str, ...] = (),
+) -> Built:
+    """Parses ``model``, builds its engine and audits it; nothing is written.
+
+    ``timing_cache`` is what an earlier build left (``Built.timing_cache_content``), b"" to make one, None for none.
+    ``extra_outputs`` names tensors inside the network that become outputs. Raises UserError when the parser or the
+    builder refuses the model, naming the node, or when this version of TensorRT lacks something that ``settings`` ask
+    for.
+    """
+    log = BuildLog()
+    builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
+    config = toolkit.create_config(builder, settings)
+    outcome = None if timing_cache is None else toolkit.use_timing_cache(config, timing_cache)
+    network = parse(toolkit, builder, model, log, settings)
+    for name in extra_outputs:
+        network.mark_output(_tensor(network, name))
+    if settings.precision == "implicit":
+        implicit.set_dynamic_ranges(network)
+    declared = declared_layers(network, toolkit.module)
+    profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
+
+    start = time.perf_counter()
+    with _build_progress(toolkit, config):
+        plan = builder.build_serialized_network(network, config)
+    seconds = time.perf_counter() - start
+    if plan is None:
+        raise UserError(
+            f"{toolkit.title} could not build {model}: {diagnose.build_failure(log)}; "
+            "change the model there, or try the other --builder"
+        )
+    form, text = toolkit.final_layers(log, plan, host_code=settings.version_compatible)
+    layers = layers_from_log(text) if form == "log" else layers_from_inspector(text)
+    if not layers:
+        raise UserError(
+            f"{toolkit.title} did not list the engine's layers: nothing proves their precision; report this"
+        )
+    return Built(
+        plan=plan,
+        seconds=seconds,
+        inputs=_specs([network.get_input(i) for i in range(network.num_inputs)]),
+        outputs=_specs([network.get_output(i) for i in range(network.num_outputs)]),
+        profiles=profiles,
+        audit=audit(declared, layers),
+        log=log,
+        timing_cache=outcome,
+        timing_cache_content=bytes(config.get_timing_cache().serialize()) if outcome else b"",
+    )
+
+
+def parse(
+    toolkit: Toolkit, builder: trt.Builder, model: Path, log: BuildLog, settings: BuildSettings
+) -> trt.INetworkDefinition:
+    """The network of an ONNX file. Raises UserError that names the node that is refused."""
+    network = toolkit.create_network(builder, settings.precision)
+    parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
+    if not parser.parse_from_file(str(model)):
+        failures = diagnose.parser_failures(parser, log)
+        raise UserError(f"{toolkit.title} cannot parse {model}: {diagnose.explain(failures, log)}")
+    if nodes := diagnose.uint8_nodes(log):
+        raise UserError(
+            f"{model} quantizes to UINT8 at {len(nodes)} nodes, the first {nodes[0]!r}, which TensorRT would "
+            "take as INT8, so that codes above 127 saturate: quantize again with INT8 and zero point 0"
+        )
+    if network.num_outputs == 0:  # the parser takes an empty file, and text too, for a network without nodes
+        raise UserError(f"{model} holds no network: it is empty or not an ONNX file; make or copy it again")
+    return network
+
+
+def _set_batch(
+    toolkit: Toolkit,
+    builder: trt.Builder,
+    config: trt.IBuilderConfig,
+    network: trt.INetworkDefinition,
+    profiles: tuple[Profile, ...],
+) -> tuple[Profile, ...]:
+    """Makes a dynamic batch static, or gives it the profiles, which are returned where they apply."""
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    dynamic = {tensor.name: (tensor, sizes(tensor.shape)[1:]) for tensor in inputs if -1 in sizes(tensor.shape)}
+    for name, (tensor, image) in dynamic.items():
+        if -1 in image:
+            raise UserError(
+                f"input {name!r} has shape {sizes(tensor.shape)}: only the first dimension, the batch, may "
+                "be dynamic; export it with fixed sizes"
+            )
+    if not dynamic:
+        return ()
+    if profiles[0].fixed:
+        for tensor, image in dynamic.values():
+            tensor.shape = toolkit.module.Dims((profiles[0].opt, *image))
+        return ()
+    for profile in profiles:
+        shapes = builder.create_optimization_profile()
+        for name, (_, image) in dynamic.items():
+            shapes.set_shape(
+                name, *(toolkit.module.Dims((batch, *image)) for batch in (profile.min, profile.opt, profile.max))
+            )
+        config.add_optimization_profile(shapes)
+    return profiles
+
+
+def _tensor(network: trt.INetworkDefinition, name: str) -> trt.ITensor:
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for output in map(layer.get_output, range(layer.num_outputs)):
+            if output.name == name:
+                return output
+    raise UserError(f"the network has no tensor {name!r}")
+
+
+@contextmanager
+def _build_progress(toolkit: Toolkit, config: trt.IBuilderConfig) -> Iterator[None]:
+    """Shows how far the build is; where the builder does not tell, the seconds that it has taken."""
+    start = time.monotonic()
+    ended = threading.Event()
+    with progress("building the engine, percent", 100) as task:
+
+        def report(fraction: float, phase: str) -> None:
+            task.advance(max(0, int(100 * fraction) - task.done), phase)
+
+        def tick() -> None:
+            while not ended.wait(1.0):
+                task.advance(0, f"{time.monotonic() - start:.0f} s")
+
+        clock = threading.Thread(target=tick, daemon=True)
+        if not toolkit.reports_progress:
+            clock.start()
+        try:
+            with toolkit.report_progress(config, report):
+                yield
+        finally:
+            ended.set()
+
+
+def _specs(tensors: list[trt.ITensor]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(tensor.name, sizes(tensor.shape), numpy_name(tensor.dtype)) for tensor in tensors)

@@ -1,0 +1,78 @@
+"""What a builder says while it works: its log, and how far it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+_WEIGHTS_LINE = re.compile(r"^Total Weights Memory: (\d+) bytes", re.MULTILINE)
+
+
+@dataclass
+class BuildLog:
+    """Everything that parser and builder said, in order: pairs of severity (``ERROR`` ...) and text."""
+
+    messages: list[tuple[str, str]] = field(default_factory=list)
+
+    def texts(self, *severities: str) -> list[str]:
+        """The messages of these severities, each once, in order; of all severities when none is named."""
+        chosen = (text for severity, text in self.messages if not severities or severity in severities)
+        return list(dict.fromkeys(chosen))
+
+    def errors(self) -> list[str]:
+        """Errors and internal errors."""
+        return self.texts("ERROR", "INTERNAL_ERROR")
+
+    def weights_bytes(self) -> int | None:
+        """Bytes that the engine's weights take, or None where the builder does not log them."""
+        found = [match for text in self.texts() for match in _WEIGHTS_LINE.findall(text)]
+        return int(found[-1]) if found else None
+
+
+def recorder(base: Any, log: BuildLog) -> Any:
+    """An ILogger, made from TensorRT's class ``base``, that writes every message to ``log``."""
+
+    class Recorder(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            log.messages.append((severity.name, message))
+
+    return Recorder()
+
+
+def progress_monitor(base: Any, report: Callable[[float, str], None], go_on: Callable[[], bool]) -> Any:
+    """An IProgressMonitor, made from TensorRT's class ``base``.
+
+    Calls ``report(fraction done, phase)``; a build is cancelled when ``go_on()`` is False.
+    """
+    open_phases: dict[str, tuple[int, int]] = {}  # name -> (steps done, steps), outermost first
+
+    def tell() -> None:
+        fraction, share = 0.0, 1.0
+        for done, steps in open_phases.values():
+            share /= max(steps, 1)
+            fraction += done * share
+        report(min(fraction, 1.0), next(reversed(open_phases), ""))
+
+    class Monitor(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            open_phases[phase_name] = (0, num_steps)
+            tell()
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in open_phases:
+                open_phases[phase_name] = (step + 1, open_phases[phase_name][1])
+            tell()
+            return go_on()
+
+        def phase_finish(self, phase_name: str) -> None:
+            open_phases.pop(phase_name, None)
+
+    return Monitor()

@@ -1,0 +1,190 @@
+"""An engine's final layers as the builders describe them, in one form: names, types, formats, tactics.
+
+Two sources: the text in TensorRT-RTX's verbose log, and the engine inspector's JSON, older and newer. An engine layer
+is called after its ONNX node, and a fused one names all its nodes.
+
+A layer computes in INT8 when it reads INT8 data and INT8 weights. One exception: a generated kernel
+(``__myl_...``) spells its operations in its name, and when a Cast stands before the product
+(``CastMulCastCastMulFc``) it dequantizes first and multiplies in float, although INT8 goes in.
+
+The text form and the JSON of TensorRT 8.6 were captured from the real builders (tests/deploy/test_layers.py). The JSON
+of newer versions follows NVIDIA's documentation and was not run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+_LAYER_LINE = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>Inputs: .*)$", re.MULTILINE)
+_TENSOR_TYPE = re.compile(r"Datatype: (\w+)")
+_LIST_NAMES = ("Inputs", "Constants", "Outputs", "TacticName")
+_TACTIC = re.compile(r"TacticName: ([^,]*)")
+_FORMAT = re.compile(r"Format: (.*?) \}")
+_METADATA_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]|\[ONNX Layer: |\s*$)", re.DOTALL)
+_NUMBERING = re.compile(r"_myl\d+_\d+$")
+_TYPE_WORD = re.compile(r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE)
+_SHORT_TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
+_PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """A final layer: ``inputs``, ``constants`` and ``outputs`` are types such as ``INT8`` and ``FP32``."""
+
+    name: str
+    kind: str
+    inputs: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs: tuple[str, ...]
+    onnx_nodes: tuple[str, ...]
+    """The ONNX nodes that the layer computes, the ones that it is called after first."""
+    format: str = ""
+    """Memory layout of what the layer writes, in the builder's words."""
+    tactic: str = ""
+    """Name of the kernel."""
+
+    @property
+    def own_nodes(self) -> list[str]:
+        """The ONNX nodes that the layer is called after; a generated name has none."""
+        return _own_names(self.name)
+
+    @property
+    def is_reformat(self) -> bool:
+        """Whether the layer only changes type or memory layout."""
+        return self.kind.lower() in ("reformat", "reformatting")
+
+    @property
+    def is_quantization(self) -> bool:
+        """Whether the layer does nothing but quantize or dequantize."""
+        if self.kind.lower() in ("quantize", "dequantize"):
+            return True
+        nodes = self.onnx_nodes
+        return not self.is_reformat and bool(nodes) and all("quantizelinear" in node.lower() for node in nodes)
+
+    @property
+    def spells_product(self) -> bool:
+        """Whether the layer is a generated kernel in whose name a convolution or matrix product occurs."""
+        return _PRODUCT_WORD.search(_operations(self.name)) is not None
+
+    @property
+    def dequantizes_first(self) -> bool:
+        """Whether the layer is a generated kernel that casts before its product: it multiplies in float."""
+        return _dequantizes_first(self.name)
+
+    @property
+    def precision(self) -> str:
+        """The type of the data that the layer reads, or writes when it reads nothing."""
+        return next(iter(self.inputs + self.outputs), "none")
+
+    @property
+    def product_precision(self) -> str:
+        """The type that a convolution or matrix product multiplies in."""
+        weights = (*self.inputs[1:], *self.constants)
+        # TensorRT 8.6 hides the types of data whose batch is dynamic; a kernel multiplies in the type of its weights.
+        if self.precision == "unknown" and self.constants:
+            return self.constants[0]
+        if self.precision == "INT8" and (self.dequantizes_first or (weights and "INT8" not in weights)):
+            return next((found for found in weights if found != "INT8"), "FP32")
+        return self.precision
+
+
+def layers_from_log(text: str) -> list[EngineLayer]:
+    """Final layers from a verbose build log: ``Name: ..., LayerType: ..., Inputs: [...], ... Metadata: ...``."""
+    found = []
+    for match in _LAYER_LINE.finditer(text):
+        body, _, metadata = match["rest"].partition(", Metadata: ")
+        starts = {key: body.find(f"{key}: ") for key in _LIST_NAMES}
+        present = sorted((start, key) for key, start in starts.items() if start >= 0)
+        ends = [start for start, _ in present[1:]] + [len(body)]
+        lists = {
+            key: tuple(_short_type(word) for word in _TENSOR_TYPE.findall(body[start:end]))
+            for (start, key), end in zip(present, ends, strict=True)
+        }
+        formats = _FORMAT.findall(body)
+        tactic = _TACTIC.search(body)
+        found.append(
+            EngineLayer(
+                name=match["name"],
+                kind=match["kind"],
+                inputs=lists.get("Inputs", ()),
+                constants=lists.get("Constants", ()),
+                outputs=lists.get("Outputs", ()),
+                onnx_nodes=_onnx_nodes(match["name"], metadata),
+                format=formats[-1] if formats else "",
+                tactic=tactic[1] if tactic else "",
+            )
+        )
+    return found
+
+
+def layers_from_inspector(text: str) -> list[EngineLayer]:
+    """Final layers from the engine inspector's JSON, in any of its forms.
+
+    Older inspectors put control characters into strings, and format and type into one sentence
+    ("Thirty-two wide channel vectorized row major Int8 format"); newer ones state ``Datatype`` apart.
+    Layers that were built without detail are bare strings: they have names and no types.
+    """
+    found = []
+    for entry in json.loads(text, strict=False).get("Layers", []):
+        layer = {"Name": entry} if isinstance(entry, str) else entry
+        constants = _inspector_types(layer.get("Constants"))
+        # "Weights", or "ConvWeights" where a pooling is fused with the convolution
+        weights = [value for key, value in layer.items() if key.endswith("Weights") and isinstance(value, dict)]
+        constants = (*(_short_type(str(entry.get("Type", ""))) for entry in weights), *constants)
+        name = str(layer.get("Name", ""))
+        found.append(
+            EngineLayer(
+                name=name,
+                kind=str(layer.get("LayerType", "unknown")),
+                inputs=_inspector_types(layer.get("Inputs")),
+                constants=constants,
+                outputs=_inspector_types(layer.get("Outputs")),
+                onnx_nodes=_onnx_nodes(name, str(layer.get("Metadata", ""))),
+                format=_inspector_format(layer.get("Outputs")),
+                tactic=str(layer.get("TacticName", "")),
+            )
+        )
+    return found
+
+
+def _inspector_types(tensors: Any) -> tuple[str, ...]:
+    listed = [tensor for tensor in tensors or [] if isinstance(tensor, dict)]
+    return tuple(_short_type(str(tensor.get("Datatype") or tensor.get("Format/Datatype", ""))) for tensor in listed)
+
+
+def _inspector_format(tensors: Any) -> str:
+    listed = [tensor for tensor in tensors or [] if isinstance(tensor, dict)]
+    return str(listed[0].get("Format") or listed[0].get("Format/Datatype", "")) if listed else ""
+
+
+def _short_type(words: str) -> str:
+    match = _TYPE_WORD.search(words)
+    return _SHORT_TYPES.get(match[0].upper(), match[0].upper()) if match else "unknown"
+
+
+def _onnx_nodes(name: str, metadata: str) -> tuple[str, ...]:
+    """The ONNX nodes of an engine layer, the one that it is called after first."""
+    return tuple(dict.fromkeys([*_own_names(name), *_METADATA_NODE.findall(metadata)]))
+
+
+def _own_names(name: str) -> list[str]:
+    """The nodes that a layer is called after; a generated name has none."""
+    return [] if _is_generated(name) else re.split(r" \+ | \|\| ", _NUMBERING.sub("", name))
+
+
+def _is_generated(name: str) -> bool:
+    return name.startswith("__my")
+
+
+def _operations(name: str) -> str:
+    """``__myl_CastMulFc_myl0_2`` -> ``CastMulFc``; nothing for layers that were not generated."""
+    return _NUMBERING.sub("", name).removeprefix("__myl_") if _is_generated(name) else ""
+
+
+def _dequantizes_first(name: str) -> bool:
+    operations = _operations(name)
+    product = _PRODUCT_WORD.search(operations)
+    return product is not None and "Cast" in operations[: product.start()]

@@ -1,0 +1,268 @@
+"""Runs an engine: buffers, streams and CUDA graphs are taken care of.
+
+    with Engine.load("runs/model.engine") as engine:
+        logits = engine(images)                     # NumPy in, NumPy out
+        logits = engine(torch_tensor_on_the_gpu)    # GPU in, GPU out: anything with __cuda_array_interface__
+        for logits in engine.map(batches): ...      # copies overlap with computing
+
+An engine holds several *lanes*. A lane has all that one inference at a time needs: a stream, buffers for inputs and
+outputs, scratch memory, and for each batch size that it has met an execution context with a CUDA graph captured from
+it. Lanes work at the same time, which is what lets copies overlap with computing.
+
+Thread safety: ``__call__``, ``map`` and ``pinned`` may be called from any number of threads at once. Each call takes a
+lane and waits when all are taken. ``close`` waits for running calls to end; a call after it raises ValueError.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from deploy import cuda
+from deploy.arrays import InputBatch, pinned_array, read_inputs, sized
+from deploy.buildlog import BuildLog
+from deploy.lane import Lane
+from deploy.settings import Profile
+from deploy.trt import BuilderName, Toolkit, find_toolkit, numpy_name, sizes
+from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sidecar_path
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+
+class Engine:
+    """An engine in the GPU's memory; see the head of this module. Use it as a context manager, or call ``close``."""
+
+    def __init__(self, plan: bytes, toolkit: Toolkit, *, contexts: int = 2, host_code: bool = False) -> None:
+        """``plan`` is the serialized engine, ``contexts`` the number of lanes.
+
+        ``host_code`` lets an engine bring code for the CPU along, as version-compatible ones do.
+        Raises UserError when the engine does not load or its buffers do not fit into the GPU's memory.
+        """
+        if contexts < 1:
+            raise UserError(f"{contexts} contexts: needed is 1 at least")
+        self.toolkit, self.contexts = toolkit, contexts
+        self.log = BuildLog()
+        self.lock = threading.Lock()  # TensorRT makes contexts for one thread at a time
+        self._runtime, self.plan = toolkit.load(plan, self.log, host_code)
+        self.inputs, self.outputs = _io(self.plan, toolkit.module)
+        self.profiles = _profiles(self.plan, self.inputs)
+        self._closed = False
+        self._free: queue.Queue[Lane | None] = queue.Queue()  # None: the engine is closed
+        self._lanes: list[Lane] = []
+        try:
+            for _ in range(contexts):
+                self._lanes.append(Lane(self))
+                self._free.put(self._lanes[-1])
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path, *, contexts: int = 2, trust: bool = False) -> Engine:
+        """Loads an engine that python -m deploy.build wrote.
+
+        An engine file can make TensorRT do anything, so it must be the one that its sidecar was written for; ``trust``
+        loads any. Raises UserError when it is not, was built by another TensorRT version or for another GPU, is
+        truncated, or when there is no GPU, driver or memory.
+        """
+        path = Path(path)
+        sidecar = _trusted_sidecar(path) if trust else read_sidecar(path, "engine")
+        builder: BuilderName = "tensorrt"
+        host_code = False
+        if sidecar is not None:
+            builder = sidecar.details["builder"]["name"]
+            host_code = bool(sidecar.details.get("version_compatible"))
+        device = cuda.device()
+        toolkit = find_toolkit(builder)
+        if sidecar is not None:
+            _check_built_for(path, sidecar, toolkit, device)
+        try:
+            plan = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
+        return cls(plan, toolkit, contexts=contexts, host_code=host_code)
+
+    def __call__(self, batch: Any) -> Any:
+        """Computes one batch and waits for the result.
+
+        Args:
+            batch: the input, shape ``[N, ...]`` as in ``inputs``, or a dict of inputs by name. NumPy arrays are copied
+                to the GPU; arrays with ``__cuda_array_interface__`` must be C-contiguous and never leave it.
+
+        Returns:
+            The output, or a dict of outputs by name where there are several: NumPy arrays for NumPy arrays,
+            ``DeviceArray`` for arrays on the GPU.
+
+        Raises UserError when shape, type or batch size is not one that the engine takes.
+        """
+        inputs = self._checked(batch)
+        lane = self._wait_for_lane()
+        try:
+            lane.submit(inputs)
+            return _one_or_all(lane.result())
+        finally:
+            self._give(lane)
+
+    def map(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Computes batches, in order, as many at a time as there are lanes: copies of one overlap with another.
+
+        Takes and yields what ``__call__`` does. An array in pinned memory (``pinned``) is copied from where it lies
+        and must not be changed until its result has been yielded; others are copied by the CPU first, which can cost
+        more than all the rest.
+        """
+        pending: deque[Lane] = deque()
+        try:
+            for batch in batches:
+                inputs = self._checked(batch)
+                # Waiting for a lane while holding others could be waiting for each other: finish one instead.
+                while (lane := self._take(wait=not pending)) is None:
+                    yield self._finish(pending)
+                pending.append(lane)
+                lane.submit(inputs)
+            while pending:
+                yield self._finish(pending)
+        finally:
+            for lane in pending:
+                self._give(lane)
+
+    def pinned(self, batch: int) -> Any:
+        """An uninitialized input for ``batch`` images (a dict, where there are several) in pinned host memory."""
+        return _one_or_all({spec.name: pinned_array(sized(spec, batch), spec.dtype) for spec in self.inputs})
+
+    @contextmanager
+    def all_lanes(self) -> Iterator[list[Lane]]:
+        """All lanes, which other callers wait for meanwhile: for measuring."""
+        taken = [self._wait_for_lane() for _ in self._lanes]
+        try:
+            yield taken
+        finally:
+            for lane in taken:
+                self._give(lane)
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch that the engine takes."""
+        return max(profile.max for profile in self.profiles)
+
+    def profile_for(self, batch: int) -> int:
+        """Index of the optimization profile that suits ``batch`` best. Raises UserError when there is none."""
+        fitting = [i for i, profile in enumerate(self.profiles) if profile.min <= batch <= profile.max]
+        if not fitting:
+            ranges = " or ".join(f"{p.min} to {p.max}" if p.min < p.max else str(p.max) for p in self.profiles)
+            raise UserError(
+                f"a batch of {batch} is outside what the engine takes ({ranges}): split or pad the batch, or build "
+                "with other --profiles"
+            )
+        return min(fitting, key=lambda index: abs(self.profiles[index].opt - batch))
+
+    def close(self) -> None:
+        """Waits for running calls and frees all memory; may be called twice."""
+        with self.lock:
+            if self._closed:
+                return
+            self._closed = True
+        for _ in self._lanes:
+            self._free.get()
+        self._free.put(None)
+        for lane in self._lanes:
+            lane.close()
+        self._lanes.clear()
+        del self.plan, self._runtime
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _checked(self, batch: Any) -> InputBatch:
+        inputs = read_inputs(batch, self.inputs)
+        self.profile_for(inputs.batch)
+        return inputs
+
+    def _take(self, wait: bool) -> Lane | None:
+        """A lane; None when none is free and there is no waiting. Raises ValueError when the engine is closed."""
+        try:
+            lane = self._free.get(block=wait)
+        except queue.Empty:
+            return None
+        if lane is None:
+            self._free.put(None)  # for the next one who asks
+            raise ValueError("the engine is closed")
+        return lane
+
+    def _wait_for_lane(self) -> Lane:
+        lane = self._take(wait=True)
+        assert lane is not None
+        return lane
+
+    def _give(self, lane: Lane) -> None:
+        lane.settle()
+        self._free.put(lane)
+
+    def _finish(self, pending: deque[Lane]) -> Any:
+        """The result of the inference that was begun first."""
+        lane = pending[0]
+        outputs = lane.result()
+        self._give(pending.popleft())
+        return _one_or_all(outputs)
+
+
+def _one_or_all(arrays: dict[str, Any]) -> Any:
+    return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+
+
+def _io(plan: trt.ICudaEngine, module: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of a loaded engine."""
+    found: dict[Any, list[TensorSpec]] = {module.TensorIOMode.INPUT: [], module.TensorIOMode.OUTPUT: []}
+    for name in map(plan.get_tensor_name, range(plan.num_io_tensors)):
+        spec = TensorSpec(name, sizes(plan.get_tensor_shape(name)), numpy_name(plan.get_tensor_dtype(name)))
+        found[plan.get_tensor_mode(name)].append(spec)
+    return tuple(found[module.TensorIOMode.INPUT]), tuple(found[module.TensorIOMode.OUTPUT])
+
+
+def _profiles(plan: trt.ICudaEngine, inputs: tuple[TensorSpec, ...]) -> tuple[Profile, ...]:
+    """The batch sizes of each optimization profile; those of a fixed engine are all the same."""
+    first = inputs[0]
+    shapes = [plan.get_tensor_profile_shape(first.name, index) for index in range(plan.num_optimization_profiles)]
+    return tuple(Profile(*(int(shape[0]) for shape in three)) for three in shapes)
+
+
+def _trusted_sidecar(path: Path) -> Sidecar | None:
+    """The sidecar of a file that is loaded in any case: it only helps to choose the runtime."""
+    if not path.is_file():
+        raise UserError(f"no file {path}: check the path, or make it with python -m deploy.build")
+    try:
+        return read_sidecar(path, "engine") if sidecar_path(path).exists() else None
+    except UserError:
+        return None
+
+
+def _check_built_for(path: Path, sidecar: Sidecar, toolkit: Toolkit, device: cuda.Device) -> None:
+    """Says why an engine cannot load here, in better words than TensorRT's."""
+    details = sidecar.details
+    built = details["builder"]["version"]
+    if built != toolkit.version and not details.get("version_compatible"):
+        raise UserError(
+            f"{path} was built by version {built}, here is {toolkit.title}: build it again here, or install {built}"
+        )
+    if toolkit.name == "tensorrt-rtx":
+        if device.capability not in details["compute_capabilities"]:
+            raise UserError(
+                f"{path} was built for compute capabilities {' '.join(details['compute_capabilities'])}, this GPU "
+                f"({device.name}) has {device.capability}: build it again for that"
+            )
+    elif device.name != details["gpu"] and not details.get("hardware_compatible"):
+        raise UserError(
+            f"{path} was built for {details['gpu']['name']}, this GPU is {device.name}: build it again here, or with "
+            "--hardware-compatible"
+        )

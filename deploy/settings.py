@@ -1,0 +1,83 @@
+"""What a build is asked for: precision, batch sizes, and how the builder goes about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qat.artifact import UserError
+
+Precision = Literal["explicit", "fp32", "tf32", "fp16", "implicit"]
+"""``explicit``: INT8 where the Q/DQ nodes say so. The others build a float network, for comparison: in FP32, with
+TF32 tensor cores, in FP16, or in ``implicit`` INT8, where the builder is free to take INT8 or FP16 anywhere."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """An optimization profile: the batch sizes that an engine takes, and the one that it is tuned for."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise UserError(f"profile {self}: needed is 1 <= min <= opt <= max")
+
+    @classmethod
+    def parse(cls, text: str) -> Profile:
+        """``1,8,32`` -> min 1, opt 8, max 32; a single number is a fixed batch. Raises UserError."""
+        try:
+            numbers = [int(word) for word in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) == 1:
+            numbers *= 3
+        if len(numbers) != 3:
+            raise UserError(f"profile {text!r}: give MIN,OPT,MAX, such as 1,8,32, or one number for a fixed batch")
+        return cls(*numbers)
+
+    def __str__(self) -> str:
+        return f"{self.min},{self.opt},{self.max}"
+
+    @property
+    def fixed(self) -> bool:
+        """Whether it takes one batch size only."""
+        return self.min == self.max
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """The builder's options. Their meaning is TensorRT's own; the defaults are too, but for TF32, which is off."""
+
+    precision: Precision = "explicit"
+    profiles: tuple[Profile, ...] = (Profile(1, 8, 32),)
+    """For networks whose batch is dynamic. A single fixed one makes the batch static, which is the fastest."""
+    capabilities: tuple[str, ...] = ()
+    """Compute capabilities such as ``8.9``, for TensorRT-RTX."""
+    optimization_level: int = 3
+    """0 (fast build) to 5 (fast engine)."""
+    workspace_gib: float | None = None
+    """Most scratch memory that a layer may use, in GiB; None is all of the GPU's."""
+    timing_iterations: int | None = None
+    """How often each tactic is timed; more makes the choice steadier and the build longer. None: the builder's own."""
+    tf32: bool = False
+    """Whether float32 convolutions and matrix products may run on TF32 tensor cores."""
+    hardware_compatible: bool = False
+    """Whether the engine must run on every GPU from Ampere on, not on this one alone."""
+    version_compatible: bool = False
+    """Whether the engine must load in later versions of TensorRT."""
+    refit: bool = False
+    """Whether weights can be exchanged in the built engine."""
+    strip_weights: bool = False
+    """Whether weights are left out of the engine, to be refitted when it is loaded."""
+
+    def __post_init__(self) -> None:
+        if not self.profiles:
+            raise UserError("no profile: give one at least, such as 1,8,32")
+        if len(self.profiles) > 1 and any(profile.fixed for profile in self.profiles):
+            raise UserError("a fixed batch excludes further profiles: give MIN,OPT,MAX for each, or build twice")
+        if not 0 <= self.optimization_level <= 5:
+            raise UserError(f"optimization level {self.optimization_level}: the builder knows 0 to 5")
+        if self.workspace_gib is not None and self.workspace_gib <= 0:
+            raise UserError(f"workspace of {self.workspace_gib} GiB: needed is more than 0")
