@@ -21,7 +21,6 @@ from qat.artifact import (
     Parent,
     Sidecar,
     UserError,
-    atomic_write,
     check_writable,
     read_sidecar,
     sha256_of,
@@ -150,13 +149,34 @@ def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built
     if options.repeat > 1:
         return _fastest([build(toolkit, options.model, settings) for _ in range(options.repeat)], toolkit)
     assert cache is not None
+    return _build_with_cache(toolkit, options.model, settings, cache)
+
+
+def _build_with_cache(toolkit: Toolkit, model: Path, settings: BuildSettings, cache: Path) -> Built:
+    """Reuses the timings in the file ``cache`` where they fit, and writes there what the build adds."""
+    from deploy.builder import build
+
     check_writable(cache)
-    built = build(toolkit, options.model, settings, cache.read_bytes() if cache.exists() else b"")
-    if built.timing_cache == "replaced":
-        warn(f"{cache} is damaged or from another version or GPU, and was replaced")
-    say(f"timing cache {cache}: {built.timing_cache}, {len(built.timing_cache_content) / MB:.2f} MB")
-    with atomic_write(cache) as temporary:
-        temporary.write_bytes(built.timing_cache_content)
+    maker = {"version": toolkit.version, "gpu": toolkit.device.name if toolkit.device else None}
+    content, replaced = b"", ""
+    if cache.exists():
+        if not sidecar_path(cache).exists():
+            raise UserError(f"{cache} is no timing cache of this program (it has no sidecar): give another file name")
+        try:
+            found = read_sidecar(cache, "timing-cache").details
+            if found == maker:
+                content = cache.read_bytes()
+            else:
+                replaced = f"is of version {found['version']} for {found['gpu']}"
+        except UserError as error:
+            replaced = f"is damaged ({error})"
+    built = build(toolkit, model, settings, content)
+    if replaced or built.timing_cache == "replaced":
+        warn(f"the timing cache {cache} {replaced or 'is refused by the builder'}: replaced")
+    kilobytes = len(built.timing_cache_content) / 1e3
+    say(f"timing cache {cache}: {'replaced' if replaced else built.timing_cache}, {kilobytes:.0f} kB")
+    sidecar = Sidecar(kind="timing-cache", details=maker)
+    write_artifact(cache, sidecar, lambda path: write_plan(path, built.timing_cache_content))
     return built
 
 

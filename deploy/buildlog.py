@@ -34,7 +34,7 @@ class BuildLog:
 def recorder(base: Any, log: BuildLog) -> Any:
     """An ILogger, made from TensorRT's class ``base``, that writes every message to ``log``."""
 
-    class Recorder(base):  # type: ignore[misc]
+    class Recorder(base):
         def __init__(self) -> None:
             base.__init__(self)
 
@@ -58,7 +58,7 @@ def progress_monitor(base: Any, report: Callable[[float, str], None], go_on: Cal
             fraction += done * share
         report(min(fraction, 1.0), next(reversed(open_phases), ""))
 
-    class Monitor(base):  # type: ignore[misc]
+    class Monitor(base):
         def __init__(self) -> None:
             base.__init__(self)
 

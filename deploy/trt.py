@@ -149,10 +149,10 @@ class Toolkit:
         return config
 
     def use_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> TimingCache:
-        """Gives the build the tactic timings of earlier ones; it gets an empty cache when that is empty or does not
-        fit.
+        """Gives the build the tactic timings of earlier ones; b"" begins a cache.
 
-        A cache fits when it was written by this version for this GPU. Raises UserError where builds time no tactics.
+        8.6 takes damaged caches without a word: give it only those that are known to be whole. Raises UserError where
+        builds time no tactics.
         """
         if self.name == "tensorrt-rtx":
             raise UserError(f"{self.title} times no kernels when it builds: leave out --timing-cache")

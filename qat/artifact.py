@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 FORMAT_VERSION = 1
 
-Kind = Literal["checkpoint", "onnx", "engine"]
+Kind = Literal["checkpoint", "onnx", "engine", "timing-cache"]
 
 _RECORDED_PACKAGES = ("int8-qat-pipeline", "torch", "torchvision", "timm", "onnx", "onnx-ir", "onnxruntime")
 

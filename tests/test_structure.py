@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("qat.train", "export.onnx", "deploy.build", "deploy.report")
+COMMANDS = ("qat.train", "export.onnx", "deploy.build", "deploy.report", "deploy.triton")
 HEAVY = (
     "torch",
     "torchvision",
