@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 _LAYER_LINE = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>Inputs: .*)$", re.MULTILINE)
@@ -24,7 +25,17 @@ _LIST_NAMES = ("Inputs", "Constants", "Outputs", "TacticName")
 _TACTIC = re.compile(r"TacticName: ([^,]*)")
 _FORMAT = re.compile(r"Format: (.*?) \}")
 _METADATA_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]|\[ONNX Layer: |\s*$)", re.DOTALL)
-_NUMBERING = re.compile(r"_myl\d+_\d+$")
+# Words in the builders' descriptions of memory layouts; those that contain others come first.
+_FORMATS = {
+    "Thirty-two wide": "NC/32HW32",
+    "Sixteen wide": "NC/16HW16",
+    "Four wide": "NC/4HW4",
+    "Two wide": "NC/2HW2",
+    "channel % 8 == 0": "NHWC8",
+    "Channel major": "NHWC",
+    "Row major": "NCHW",
+}
+_NUMBERING = re.compile(r"(_U\d+)?_myl\d+_\d+$")
 _TYPE_WORD = re.compile(r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE)
 _SHORT_TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
@@ -46,10 +57,23 @@ class EngineLayer:
     tactic: str = ""
     """Name of the kernel."""
 
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> EngineLayer:
+        """From what ``dataclasses.asdict`` gave; further entries are ignored."""
+        known: dict[str, Any] = {field.name: entry[field.name] for field in fields(cls)}
+        for key in ("inputs", "constants", "outputs", "onnx_nodes"):
+            known[key] = tuple(known[key])
+        return cls(**known)
+
     @property
     def own_nodes(self) -> list[str]:
         """The ONNX nodes that the layer is called after; a generated name has none."""
         return _own_names(self.name)
+
+    @property
+    def short_format(self) -> str:
+        """The layout by its usual abbreviation, such as ``NC/32HW32``; the builder's words where there is none."""
+        return next((short for words, short in _FORMATS.items() if words in self.format), self.format)
 
     @property
     def is_reformat(self) -> bool:
