@@ -3,27 +3,24 @@
 Comparing only the ends says little: one code that rounds the other way changes everything behind it. So each stretch
 between two quantizers is compared on the same inputs: PyTorch is given ONNX Runtime's quantized tensors, and what it
 computes from them is held against what ONNX Runtime computed. Of a file without quantizers the logits are compared.
-
-ONNX Runtime runs with its Q/DQ fusion off: its fused INT8 kernels saturate on x86 processors without VNNI; float
-arithmetic on the dequantized codes is what TensorRT computes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, fx, nn
 
 from export.emit import OUTPUT_NAME
 from export.fold import QuantizeDequantize
+from export.session import run, session, session_with_tensors, sqnr_db
 from qat.artifact import UserError
 from qat.prepare import ACTIVATION_QUANTIZERS
 
@@ -61,15 +58,6 @@ class Parity:
             f"{self.other_top1} of {self.images} images with another top-1, smallest logit cosine "
             f"{self.smallest_logit_cosine:.6f}; {compared}{worst}"
         )
-
-
-def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
-    """A CPU session of ONNX Runtime that computes Q/DQ networks as TensorRT does."""
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    options.log_severity_level = 3
-    source = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def measure(
@@ -112,23 +100,12 @@ def measure(
     return Parity(sum(map(len, logits)), other, cosine, layers), torch.cat(logits)
 
 
-def sqnr_db(signal: np.ndarray, noisy: np.ndarray) -> float | None:
-    """Signal to noise in dB: 10 log10(sum signal^2 / sum (signal - noisy)^2); None when the two are equal."""
-    noise = float(np.square(signal.astype(np.float64) - noisy).sum())
-    power = float(np.square(signal.astype(np.float64)).sum())
-    if noise == 0:
-        return None
-    return 10 * math.log10(power / noise) if power else -math.inf
-
-
 def _layers(folded: fx.GraphModule, model: Path, x_NCHW: Tensor, given: Tensor) -> tuple[LayerParity, ...]:
     proto = onnx.load(model)
     quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     dequantized = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
-    inputs = {value.name for value in proto.graph.input}
     shown = {node.input[0] for node in quantizes} | {dequantized[node.output[0]] for node in quantizes}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(shown - inputs))
-    values = _run(proto, given)
+    values = run(session_with_tensors(model, shown), given.numpy())
     by_quantizer: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for node in quantizes:
         name = node.input[1].split(f"{ACTIVATION_QUANTIZERS}.")[-1].removesuffix(".scale")
@@ -139,12 +116,6 @@ def _layers(folded: fx.GraphModule, model: Path, x_NCHW: Tensor, given: Tensor) 
         logits = compared.run(x_NCHW)
     last = LayerParity(OUTPUT_NAME, sqnr_db(values[OUTPUT_NAME], logits.numpy()))
     return (*compared.layers, last)
-
-
-def _run(proto: onnx.ModelProto, given: Tensor) -> Mapping[str, np.ndarray]:
-    whole = session(proto.SerializeToString())
-    names = [output.name for output in whole.get_outputs()]
-    return dict(zip(names, whole.run(names, {whole.get_inputs()[0].name: given.numpy()}), strict=True))
 
 
 class _GivenQuantized(fx.Interpreter):

@@ -15,10 +15,10 @@ import onnx
 import pytest
 import torch
 
-from export import parity
 from export.convert import export_checkpoint
 from export.fold import fold
 from export.onnx import ExportOptions
+from export.session import session
 from qat.artifact import Parent, Sidecar, TensorSpec, UserError, read_parent, read_sidecar, sha256_of
 from qat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qat.models import ModelSpec
@@ -135,8 +135,8 @@ def test_uint8_input_computes_the_same_from_raw_images(chain: Path, tmp_path: Pa
     images = np.load(Path(read_sidecar(chain / "model.qat", "checkpoint").details["data"]["source"]))["test_images"]
     preprocessing = Preprocessing.from_json(dict(written.preprocessing))
     normalized = preprocessing.normalize(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    (from_bytes,) = parity.session(output).run(None, {"input": images})
-    (from_floats,) = parity.session(chain / "model.onnx").run(None, {"input": normalized})
+    (from_bytes,) = session(output).run(None, {"input": images})
+    (from_floats,) = session(chain / "model.onnx").run(None, {"input": normalized})
     assert (from_bytes.argmax(1) == from_floats.argmax(1)).mean() > 0.98
     np.testing.assert_allclose(from_bytes, from_floats, atol=0.1)
 
@@ -165,7 +165,7 @@ def test_a_float_export_is_the_network_without_quantizers(checkpoint: Path, prec
     x = loaded.preprocessing.normalize(torch.from_numpy(reference["images"]).permute(0, 3, 1, 2))
     with torch.no_grad():
         expected = loaded.model(x).numpy()
-    (answers,) = parity.session(output).run(None, {"input": x.numpy()})
+    (answers,) = session(output).run(None, {"input": x.numpy()})
     assert np.linalg.norm(answers - expected) < close * np.linalg.norm(expected)
     assert np.linalg.norm(reference["logits"] - expected) < 1e-5 * np.linalg.norm(expected)
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == [

@@ -1,0 +1,301 @@
+"""How fast a model is in INT8, against its own float engines and against other tools' ONNX files, all in one run.
+
+    python -m export.onnx runs/model.qat --precision float32
+    python -m deploy.benchmark runs/model.onnx
+    python -m deploy.benchmark runs/model.onnx --peers modelopt=peer.onnx --sweep 256 512 --host-to-host 128
+
+Every engine is built for one fixed batch size with the same settings and one common cache of kernel timings, and kept
+in a folder, so that a second run only measures. Compared engines take turns (deploy/measure.py). INT8 is called a win
+only where its slow runs are faster than the fast runs of FP16.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import tyro
+
+from deploy.settings import BuildSettings, Precision, Profile
+from qat.artifact import Parent, UserError, atomic_write, check_writable, read_sidecar, sha256_of, write_artifact
+from qat.console import Command, run_command, say, table, warn
+
+if TYPE_CHECKING:
+    from deploy.measure import Latency
+    from deploy.trt import Toolkit
+
+MODEL, FP16 = "INT8 (QAT)", "FP16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions(Command):
+    """The options of ``python -m deploy.benchmark``."""
+
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL.onnx")]
+    """The Q/DQ ONNX file."""
+    float32: Path | None = None
+    """The same model from python -m export.onnx --precision float32; by default MODEL.float32.onnx."""
+    float16: Path | None = None
+    """The same with --precision float16, for TensorRT versions that know strongly typed networks only; by default
+    MODEL.float16.onnx."""
+    ptq: Path | None = None
+    """The model quantized without training, as ONNX."""
+    precisions: tuple[Literal["fp32", "tf32", "fp16", "implicit"], ...] = ("fp32", "tf32", "fp16", "implicit")
+    """Float engines to compare with."""
+    batches: tuple[int, ...] = (1, 32, 128)
+    """Batch sizes of the comparison."""
+    peers: tuple[str, ...] = ()
+    """Further ONNX files as NAME=FILE."""
+    peer_batches: tuple[int, ...] = (32,)
+    """Batch sizes at which they are measured."""
+    inputs: tuple[str, ...] = ()
+    """The same model with other input types (export.onnx --input) as NAME=FILE, for --sweep and --host-to-host."""
+    sweep: tuple[int, ...] = ()
+    """Batch sizes at which throughput is measured."""
+    contexts: tuple[int, ...] = (1, 2)
+    """Numbers of execution contexts, each with a stream, for --sweep and --host-to-host."""
+    host_to_host: tuple[int, ...] = ()
+    """Batch sizes at which throughput with copies from and to the host is measured."""
+    runs: int = 200
+    """Timed inferences of each engine, at least."""
+    optimization_level: int = 3
+    """As for deploy.build."""
+    timing_iterations: int | None = None
+    """As for deploy.build."""
+    engines: Path | None = None
+    """Folder that keeps the engines; by default engines/ beside the model."""
+    output: Path | None = None
+    """The results as JSON; by default benchmark.json beside the model."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One engine for each batch size: a name, the ONNX file and the precision that it is built with."""
+
+    name: str
+    model: Path
+    precision: Precision
+
+
+def main(options: BenchmarkOptions) -> None:
+    """Builds what is missing, measures, prints the tables and writes the results."""
+    from deploy.trt import find_toolkit
+
+    output = options.output or options.model.with_name("benchmark.json")
+    check_writable(output)
+    if options.runs < 1:
+        raise UserError(f"--runs {options.runs}: needed is 1 at least")
+    toolkit = find_toolkit("tensorrt")
+    assert toolkit.device is not None
+    columns = _columns(options, toolkit)
+    peers = [Column(name, path, "explicit") for name, path in map(_named, options.peers)]
+    inputs = [Column(MODEL, options.model, "explicit")]
+    inputs += [Column(name, path, "explicit") for name, path in map(_named, options.inputs)]
+    bench = Bench(toolkit, options)
+    say(f"{toolkit.title} on {toolkit.device.name}, driver {toolkit.device.driver}; batches {options.batches}")
+
+    results: dict[str, Any] = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": asdict(toolkit.device),
+        "tensorrt": toolkit.version,
+        "models": {
+            column.name: {"file": column.model.name, "sha256": sha256_of(column.model)}
+            for column in {c.name: c for c in (*columns, *peers, *inputs)}.values()
+        },
+        "latency": [],
+        "throughput": [],
+        "host_to_host": [],
+    }
+    for batch in sorted({*options.batches, *(options.peer_batches if peers else ())}):
+        chosen = columns if batch in options.batches else [column for column in columns if column.name == MODEL]
+        chosen = chosen + (peers if batch in options.peer_batches else [])
+        results["latency"] += bench.compare(chosen, batch)
+    for batch in options.sweep:
+        results["throughput"] += [entry for column in inputs for entry in bench.throughput(column, batch)]
+    for batch in options.host_to_host:
+        results["host_to_host"] += [entry for column in inputs for entry in bench.host_to_host(column, batch)]
+    results["builds"] = bench.builds
+    with atomic_write(output) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    say(f"wrote {output}")
+
+
+class Bench:
+    """Builds engines, or takes those of an earlier run, and measures them."""
+
+    def __init__(self, toolkit: Toolkit, options: BenchmarkOptions) -> None:
+        self.toolkit, self.options = toolkit, options
+        self.folder = options.engines or options.model.with_name("engines")
+        self.builds: list[dict[str, Any]] = []
+        self._timings = b""
+
+    def compare(self, columns: list[Column], batch: int) -> list[dict[str, Any]]:
+        """Latencies of all columns at one batch size, printed with the verdict."""
+        from deploy.measure import latencies
+        from deploy.runtime import Engine
+
+        plans = {column.name: self.engine(column, batch) for column in columns}
+        with ExitStack() as stack:
+            engines = {
+                name: stack.enter_context(Engine(plan, self.toolkit, contexts=1)) for name, plan in plans.items()
+            }
+            found = latencies(engines, batch, self.options.runs)
+        _print_latencies(found, batch)
+        return [{"name": name, **latency.to_json()} for name, latency in found.items()]
+
+    def throughput(self, column: Column, batch: int) -> list[dict[str, Any]]:
+        """Images a second, engine only, by the number of contexts."""
+        from deploy.measure import throughput
+        from deploy.runtime import Engine
+
+        plan = self.engine(column, batch)
+        entries = []
+        for contexts in self.options.contexts:
+            with Engine(plan, self.toolkit, contexts=contexts) as engine:
+                images = throughput(engine, batch)
+            entries.append(
+                {"name": column.name, "batch": batch, "contexts": contexts, "images_per_second": round(images)}
+            )
+            say(f"throughput, {column.name}, batch {batch}, {contexts} contexts: {images:,.0f} images/s")
+        return entries
+
+    def host_to_host(self, column: Column, batch: int) -> list[dict[str, Any]]:
+        """The same from host to host, beside the engine alone."""
+        from deploy.measure import host_to_host, throughput
+        from deploy.runtime import Engine
+
+        plan = self.engine(column, batch)
+        entries = []
+        for contexts in self.options.contexts:
+            with Engine(plan, self.toolkit, contexts=contexts) as engine:
+                alone = throughput(engine, batch)
+                pinned, pageable = host_to_host(engine, batch), host_to_host(engine, batch, pinned=False)
+            entries.append(
+                {"name": column.name, "batch": batch, "contexts": contexts, "engine_only": round(alone)}
+                | {"pinned": round(pinned), "pageable": round(pageable)}
+            )
+            say(
+                f"host to host, {column.name}, batch {batch}, {contexts} contexts: {pinned:,.0f} images/s from pinned "
+                f"memory ({100 * pinned / alone:.0f} % of the engine alone), {pageable:,.0f} from pageable"
+            )
+        return entries
+
+    def engine(self, column: Column, batch: int) -> bytes:
+        """The engine of a column for a fixed batch: built, or taken from the folder where it is just that one."""
+        from deploy.build import engine_sidecar, write_plan
+        from deploy.builder import build
+
+        settings = BuildSettings(
+            precision=column.precision,
+            profiles=(Profile(batch, batch, batch),),
+            optimization_level=self.options.optimization_level,
+            timing_iterations=self.options.timing_iterations,
+        )
+        path = self.folder / f"{''.join(c if c.isalnum() else '-' for c in column.name)}-{batch}.engine"
+        digest = sha256_of(column.model)
+        if (kept := self._kept(path, settings, digest)) is not None:
+            return kept
+        say(f"building {column.name} for batch {batch}")
+        built = build(self.toolkit, column.model, settings, self._timings)
+        self._timings = built.timing_cache_content
+        parent = Parent.of(path, column.model, digest)
+        sidecar = engine_sidecar(built, self.toolkit, settings, None, parent)
+        write_artifact(path, sidecar, lambda temporary: write_plan(temporary, built.plan))
+        convolutions = built.audit.count("convolution")
+        reformats = sum(layer.is_reformat for layer in built.audit.layers)
+        self.builds.append(
+            {"name": column.name, "batch": batch, "seconds": round(built.seconds, 1), "bytes": built.bytes}
+            | {"layers": len(built.audit.layers), "reformats": reformats, "convolutions": convolutions[1]}
+            | {"convolutions_int8": convolutions[0]}
+        )
+        say(
+            f"  {built.seconds:.1f} s, {len(built.audit.layers)} layers, {reformats} reformats, "
+            f"{convolutions[0]} of {convolutions[1]} convolutions INT8"
+        )
+        return bytes(built.plan)
+
+    def _kept(self, path: Path, settings: BuildSettings, digest: str) -> bytes | None:
+        try:
+            sidecar = read_sidecar(path, "engine")
+        except UserError:
+            return None
+        wanted = json.loads(json.dumps(asdict(settings)))
+        same_builder = sidecar.details["builder"]["version"] == self.toolkit.version
+        same_gpu = self.toolkit.device is not None and sidecar.details["gpu"] == self.toolkit.device.name
+        same_model = sidecar.parent is not None and sidecar.parent.sha256 == digest
+        if not (same_builder and same_gpu and same_model and sidecar.details["settings"] == wanted):
+            return None
+        return path.read_bytes()
+
+
+def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
+    """The model, its post-training twin and its float engines, as far as this version of TensorRT has them."""
+    columns = []
+    float32 = options.float32 or options.model.with_suffix(".float32.onnx")
+    float16 = options.float16 or options.model.with_suffix(".float16.onnx")
+    names = {"fp32": "FP32", "tf32": "TF32", "fp16": FP16, "implicit": "implicit INT8"}
+    for precision in options.precisions:
+        model, built_as = float32, cast(Precision, precision)
+        try:
+            toolkit.typing(precision)
+        except UserError as error:
+            if precision != "fp16" or not float16.is_file():
+                warn(f"{names[precision]} is left out: {error}")
+                continue
+            model, built_as = float16, "explicit"
+        if not model.is_file():
+            raise UserError(
+                f"no file {model} for {names[precision]}: make it with python -m export.onnx CHECKPOINT "
+                "--precision float32, or leave the float engines out with an empty --precisions"
+            )
+        columns.append(Column(names[precision], model, built_as))
+    if options.ptq:
+        columns.append(Column("INT8 (post-training)", options.ptq, "explicit"))
+    return [*columns, Column(MODEL, options.model, "explicit")]
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, file = text.partition("=")
+    if not (name and equals and file):
+        raise UserError(f"{text!r}: give NAME=FILE")
+    if not Path(file).is_file():
+        raise UserError(f"no file {file} for {name}: check the path")
+    return name, Path(file)
+
+
+def _print_latencies(found: dict[str, Latency], batch: int) -> None:
+    base = found.get(FP16)
+    rows = [
+        (
+            name,
+            f"{latency.median:.3f}",
+            f"{latency.low:.3f} to {latency.high:.3f}",
+            f"{latency.p99:.3f}",
+            f"{latency.images_per_second:,.0f}",
+            f"{base.median / latency.median:.2f}" if base else "-",
+            f"{latency.median / found[MODEL].median:.3f}",
+        )
+        for name, latency in found.items()
+    ]
+    heads = ("engine", "median, ms", "5 to 95 %", "p99", "images/s", "times FP16", f"{MODEL} is faster by")
+    table(f"Batch {batch}, {found[MODEL].runs} runs", heads, rows)
+    if base:
+        say(verdict(found[MODEL], base))
+
+
+def verdict(model: Latency, base: Latency) -> str:
+    """Whether INT8 is worth it: a win only where it is faster than FP16 beyond the spread."""
+    factor = base.median / model.median
+    if model.beats(base):
+        return f"batch {model.batch}: INT8 wins, {factor:.2f} times as fast as FP16"
+    if base.beats(model):
+        return f"batch {model.batch}: INT8 loses, it takes {1 / factor:.2f} times as long as FP16: deploy FP16"
+    return f"batch {model.batch}: no difference beyond the spread between INT8 and FP16 ({factor:.2f} times as fast)"
+
+
+if __name__ == "__main__":
+    run_command(main, BenchmarkOptions)

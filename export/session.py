@@ -1,0 +1,47 @@
+"""ONNX Runtime as the reference for Q/DQ networks; needs no torch.
+
+Its Q/DQ fusion is off: its fused INT8 kernels saturate on x86 processors without VNNI; float arithmetic on the
+dequantized codes is what TensorRT computes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+
+
+def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
+    """A CPU session of ONNX Runtime that computes Q/DQ networks as TensorRT does."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.log_severity_level = 3
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def session_with_tensors(model: Path, names: Iterable[str]) -> onnxruntime.InferenceSession:
+    """The same, where the tensors ``names`` inside the network are outputs too."""
+    proto = onnx.load(model)
+    known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(names) - known))
+    return session(proto.SerializeToString())
+
+
+def run(model: onnxruntime.InferenceSession, inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """All outputs by name."""
+    names = [output.name for output in model.get_outputs()]
+    return dict(zip(names, model.run(names, {model.get_inputs()[0].name: inputs}), strict=True))
+
+
+def sqnr_db(signal: np.ndarray, noisy: np.ndarray) -> float | None:
+    """Signal to noise in dB: 10 log10(sum signal^2 / sum (signal - noisy)^2); None when the two are equal."""
+    noise = float(np.square(signal.astype(np.float64) - noisy).sum())
+    power = float(np.square(signal.astype(np.float64)).sum())
+    if noise == 0:
+        return None
+    return 10 * math.log10(power / noise) if power else -math.inf
