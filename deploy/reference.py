@@ -56,16 +56,20 @@ def network_input(images_NHWC: np.ndarray, sidecar: Sidecar) -> np.ndarray:
     """uint8 [N, H, W, 3] in RGB -> what the network's input takes, by the ``sidecar`` of its ONNX file or engine.
 
     That is the images as they are, or float32 [N, 3, H, W], (x / 255 - mean) / std, the same to the last bit as
-    qat.preprocessing computes it. Raises UserError for an input of another type or shape.
+    qat.preprocessing computes it, or the INT8 codes of that, by the recorded ``input_scale``. Raises UserError for an
+    input of another type or shape.
     """
     (spec,) = sidecar.inputs
     given = images_NHWC
-    if spec.dtype == "float32":
+    if spec.dtype in ("float32", "int8"):
         mean, std = (np.array(sidecar.preprocessing[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
         given = images_NHWC.transpose(0, 3, 1, 2).astype(np.float32, order="C")
         given /= 255  # in place: three more copies of the images would be large
         given -= mean
         given /= std
+    if spec.dtype == "int8":
+        given /= np.float32(sidecar.preprocessing["input_scale"])
+        given = np.rint(given, out=given).clip(-128, 127).astype(np.int8)
     if given.dtype != spec.dtype or given.shape[1:] != spec.shape[1:]:
         raise UserError(
             f"input {spec.name!r} takes {spec.dtype} {list(spec.shape)}, the images are {given.dtype} "

@@ -14,7 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from export.emit import INPUT_NAME, OUTPUT_NAME, InputKind, emit, example_input, with_ends
+from export.emit import INPUT_NAME, OUTPUT_NAME, InputKind, emit, example_input, input_scale, with_ends
 from export.fold import DeadChannel, fold, fold_float
 from export.lint import lint
 from export.ops import OPSET
@@ -24,6 +24,7 @@ from qat.artifact import Parent, Sidecar, TensorSpec, UserError, check_writable,
 from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.console import say, warn
 from qat.preprocessing import Preprocessing
+from qat.quantizer import ACTIVATION, quantize
 
 if TYPE_CHECKING:
     from export.onnx import ExportOptions
@@ -49,6 +50,9 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     folded, dead = fold(checkpoint.model) if options.precision == "int8" else (fold_float(checkpoint.model), [])
     _warn_of_dead_channels(dead)
     dtype = torch.float16 if options.precision == "float16" else torch.float32
+    preprocessing = dict(checkpoint.sidecar.preprocessing)
+    if options.input == "int8-nchw":
+        preprocessing["input_scale"] = input_scale(folded)
     network = with_ends(folded, checkpoint.preprocessing, options.input, dtype)
     example = example_input(checkpoint.preprocessing, options.input)
     model = emit(network, example, _metadata(checkpoint, options))
@@ -69,7 +73,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
         say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {figures['bytes'] / 1e6:.2f} MB")
         images = sample(checkpoint, options.parity_images)
         # The float16 file too is held against float32 PyTorch: what half the bits cost is to be seen.
-        pairs = _pairs(images, checkpoint.preprocessing, options.input)
+        pairs = _pairs(images, checkpoint.preprocessing, options.input, preprocessing.get("input_scale"))
         parity, logits = measure(folded, path, pairs, options.layer_images)
         say(f"PyTorch against ONNX Runtime on {images.source}: {parity}")
         figures["parity"] = {"source": images.source} | parity.to_json()
@@ -80,7 +84,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
         parent=Parent.of(output, options.checkpoint, checkpoint.sidecar.sha256),
         inputs=(TensorSpec(INPUT_NAME, (-1, *example.shape[1:]), str(example.dtype).removeprefix("torch.")),),
         outputs=(TensorSpec(OUTPUT_NAME, (-1, len(checkpoint.sidecar.class_names)), "float32"),),
-        preprocessing=checkpoint.sidecar.preprocessing,
+        preprocessing=preprocessing,
         class_names=checkpoint.sidecar.class_names,
         figures=figures,
         details=details,
@@ -108,8 +112,15 @@ def _metadata(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:
     }
 
 
-def _pairs(images: Sample, preprocessing: Preprocessing, kind: InputKind) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(
+    images: Sample, preprocessing: Preprocessing, kind: InputKind, scale: float | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(normalized images, the same as the exported network takes them) in batches."""
     for x_NCHW in images.images_NCHW.split(_PARITY_BATCH):
         normalized = preprocessing.normalize(x_NCHW)
-        yield normalized, x_NCHW.permute(0, 2, 3, 1).contiguous() if kind == "uint8-nhwc" else normalized
+        given = normalized
+        if kind == "uint8-nhwc":
+            given = x_NCHW.permute(0, 2, 3, 1).contiguous()
+        elif scale is not None:
+            given = quantize(normalized, torch.tensor(scale), ACTIVATION).to(torch.int8)
+        yield normalized, given

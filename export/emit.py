@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from export import ops
+from export.fold import DequantizeInput, QuantizeDequantize
+from qat.artifact import UserError
 from qat.data import Preprocessing
 
-InputKind = Literal["float32-nchw", "uint8-nhwc"]
+InputKind = Literal["float32-nchw", "uint8-nhwc", "int8-nchw"]
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
 _EXAMPLE_BATCH = 2  # any but 0 and 1, which torch.export would take for constants
@@ -38,8 +40,12 @@ def with_ends(
     """``folded`` computing in ``dtype``, between what a user hands over and float32 logits; ``folded`` stays as it is.
 
     float32-nchw: [N, 3, H, W], normalized. uint8-nhwc: [N, H, W, 3] in RGB -> cast, transpose, normalize -> network.
+    int8-nchw: [N, 3, H, W], normalized and quantized by ``input_scale``. Raises UserError when ``folded`` has none.
     """
     network = copy.deepcopy(folded).to(dtype)
+    if kind == "int8-nchw":
+        network.set_submodule(_input_quantizer(network), DequantizeInput(_quantizer_of_input(network)))
+        return network
     graph = network.graph
     given = next(node for node in graph.nodes if node.op == "placeholder")
     behind = next(node for node in graph.nodes if node.op != "placeholder")
@@ -65,6 +71,26 @@ def with_ends(
     return network
 
 
+def input_scale(folded: fx.GraphModule) -> float:
+    """The scale that the network's input is quantized by. Raises UserError when it is not quantized."""
+    return float(_quantizer_of_input(folded).scale)
+
+
+def _quantizer_of_input(folded: fx.GraphModule) -> QuantizeDequantize:
+    module = folded.get_submodule(_input_quantizer(folded))
+    assert isinstance(module, QuantizeDequantize)
+    return module
+
+
+def _input_quantizer(folded: fx.GraphModule) -> str:
+    """Path of the quantizer through which alone the network reads its input."""
+    (given,) = folded.graph.find_nodes(op="placeholder")
+    readers = [str(node.target) for node in given.users if node.op == "call_module"]
+    if len(given.users) != 1 or not readers or not isinstance(folded.get_submodule(readers[0]), QuantizeDequantize):
+        raise UserError("the network's input is not quantized, so it cannot be INT8: leave out --input int8-nchw")
+    return readers[0]
+
+
 def _normalization(preprocessing: Preprocessing) -> Iterator[tuple[Callable[..., Any], str, Tensor]]:
     """(x / 255 - mean) / std as one multiplication and one addition: the function, a name and its other operand."""
     mean, deviation = (np.array(values, np.float64) for values in (preprocessing.mean, preprocessing.std))
@@ -79,7 +105,8 @@ def example_input(preprocessing: Preprocessing, kind: InputKind, batch: int = _E
     """Zeros of the shape and type that a network exported with ``kind`` takes."""
     if kind == "uint8-nhwc":
         return torch.zeros(batch, preprocessing.height, preprocessing.width, 3, dtype=torch.uint8)
-    return torch.zeros(batch, 3, preprocessing.height, preprocessing.width)
+    dtype = torch.int8 if kind == "int8-nchw" else torch.float32
+    return torch.zeros(batch, 3, preprocessing.height, preprocessing.width, dtype=dtype)
 
 
 def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir.Model:

@@ -74,6 +74,22 @@ class Dequantize(nn.Module):
         return ops.dequantize(codes, self.scale, self.zero_point, self.axis)
 
 
+class DequantizeInput(nn.Module):
+    """Stands where the quantizer of the network's input stood, when the caller quantizes: scale [], zero point []."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: QuantizeDequantize) -> None:
+        super().__init__()
+        self.register_buffer("scale", quantizer.scale)
+        self.register_buffer("zero_point", quantizer.zero_point)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """INT8 codes to float32, same shape."""
+        return ops.dequantize_input(codes, self.scale, self.zero_point)
+
+
 class GlobalAveragePool(nn.Module):
     """[N, C, H, W] -> [N, C, 1, 1]."""
 

@@ -30,6 +30,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> T
     return codes.float() * per_channel(scale, codes.ndim, axis)
 
 
+@torch.library.custom_op("int8::dequantize_input", mutates_args=())
+def dequantize_input(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """DequantizeLinear of an input: INT8 codes of any shape; scale [] float32; zero_point [] int8."""
+    return codes.float() * scale
+
+
 @torch.library.custom_op("int8::global_average_pool", mutates_args=())
 def global_average_pool(x_NCHW: Tensor) -> Tensor:
     """GlobalAveragePool: [N, C, H, W] -> [N, C, 1, 1]."""
@@ -52,6 +58,11 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
+@dequantize_input.register_fake
+def _(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return torch.empty_like(codes, dtype=torch.float32)
+
+
 @global_average_pool.register_fake
 def _(x_NCHW: Tensor) -> Tensor:
     return x_NCHW.new_empty((*x_NCHW.shape[:2], 1, 1))
@@ -70,6 +81,10 @@ def _onnx_dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
     return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
 
+def _onnx_dequantize_input(codes: Any, scale: Any, zero_point: Any) -> Any:
+    return op.DequantizeLinear(codes, scale, zero_point)
+
+
 def _onnx_global_average_pool(x_NCHW: Any) -> Any:
     return op.GlobalAveragePool(x_NCHW)
 
@@ -81,6 +96,7 @@ def _onnx_flatten(x: Any) -> Any:
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.int8.quantize_dequantize.default: _onnx_quantize_dequantize,
     torch.ops.int8.dequantize.default: _onnx_dequantize,
+    torch.ops.int8.dequantize_input.default: _onnx_dequantize_input,
     torch.ops.int8.global_average_pool.default: _onnx_global_average_pool,
     torch.ops.int8.flatten.default: _onnx_flatten,
 }

@@ -127,7 +127,8 @@ class _GivenQuantized(fx.Interpreter):
         self.layers: list[LayerParity] = []
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if not isinstance(self.fetch_attr(target), QuantizeDequantize):
+        module = self.fetch_attr(target)
+        if not isinstance(module, QuantizeDequantize) or target.split(".")[-1] not in self._values:
             return super().call_module(target, args, kwargs)
         before, after = self._values[target.split(".")[-1]].pop(0)
         if before.shape == tuple(args[0].shape):  # else it is the image itself, before the network's own preprocessing

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deploy.reference import network_input, read_reference
-from export import parity
+from export.session import session
 from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of
 from qat.preprocessing import Preprocessing
 
@@ -43,7 +43,7 @@ def test_the_onnx_file_answers_what_the_reference_says(chain: Path, sidecar: Sid
     reference = read_reference(chain / "model.onnx", sidecar)
     given = network_input(reference.images, sidecar)
     assert given.shape == (60, 3, 16, 16)
-    (answers,) = parity.session(chain / "model.onnx").run(None, {"input": given})
+    (answers,) = session(chain / "model.onnx").run(None, {"input": given})
     np.testing.assert_allclose(answers, reference.logits, atol=0.1)
     assert (answers.argmax(1) == reference.logits.argmax(1)).mean() > 0.98
     top1 = 100 * (reference.logits.argmax(1) == reference.labels).mean()

@@ -15,6 +15,7 @@ import onnx
 import pytest
 import torch
 
+from deploy.reference import network_input
 from export.convert import export_checkpoint
 from export.fold import fold
 from export.onnx import ExportOptions
@@ -139,6 +140,29 @@ def test_uint8_input_computes_the_same_from_raw_images(chain: Path, tmp_path: Pa
     (from_floats,) = session(chain / "model.onnx").run(None, {"input": normalized})
     assert (from_bytes.argmax(1) == from_floats.argmax(1)).mean() > 0.98
     np.testing.assert_allclose(from_bytes, from_floats, atol=0.1)
+
+
+def test_int8_input_leaves_quantizing_to_the_caller(chain: Path, tmp_path: Path) -> None:
+    output = tmp_path / "codes.onnx"
+    written = export_checkpoint(ExportOptions(checkpoint=chain / "model.qat", output=output, input="int8-nchw"))
+    assert written.inputs == (TensorSpec("input", (-1, 3, 16, 16), "int8"),)
+    images = np.load(output.with_name("codes.reference.npz"))["images"]
+    codes = network_input(images, written)
+    assert codes.dtype == np.int8
+    assert len(np.unique(codes)) > 50
+    (from_codes,) = session(output).run(None, {"input": codes})
+    floats = network_input(images, read_sidecar(chain / "model.onnx", "onnx"))
+    (from_floats,) = session(chain / "model.onnx").run(None, {"input": floats})
+    np.testing.assert_array_equal(from_codes, from_floats)
+
+
+def test_int8_input_of_a_network_that_does_not_quantize_it(chain: Path, tmp_path: Path) -> None:
+    options = ExportOptions(
+        checkpoint=chain / "model.qat", output=tmp_path / "x.onnx", input="int8-nchw", precision="float32"
+    )
+    with pytest.raises(UserError, match="input is not quantized, so it cannot be INT8"):
+        export_checkpoint(options)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- the same network in float, to compare with
