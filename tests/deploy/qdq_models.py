@@ -50,11 +50,11 @@ class Graph:
     def float_weights(self, name: str, shape: tuple[int, ...]) -> str:
         return self.constant(name, self._random.normal(size=shape).astype(np.float32))
 
-    def save(self, path: Path, input_shape: tuple, output_shape: tuple) -> Path:
+    def save(self, path: Path, input_shape: tuple, output_shape: tuple, input_type: int = TensorProto.FLOAT) -> Path:
         """Writes the network from ``input`` to the last node's output."""
         tensors = [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-            for name, shape in (("input", input_shape), (self.nodes[-1].output[0], output_shape))
+            helper.make_tensor_value_info("input", input_type, input_shape),
+            helper.make_tensor_value_info(self.nodes[-1].output[0], TensorProto.FLOAT, output_shape),
         ]
         graph = helper.make_graph(self.nodes, "tiny", tensors[:1], tensors[1:], self.initializers)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -95,6 +95,41 @@ def classifier(path: Path, *, quantize_fc: bool = True) -> Path:
         weights = graph.float_weights("fc_w", (10, 16))
     graph.node("Gemm", [x, weights, graph.float_weights("fc_b", (10,))], "fc", transB=1)
     return graph.save(path, ("N", 8, 16, 16), ("N", 10))
+
+
+def residual(path: Path, *, quantize: bool = True, weights_of: dict[str, int] | None = None) -> Path:
+    """A small classifier of [N, 3, 32, 32] with one residual block: its skip branch is quantized, once for both readers.
+
+    ``weights_of`` gives single layers another seed for their weights; without ``quantize`` it is the float network.
+    """
+    graph = Graph()
+
+    def layer(op: str, x: str, name: str, shape: tuple[int, ...], **attributes: object) -> str:
+        source = Graph((weights_of or {}).get(name, sum(map(ord, name))))
+        fan_in = int(np.prod(shape[1:]))
+        scale = (2 / fan_in) ** 0.5 / 73  # the codes' standard deviation is 73
+        weights = source.weights(f"{name}_w", shape, scales=np.full(shape[0], scale))
+        if quantize:
+            graph.initializers += source.initializers
+            graph.nodes += source.nodes
+        else:
+            codes = numpy_helper.to_array(source.initializers[0])
+            weights = graph.constant(f"{name}_w", (codes * np.float32(scale)).astype(np.float32))
+        bias = graph.constant(f"{name}_b", np.zeros(shape[0], np.float32))
+        return graph.node(op, [x, weights, bias], name, **attributes)
+
+    def q(x: str, scale: float = 0.03) -> str:
+        return graph.quantized(x, x, scale) if quantize else x
+
+    padded = {"kernel_shape": [3, 3], "pads": [1] * 4}
+    x = graph.node("Relu", [layer("Conv", q("input"), "stem", (32, 3, 3, 3), **padded)], "stem_relu")
+    skip = q(x)
+    x = graph.node("Relu", [layer("Conv", skip, "conv1", (32, 32, 3, 3), **padded)], "relu1")
+    x = layer("Conv", q(x), "conv2", (32, 32, 3, 3), **padded)
+    x = graph.node("Relu", [graph.node("Add", [x, skip], "add")], "relu2")
+    x = graph.node("Flatten", [graph.node("GlobalAveragePool", [q(x)], "pool")], "flat")
+    layer("Gemm", q(x, 0.01), "logits", (10, 32), transB=1)
+    return graph.save(path, ("N", 3, 32, 32), ("N", 10))
 
 
 def transposed_convolution(path: Path) -> Path:

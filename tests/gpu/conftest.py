@@ -1,0 +1,114 @@
+"""Engines of small networks, built once by the TensorRT of this machine.
+
+These tests run where TensorRT and a GPU are, also without torch: scripts/test-gpu. Elsewhere they are skipped, and say
+what is missing.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))  # qdq_models
+
+import qdq_models
+
+from deploy import build
+from deploy.runtime import Engine
+from deploy.trt import Toolkit, find_toolkit
+from qat.artifact import Sidecar, TensorSpec, UserError, sha256_of, write_artifact
+
+
+def _toolkit() -> Toolkit | str:
+    try:
+        return find_toolkit("tensorrt")
+    except UserError as error:
+        return str(error)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    if here and isinstance(reason := _toolkit(), str):
+        for item in here:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def toolkit() -> Toolkit:
+    return find_toolkit("tensorrt")
+
+
+@pytest.fixture(scope="session")
+def images() -> np.ndarray:
+    """float32 [40, 3, 32, 32], each of a colour of its own, so that they are of several classes."""
+    random = np.random.default_rng(1)
+    colours = 2 * random.standard_normal((40, 3, 1, 1))
+    return (colours + 0.3 * random.standard_normal((40, 3, 32, 32))).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return qdq_models.residual(tmp_path_factory.mktemp("model") / "model.onnx")
+
+
+@pytest.fixture(scope="session")
+def expected(model: Path, images: np.ndarray) -> np.ndarray:
+    """What ONNX Runtime answers on ``images``, [40, 10]."""
+    from export.session import session
+
+    return session(model).run(None, {"input": images})[0]
+
+
+@pytest.fixture(scope="session")
+def engine_path(model: Path) -> Path:
+    """An engine with two profiles, 1 to 8 and 9 to 32 images."""
+    path = model.with_name("two.engine")
+    options = build.Options(model=model, output=path, builder="tensorrt", profiles=("1,4,8", "9,32,32"))
+    assert build.main(options) == 0
+    return path
+
+
+@pytest.fixture
+def engine(engine_path: Path):
+    with Engine.load(engine_path, contexts=2) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model.onnx, its sidecar and reference file as export writes them, and model.engine made of it.
+
+    The reference is ONNX Runtime's own answer: there is no torch here.
+    """
+    from export.session import session
+
+    folder = tmp_path_factory.mktemp("family")
+    path = folder / "model.onnx"
+    random = np.random.default_rng(2)
+    colours = random.integers(0, 256, (300, 1, 1, 3))
+    images = (colours + random.normal(0, 10, (300, 32, 32, 3))).clip(0, 255).astype(np.uint8)
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    given = (images.transpose(0, 3, 1, 2).astype(np.float32) / 255 - 0.5) / 0.25
+    qdq_models.residual(path)
+    logits = session(path).run(None, {"input": given})[0]
+    np.savez(folder / "model.reference.npz", images=images, labels=logits.argmax(1), logits=logits)
+    reference = {
+        "file": "model.reference.npz",
+        "sha256": sha256_of(folder / "model.reference.npz"),
+        "source": "random images",
+    }
+    content = path.read_bytes()
+    sidecar = Sidecar(
+        kind="onnx",
+        inputs=(TensorSpec("input", (-1, 3, 32, 32), "float32"),),
+        outputs=(TensorSpec("logits", (-1, 10), "float32"),),
+        preprocessing={"height": 32, "width": 32, "mean": mean, "std": std},
+        details={"reference": reference},
+    )
+    write_artifact(path, sidecar, lambda temporary: temporary.write_bytes(content) and None)
+    options = build.Options(model=path, builder="tensorrt", profiles=("64",))  # 300 images: the last batch is padded
+    assert build.main(options) == 0
+    return folder

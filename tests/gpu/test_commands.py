@@ -1,0 +1,173 @@
+"""The commands on a GPU: build with its options, audit, benchmark, evaluate and the search for a differing layer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import qdq_models
+
+from deploy import audit, benchmark, build, evaluate
+from deploy.runtime import Engine
+from qat.artifact import UserError, read_sidecar, sidecar_path
+
+
+def built(model: Path, name: str, **options) -> Path:
+    path = model.with_name(name)
+    assert build.main(build.Options(model=model, output=path, builder="tensorrt", **options)) == 0
+    return path
+
+
+def test_every_declared_layer_is_int8(engine_path):
+    figures = read_sidecar(engine_path, "engine").figures
+    assert (figures["convolutions_int8"], figures["convolutions"]) == (3, 3)
+    assert (figures["matrix_products_int8"], figures["matrix_products"]) == (1, 1)
+
+
+def test_a_fixed_batch_tells_all_types(model, images, expected):
+    path = built(model, "fixed.engine", profiles=("16",))
+    sidecar = read_sidecar(path, "engine")
+    assert sidecar.inputs[0].shape == (16, 3, 32, 32)
+    assert sidecar.details["profiles"] == []
+    assert "unknown" not in {layer["precision"] for layer in sidecar.details["layers"]}
+    with Engine.load(path) as engine:
+        found = engine(images[:16])
+        assert np.abs(found - expected[:16]).max() < 0.05 * np.abs(expected).max()
+        with pytest.raises(UserError, match=r"batch of 4 is outside what the engine takes \(16\)"):
+            engine(images[:4])
+
+
+def test_timing_cache_is_created_reused_and_replaced(model, tmp_path, capfd):
+    cache = tmp_path / "timing.cache"
+    first = read_sidecar(built(model, "a.engine", timing_cache=cache), "engine")
+    assert first.details["timing_cache"] == "created"
+    again = read_sidecar(built(model, "b.engine", timing_cache=cache), "engine")
+    assert again.details["timing_cache"] == "reused"
+    cache.write_bytes(cache.read_bytes()[:-10])
+    capfd.readouterr()
+    third = read_sidecar(built(model, "c.engine", timing_cache=cache), "engine")
+    assert third.details["timing_cache"] == "created"
+    said = capfd.readouterr()
+    assert "is damaged" in said.err
+    assert "replaced" in said.out
+    assert read_sidecar(cache, "timing-cache").details["gpu"] == third.details["gpu"]
+
+
+def test_a_file_that_is_no_timing_cache_is_not_overwritten(model, tmp_path):
+    cache = tmp_path / "notes.txt"
+    cache.write_text("mine")
+    with pytest.raises(UserError, match="is no timing cache of this program"):
+        build.main(build.Options(model=model, output=tmp_path / "x.engine", timing_cache=cache))
+    assert cache.read_text() == "mine"
+
+
+def test_repeat_keeps_the_fastest_and_prints_the_spread(model, capfd):
+    built(model, "repeat.engine", profiles=("8",), repeat=2)
+    assert "2 builds, batch 8: " in capfd.readouterr().out
+
+
+def test_options_of_the_builder(model, images, expected):
+    path = built(
+        model,
+        "options.engine",
+        profiles=("8",),
+        optimization_level=1,
+        workspace_gib=0.5,
+        timing_iterations=1,
+        tf32=True,
+        refit=True,
+        hardware_compatible=True,
+        version_compatible=True,
+    )
+    details = read_sidecar(path, "engine").details
+    assert details["settings"]["optimization_level"] == 1
+    assert details["hardware_compatible"]
+    with Engine.load(path) as engine:
+        assert engine.plan.refittable
+        assert np.abs(engine(images[:8]) - expected[:8]).max() < 0.05 * np.abs(expected).max()
+
+
+def test_a_workspace_that_is_too_small_or_an_unknown_option_is_one_line(model, tmp_path, toolkit):
+    if hasattr(toolkit.module.BuilderFlag, "STRIP_PLAN"):
+        pytest.skip(f"{toolkit.title} knows stripped plans")
+    with pytest.raises(UserError, match="does not know the option STRIP_PLAN"):
+        build.main(build.Options(model=model, output=tmp_path / "x.engine", strip_weights=True))
+
+
+def test_audit_measures_every_layer(engine_path, tmp_path, capfd):
+    output = tmp_path / "audit.json"
+    audit.main(audit.AuditOptions(engine=engine_path, json=output, runs=10))
+    found = json.loads(output.read_text())
+    assert found["batch"] == 4
+    times = [layer["milliseconds"] for layer in found["layers"]]
+    assert sum(time > 0 for time in times) > len(times) / 2
+    assert found["totals"]["INT8"]["layers"] >= 3
+    assert sum(entry["milliseconds"] for entry in found["totals"].values()) == pytest.approx(sum(times))
+    assert all(finding["precision"] == "INT8" for finding in found["findings"])
+    assert "4 of 4 layers that the ONNX declares INT8 are INT8" in capfd.readouterr().out
+
+
+def test_benchmark_compares_and_builds_once(model, tmp_path, capfd):
+    qdq_models.residual(tmp_path / "float.onnx", quantize=False)
+    options = benchmark.BenchmarkOptions(
+        model=model,
+        float32=tmp_path / "float.onnx",
+        batches=(1, 4),
+        peers=(f"twin={model}",),
+        peer_batches=(4,),
+        sweep=(16,),
+        host_to_host=(16,),
+        contexts=(2,),
+        engines=tmp_path / "engines",
+        output=tmp_path / "benchmark.json",
+    )
+    benchmark.main(options)
+    found = json.loads((tmp_path / "benchmark.json").read_text())
+    names = ["FP32", "TF32", "FP16", "implicit INT8", "INT8 (QAT)"]
+    assert [(entry["name"], entry["batch"]) for entry in found["latency"]] == [
+        *((name, 1) for name in names),
+        *((name, 4) for name in [*names, "twin"]),
+    ]
+    assert all(
+        entry["runs"] >= 200 and 0 < entry["low"] <= entry["median"] <= entry["p99"] for entry in found["latency"]
+    )
+    assert [entry["contexts"] for entry in found["throughput"]] == [2]
+    assert found["host_to_host"][0]["pinned"] > 0
+    assert len(found["builds"]) == 12
+    precisions = {entry["name"]: entry["convolutions_int8"] for entry in found["builds"] if entry["batch"] == 1}
+    assert precisions["FP32"] == precisions["TF32"] == precisions["FP16"] == 0
+    assert precisions["INT8 (QAT)"] == 3
+    assert "batch 4: " in capfd.readouterr().out
+    benchmark.main(options)
+    assert json.loads((tmp_path / "benchmark.json").read_text())["builds"] == []
+
+
+def test_evaluate_agrees_with_onnx_runtime(family, tmp_path):
+    output = tmp_path / "evaluation.json"
+    assert evaluate.main(evaluate.EvaluateOptions(engine=family / "model.engine", json=output)) == 0
+    found = json.loads(output.read_text())
+    assert found["images"] == 300
+    assert found["agreement"]["engine, ONNX Runtime"] >= 99
+    assert found["top1"]["engine"] == found["agreement"]["engine, PyTorch"]
+    assert evaluate.main(evaluate.EvaluateOptions(engine=family / "model.engine", images=70, json=output)) == 0
+    assert json.loads(output.read_text())["images"] == 70
+
+
+@pytest.mark.parametrize(("layer", "tensor"), [("conv1", "relu1"), ("conv2", "relu2"), ("stem", "stem_relu")])
+def test_the_first_layer_that_differs_is_named(family, tmp_path, layer, tensor):
+    planted = qdq_models.residual(tmp_path / "planted.onnx", weights_of={layer: 99})
+    output = tmp_path / "evaluation.json"
+    options = evaluate.EvaluateOptions(engine=family / "model.engine", onnx=planted, json=output)
+    assert evaluate.main(options) == evaluate.EXIT_DISAGREES
+    assert json.loads(output.read_text())["first_difference"]["tensor"] == tensor
+
+
+def test_an_engine_away_from_its_onnx_file(family, tmp_path):
+    for name in ("model.engine", "model.engine.json"):
+        shutil.copy(family / name, tmp_path)
+    with pytest.raises(UserError, match=r"no file .*model\.onnx"):
+        evaluate.main(evaluate.EvaluateOptions(engine=tmp_path / "model.engine"))
+    assert sidecar_path(tmp_path / "model.engine").exists()
