@@ -116,13 +116,13 @@ def _read(given: Any, spec: TensorSpec) -> tuple[InputArray, int]:
                 f"input {spec.name!r} is a {type(given).__name__}: give a NumPy array, or one on the GPU "
                 "with __cuda_array_interface__"
             )
+        _check(spec, given.shape, given.dtype)
         array = np.ascontiguousarray(given)
-        _check(spec, array.shape, array.dtype)
         return InputArray(spec, array.ctypes.data, array.nbytes, array, None), array.shape[0]
     shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
     _check(spec, shape, dtype)
     strides = interface.get("strides")
-    if strides is not None and tuple(strides) != _contiguous(shape, dtype.itemsize):
+    if strides is not None and not _is_contiguous(shape, strides, dtype.itemsize):
         raise UserError(f"input {spec.name!r} is not C-contiguous on the GPU: make it so (torch: .contiguous())")
     # Version 3 names the stream; None there promises that nothing is left to wait for. Older ones say nothing.
     stream = interface.get("stream") or cuda.LEGACY_STREAM
@@ -138,8 +138,9 @@ def _check(spec: TensorSpec, shape: tuple[int, ...], dtype: np.dtype) -> None:
         raise UserError(f"input {spec.name!r} is {dtype}; the engine takes {spec.dtype}: convert it first")
 
 
-def _contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    return tuple(math.prod(shape[index + 1 :]) * itemsize for index in range(len(shape)))
+def _is_contiguous(shape: tuple[int, ...], strides: Sequence[int], itemsize: int) -> bool:
+    wanted = [math.prod(shape[index + 1 :]) * itemsize for index in range(len(shape))]
+    return all(found == want or size == 1 for size, found, want in zip(shape, strides, wanted, strict=True))
 
 
 def _close_quietly(memory: cuda.DeviceMemory | cuda.PinnedMemory) -> None:

@@ -81,3 +81,5 @@ class BuildSettings:
             raise UserError(f"optimization level {self.optimization_level}: the builder knows 0 to 5")
         if self.workspace_gib is not None and self.workspace_gib <= 0:
             raise UserError(f"workspace of {self.workspace_gib} GiB: needed is more than 0")
+        if self.timing_iterations is not None and self.timing_iterations < 1:
+            raise UserError(f"{self.timing_iterations} timing iterations: needed is 1 at least")

@@ -119,6 +119,7 @@ class Toolkit:
 
     def create_config(self, builder: trt.Builder, settings: BuildSettings) -> trt.IBuilderConfig:
         """A builder configuration that records every final layer. Raises UserError for what this version lacks."""
+        self._check_ahead_of_time(settings)
         config = builder.create_builder_config()
         config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED
         config.builder_optimization_level = settings.optimization_level
@@ -135,8 +136,6 @@ class Toolkit:
             if wanted:
                 config.set_flag(self._flag(name))
         if settings.hardware_compatible:
-            if self.name == "tensorrt-rtx":
-                raise UserError(f"{self.title} builds for the compute capabilities asked for: list them all instead")
             config.hardware_compatibility_level = self.module.HardwareCompatibilityLevel.AMPERE_PLUS
         if settings.workspace_gib is not None:
             pool = self.module.MemoryPoolType.WORKSPACE
@@ -162,6 +161,17 @@ class Toolkit:
             outcome = "replaced"
             config.set_timing_cache(config.create_timing_cache(b""), False)
         return outcome
+
+    def _check_ahead_of_time(self, settings: BuildSettings) -> None:
+        """TensorRT-RTX fails deep inside when it is asked for these; found out by trying."""
+        if self.name != "tensorrt-rtx":
+            return
+        if settings.hardware_compatible:
+            raise UserError(f"{self.title} builds for the compute capabilities asked for: list them all instead")
+        if settings.version_compatible:
+            raise UserError(f"{self.title} has no version-compatible engines: leave the option out")
+        if settings.refit or settings.strip_weights:
+            raise UserError(f"{self.title} cannot make engines refittable when it builds without a GPU: leave that out")
 
     def _flag(self, name: str) -> Any:
         flag = getattr(self.module.BuilderFlag, name, None)

@@ -98,7 +98,8 @@ def classifier(path: Path, *, quantize_fc: bool = True) -> Path:
 
 
 def residual(path: Path, *, quantize: bool = True, weights_of: dict[str, int] | None = None) -> Path:
-    """A small classifier of [N, 3, 32, 32] with one residual block: its skip branch is quantized, once for both readers.
+    """A small classifier of [N, 3, 32, 32] with one residual block: its skip branch is quantized, once for both
+    readers.
 
     ``weights_of`` gives single layers another seed for their weights; without ``quantize`` it is the float network.
     """

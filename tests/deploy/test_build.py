@@ -186,6 +186,52 @@ def test_batch_sizes_that_contradict(model):
     assert "needed is 1 <= min <= opt <= max" in refused(model, profiles=("1,64,32",))
 
 
+def test_several_profiles(model):
+    assert build(model, profiles=("1,1,4", "8,32,128"), compute_capabilities=("8.9",)) == 0
+    sidecar = read_sidecar(model.with_suffix(".engine"), "engine")
+    assert sidecar.details["profiles"] == [{"min": 1, "opt": 1, "max": 4}, {"min": 8, "opt": 32, "max": 128}]
+    assert sidecar.inputs[0].shape[0] == -1
+
+
+def test_a_single_number_makes_the_batch_static(model):
+    assert build(model, profiles=("4",), compute_capabilities=("8.9",)) == 0
+    sidecar = read_sidecar(model.with_suffix(".engine"), "engine")
+    assert sidecar.inputs[0].shape == (4, 8, 16, 16)
+    assert sidecar.outputs[0].shape == (4, 8, 16, 16)
+    assert sidecar.details["profiles"] == []
+
+
+def test_settings_and_log_are_recorded(model):
+    options = {"optimization_level": 0, "tf32": True, "workspace_gib": 0.25, "timing_iterations": 2}
+    assert build(model, compute_capabilities=("8.9",), **options) == 0
+    details = read_sidecar(model.with_suffix(".engine"), "engine").details
+    assert {key: details["settings"][key] for key in options} == options
+    assert details["precision"] == "explicit"
+    assert (details["gpu"], details["device"], details["timing_cache"]) == (None, None, None)
+    assert {line.split(":")[0] for line in details["log"]} <= {"INFO", "WARNING", "ERROR"}
+    assert any("Total Weights Memory" in line for line in details["log"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"profiles": ("1,2",)}, "give MIN,OPT,MAX, such as 1,8,32"),
+        ({"profiles": ("4", "1,2,3")}, "a fixed batch excludes further profiles"),
+        ({"profiles": ()}, "no profile"),
+        ({"optimization_level": 7}, "the builder knows 0 to 5"),
+        ({"repeat": 0}, "--repeat 0"),
+        ({"repeat": 2}, "without a GPU none can be timed"),
+        ({"timing_cache": Path("timing.cache")}, "times no kernels when it builds: leave out --timing-cache"),
+        ({"hardware_compatible": True}, "list them all instead"),
+        ({"version_compatible": True}, "no version-compatible engines"),
+        ({"refit": True}, "cannot make engines refittable"),
+        ({"strip_weights": True}, "cannot make engines refittable"),
+    ],
+)
+def test_options_that_cannot_be_met(model, options, message):
+    assert message in refused(model, **options)
+
+
 def test_output_that_is_the_model(model):
     assert "is the model itself" in refused(model, output=model)
 

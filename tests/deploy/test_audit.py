@@ -1,0 +1,99 @@
+"""The command that lists an engine's layers, on a machine that cannot run the engine; with times: tests/gpu."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from qdq_models import classifier, transposed_convolution
+
+from deploy import audit, build
+from deploy.audit import AuditOptions, EngineAudit
+from deploy.layers import EngineLayer
+from deploy.precision import Finding
+from qat.artifact import UserError
+
+
+def engine(make, folder: Path) -> Path:
+    model = make(folder / "m.onnx")
+    build.main(build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",)))
+    return folder / "m.engine"
+
+
+def layer(name: str, kind: str, inputs: tuple[str, ...], nodes: tuple[str, ...], **more: str) -> EngineLayer:
+    return EngineLayer(name, kind, inputs, (), inputs, nodes, **more)
+
+
+def test_layers_and_findings_of_a_real_engine(tmp_path, capsys):
+    path = engine(classifier, tmp_path)
+    capsys.readouterr()
+    audit.main(AuditOptions(engine=path, json=tmp_path / "audit.json"))
+    output = capsys.readouterr()
+    assert "times are not measured" in output.err
+    assert "2 of 2 layers that the ONNX declares INT8 are INT8" in output.out
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert found["batch"] is None
+    assert {layer["milliseconds"] for layer in found["layers"]} == {None}
+    (convolution,) = [layer for layer in found["layers"] if layer["kind"] == "correlation"]
+    assert (convolution["precision"], convolution["onnx_nodes"][0]) == ("INT8", "/conv/Conv")
+    assert sum(entry["layers"] for entry in found["totals"].values()) == len(found["layers"])
+    assert [finding["precision"] for finding in found["findings"]] == ["INT8", "INT8"]
+
+
+def test_a_declared_layer_that_is_float_is_named_with_its_cause(tmp_path, capsys):
+    path = engine(transposed_convolution, tmp_path)
+    capsys.readouterr()
+    audit.main(AuditOptions(engine=path))
+    output = capsys.readouterr().out
+    assert "declared INT8, is FP32: convolution /up/ConvTranspose: transposed convolution" in output
+    assert "0 of 1 layers that the ONNX declares INT8 are INT8" in output
+
+
+def test_totals_by_precision():
+    layers = (
+        layer("Reformatting CopyNode for Input Tensor 0 to conv", "Reformat", ("FP32",), ()),
+        layer("conv + relu", "CaskConvolution", ("INT8",), ("conv", "relu")),
+        layer("x_QuantizeLinear", "Scale", ("FP32",), ("x_QuantizeLinear",)),
+        layer("softmax", "SoftMax", ("FP16",), ("softmax",)),
+        layer("conv2", "CaskConvolution", ("INT8",), ("conv2",)),
+    )
+    found = EngineAudit(layers, (), (0.5, 2.0, 0.25, 1.0, 3.0), batch=8, runs=10)
+    assert found.totals() == {
+        "reformat": {"layers": 1, "milliseconds": 0.5},
+        "INT8": {"layers": 2, "milliseconds": 5.0},
+        "Q/DQ alone": {"layers": 1, "milliseconds": 0.25},
+        "FP16": {"layers": 1, "milliseconds": 1.0},
+    }
+    assert found.to_json()["layers"][4]["milliseconds"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("words", "short"),
+    [
+        ("Thirty-two wide channel vectorized row major Int8 format", "NC/32HW32"),
+        ("Row major linear FP32", "NCHW"),
+        ("(NHWC) Channel major format", "NHWC"),
+        ("Channel major FP16 format where channel % 8 == 0", "NHWC8"),
+        ("N/A due to dynamic shapes", "N/A due to dynamic shapes"),
+    ],
+)
+def test_formats_have_short_names(words, short):
+    assert layer("x", "k", ("INT8",), (), format=words).short_format == short
+
+
+def test_a_layer_survives_its_json(tmp_path):
+    one = layer("conv + relu", "CaskConvolution", ("INT8",), ("conv", "relu"), format="f", tactic="t")
+    entry = json.loads(json.dumps(EngineAudit((one,), (Finding("conv", "convolution", True, "INT8"),)).to_json()))
+    assert EngineLayer.from_json(entry["layers"][0]) == one
+
+
+def test_what_is_no_engine(tmp_path):
+    with pytest.raises(UserError, match="no file"):
+        audit.main(AuditOptions(engine=tmp_path / "no.engine"))
+    path = engine(classifier, tmp_path)
+    with pytest.raises(UserError, match="--runs 0"):
+        audit.main(AuditOptions(engine=path, runs=0))
+    path.write_bytes(b"x")
+    with pytest.raises(UserError, match="is truncated or is another one"):
+        audit.main(AuditOptions(engine=path))
