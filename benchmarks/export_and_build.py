@@ -25,14 +25,14 @@ from qat.preprocessing import Preprocessing
 CLASSES, PIXELS = 1000, 224
 
 
-def write_checkpoint(path: Path) -> None:
+def write_checkpoint(path: Path, calibrator: str = "max") -> None:
     torch.manual_seed(0)
     spec = ModelSpec("resnet50", CLASSES)
     model = prepare(build_model(spec))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # some start at zero, which would make their weights vanish
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    calibrate(model, torch.randn(16, 3, PIXELS, PIXELS).split(8), "max")
+    calibrate(model, torch.randn(16, 3, PIXELS, PIXELS).split(8), calibrator)
     preprocessing = Preprocessing(PIXELS, PIXELS, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256)
     classes = tuple(str(index) for index in range(CLASSES))
     data = {"data": {"source": "none", "image_size": PIXELS, "root": "."}, "seed": 0, "calibration_images": 16}

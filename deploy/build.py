@@ -251,6 +251,7 @@ def engine_sidecar(
         "profiles": [asdict(profile) for profile in built.profiles],
         "settings": asdict(settings),
         "timing_cache": built.timing_cache,
+        "weights": "float32, quantized by the builder" if built.float_weights else "as in the ONNX file",
         "hardware_compatible": settings.hardware_compatible,
         "version_compatible": settings.version_compatible,
         "provenance": "known" if source else "unknown: the ONNX file has no sidecar",

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import diagnose, implicit
+from deploy import diagnose, implicit, weights
 from deploy.buildlog import BuildLog
 from deploy.layers import layers_from_inspector, layers_from_log
-from deploy.precision import Audit, audit, declared_layers
+from deploy.precision import Audit, DeclaredLayer, audit, declared_layers
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
 from qat.artifact import TensorSpec, UserError
-from qat.console import progress
+from qat.console import progress, say
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -37,6 +37,8 @@ class Built:
     log: BuildLog
     timing_cache: TimingCache | None
     timing_cache_content: bytes
+    float_weights: bool
+    """Whether the builder got the weights in float, with a QuantizeLinear, because it refuses INT8 constants."""
 
     @property
     def bytes(self) -> int:
@@ -58,22 +60,11 @@ def build(
     builder refuses the model, naming the node, or when this version of TensorRT lacks something that ``settings`` ask
     for.
     """
-    log = BuildLog()
-    builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
-    config = toolkit.create_config(builder, settings)
-    outcome = None if timing_cache is None else toolkit.use_timing_cache(config, timing_cache)
-    network = parse(toolkit, builder, model, log, settings)
-    for name in extra_outputs:
-        network.mark_output(_tensor(network, name))
-    if settings.precision == "implicit":
-        implicit.set_dynamic_ranges(network)
-    declared = declared_layers(network, toolkit.module)
-    profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
-
-    start = time.perf_counter()
-    with _build_progress(toolkit, config):
-        plan = builder.build_serialized_network(network, config)
-    seconds = time.perf_counter() - start
+    attempt = _attempt(toolkit, model, settings, timing_cache, extra_outputs, float_weights=False)
+    if attempt.plan is None and toolkit.refuses_int8_weights(attempt.log):
+        say(f"{toolkit.title} refuses INT8 constants in this network; building with float weights and a Q in front")
+        attempt = _attempt(toolkit, model, settings, timing_cache, extra_outputs, float_weights=True)
+    plan, log, network = attempt.plan, attempt.log, attempt.network
     if plan is None:
         raise UserError(
             f"{toolkit.title} could not build {model}: {diagnose.build_failure(log)}; "
@@ -87,15 +78,61 @@ def build(
         )
     return Built(
         plan=plan,
-        seconds=seconds,
+        seconds=attempt.seconds,
         inputs=_specs([network.get_input(i) for i in range(network.num_inputs)]),
         outputs=_specs([network.get_output(i) for i in range(network.num_outputs)]),
-        profiles=profiles,
-        audit=audit(declared, layers),
+        profiles=attempt.profiles,
+        audit=audit(attempt.declared, layers),
         log=log,
-        timing_cache=outcome,
-        timing_cache_content=bytes(config.get_timing_cache().serialize()) if outcome else b"",
+        timing_cache=attempt.timing_cache,
+        timing_cache_content=attempt.timing_cache_content,
+        float_weights=attempt.float_weights,
     )
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A build that may have failed: then ``plan`` is None and ``log`` says why."""
+
+    plan: Any
+    seconds: float
+    network: trt.INetworkDefinition
+    declared: list[DeclaredLayer]
+    profiles: tuple[Profile, ...]
+    log: BuildLog
+    timing_cache: TimingCache | None
+    timing_cache_content: bytes
+    float_weights: bool
+
+
+def _attempt(
+    toolkit: Toolkit,
+    model: Path,
+    settings: BuildSettings,
+    timing_cache: bytes | None,
+    extra_outputs: tuple[str, ...],
+    float_weights: bool,
+) -> _Attempt:
+    log = BuildLog()
+    builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
+    config = toolkit.create_config(builder, settings)
+    outcome = None if timing_cache is None else toolkit.use_timing_cache(config, timing_cache)
+    network = parse(toolkit, builder, model, log, settings)
+    for name in extra_outputs:
+        network.mark_output(_tensor(network, name))
+    if settings.precision == "implicit":
+        implicit.set_dynamic_ranges(network)
+    declared = declared_layers(network, toolkit.module)
+    kept = weights.as_float(network, toolkit) if float_weights else []
+    profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
+
+    start = time.perf_counter()
+    with _build_progress(toolkit, config):
+        plan = builder.build_serialized_network(network, config)
+    seconds = time.perf_counter() - start
+    del kept  # the network referred to them until here
+    timings = bytes(config.get_timing_cache().serialize()) if outcome and plan is not None else b""
+    return _Attempt(plan, seconds, network, declared, profiles, log, outcome, timings, float_weights)
 
 
 def parse(

@@ -61,9 +61,11 @@ def network_input(images_NHWC: np.ndarray, sidecar: Sidecar) -> np.ndarray:
     """
     (spec,) = sidecar.inputs
     given = images_NHWC
+    if spec.shape[1] == 3:  # [N, 3, H, W]
+        given = np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
     if spec.dtype in ("float32", "int8"):
         mean, std = (np.array(sidecar.preprocessing[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
-        given = images_NHWC.transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        given = given.astype(np.float32)
         given /= 255  # in place: three more copies of the images would be large
         given -= mean
         given /= std

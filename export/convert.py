@@ -121,6 +121,8 @@ def _pairs(
         given = normalized
         if kind == "uint8-nhwc":
             given = x_NCHW.permute(0, 2, 3, 1).contiguous()
+        elif kind == "uint8-nchw":
+            given = x_NCHW
         elif scale is not None:
             given = quantize(normalized, torch.tensor(scale), ACTIVATION).to(torch.int8)
         yield normalized, given

@@ -28,7 +28,7 @@ from export.fold import DequantizeInput, QuantizeDequantize
 from qat.artifact import UserError
 from qat.data import Preprocessing
 
-InputKind = Literal["float32-nchw", "uint8-nhwc", "int8-nchw"]
+InputKind = Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"]
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
 _EXAMPLE_BATCH = 2  # any but 0 and 1, which torch.export would take for constants
@@ -39,7 +39,8 @@ def with_ends(
 ) -> fx.GraphModule:
     """``folded`` computing in ``dtype``, between what a user hands over and float32 logits; ``folded`` stays as it is.
 
-    float32-nchw: [N, 3, H, W], normalized. uint8-nhwc: [N, H, W, 3] in RGB -> cast, transpose, normalize -> network.
+    float32-nchw: [N, 3, H, W], normalized. uint8-nhwc: [N, H, W, 3] in RGB -> cast, transpose, normalize -> network;
+    uint8-nchw: [N, 3, H, W], without the transposition.
     int8-nchw: [N, 3, H, W], normalized and quantized by ``input_scale``. Raises UserError when ``folded`` has none.
     """
     network = copy.deepcopy(folded).to(dtype)
@@ -52,10 +53,12 @@ def with_ends(
     readers, x = list(given.users), given
     # Nodes of the same graph: in a module around it, the exporter would forget which module calls which function.
     with graph.inserting_before(behind):
-        if kind == "uint8-nhwc" or dtype != torch.float32:
+        from_bytes = kind in ("uint8-nhwc", "uint8-nchw")
+        if from_bytes or dtype != torch.float32:
             x = graph.call_method("to", (x, dtype))
         if kind == "uint8-nhwc":
             x = graph.call_method("permute", (x, 0, 3, 1, 2))
+        if from_bytes:
             for function, name, values in _normalization(preprocessing):
                 network.register_buffer(name, values.to(dtype))
                 x = graph.call_function(function, (x, graph.get_attr(name)))
@@ -105,7 +108,7 @@ def example_input(preprocessing: Preprocessing, kind: InputKind, batch: int = _E
     """Zeros of the shape and type that a network exported with ``kind`` takes."""
     if kind == "uint8-nhwc":
         return torch.zeros(batch, preprocessing.height, preprocessing.width, 3, dtype=torch.uint8)
-    dtype = torch.int8 if kind == "int8-nchw" else torch.float32
+    dtype = {"float32-nchw": torch.float32, "uint8-nchw": torch.uint8, "int8-nchw": torch.int8}[kind]
     return torch.zeros(batch, 3, preprocessing.height, preprocessing.width, dtype=dtype)
 
 

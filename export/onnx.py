@@ -27,9 +27,10 @@ class ExportOptions(Command):
     """The checkpoint that python -m qat.train wrote."""
     output: Path | None = None
     """The ONNX file to write; by default beside the checkpoint, ending in .onnx, .float32.onnx or .float16.onnx."""
-    input: Literal["float32-nchw", "uint8-nhwc", "int8-nchw"] = "float32-nchw"
-    """float32-nchw: normalized images; uint8-nhwc: raw RGB bytes, preprocessing becomes part of the network; int8-nchw:
-    normalized images that the caller has quantized by the input_scale in the sidecar: the least for the GPU to do."""
+    input: Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"] = "float32-nchw"
+    """float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes, preprocessing becomes part of the
+    network; int8-nchw: normalized images that the caller has quantized by the input_scale in the sidecar, which leaves
+    the least for the GPU to do."""
     precision: Literal["int8", "float32", "float16"] = "int8"
     """float32, float16: the same weights without any quantizer, as the baseline that INT8 is compared with."""
     parity_images: int = 512

@@ -97,11 +97,14 @@ def classifier(path: Path, *, quantize_fc: bool = True) -> Path:
     return graph.save(path, ("N", 8, 16, 16), ("N", 10))
 
 
-def residual(path: Path, *, quantize: bool = True, weights_of: dict[str, int] | None = None) -> Path:
+def residual(
+    path: Path, *, quantize: bool = True, weights_of: dict[str, int] | None = None, from_bytes: bool = False
+) -> Path:
     """A small classifier of [N, 3, 32, 32] with one residual block: its skip branch is quantized, once for both
     readers.
 
-    ``weights_of`` gives single layers another seed for their weights; without ``quantize`` it is the float network.
+    ``weights_of`` gives single layers another seed for their weights; without ``quantize`` it is the float network;
+    ``from_bytes`` takes uint8 [N, 32, 32, 3] and normalizes it.
     """
     graph = Graph()
 
@@ -122,14 +125,24 @@ def residual(path: Path, *, quantize: bool = True, weights_of: dict[str, int] | 
     def q(x: str, scale: float = 0.03) -> str:
         return graph.quantized(x, x, scale) if quantize else x
 
+    image = "input"
+    if from_bytes:
+        image = graph.node("Cast", [image], "cast", to=TensorProto.FLOAT)
+        image = graph.node("Transpose", [image], "turned", perm=[0, 3, 1, 2])
+        image = graph.node(
+            "Mul", [image, graph.constant("factor", np.full((1, 3, 1, 1), 1 / 64, np.float32))], "scaled"
+        )
+        image = graph.node("Add", [image, graph.constant("shift", np.full((1, 3, 1, 1), -2, np.float32))], "image")
     padded = {"kernel_shape": [3, 3], "pads": [1] * 4}
-    x = graph.node("Relu", [layer("Conv", q("input"), "stem", (32, 3, 3, 3), **padded)], "stem_relu")
+    x = graph.node("Relu", [layer("Conv", q(image), "stem", (32, 3, 3, 3), **padded)], "stem_relu")
     skip = q(x)
     x = graph.node("Relu", [layer("Conv", skip, "conv1", (32, 32, 3, 3), **padded)], "relu1")
     x = layer("Conv", q(x), "conv2", (32, 32, 3, 3), **padded)
     x = graph.node("Relu", [graph.node("Add", [x, skip], "add")], "relu2")
     x = graph.node("Flatten", [graph.node("GlobalAveragePool", [q(x)], "pool")], "flat")
     layer("Gemm", q(x, 0.01), "logits", (10, 32), transB=1)
+    if from_bytes:
+        return graph.save(path, ("N", 32, 32, 3), ("N", 10), TensorProto.UINT8)
     return graph.save(path, ("N", 3, 32, 32), ("N", 10))
 
 

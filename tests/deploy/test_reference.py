@@ -95,6 +95,13 @@ def test_a_network_of_raw_bytes_takes_them_unchanged() -> None:
     np.testing.assert_array_equal(network_input(images, Sidecar("onnx", inputs=(BYTES,))), images)
 
 
+def test_raw_bytes_by_channel_are_turned() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+    found = network_input(images, Sidecar("onnx", inputs=(TensorSpec("input", (-1, 3, 16, 16), "uint8"),)))
+    assert found.flags.c_contiguous
+    np.testing.assert_array_equal(found, images.transpose(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("spec", [FLOAT, BYTES, dataclasses.replace(BYTES, dtype="float16")])
 def test_images_that_do_not_fit_the_input_are_refused(spec: TensorSpec) -> None:
     preprocessing = {"mean": [0.5] * 3, "std": [0.5] * 3}

@@ -122,13 +122,16 @@ def test_the_reference_holds_the_test_images_and_what_pytorch_answers(chain: Pat
 # --- raw bytes as input, a folder of its own
 
 
-def test_uint8_input_computes_the_same_from_raw_images(chain: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "shape"), [("uint8-nhwc", (-1, 16, 16, 3)), ("uint8-nchw", (-1, 3, 16, 16))])
+def test_uint8_input_computes_the_same_from_raw_images(
+    chain: Path, tmp_path: Path, kind: Any, shape: tuple[int, ...]
+) -> None:
     output = tmp_path / "new" / "bytes.onnx"
     written = export_checkpoint(
-        ExportOptions(checkpoint=chain / "model.qat", output=output, input="uint8-nhwc", parity_images=7)
+        ExportOptions(checkpoint=chain / "model.qat", output=output, input=kind, parity_images=7)
     )
-    assert written.inputs == (TensorSpec("input", (-1, 16, 16, 3), "uint8"),)
-    assert written.details["input"] == metadata(output)["input"] == "uint8-nhwc"
+    assert written.inputs == (TensorSpec("input", shape, "uint8"),)
+    assert written.details["input"] == metadata(output)["input"] == kind
     assert written.figures["parity"]["images"] == written.details["reference"]["images"] == 7
     assert len(np.load(output.parent / "bytes.reference.npz")["images"]) == 7
     assert read_parent(output, written, "checkpoint")[0].samefile(chain / "model.qat")
@@ -136,7 +139,7 @@ def test_uint8_input_computes_the_same_from_raw_images(chain: Path, tmp_path: Pa
     images = np.load(Path(read_sidecar(chain / "model.qat", "checkpoint").details["data"]["source"]))["test_images"]
     preprocessing = Preprocessing.from_json(dict(written.preprocessing))
     normalized = preprocessing.normalize(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    (from_bytes,) = session(output).run(None, {"input": images})
+    (from_bytes,) = session(output).run(None, {"input": network_input(images, written)})
     (from_floats,) = session(chain / "model.onnx").run(None, {"input": normalized})
     assert (from_bytes.argmax(1) == from_floats.argmax(1)).mean() > 0.98
     np.testing.assert_allclose(from_bytes, from_floats, atol=0.1)

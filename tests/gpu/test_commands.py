@@ -40,6 +40,21 @@ def test_a_fixed_batch_tells_all_types(model, images, expected):
             engine(images[:4])
 
 
+def test_uint8_input_builds_and_answers(tmp_path):
+    """TensorRT 8.6 refuses the INT8 constants of such a network: they become float weights with a Q."""
+    from export.session import session
+
+    model = qdq_models.residual(tmp_path / "bytes.onnx", from_bytes=True)
+    images = np.random.default_rng(3).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    expected = session(model).run(None, {"input": images})[0]
+    path = built(model, "bytes.engine", profiles=("8",))
+    figures = read_sidecar(path, "engine").figures
+    assert (figures["convolutions_int8"], figures["matrix_products_int8"]) == (3, 1)
+    with Engine.load(path) as engine:
+        assert engine.inputs[0].dtype == "uint8"
+        assert np.abs(engine(images) - expected).max() < 0.05 * np.abs(expected).max()
+
+
 def test_timing_cache_is_created_reused_and_replaced(model, tmp_path, capfd):
     cache = tmp_path / "timing.cache"
     first = read_sidecar(built(model, "a.engine", timing_cache=cache), "engine")

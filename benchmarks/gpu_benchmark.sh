@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Speed of ResNet50 in INT8 on this machine's GPU, against its float engines and other tools' ONNX files, in one run.
+#
+#   PYTHON=python3 DEPLOY_PYTHON="env PYTHONHOME=... python3.10" benchmarks/gpu_benchmark.sh OUTPUT_FOLDER [NAME=PEER.onnx ...]
+#
+# PYTHON has torch and exports; DEPLOY_PYTHON has TensorRT. The tables are printed, raw results are in benchmark.json.
+set -euo pipefail
+out=$1 python=${PYTHON:-python3} deploy=${DEPLOY_PYTHON:-${PYTHON:-python3}}
+shift
+[[ -f $out/resnet50_int8-nchw.onnx ]] || PYTHONPATH=.:benchmarks:${PYTHONPATH:-} $python benchmarks/gpu_models.py "$out"
+$deploy -m deploy.benchmark "$out/resnet50.onnx" --ptq "$out/resnet50_ptq.onnx" --batches 1 32 128 \
+    --peers "$@" --peer-batches 32 \
+    --inputs "uint8 input=$out/resnet50_uint8-nhwc.onnx" "INT8 input=$out/resnet50_int8-nchw.onnx" \
+    --sweep 256 512 1024 2048 --contexts 1 2 3 --host-to-host 128 --output "$out/benchmark.json"

@@ -1,0 +1,36 @@
+"""Writes the ONNX files that benchmarks/gpu_benchmark.sh measures: ResNet50, 1000 classes, 224 px, random weights.
+
+    python benchmarks/gpu_models.py FOLDER
+
+Speed does not depend on the weights. Written are the Q/DQ network with each type of input, the same with ranges by
+another calibrator (as post-training quantization leaves it), and the float network.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from export_and_build import write_checkpoint
+
+from export.convert import export_checkpoint
+from export.onnx import ExportOptions
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    for name, calibrator in (("resnet50", "max"), ("resnet50_ptq", "percentile")):
+        write_checkpoint(folder / f"{name}.qat", calibrator)
+        export_checkpoint(ExportOptions(checkpoint=folder / f"{name}.qat"))
+    checkpoint = folder / "resnet50.qat"
+    export_checkpoint(ExportOptions(checkpoint=checkpoint, precision="float32"))
+    for kind in ("uint8-nhwc", "int8-nchw"):
+        output = folder / f"resnet50_{kind}.onnx"
+        export_checkpoint(ExportOptions(checkpoint=checkpoint, input=kind, output=output))
+
+
+if __name__ == "__main__":
+    main()

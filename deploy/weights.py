@@ -1,0 +1,53 @@
+"""INT8 weights as float weights with a QuantizeLinear: the same numbers, for builders that refuse INT8 constants.
+
+TensorRT 8.6 hands some operators (a Cast of uint8 input among them) to a part of it that walks over all constants of
+the network and stops at the first INT8 one. The builder quantizes the float weights back to the same codes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+    from deploy.trt import Toolkit
+
+
+def as_float(network: trt.INetworkDefinition, toolkit: Toolkit) -> list[np.ndarray]:
+    """Replaces every constant of INT8 codes in front of a DequantizeLinear by float weights and a QuantizeLinear.
+
+    Returns the arrays that the network now refers to: they must live until it has been built.
+    """
+    module = toolkit.module
+    layers: list[Any] = [network.get_layer(index) for index in range(network.num_layers)]
+    makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
+    kept: list[np.ndarray] = []
+    for layer in layers:
+        if layer.type.name != "DEQUANTIZE":
+            continue
+        codes, scale = (_constant(layer.get_input(index), makers, module) for index in range(2))
+        if codes is None or scale is None or codes.dtype != np.int8:
+            continue
+        layer.__class__ = module.IDequantizeLayer
+        shape = [1] * codes.ndim
+        if scale.size > 1:
+            shape[layer.axis] = -1
+        kept.append(np.ascontiguousarray(codes * scale.reshape(shape).astype(np.float32)))
+        constant = network.add_constant(module.Dims(codes.shape), module.Weights(kept[-1]))
+        constant.name = f"{layer.get_input(0).name}/float"
+        quantize = toolkit.add_quantize(network, constant.get_output(0), layer.get_input(1))
+        quantize.axis, quantize.name = layer.axis, f"{layer.get_input(0).name}/quantize"
+        layer.set_input(0, quantize.get_output(0))
+    return kept
+
+
+def _constant(tensor: trt.ITensor, makers: dict[str, Any], module: Any) -> np.ndarray | None:
+    """The value of a tensor that is a constant, in its shape."""
+    maker = makers.get(tensor.name)
+    if maker is None or maker.type.name != "CONSTANT":
+        return None
+    maker.__class__ = module.IConstantLayer
+    return np.asarray(maker.weights).reshape(tuple(maker.shape))
