@@ -89,6 +89,8 @@ def main(options: BenchmarkOptions) -> None:
     check_writable(output)
     if options.runs < 1:
         raise UserError(f"--runs {options.runs}: needed is 1 at least")
+    if not options.model.is_file():
+        raise UserError(f"no file {options.model}: check the path, or make it with python -m export.onnx")
     toolkit = find_toolkit("tensorrt")
     assert toolkit.device is not None
     columns = _columns(options, toolkit)

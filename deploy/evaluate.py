@@ -103,11 +103,11 @@ def main(options: EvaluateOptions) -> int:
 def engine_logits(engine: Engine, inputs: np.ndarray) -> np.ndarray:
     """[N, classes] for any N: in the largest batches that the engine takes, the last one padded where it must be."""
     size = engine.max_batch
-    least = min(profile.min for profile in engine.profiles)
     pieces = [inputs[start : start + size] for start in range(0, len(inputs), size)]
     counts = list(map(len, pieces))
-    if counts[-1] < least:
-        pieces[-1] = np.concatenate([pieces[-1], np.zeros((least - counts[-1], *inputs.shape[1:]), inputs.dtype)])
+    last = counts[-1]
+    taken = min(max(last, profile.min) for profile in engine.profiles if profile.max >= last)
+    pieces[-1] = np.concatenate([pieces[-1], np.zeros((taken - last, *inputs.shape[1:]), inputs.dtype)])
     outputs = engine.map(pieces)
     return np.concatenate([output[:count] for output, count in zip(outputs, counts, strict=True)])
 

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from deploy.settings import Profile
 from qat.artifact import Sidecar, TensorSpec, UserError, atomic_write, disk_errors, read_sidecar
 from qat.console import Command, run_command, say, warn
 
@@ -58,15 +59,6 @@ class TritonOptions(Command):
     """Microseconds that a request waits at most for others to share its batch."""
     overwrite: bool = False
     """Replace a model of the same name."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The batch sizes of one of an engine's optimization profiles."""
-
-    min: int
-    opt: int
-    max: int
 
 
 @dataclass(frozen=True)
@@ -228,15 +220,12 @@ def _model(options: TritonOptions) -> Model:
 
 def _profiles(engine: Path, sidecar: Sidecar) -> tuple[Profile, ...]:
     try:
-        profiles = tuple(Profile(**profile) for profile in sidecar.details["profiles"])
-        if not all(1 <= profile.min <= profile.opt <= profile.max for profile in profiles):
-            raise ValueError(f"{profiles}")
-    except (KeyError, TypeError, ValueError) as error:
+        return tuple(Profile(**profile) for profile in sidecar.details["profiles"])
+    except (KeyError, TypeError, UserError) as error:
         raise UserError(
             f"the sidecar of {engine} lacks or misstates its optimization profiles ({type(error).__name__}: {error}): "
             "build the engine again with python -m deploy.build"
         ) from error
-    return profiles
 
 
 def _check_tensors(engine: Path, model: Model) -> None:

@@ -1,0 +1,62 @@
+"""What the benchmark compares, by version of TensorRT; the measurements are tests/gpu's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from qdq_models import residual
+
+from deploy.benchmark import BenchmarkOptions, Column, _columns, _named, main
+from deploy.trt import find_toolkit
+from qat.artifact import UserError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    residual(tmp_path / "m.float32.onnx", quantize=False)
+    return residual(tmp_path / "m.onnx")
+
+
+def test_a_strongly_typed_version_leaves_out_what_it_does_not_have(model, capfd):
+    toolkit = find_toolkit("tensorrt-rtx")
+    columns = _columns(BenchmarkOptions(model=model, ptq=model), toolkit)
+    floats = model.with_name("m.float32.onnx")
+    assert columns == [
+        Column("FP32", floats, "fp32"),
+        Column("TF32", floats, "tf32"),
+        Column("INT8 (post-training)", model, "explicit"),
+        Column("INT8 (QAT)", model, "explicit"),
+    ]
+    warnings = " ".join(capfd.readouterr().err.split())
+    assert "warning: FP16 is left out: TensorRT-RTX" in warnings
+    assert "warning: implicit INT8 is left out" in warnings
+
+
+def test_a_float16_file_stands_for_the_flag(model):
+    half = residual(model.with_name("m.float16.onnx"), quantize=False)
+    toolkit = find_toolkit("tensorrt-rtx")
+    columns = _columns(BenchmarkOptions(model=model, precisions=("fp16",)), toolkit)
+    assert columns[0] == Column("FP16", half, "explicit")
+
+
+def test_a_missing_float_file_says_how_to_make_it(tmp_path):
+    model = residual(tmp_path / "m.onnx")
+    with pytest.raises(UserError, match=r"m\.float32\.onnx for FP32: make it with python -m export\.onnx"):
+        _columns(BenchmarkOptions(model=model), find_toolkit("tensorrt-rtx"))
+
+
+def test_named_files(model):
+    assert _named(f"other tool={model}") == ("other tool", model)
+    for text in ("x", "=x", "x="):
+        with pytest.raises(UserError, match="give NAME=FILE"):
+            _named(text)
+    with pytest.raises(UserError, match="no file /no/such for peer"):
+        _named("peer=/no/such")
+
+
+def test_options_that_measure_nothing(model):
+    with pytest.raises(UserError, match="--runs 0"):
+        main(BenchmarkOptions(model=model, runs=0))
+    with pytest.raises(UserError, match=r"no file .*none\.onnx"):
+        main(BenchmarkOptions(model=model.with_name("none.onnx")))

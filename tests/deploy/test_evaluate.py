@@ -1,0 +1,72 @@
+"""Evaluating engines: the figures, and what is refused without a GPU. On a GPU: tests/gpu."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploy.evaluate import Answers, EvaluateOptions, engine_logits, main
+from deploy.settings import Profile
+from qat.artifact import UserError
+
+
+def test_accuracy_and_agreement():
+    logits = {"engine": np.eye(4)[[0, 1, 2, 3]], "PyTorch": np.eye(4)[[0, 1, 2, 0]]}
+    answers = Answers("test", np.array([0, 1, 0, 0]), logits)
+    assert answers.accuracy("engine") == 50
+    assert answers.accuracy("PyTorch") == 75
+    assert answers.agreement("engine", "PyTorch") == 75
+    assert Answers("random", np.array([-1, -1, -1, -1]), logits).accuracy("engine") is None
+    assert Answers("some", np.array([0, -1, -1, 0]), logits).accuracy("engine") == 50
+
+
+class Doubling:
+    """Stands for an engine: takes what its profiles allow and answers twice the input."""
+
+    def __init__(self, *profiles: Profile) -> None:
+        self.profiles, self.batches = profiles, []
+
+    @property
+    def max_batch(self) -> int:
+        return max(profile.max for profile in self.profiles)
+
+    def map(self, pieces):
+        for piece in pieces:
+            assert any(profile.min <= len(piece) <= profile.max for profile in self.profiles)
+            self.batches.append(len(piece))
+            yield 2 * piece
+
+
+@pytest.mark.parametrize(
+    ("profiles", "batches"),
+    [
+        ((Profile(1, 8, 32),), [32, 32, 6]),
+        ((Profile(16, 16, 16),), [16, 16, 16, 16, 16]),  # the last ten are padded
+        ((Profile(1, 4, 8), Profile(9, 32, 64)), [64, 6]),
+        ((Profile(100, 100, 100),), [100]),
+        ((Profile(1, 2, 4), Profile(16, 32, 32)), [32, 32, 16]),  # six are too many for one and too few for the other
+    ],
+)
+def test_any_number_of_images_goes_through_any_profile(profiles, batches):
+    images = np.random.default_rng(0).random((70, 5))
+    engine = Doubling(*profiles)
+    np.testing.assert_array_equal(engine_logits(engine, images), 2 * images)  # type: ignore[arg-type]
+    assert engine.batches == batches
+
+
+def test_one_line_for_every_mistake(chain: Path, tmp_path: Path):
+    engine = chain / "model.engine"
+
+    def refused(**options) -> str:
+        with pytest.raises(UserError) as caught:
+            main(EvaluateOptions(**{"engine": engine, **options}))
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no file" in refused(engine=tmp_path / "x.engine")
+    assert "--images 0" in refused(images=0)
+    assert "check the path of --onnx" in refused(onnx=tmp_path / "x.onnx")
+    (tmp_path / "file").write_text("")
+    assert "a part of the path is a file" in refused(json=tmp_path / "file" / "x.json")
