@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.buildlog import BuildLog
+from deploy.trt import failed_node
 
 _Q_DQ = ("QuantizeLinear", "DequantizeLinear")
 # What the parser says when it silently takes UINT8 codes as INT8: 128..255 would saturate at 127.
@@ -38,8 +39,7 @@ def parser_failures(parser: Any, log: BuildLog) -> list[ParserFailure]:
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         hint = named[index] if index < len(named) else {"op": "", "output": ""}
-        node = error.node_name() if hasattr(error, "node_name") else hint["output"]
-        op = error.node_operator() if hasattr(error, "node_operator") else hint["op"]
+        node, op = failed_node(error) or (hint["output"], hint["op"])
         failures.append(ParserFailure(node, op, error.desc()))
     return failures
 

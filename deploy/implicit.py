@@ -1,4 +1,4 @@
-"""Implicit INT8, which TensorRT 10 and older have: every tensor gets a dynamic range, the builder chooses precisions.
+"""Implicit INT8, which older versions have: every tensor gets a dynamic range, the builder chooses precisions.
 
 It is here to be compared with. The ranges are one constant for all tensors, so such an engine says how fast implicit
 INT8 is, and nothing about its accuracy.

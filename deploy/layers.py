@@ -7,8 +7,8 @@ A layer computes in INT8 when it reads INT8 data and INT8 weights. One exception
 (``__myl_...``) spells its operations in its name, and when a Cast stands before the product
 (``CastMulCastCastMulFc``) it dequantizes first and multiplies in float, although INT8 goes in.
 
-The text form and the JSON of TensorRT 8.6 were captured from the real builders (tests/deploy/test_layers.py). The JSON
-of newer versions follows NVIDIA's documentation and was not run.
+The text form and the older JSON were captured from the real builders (tests/deploy/test_precision.py). The newer JSON
+follows NVIDIA's documentation and was not run.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class EngineLayer:
     def product_precision(self) -> str:
         """The type that a convolution or matrix product multiplies in."""
         weights = (*self.inputs[1:], *self.constants)
-        # TensorRT 8.6 hides the types of data whose batch is dynamic; a kernel multiplies in the type of its weights.
+        # An older inspector hides the types of data whose batch is dynamic; a kernel multiplies in the type of its weights.
         if self.precision == "unknown" and self.constants:
             return self.constants[0]
         if self.precision == "INT8" and (self.dequantizes_first or (weights and "INT8" not in weights)):

@@ -314,6 +314,11 @@ def sizes(shape: trt.Dims) -> tuple[int, ...]:
     return tuple(shape[index] for index in range(len(shape)))
 
 
+def failed_node(error: Any) -> tuple[str, str] | None:
+    """Name and operator of the ONNX node that a parser's error is about; 8.6 does not tell."""
+    return (error.node_name(), error.node_operator()) if hasattr(error, "node_name") else None
+
+
 def numpy_name(data_type: Any) -> str:
     """TensorRT's data type in NumPy's words: ``DataType.FLOAT`` -> ``float32``."""
     return _NUMPY_NAMES.get(data_type.name, data_type.name.lower())

@@ -1,7 +1,7 @@
 """INT8 weights as float weights with a QuantizeLinear: the same numbers, for builders that refuse INT8 constants.
 
-TensorRT 8.6 hands some operators (a Cast of uint8 input among them) to a part of it that walks over all constants of
-the network and stops at the first INT8 one. The builder quantizes the float weights back to the same codes.
+An older TensorRT hands some operators (a Cast of uint8 input among them) to a part of it that walks over all constants
+of the network and stops at the first INT8 one. The builder quantizes the float weights back to the same codes.
 """
 
 from __future__ import annotations

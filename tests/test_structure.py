@@ -75,6 +75,21 @@ def test_help_answers_within_a_second_without_heavy_imports(command):
     assert best < 1.0
 
 
+def test_one_file_knows_the_versions_of_tensorrt():
+    """Numbers of versions, and asking what the API has: in deploy/trt.py and nowhere else in deploy/."""
+    tells = re.compile(
+        r"\b(8\.[456]\.\d|TensorRT[- ](8|10|11)|10\.x|11\.x)\b|hasattr\((self\.)?(toolkit|module|error|engine)"
+    )
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in (ROOT / "deploy").glob("*.py")
+        if path.name != "trt.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if tells.search(line)
+    ]
+    assert found == []
+
+
 def tracked_files() -> list[Path]:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     return [ROOT / name for name in listed if (ROOT / name).is_file()]

@@ -389,7 +389,7 @@ def a_profile_without_optimum(engine: Path) -> tuple[str, ...]:
 
 def a_profile_upside_down(engine: Path) -> tuple[str, ...]:
     write_engine(engine, profiles=[{"min": 1, "opt": 8, "max": 4}])
-    return "lacks or misstates its optimization profiles", "max=4"
+    return "lacks or misstates its optimization profiles", "profile 1,8,4"
 
 
 def a_profile_and_a_fixed_batch(engine: Path) -> tuple[str, ...]:
