@@ -107,7 +107,7 @@ class EngineLayer:
     def product_precision(self) -> str:
         """The type that a convolution or matrix product multiplies in."""
         weights = (*self.inputs[1:], *self.constants)
-        # An older inspector hides the types of data whose batch is dynamic; a kernel multiplies in the type of its weights.
+        # An older inspector hides the types where the batch is dynamic; a kernel multiplies in the type of its weights.
         if self.precision == "unknown" and self.constants:
             return self.constants[0]
         if self.precision == "INT8" and (self.dequantizes_first or (weights and "INT8" not in weights)):
