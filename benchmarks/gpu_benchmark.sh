@@ -8,7 +8,6 @@ set -euo pipefail
 out=$1 python=${PYTHON:-python3} deploy=${DEPLOY_PYTHON:-${PYTHON:-python3}}
 shift
 [[ -f $out/resnet50_int8-nchw.onnx ]] || PYTHONPATH=.:benchmarks:${PYTHONPATH:-} $python benchmarks/gpu_models.py "$out"
-$deploy -m deploy.benchmark "$out/resnet50.onnx" --ptq "$out/resnet50_ptq.onnx" --batches 1 32 128 \
-    --peers "$@" --peer-batches 32 \
-    --inputs "uint8 input=$out/resnet50_uint8-nhwc.onnx" "INT8 input=$out/resnet50_int8-nchw.onnx" \
-    --sweep 256 512 1024 2048 --contexts 1 2 3 --host-to-host 128 --output "$out/benchmark.json"
+$deploy -m deploy.benchmark "$out/resnet50.onnx" --ptq "$out/resnet50_ptq.onnx" --full-batches 32 --batches 128 1 \
+    --peers "$@" --inputs "uint8 input=$out/resnet50_uint8-nchw.onnx" "INT8 input=$out/resnet50_int8-nchw.onnx" \
+    --host-to-host 128 --sweep 2048 --contexts 1 2 3 --output "$out/benchmark.json"

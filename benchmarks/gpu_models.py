@@ -27,7 +27,7 @@ def main() -> None:
         export_checkpoint(ExportOptions(checkpoint=folder / f"{name}.qat"))
     checkpoint = folder / "resnet50.qat"
     export_checkpoint(ExportOptions(checkpoint=checkpoint, precision="float32"))
-    for kind in ("uint8-nhwc", "int8-nchw"):
+    for kind in ("uint8-nchw", "int8-nchw"):
         output = folder / f"resnet50_{kind}.onnx"
         export_checkpoint(ExportOptions(checkpoint=checkpoint, input=kind, output=output))
 

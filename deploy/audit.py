@@ -23,6 +23,7 @@ from qat.artifact import Sidecar, UserError, atomic_write, check_writable, read_
 from qat.console import Command, run_command, say, table, warn
 
 NAME_WIDTH, TACTIC_WIDTH = 50, 44
+_NOT_TELLING = ("quantize", ".weight", ".bias", "(Unnamed Layer", "transpose_before_", "unsqueeze_node_after_")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,8 @@ def audit_engine(path: Path, sidecar: Sidecar, batch: int | None, runs: int) -> 
     with Engine.load(path, contexts=1) as engine:
         layers = tuple(layers_from_inspector(engine.toolkit.inspect(engine.plan)))
         batch = batch or engine.profiles[0].opt
-        engine.profile_for(batch)
+        profile = engine.profile_for(batch)
+        layers = tuple(layer for layer in layers if layer.profile == profile)
         with engine.all_lanes() as lanes:
             times = lanes[0].bind(batch).layer_milliseconds(runs)
     milliseconds = tuple(times.get(layer.name, 0.0) for layer in layers)
@@ -155,7 +157,7 @@ def _print(audit: EngineAudit) -> None:
 def _title(layer: EngineLayer) -> str:
     """The ONNX nodes without those of the weights and the Q/DQ nodes that were fused, as far as others are left."""
     nodes = layer.onnx_nodes or (layer.name,)
-    telling = [node for node in nodes if "quantize" not in node and not node.endswith((".weight", ".bias"))]
+    telling = [node for node in nodes if not any(word in node for word in _NOT_TELLING)]
     return " + ".join(telling or nodes)
 
 

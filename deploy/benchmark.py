@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from deploy.measure import Latency
     from deploy.trt import Toolkit
 
-MODEL, FP16 = "INT8 (QAT)", "FP16"
+MODEL, FP16, IMPLICIT = "INT8 (QAT)", "FP16", "implicit INT8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +47,11 @@ class BenchmarkOptions(Command):
     precisions: tuple[Literal["fp32", "tf32", "fp16", "implicit"], ...] = ("fp32", "tf32", "fp16", "implicit")
     """Float engines to compare with."""
     batches: tuple[int, ...] = (1, 32, 128)
-    """Batch sizes of the comparison."""
+    """Batch sizes at which the model is compared with FP16 and implicit INT8."""
+    full_batches: tuple[int, ...] = (32,)
+    """Batch sizes at which FP32, TF32, post-training and --peers are compared too."""
     peers: tuple[str, ...] = ()
     """Further ONNX files as NAME=FILE."""
-    peer_batches: tuple[int, ...] = (32,)
-    """Batch sizes at which they are measured."""
     inputs: tuple[str, ...] = ()
     """The same model with other input types (export.onnx --input) as NAME=FILE, for --sweep and --host-to-host."""
     sweep: tuple[int, ...] = ()
@@ -100,29 +100,31 @@ def main(options: BenchmarkOptions) -> None:
     bench = Bench(toolkit, options)
     say(f"{toolkit.title} on {toolkit.device.name}, driver {toolkit.device.driver}; batches {options.batches}")
 
+    models = {column.name: column.model for column in (*columns, *peers, *inputs)}
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": asdict(toolkit.device),
         "tensorrt": toolkit.version,
-        "models": {
-            column.name: {"file": column.model.name, "sha256": sha256_of(column.model)}
-            for column in {c.name: c for c in (*columns, *peers, *inputs)}.values()
-        },
-        "latency": [],
-        "throughput": [],
-        "host_to_host": [],
+        "models": {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in models.items()},
+        "builds": bench.builds,
     }
-    for batch in sorted({*options.batches, *(options.peer_batches if peers else ())}):
-        chosen = columns if batch in options.batches else [column for column in columns if column.name == MODEL]
-        chosen = chosen + (peers if batch in options.peer_batches else [])
-        results["latency"] += bench.compare(chosen, batch)
-    for batch in options.sweep:
-        results["throughput"] += [entry for column in inputs for entry in bench.throughput(column, batch)]
+
+    def add(kind: str, entries: list[dict[str, Any]]) -> None:
+        """Keeps what has been measured so far, also if the rest fails."""
+        results.setdefault(kind, []).extend(entries)
+        with atomic_write(output) as temporary:
+            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    for batch in dict.fromkeys((*options.full_batches, *options.batches)):
+        full = batch in options.full_batches
+        chosen = [column for column in columns if full or column.name in (FP16, IMPLICIT, MODEL)]
+        add("latency", bench.compare(chosen + (peers if full else []), batch))
     for batch in options.host_to_host:
-        results["host_to_host"] += [entry for column in inputs for entry in bench.host_to_host(column, batch)]
-    results["builds"] = bench.builds
-    with atomic_write(output) as temporary:
-        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        for column in inputs:
+            add("host_to_host", bench.host_to_host(column, batch))
+    for batch in options.sweep:
+        for column in inputs:
+            add("throughput", bench.throughput(column, batch))
     say(f"wrote {output}")
 
 
@@ -239,7 +241,7 @@ def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
     columns = []
     float32 = options.float32 or options.model.with_suffix(".float32.onnx")
     float16 = options.float16 or options.model.with_suffix(".float16.onnx")
-    names = {"fp32": "FP32", "tf32": "TF32", "fp16": FP16, "implicit": "implicit INT8"}
+    names = {"fp32": "FP32", "tf32": "TF32", "fp16": FP16, "implicit": IMPLICIT}
     for precision in options.precisions:
         model, built_as = float32, cast(Precision, precision)
         try:

@@ -38,6 +38,7 @@ _FORMATS = {
 _NUMBERING = re.compile(r"(_U\d+)?_myl\d+_\d+$")
 _TYPE_WORD = re.compile(r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE)
 _SHORT_TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
+_PROFILE = re.compile(r" \[profile (\d+)\]$")
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
 
 
@@ -64,6 +65,12 @@ class EngineLayer:
         for key in ("inputs", "constants", "outputs", "onnx_nodes"):
             known[key] = tuple(known[key])
         return cls(**known)
+
+    @property
+    def profile(self) -> int:
+        """The optimization profile that the layer belongs to; with several, each has layers of its own."""
+        match = _PROFILE.search(self.name)
+        return int(match[1]) if match else 0
 
     @property
     def own_nodes(self) -> list[str]:
@@ -196,7 +203,7 @@ def _onnx_nodes(name: str, metadata: str) -> tuple[str, ...]:
 
 def _own_names(name: str) -> list[str]:
     """The nodes that a layer is called after; a generated name has none."""
-    return [] if _is_generated(name) else re.split(r" \+ | \|\| ", _NUMBERING.sub("", name))
+    return [] if _is_generated(name) else re.split(r" \+ | \|\| ", _NUMBERING.sub("", _PROFILE.sub("", name)))
 
 
 def _is_generated(name: str) -> bool:

@@ -191,6 +191,8 @@ class Engine:
 
     def _take(self, wait: bool) -> Lane | None:
         """A lane; None when none is free and there is no waiting. Raises ValueError when the engine is closed."""
+        if self._closed:  # whoever waits for the lanes to close them must not be overtaken again and again
+            raise ValueError("the engine is closed")
         try:
             lane = self._free.get(block=wait)
         except queue.Empty:

@@ -25,8 +25,13 @@ def as_float(network: trt.INetworkDefinition, toolkit: Toolkit) -> list[np.ndarr
     layers: list[Any] = [network.get_layer(index) for index in range(network.num_layers)]
     makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
     kept: list[np.ndarray] = []
+    quantized: dict[str, Any] = {}  # a constant may have several readers
     for layer in layers:
         if layer.type.name != "DEQUANTIZE":
+            continue
+        tensor = layer.get_input(0)
+        if tensor.name in quantized:
+            layer.set_input(0, quantized[tensor.name])
             continue
         codes, scale = (_constant(layer.get_input(index), makers, module) for index in range(2))
         if codes is None or scale is None or codes.dtype != np.int8:
@@ -36,11 +41,11 @@ def as_float(network: trt.INetworkDefinition, toolkit: Toolkit) -> list[np.ndarr
         if scale.size > 1:
             shape[layer.axis] = -1
         kept.append(np.ascontiguousarray(codes * scale.reshape(shape).astype(np.float32)))
-        constant = network.add_constant(module.Dims(codes.shape), module.Weights(kept[-1]))
-        constant.name = f"{layer.get_input(0).name}/float"
-        quantize = toolkit.add_quantize(network, constant.get_output(0), layer.get_input(1))
-        quantize.axis, quantize.name = layer.axis, f"{layer.get_input(0).name}/quantize"
-        layer.set_input(0, quantize.get_output(0))
+        makers[tensor.name].weights = module.Weights(kept[-1])  # in place: no INT8 constant is left behind
+        quantize = toolkit.add_quantize(network, tensor, layer.get_input(1))
+        quantize.axis, quantize.name = layer.axis, f"{tensor.name}/quantize"
+        quantized[tensor.name] = quantize.get_output(0)
+        layer.set_input(0, quantized[tensor.name])
     return kept
 
 
