@@ -8,43 +8,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import pytest
 import tiny
-import torch
-
-ROOT = Path(__file__).parent.parent
-
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # networks as small as these wait for the second thread more than it helps
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Training in this process, bit by bit as in those with ONE_THREAD; torch's settings are as before afterwards."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(False)
-
-
-class Run(Protocol):
-    """Runs ``python -m module arguments`` from the root of the repository."""
-
-    def __call__(
-        self,
-        module: str,
-        *arguments: object,
-        environment: dict[str, str] | None = None,
-        file_size: int | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        """``file_size``: the longest file, in bytes, that the command can write."""
+from commands import ONE_THREAD, ROOT, Run, one_thread
 
 
 @pytest.fixture(scope="session")

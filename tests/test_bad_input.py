@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import Run
+from commands import Run
 from PIL import Image
 
 from qat.artifact import sidecar_path

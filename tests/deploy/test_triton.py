@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Run
+from commands import ROOT, Run
 from google.protobuf import json_format, text_format
 
 from deploy.triton import PAGE_MARK, TritonOptions, load_schema, main

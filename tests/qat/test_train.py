@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from conftest import ONE_THREAD, ROOT, Run, one_thread
+from commands import ONE_THREAD, ROOT, Run, one_thread
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
