@@ -87,7 +87,7 @@ def main(options: EvaluateOptions) -> int:
         raise UserError(f"no file {truth}: check the path of --onnx")
     answers, first = _answers(options, onnx_path, onnx, truth)
     _print(answers)
-    result = _to_json(answers)
+    result = {"engine": sidecar.sha256} | _to_json(answers)
     agreement = result["agreement"].get("engine, ONNX Runtime", 100.0)
     code = 0
     if agreement < options.least_agreement:

@@ -1,24 +1,29 @@
 """One page that shows what was trained, exported and built: accuracies, every layer's precision, every Q/DQ's reason.
 
     python -m deploy.report runs/model.engine
+    python -m deploy.report runs/model.engine --evaluation runs/evaluation.json --benchmark runs/benchmark.json
 
-Reads the sidecars of the engine, of its ONNX file and of its checkpoint, and refuses files that do not belong together.
+Reads the sidecars of the engine, of its ONNX file and of its checkpoint, and what deploy.evaluate and deploy.benchmark
+wrote; refuses files that do not belong together.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from qat.artifact import Sidecar, atomic_write, check_writable, read_parent, read_sidecar
+from deploy.benchmark import FP16, MODEL
+from qat.artifact import Sidecar, UserError, atomic_write, check_writable, read_parent, read_sidecar
 from qat.console import Command, run_command, say, table
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PHASES = (("float", "float"), ("ptq", "INT8, post-training"), ("qat", "INT8, trained (QAT)"))
 MB = 1e6
+_COMMANDS = {"evaluation": "evaluate", "benchmark": "benchmark"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,24 +34,34 @@ class ReportOptions(Command):
     """The engine that python -m deploy.build wrote."""
     output: Path | None = None
     """The page to write; by default report.html beside the engine."""
+    evaluation: Path | None = None
+    """What python -m deploy.evaluate --json wrote of this engine."""
+    benchmark: Path | None = None
+    """What python -m deploy.benchmark wrote of this engine's ONNX file."""
 
 
 def main(options: ReportOptions) -> None:
     """Writes the page and prints the table of accuracies."""
     output = options.output or options.engine.with_name("report.html")
     check_writable(output)
-    page = render(options.engine)
+    page = render(options.engine, options.evaluation, options.benchmark)
     with atomic_write(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     _print_summary(*_family(options.engine))
     say(f"report: {output}")
 
 
-def render(engine: Path) -> str:
-    """The page as HTML, self-contained. Raises UserError when a sidecar is missing or of another file."""
+def render(engine: Path, evaluation: Path | None = None, benchmark: Path | None = None) -> str:
+    """The page as HTML, self-contained. Raises UserError when files are missing or do not belong together."""
     import jinja2
 
     built, onnx, checkpoint = _family(engine)
+    evaluated = _results(evaluation, "evaluation")
+    measured = _results(benchmark, "benchmark")
+    if evaluated and evaluated["engine"] != built.sha256:
+        raise UserError(f"{evaluation} is about another engine than {engine}: evaluate this one")
+    if measured and built.parent and measured["models"][MODEL]["sha256"] != built.parent.sha256:
+        raise UserError(f"{benchmark} is about another ONNX file than {engine} was made from: benchmark that one")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["megabytes"] = _megabytes
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -58,6 +73,9 @@ def render(engine: Path) -> str:
         accuracies=_accuracies(checkpoint),
         curve=_curve(checkpoint),
         layers=_layers(built, checkpoint),
+        evaluation=evaluated,
+        speeds=_speeds(measured),
+        measured=measured,
         tensors=_tensors(checkpoint),
         rules=checkpoint.details["rules"] if checkpoint else {},
     )
@@ -71,6 +89,28 @@ def _family(engine: Path) -> tuple[Sidecar, Sidecar | None, Sidecar | None]:
     path, onnx = read_parent(engine, built, "onnx")
     _, checkpoint = read_parent(path, onnx, "checkpoint")
     return built, onnx, checkpoint
+
+
+def _results(path: Path | None, kind: str) -> dict[str, Any] | None:
+    """The JSON file of another command; None when there is none."""
+    if path is None:
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content["engine" if kind == "evaluation" else "models"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no result of deploy.{_COMMANDS[kind]} ({error}): run that again") from error
+    return content
+
+
+def _speeds(benchmark: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Latencies by batch size, each beside FP16 of the same batch size where that was measured."""
+    entries = (benchmark or {}).get("latency", [])
+    fp16 = {entry["batch"]: entry["median"] for entry in entries if entry["name"] == FP16}
+    return [
+        {**entry, "factor": fp16[entry["batch"]] / entry["median"] if entry["batch"] in fp16 else None}
+        for entry in entries
+    ]
 
 
 def _accuracies(checkpoint: Sidecar | None) -> list[dict[str, Any]]:

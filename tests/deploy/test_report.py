@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 import shutil
 from pathlib import Path
@@ -182,3 +183,54 @@ def test_an_engine_of_an_onnx_file_from_elsewhere(tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert "convolutions in INT8" in printed
     assert "top-1" not in printed
+
+
+# --- what other commands measured
+
+
+def test_evaluation_and_speed_are_on_the_page(family: Path) -> None:
+    built = read_sidecar(family / "model.engine", "engine")
+    evaluation, benchmark = family / "evaluation.json", family / "benchmark.json"
+    evaluated = {
+        "engine": built.sha256,
+        "images": 60,
+        "source": "the test split of squares",
+        "top1": {"engine": 91.67, "PyTorch": 90.0},
+        "agreement": {"engine, PyTorch": 98.33},
+        "first_difference": {"node": "layer1.conv2", "tensor": "t", "sqnr_db": 7.25},
+    }
+    evaluation.write_text(json.dumps(evaluated))
+    latency = {"batch": 32, "low": 0.7, "high": 0.8, "p99": 0.9, "images_per_second": 44000.0}
+    measured = {
+        "date": "2026-01-01",
+        "device": {"name": "NVIDIA Test", "driver": "1.2"},
+        "tensorrt": "8.6.0",
+        "models": {"INT8 (QAT)": {"sha256": built.parent.sha256 if built.parent else ""}},
+        "latency": [
+            {"name": "FP16", "median": 1.5, **latency},
+            {"name": "INT8 (QAT)", "median": 0.75, **latency},
+            {"name": "INT8 (QAT)", "median": 0.25, **latency, "batch": 1},
+        ],
+    }
+    benchmark.write_text(json.dumps(measured))
+    page = html.unescape(render(family / "model.engine", evaluation, benchmark))
+    assert "engine<b>91.67 %</b>" in page
+    assert "PyTorch<b>90.00 %</b>" in page
+    assert "98.33 %" in page
+    assert "<code>layer1.conv2</code>: 7.2 dB" in page
+    assert "NVIDIA Test, driver 1.2, TensorRT 8.6.0" in page
+    found = rows(page)
+    assert "INT8 (QAT)|32|0.750|0.700 to 0.800|0.900|44,000|2.00" in [row.replace("\n", "") for row in found]
+    assert any(row.replace("\n", "").startswith("INT8 (QAT)|1|0.250") and row.endswith("|") for row in found)
+
+    evaluation.write_text(json.dumps({**evaluated, "engine": "0"}))
+    with pytest.raises(UserError, match="is about another engine"):
+        render(family / "model.engine", evaluation)
+    measured["models"] = {"INT8 (QAT)": {"sha256": "0"}}
+    benchmark.write_text(json.dumps(measured))
+    with pytest.raises(UserError, match="is about another ONNX file"):
+        render(family / "model.engine", None, benchmark)
+    for content in ("", "[]", "{}"):
+        evaluation.write_text(content)
+        with pytest.raises(UserError, match=r"is no result of deploy\.evaluate"):
+            render(family / "model.engine", evaluation)
