@@ -39,6 +39,7 @@ _NUMBERING = re.compile(r"(_U\d+)?_myl\d+_\d+$")
 _TYPE_WORD = re.compile(r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE)
 _SHORT_TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
+_FOREIGN = re.compile(r"\{ForeignNode\[(.*)\]\}")
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
 
 
@@ -71,6 +72,12 @@ class EngineLayer:
         """The optimization profile that the layer belongs to; with several, each has layers of its own."""
         match = _PROFILE.search(self.name)
         return int(match[1]) if match else 0
+
+    @property
+    def foreign_ends(self) -> tuple[str, ...]:
+        """First and last node of a part that the builder handed to another compiler: ``{ForeignNode[a...b]}``."""
+        match = _FOREIGN.search(self.name)
+        return tuple(match[1].split("...")) if match else ()
 
     @property
     def own_nodes(self) -> list[str]:

@@ -72,6 +72,8 @@ class DeclaredLayer:
     """Axis of the per-channel weight scale; None when there is one scale for all."""
     groups: int
     channels: int
+    weight_path: tuple[str, ...] = ()
+    """Names of the layers that its weights pass through, the constant last."""
 
     @property
     def int8(self) -> bool:
@@ -83,7 +85,7 @@ def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> A
     """Holds what the network declares against the engine's final layers."""
     findings = []
     for layer in declared:
-        found = _layer_of(layer.node, layers)
+        found = _layer_of(layer, layers)
         precision = found.product_precision if found else "unknown"
         cause = "" if precision == "INT8" else _cause(layer, found)
         findings.append(Finding(layer.node, layer.operation, layer.int8, precision, cause))
@@ -98,13 +100,16 @@ def declared_layers(network: trt.INetworkDefinition, module: Any) -> list[Declar
     return [_declare(layer, makers, module) for layer in layers if layer.type.name in wanted]
 
 
-def _layer_of(node: str, layers: Sequence[EngineLayer]) -> EngineLayer | None:
-    """The engine layer that computes ``node``: the one called after it, else one whose metadata names it."""
+def _layer_of(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> EngineLayer | None:
+    """The engine layer that computes a node: the one called after it, else one whose metadata names it."""
+    node = declared.node
     naming = [layer for layer in layers if node in layer.onnx_nodes]
     products = [layer for layer in naming if layer.kind.lower() not in _POINTWISE_KINDS]
     called = [layer for layer in products if node in layer.own_nodes]
     kernels = [layer for layer in naming if layer.spells_product]
-    return next(iter(called + products + kernels), None)
+    # A part that the builder hands over as a whole is called after its first and its last node.
+    parts = [layer for layer in layers if set(layer.foreign_ends) & {node, *declared.weight_path}]
+    return next(iter(called + products + kernels + parts), None)
 
 
 def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
@@ -127,7 +132,17 @@ def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
         weight_axis=_scale_axis(weights, module),
         groups=groups,
         channels=channels,
+        weight_path=_path(layer.get_input(1), makers) if len(sources) == 2 else (),
     )
+
+
+def _path(tensor: Any, makers: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the layers from ``tensor`` back to a constant, along each layer's first input."""
+    names: list[str] = []
+    while tensor is not None and (maker := makers.get(tensor.name)) is not None:
+        names.append(maker.name)
+        tensor = maker.get_input(0) if maker.num_inputs else None
+    return tuple(names)
 
 
 def _source(tensor: Any, makers: dict[str, Any]) -> Any | None:
@@ -160,6 +175,8 @@ def _cause(layer: DeclaredLayer, found: EngineLayer | None) -> str:
         return "no engine layer bears its name: look in the layer list of the sidecar"
     if found.product_precision == "unknown":
         return "the builder does not tell the type of its data"
+    if found.foreign_ends:
+        return f"it is in {found.name}, a part that the builder handed over as a whole and that reads {found.precision}"
     if layer.kind == "DECONVOLUTION":
         return "transposed convolution: the builder chose a float kernel; leave it unquantized"
     if layer.operation == "convolution" and layer.weight_axis not in (None, 0):

@@ -265,6 +265,6 @@ def _check_built_for(path: Path, sidecar: Sidecar, toolkit: Toolkit, device: cud
             )
     elif device.name != details["gpu"] and not details.get("hardware_compatible"):
         raise UserError(
-            f"{path} was built for {details['gpu']['name']}, this GPU is {device.name}: build it again here, or with "
+            f"{path} was built for {details['gpu']}, this GPU is {device.name}: build it again here, or with "
             "--hardware-compatible"
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 from qdq_models import classifier, matrix_product
 
-from deploy.builder import build
+from deploy.builder import build, parse
+from deploy.buildlog import BuildLog
 from deploy.layers import EngineLayer, layers_from_inspector, layers_from_log
-from deploy.precision import DeclaredLayer, audit
+from deploy.precision import DeclaredLayer, audit, declared_layers
 from deploy.settings import BuildSettings
 from deploy.trt import find_toolkit
 
@@ -220,3 +222,29 @@ def test_tensorrt_8_6_hides_data_types_of_a_dynamic_batch_so_the_weights_decide(
     found = audit(declared, layers)
     assert [finding.precision for finding in found.findings] == ["INT8", "INT8", "FP32"]
     assert [finding.node for finding in found.broken] == ["fc"]
+
+
+def test_a_part_that_was_handed_over_as_a_whole_is_found_by_its_ends():
+    # Captured from TensorRT 8.6.0: a network of uint8 input, whose last layer Myelin computes in float.
+    text = """{"Layers": [
+      {"Name": "{ForeignNode[cast]}", "LayerType": "Myelin", "Inputs": [{"Format/Datatype": "Row major linear UInt8"}]},
+      {"Name": "{ForeignNode[fc.weight...(Unnamed Layer* 625) [ElementWise]]}", "LayerType": "Myelin",
+       "Inputs": [{"Name": "f", "Format/Datatype": "Row major linear FP32"}],
+       "Outputs": [{"Name": "logits", "Format/Datatype": "Row major linear FP32"}]}]}"""
+    product = dataclasses.replace(
+        declared("fc", "matrix product", "MATRIX_MULTIPLY"), weight_path=("fc.weight/dequantize", "fc.weight")
+    )
+    first, second = audit([product, declared("conv")], layers_from_inspector(text)).findings
+    assert (first.precision, first.broken) == ("FP32", True)
+    assert "{ForeignNode[fc.weight...(Unnamed Layer* 625) [ElementWise]]}, a part that" in first.cause
+    assert second.precision == "unknown"
+
+
+def test_the_path_of_weights_ends_at_their_constant(tmp_path):
+    toolkit, log, settings = find_toolkit("tensorrt-rtx"), BuildLog(), BuildSettings()
+    builder = toolkit.module.Builder(toolkit.logger(log))
+    network = parse(toolkit, builder, classifier(tmp_path / "m.onnx"), log, settings)
+    convolution, product = declared_layers(network, toolkit.module)
+    assert convolution.weight_path[0] == "/w_dq/DequantizeLinear"
+    assert convolution.weight_path[-1].startswith("w_q")
+    assert product.weight_path[-1].startswith("fc_w_q")

@@ -41,15 +41,19 @@ def test_a_fixed_batch_tells_all_types(model, images, expected):
 
 
 def test_uint8_input_builds_and_answers(tmp_path):
-    """TensorRT 8.6 refuses the INT8 constants of such a network: they become float weights with a Q."""
+    """TensorRT 8.6 refuses the INT8 constants of such a network, and hands the last layer to what computes in float."""
     from export.session import session
 
     model = qdq_models.residual(tmp_path / "bytes.onnx", from_bytes=True)
     images = np.random.default_rng(3).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     expected = session(model).run(None, {"input": images})[0]
-    path = built(model, "bytes.engine", profiles=("8",))
-    figures = read_sidecar(path, "engine").figures
-    assert (figures["convolutions_int8"], figures["matrix_products_int8"]) == (3, 1)
+    path = tmp_path / "bytes.engine"
+    code = build.main(build.Options(model=model, output=path, builder="tensorrt", profiles=("8",)))
+    sidecar = read_sidecar(path, "engine")
+    assert sidecar.figures["convolutions_int8"] == 3
+    last = sidecar.details["findings"][-1]
+    assert code == (0 if last["precision"] == "INT8" else build.EXIT_NOT_INT8)
+    assert last["precision"] == "INT8" or "handed over as a whole" in last["cause"]
     with Engine.load(path) as engine:
         assert engine.inputs[0].dtype == "uint8"
         assert np.abs(engine(images) - expected).max() < 0.05 * np.abs(expected).max()
