@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -42,9 +43,10 @@ class DeviceArray:
     Its values are complete when the call that returned it returns.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str, stream: int = cuda.LEGACY_STREAM) -> None:
+        """Uninitialized, to be written by the work that ``stream`` gets from now on."""
         self.shape, self.dtype = shape, np.dtype(dtype)
-        self.memory = cuda.DeviceMemory(self.size)
+        self.memory = cuda.PooledMemory(self.size, stream)
         weakref.finalize(self, _close_quietly, self.memory)
 
     @property
@@ -66,8 +68,12 @@ class DeviceArray:
     def numpy(self) -> np.ndarray:
         """A copy on the host."""
         array = np.empty(self.shape, self.dtype)
-        cuda.copy(array.ctypes.data, self.memory.address, self.size, cuda.LEGACY_STREAM)
-        cuda.synchronize()
+        stream = cuda.Stream()  # waiting for the whole GPU would break graphs that other threads are capturing
+        try:
+            cuda.copy(array.ctypes.data, self.memory.address, self.size, stream.handle)
+            stream.synchronize()
+        finally:
+            stream.close()
         return array
 
 
@@ -124,10 +130,16 @@ def _read(given: Any, spec: TensorSpec) -> tuple[InputArray, int]:
     strides = interface.get("strides")
     if strides is not None and not _is_contiguous(shape, strides, dtype.itemsize):
         raise UserError(f"input {spec.name!r} is not C-contiguous on the GPU: make it so (torch: .contiguous())")
-    # Version 3 names the stream; None there promises that nothing is left to wait for. Older ones say nothing.
-    stream = interface.get("stream") or cuda.LEGACY_STREAM
+    stream = interface.get("stream") or _current_stream(given) or cuda.LEGACY_STREAM
     size = math.prod(shape) * dtype.itemsize
     return InputArray(spec, interface["data"][0], size, given, stream), shape[0]
+
+
+def _current_stream(given: Any) -> int:
+    """The stream that torch computes a tensor on, which its interface does not name; 0 for other arrays."""
+    if not type(given).__module__.startswith("torch"):
+        return 0
+    return int(sys.modules["torch"].cuda.current_stream(given.device).cuda_stream)
 
 
 def _check(spec: TensorSpec, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -143,6 +155,6 @@ def _is_contiguous(shape: tuple[int, ...], strides: Sequence[int], itemsize: int
     return all(found == want or size == 1 for size, found, want in zip(shape, strides, wanted, strict=True))
 
 
-def _close_quietly(memory: cuda.DeviceMemory | cuda.PinnedMemory) -> None:
+def _close_quietly(memory: cuda.PooledMemory | cuda.PinnedMemory) -> None:
     with contextlib.suppress(Exception):  # at the end of the program CUDA may be gone already
         memory.close()

@@ -38,6 +38,8 @@ class AuditOptions(Command):
     """Batch size that times are measured at; by default the one that the engine is tuned for."""
     runs: int = 50
     """Inferences that times are averaged over."""
+    trust: bool = False
+    """Load the engine even if it is not the file that its sidecar was written for."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,18 @@ class EngineAudit:
 
 def main(options: AuditOptions) -> None:
     """Prints the audit, and writes it."""
+    from deploy.runtime import why_not_here
+
     if options.json:
         check_writable(options.json)
     if options.runs < 1:
         raise UserError(f"--runs {options.runs}: needed is 1 at least")
-    sidecar = read_sidecar(options.engine, "engine")
-    try:
-        found = audit_engine(options.engine, sidecar, options.batch, options.runs)
-    except UserError as error:
-        warn(f"the engine cannot be run here, so its times are not measured: {error}")
+    sidecar = read_sidecar(options.engine, "engine", trust=options.trust)
+    if reason := why_not_here(options.engine, sidecar):
+        warn(f"the engine cannot be run here, so its times are not measured: {reason}")
         found = recorded_audit(sidecar)
+    else:
+        found = audit_engine(options.engine, sidecar, options.batch, options.runs, trust=options.trust)
     _print(found)
     if options.json:
         with atomic_write(options.json) as temporary:
@@ -94,11 +98,11 @@ def main(options: AuditOptions) -> None:
         say(f"wrote {options.json}")
 
 
-def audit_engine(path: Path, sidecar: Sidecar, batch: int | None, runs: int) -> EngineAudit:
+def audit_engine(path: Path, sidecar: Sidecar, batch: int | None, runs: int, *, trust: bool = False) -> EngineAudit:
     """Loads an engine, lists its layers and measures them. Raises UserError when it cannot be loaded here."""
     from deploy.runtime import Engine
 
-    with Engine.load(path, contexts=1) as engine:
+    with Engine.load(path, contexts=1, trust=trust) as engine:
         layers = tuple(layers_from_inspector(engine.toolkit.inspect(engine.plan)))
         batch = batch or engine.profiles[0].opt
         profile = engine.profile_for(batch)

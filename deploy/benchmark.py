@@ -20,8 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
+from deploy.layers import EngineLayer
 from deploy.settings import BuildSettings, Precision, Profile
-from qat.artifact import Parent, UserError, atomic_write, check_writable, read_sidecar, sha256_of, write_artifact
+from qat.artifact import (
+    Parent,
+    Sidecar,
+    UserError,
+    atomic_write,
+    check_writable,
+    read_sidecar,
+    sha256_of,
+    write_artifact,
+)
 from qat.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
@@ -97,6 +107,7 @@ def main(options: BenchmarkOptions) -> None:
     peers = [Column(name, path, "explicit") for name, path in map(_named, options.peers)]
     inputs = [Column(MODEL, options.model, "explicit")]
     inputs += [Column(name, path, "explicit") for name, path in map(_named, options.inputs)]
+    _check_names([column.name for column in (*columns, *peers, *inputs)])
     bench = Bench(toolkit, options)
     say(f"{toolkit.title} on {toolkit.device.name}, driver {toolkit.device.driver}; batches {options.batches}")
 
@@ -148,6 +159,9 @@ class Bench:
                 name: stack.enter_context(Engine(plan, self.toolkit, contexts=1)) for name, plan in plans.items()
             }
             found = latencies(engines, batch, self.options.runs)
+        for name, latency in found.items():
+            if not latency.graph:
+                warn(f"{name} cannot be captured as a CUDA graph: its time includes launching every kernel")
         _print_latencies(found, batch)
         return [{"name": name, **latency.to_json()} for name, latency in found.items()]
 
@@ -199,30 +213,46 @@ class Bench:
             optimization_level=self.options.optimization_level,
             timing_iterations=self.options.timing_iterations,
         )
-        path = self.folder / f"{''.join(c if c.isalnum() else '-' for c in column.name)}-{batch}.engine"
+        path = self.folder / f"{_file_name(column.name)}-{batch}.engine"
         digest = sha256_of(column.model)
         if (kept := self._kept(path, settings, digest)) is not None:
-            return kept
+            self._note_build(column, batch, kept, again=False)
+            return path.read_bytes()
         say(f"building {column.name} for batch {batch}")
         built = build(self.toolkit, column.model, settings, self._timings)
         self._timings = built.timing_cache_content
         parent = Parent.of(path, column.model, digest)
         sidecar = engine_sidecar(built, self.toolkit, settings, None, parent)
-        write_artifact(path, sidecar, lambda temporary: write_plan(temporary, built.plan))
-        convolutions = built.audit.count("convolution")
-        reformats = sum(layer.is_reformat for layer in built.audit.layers)
-        self.builds.append(
-            {"name": column.name, "batch": batch, "seconds": round(built.seconds, 1), "bytes": built.bytes}
-            | {"layers": len(built.audit.layers), "reformats": reformats, "convolutions": convolutions[1]}
-            | {"convolutions_int8": convolutions[0]}
-        )
-        say(
-            f"  {built.seconds:.1f} s, {len(built.audit.layers)} layers, {reformats} reformats, "
-            f"{convolutions[0]} of {convolutions[1]} convolutions INT8"
-        )
+        sidecar = write_artifact(path, sidecar, lambda temporary: write_plan(temporary, built.plan))
+        self._note_build(column, batch, sidecar, again=True)
         return bytes(built.plan)
 
-    def _kept(self, path: Path, settings: BuildSettings, digest: str) -> bytes | None:
+    def _note_build(self, column: Column, batch: int, sidecar: Sidecar, again: bool) -> None:
+        """Keeps what the build said of the engine; ``again``: whether it was built in this run."""
+        layers = [EngineLayer.from_json(layer) for layer in sidecar.details["layers"]]
+        figures = sidecar.figures
+        entry = {
+            "name": column.name,
+            "batch": batch,
+            "seconds": figures["build_seconds"],
+            "bytes": figures["engine_bytes"],
+            "layers": len(layers),
+            "reformats": sum(layer.is_reformat for layer in layers),
+            "convolutions": figures["convolutions"],
+            "convolutions_int8": figures["convolutions_int8"],
+            "built_in_this_run": again,
+        }
+        if not any((known["name"], known["batch"]) == (column.name, batch) for known in self.builds):
+            self.builds.append(entry)
+        when = "" if again else " in an earlier run"
+        say(
+            f"  {column.name}, batch {batch}: built in {entry['seconds']:.1f} s{when}, "
+            f"{entry['layers']} layers, {entry['reformats']} reformats, "
+            f"{entry['convolutions_int8']} of {entry['convolutions']} convolutions INT8"
+        )
+
+    def _kept(self, path: Path, settings: BuildSettings, digest: str) -> Sidecar | None:
+        """The sidecar of an engine of an earlier run, where it is just the one that would be built."""
         try:
             sidecar = read_sidecar(path, "engine")
         except UserError:
@@ -233,7 +263,7 @@ class Bench:
         same_model = sidecar.parent is not None and sidecar.parent.sha256 == digest
         if not (same_builder and same_gpu and same_model and sidecar.details["settings"] == wanted):
             return None
-        return path.read_bytes()
+        return sidecar
 
 
 def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
@@ -248,7 +278,10 @@ def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
             toolkit.typing(precision)
         except UserError as error:
             if precision != "fp16" or not float16.is_file():
-                warn(f"{names[precision]} is left out: {error}")
+                remedy = (
+                    "; python -m export.onnx CHECKPOINT --precision float16 makes it" if precision == "fp16" else ""
+                )
+                warn(f"{names[precision]} is left out: {error}{remedy}")
                 continue
             model, built_as = float16, "explicit"
         if not model.is_file():
@@ -260,6 +293,20 @@ def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
     if options.ptq:
         columns.append(Column("INT8 (post-training)", options.ptq, "explicit"))
     return [*columns, Column(MODEL, options.model, "explicit")]
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def _check_names(names: list[str]) -> None:
+    """Raises UserError when two columns would be taken for each other; the model itself stands in two lists."""
+    found = [_file_name(name) for name in names if name != MODEL]
+    doubled = sorted({name for name in found if found.count(name) > 1 or name == _file_name(MODEL)})
+    if doubled:
+        raise UserError(
+            f"several engines would be called {', '.join(doubled)}: give each of --peers and --inputs a name"
+        )
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -82,19 +82,20 @@ def bisect(
     from deploy.runtime import Engine
     from export.session import run, session_with_tensors, sqnr_db
 
-    makers = quantized_tensors(toolkit, model, settings)
+    makers, outputs = telling_tensors(toolkit, model, settings)
     expected = run(session_with_tensors(reference, makers), inputs)
     names = [name for name in makers if name in expected]
     settings = dataclasses.replace(settings, profiles=(Profile(len(inputs), len(inputs), len(inputs)),))
-    timings = b""
+    timings = b"" if toolkit.times_kernels else None
 
     def measure(name: str) -> float | None:
         nonlocal timings
-        built = build(toolkit, model, settings, timings, extra_outputs=(name,))
-        timings = built.timing_cache_content
-        with Engine(bytes(built.plan), toolkit, contexts=1) as engine:
-            outputs: dict[str, Any] = engine(inputs)
-        found = sqnr_db(expected[name], outputs[name].astype(np.float32))
+        built = build(toolkit, model, settings, timings, extra_outputs=(name,) if name not in outputs else ())
+        timings = built.timing_cache_content if toolkit.times_kernels else None
+        with Engine.of(built.plan, toolkit, settings) as engine:
+            answer = engine(inputs)
+        tensor = answer[name] if isinstance(answer, dict) else answer
+        found = sqnr_db(expected[name], tensor.astype(np.float32))
         report(name, found)
         return found
 
@@ -102,8 +103,11 @@ def bisect(
     return Difference(found[0], makers[found[0]], found[1]) if found else None
 
 
-def quantized_tensors(toolkit: Toolkit, model: Path, settings: BuildSettings) -> dict[str, str]:
-    """Tensors that are about to be quantized, in the network's order, and the node that makes each."""
+def telling_tensors(toolkit: Toolkit, model: Path, settings: BuildSettings) -> tuple[dict[str, str], list[str]]:
+    """Tensors that are about to be quantized and the network's outputs, in order, with the node that makes each.
+
+    Also returns the names of the outputs.
+    """
     from deploy.builder import parse
     from deploy.buildlog import BuildLog
 
@@ -112,5 +116,6 @@ def quantized_tensors(toolkit: Toolkit, model: Path, settings: BuildSettings) ->
     network: trt.INetworkDefinition = parse(toolkit, builder, model, log, settings)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     makers = {layer.get_output(i).name: layer.name for layer in layers for i in range(layer.num_outputs)}
+    outputs = [network.get_output(index).name for index in range(network.num_outputs)]
     read = [layer.get_input(0).name for layer in layers if layer.type.name == "QUANTIZE"]
-    return {name: makers[name] for name in read if name in makers}
+    return {name: makers[name] for name in (*read, *outputs) if name in makers}, outputs

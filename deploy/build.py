@@ -10,6 +10,7 @@ another precision.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -21,6 +22,7 @@ from qat.artifact import (
     Parent,
     Sidecar,
     UserError,
+    WrongKindError,
     check_writable,
     read_sidecar,
     sha256_of,
@@ -62,6 +64,8 @@ class Options(Command):
     """0 builds fast, 5 tries the most kernels."""
     timing_iterations: int | None = None
     """How often each kernel is timed; more makes the choice steadier. By default TensorRT's own."""
+    tactic_sources: tuple[str, ...] | None = None
+    """Where kernels may come from, by TensorRT's names such as JIT_CONVOLUTIONS; by default TensorRT's own choice."""
     workspace_gib: float | None = None
     """Most scratch memory that a layer may use, in GiB; by default all of the GPU's."""
     tf32: bool = False
@@ -83,6 +87,7 @@ class Options(Command):
             optimization_level=self.optimization_level,
             workspace_gib=self.workspace_gib,
             timing_iterations=self.timing_iterations,
+            tactic_sources=self.tactic_sources,
             tf32=self.tf32,
             hardware_compatible=self.hardware_compatible,
             version_compatible=self.version_compatible,
@@ -100,6 +105,8 @@ def main(options: Options) -> int:
     source, parent = _read_model(options.model, output)
     if output.resolve() == options.model.resolve():
         raise UserError(f"{output} is the model itself: give --output another name")
+    if options.timing_cache and options.timing_cache.resolve() in (output.resolve(), options.model.resolve()):
+        raise UserError(f"--timing-cache {options.timing_cache} is the model or the engine: give it a name of its own")
     if options.repeat < 1:
         raise UserError(f"--repeat {options.repeat}: needed is 1 at least")
     check_writable(output)
@@ -147,7 +154,7 @@ def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built
     if options.repeat > 1 and cache is not None:
         raise UserError("--repeat times kernels anew in each build, --timing-cache avoids just that: give one of them")
     if options.repeat > 1:
-        return _fastest([build(toolkit, options.model, settings) for _ in range(options.repeat)], toolkit)
+        return _fastest([build(toolkit, options.model, settings) for _ in range(options.repeat)], toolkit, settings)
     assert cache is not None
     return _build_with_cache(toolkit, options.model, settings, cache)
 
@@ -168,19 +175,23 @@ def _build_with_cache(toolkit: Toolkit, model: Path, settings: BuildSettings, ca
                 content = cache.read_bytes()
             else:
                 replaced = f"is of version {found['version']} for {found['gpu']}"
+        except WrongKindError:
+            raise
         except UserError as error:
             replaced = f"is damaged ({error})"
     built = build(toolkit, model, settings, content)
-    if replaced or built.timing_cache == "replaced":
+    if replaced:
+        built = dataclasses.replace(built, timing_cache="replaced")
+    if built.timing_cache == "replaced":
         warn(f"the timing cache {cache} {replaced or 'is refused by the builder'}: replaced")
     kilobytes = len(built.timing_cache_content) / 1e3
-    say(f"timing cache {cache}: {'replaced' if replaced else built.timing_cache}, {kilobytes:.0f} kB")
+    say(f"timing cache {cache}: {built.timing_cache}, {kilobytes:.0f} kB")
     sidecar = Sidecar(kind="timing-cache", details=maker)
     write_artifact(cache, sidecar, lambda path: write_plan(path, built.timing_cache_content))
     return built
 
 
-def _fastest(candidates: list[Built], toolkit: Toolkit) -> Built:
+def _fastest(candidates: list[Built], toolkit: Toolkit, settings: BuildSettings) -> Built:
     from contextlib import ExitStack
 
     from deploy.measure import latencies
@@ -188,7 +199,7 @@ def _fastest(candidates: list[Built], toolkit: Toolkit) -> Built:
 
     with ExitStack() as stack:
         engines = {
-            str(index): stack.enter_context(Engine(bytes(built.plan), toolkit, contexts=1))
+            str(index): stack.enter_context(Engine.of(built.plan, toolkit, settings))
             for index, built in enumerate(candidates)
         }
         batch = engines["0"].profiles[0].opt

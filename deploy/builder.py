@@ -171,6 +171,12 @@ def _set_batch(
                 "be dynamic; export it with fixed sizes"
             )
     if not dynamic:
+        own = sizes(inputs[0].shape)[:1]
+        if profiles[0].fixed and own != (profiles[0].opt,):
+            raise UserError(
+                f"the ONNX file has a fixed batch of {', '.join(map(str, own))}, asked for is {profiles[0].opt}: "
+                "export it with a dynamic batch"
+            )
         return ()
     if profiles[0].fixed:
         for tensor, image in dynamic.values():

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.cuda import OUT_OF_MEMORY
+from qat.artifact import UserError
+
 _WEIGHTS_LINE = re.compile(r"^Total Weights Memory: (\d+) bytes", re.MULTILINE)
 
 
@@ -29,6 +32,12 @@ class BuildLog:
         """Bytes that the engine's weights take, or None where the builder does not log them."""
         found = [match for text in self.texts() for match in _WEIGHTS_LINE.findall(text)]
         return int(found[-1]) if found else None
+
+
+def raise_if_out_of_memory(log: BuildLog) -> None:
+    """Raises UserError when that is what the log complains of."""
+    if any("out of memory" in text.lower() or "outofmemory" in text.lower() for text in log.errors()):
+        raise UserError(f"TensorRT ran out of GPU memory: {OUT_OF_MEMORY}")
 
 
 def recorder(base: Any, log: BuildLog) -> Any:

@@ -24,8 +24,21 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install cuda-bindings"
 GIB = 2**30
+OUT_OF_MEMORY = "use a smaller batch or fewer contexts, or end other programs on the GPU"
 LEGACY_STREAM = 1
 """The handle of CUDA's legacy default stream, on which libraries work unless told otherwise."""
+
+
+# What a user can do about other faults of the driver.
+_REMEDIES = {
+    "cudaErrorSystemDriverMismatch": "it was updated while in use; restart the machine",
+    "cudaErrorCompatNotSupportedOnDevice": "CUDA's forward compatibility does not work on this GPU; update the driver",
+    "cudaErrorInitializationError": "it does not start; look whether nvidia-smi works",
+    "cudaErrorDevicesUnavailable": "another program has the GPU for itself; end it or wait for it",
+    "cudaErrorStubLibrary": "a stub was found in its place; take the folder of CUDA's stubs out of LD_LIBRARY_PATH",
+    "cudaErrorSystemNotReady": "a service of the driver is not running; see NVIDIA's fabric manager",
+    "cudaErrorNotPermitted": "this user may not use the GPU; ask for the permission",
+}
 
 
 @dataclass(frozen=True)
@@ -171,6 +184,21 @@ class DeviceMemory:
             self.address = 0
 
 
+class PooledMemory:
+    """``size`` bytes at ``address`` from CUDA's pool, for results: neither taking nor freeing waits for the GPU."""
+
+    def __init__(self, size: int, stream: int) -> None:
+        """The memory can be used behind the work that ``stream`` has now."""
+        self.size = size
+        self.address = int(_allocated(_runtime().cudaMallocAsync, size, "GPU", stream))
+
+    def close(self) -> None:
+        """Gives it back behind the work of the legacy default stream."""
+        if self.address:
+            call(_runtime().cudaFreeAsync, self.address, LEGACY_STREAM)
+            self.address = 0
+
+
 class PinnedMemory:
     """``size`` bytes of host memory that the GPU copies from and to by itself."""
 
@@ -210,9 +238,14 @@ def free_memory() -> int:
     return int(call(_runtime().cudaMemGetInfo)[0])
 
 
-def synchronize() -> None:
-    """Waits for everything on the GPU."""
-    call(_runtime().cudaDeviceSynchronize)
+def current_device() -> int:
+    """Number of the GPU that this thread uses."""
+    return int(call(_runtime().cudaGetDevice))
+
+
+def use_device(number: int) -> None:
+    """Makes this thread use a GPU; each thread begins with the first one."""
+    call(_runtime().cudaSetDevice, number)
 
 
 def _runtime() -> Any:
@@ -223,15 +256,15 @@ def _runtime() -> Any:
     return runtime
 
 
-def _allocated(function: Callable[..., tuple[Any, ...]], size: int, kind: str) -> Any:
+def _allocated(function: Callable[..., tuple[Any, ...]], size: int, kind: str, *arguments: Any) -> Any:
     cuda = _runtime()
-    error, address = function(max(size, 1))
+    error, address = function(max(size, 1), *arguments)
     if error == cuda.cudaError_t.cudaErrorMemoryAllocation:
         cuda.cudaGetLastError()  # forgets it, so that the next call is not blamed
         free, total = call(cuda.cudaMemGetInfo)
         raise UserError(
             f"out of {kind} memory: asked for {size / GIB:.2f} GiB, the GPU has {free / GIB:.2f} of {total / GIB:.2f} "
-            "GiB free; use a smaller batch or fewer contexts, or end other programs on the GPU"
+            f"GiB free; {OUT_OF_MEMORY}"
         )
     if int(error) != 0:
         raise _explained(error, function.__name__)
@@ -253,7 +286,9 @@ def _explained(error: Any, function: str) -> Exception:
             f"{_cuda_version(needed)}; update the driver, or install an older cuda-bindings"
         )
     if error == codes.cudaErrorMemoryAllocation:
-        return UserError("out of GPU memory: use a smaller batch or fewer contexts, or end other programs on the GPU")
+        return UserError(f"out of GPU memory: {OUT_OF_MEMORY}")
+    if remedy := _REMEDIES.get(codes(error).name):
+        return UserError(f"the NVIDIA driver cannot be used ({codes(error).name}): {remedy}")
     _, text = cuda.cudaGetErrorString(error)
     return RuntimeError(f"{function}: {codes(error).name}, {text.decode()}")
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.buildlog import BuildLog
+from deploy.buildlog import BuildLog, raise_if_out_of_memory
 from deploy.trt import failed_node
 
 _Q_DQ = ("QuantizeLinear", "DequantizeLinear")
@@ -67,7 +67,8 @@ def uint8_nodes(log: BuildLog) -> list[str]:
 
 
 def build_failure(log: BuildLog) -> str:
-    """The last errors of a failed build, in one line."""
+    """The last errors of a failed build, in one line. Raises UserError when the GPU's memory was full."""
+    raise_if_out_of_memory(log)
     lines = [condensed for text in log.errors() if (condensed := _condense(text))]
     return "; ".join(lines[-2:]) or "it gave no reason"
 

@@ -4,8 +4,9 @@
     python -m deploy.evaluate runs/model.engine --data path/to/folder
 
 Without --data the images are those of the reference file that python -m export.onnx wrote beside the ONNX file, with
-PyTorch's answers: then neither torch nor the data set is needed. When engine and ONNX Runtime disagree, the engine is
-built again with tensors inside the network as outputs, until the first layer that differs is found; exit code 4.
+PyTorch's answers: then neither torch nor the data set is needed. Exit code 4 says that the engine disagrees with one of
+them. Where that is ONNX Runtime, the engine is built again with tensors inside the network as outputs, until the first
+layer that differs is found.
 """
 
 from __future__ import annotations
@@ -47,11 +48,13 @@ class EvaluateOptions(Command):
     onnx: Path | None = None
     """Hold the engine against this ONNX file; by default the one that it was built from."""
     least_agreement: float = 99.0
-    """Share of images, in percent, on which engine and ONNX Runtime must choose the same class."""
+    """Share of images, in percent, on which the engine must choose the class that ONNX Runtime and PyTorch choose."""
     least_sqnr: float = 20.0
     """What the search for the first differing layer takes for a difference: less signal to noise than this, in dB."""
     json: Path | None = None
     """File for the results, as JSON."""
+    trust: bool = False
+    """Load the engine even if it is not the file that its sidecar was written for."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,12 @@ class Answers:
 
 
 def main(options: EvaluateOptions) -> int:
-    """Evaluates. Returns 0, or 4 when the engine and ONNX Runtime disagree."""
+    """Evaluates. Returns 0, or 4 when the engine disagrees with ONNX Runtime or PyTorch."""
     if options.json:
         check_writable(options.json)
     if options.images is not None and options.images < 1:
         raise UserError(f"--images {options.images}: needed is 1 at least")
-    sidecar = read_sidecar(options.engine, "engine")
+    sidecar = read_sidecar(options.engine, "engine", trust=options.trust)
     onnx_path, onnx = read_parent(options.engine, sidecar, "onnx")
     truth = options.onnx or onnx_path
     if not truth.is_file():
@@ -88,10 +91,16 @@ def main(options: EvaluateOptions) -> int:
     answers, first = _answers(options, onnx_path, onnx, truth)
     _print(answers)
     result = {"engine": sidecar.sha256} | _to_json(answers)
-    agreement = result["agreement"].get("engine, ONNX Runtime", 100.0)
     code = 0
-    if agreement < options.least_agreement:
-        code = EXIT_DISAGREES
+    for who, share in result["agreement"].items():
+        if share < options.least_agreement:
+            code = EXIT_DISAGREES
+            warn(
+                f"{who} choose the same class on {share:.2f} % of the images, needed are {options.least_agreement:g} %"
+            )
+    if not result["agreement"]:
+        warn("there is nobody to compare with: neither ONNX Runtime nor answers of PyTorch")
+    if result["agreement"].get("engine, ONNX Runtime", 100.0) < options.least_agreement:
         result["first_difference"] = _find_difference(options, sidecar, onnx_path, truth, first)
     if options.json:
         with atomic_write(options.json) as temporary:
@@ -127,7 +136,7 @@ def _answers(options: EvaluateOptions, onnx_path: Path, onnx: Sidecar, truth: Pa
     labels: list[np.ndarray] = []
     first: np.ndarray | None = None
     source, batches = _images(options, onnx_path, onnx)
-    with Engine.load(options.engine) as engine:
+    with Engine.load(options.engine, trust=options.trust) as engine:
         for images, given_labels, pytorch in batches:
             inputs = network_input(images, onnx)
             first = inputs[:BISECT_IMAGES] if first is None else first
@@ -210,10 +219,7 @@ def _find_difference(
     from deploy.bisect import bisect
     from deploy.trt import find_toolkit
 
-    warn(
-        f"engine and ONNX Runtime choose the same class on less than {options.least_agreement:g} % of the images; "
-        "looking for the first layer that differs"
-    )
+    say("looking for the first layer that differs from ONNX Runtime")
 
     def report(name: str, sqnr_db: float | None) -> None:
         say(f"  {name}: " + ("equal" if sqnr_db is None else f"{sqnr_db:.1f} dB"))
@@ -224,7 +230,7 @@ def _find_difference(
     toolkit = find_toolkit(sidecar.details["builder"]["name"])
     found = bisect(toolkit, model, truth, inputs, BuildSettings(**settings), options.least_sqnr, report)
     if found is None:
-        say(f"no tensor differs by more than {options.least_sqnr:g} dB: small differences add up; see --least-sqnr")
+        say(f"every tensor agrees to at least {options.least_sqnr:g} dB; a larger --least-sqnr finds less")
         return None
     say(f"the first layer that differs is {found.node}: its output {found.tensor} has {found.sqnr_db:.1f} dB")
     return {"node": found.node, "tensor": found.tensor, "sqnr_db": found.sqnr_db}

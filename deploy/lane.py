@@ -14,6 +14,7 @@ import numpy as np
 
 from deploy import cuda
 from deploy.arrays import DeviceArray, InputBatch, size_in_bytes, sized
+from deploy.buildlog import raise_if_out_of_memory
 from qat.artifact import TensorSpec
 
 if TYPE_CHECKING:
@@ -30,17 +31,21 @@ class Bound:
 
     def __init__(self, lane: Lane, batch: int) -> None:
         engine = lane.engine
-        self.batch, self._lane, self._graph = batch, lane, None
+        self.batch, self._lane = batch, lane
+        self._graph: cuda.Graph | None = None
+        profile = engine.profile_for(batch)
         with engine.lock:
             self.context: trt.IExecutionContext = engine.toolkit.create_context(engine.plan, lane.scratch)
-        # A fixed engine has one profile, which is chosen already.
+        taken = True
         if len(engine.profiles) > 1:
-            self.context.set_optimization_profile_async(engine.profile_for(batch), lane.stream.handle)
+            taken = self.context.set_optimization_profile_async(profile, lane.stream.handle)
             lane.stream.synchronize()
         for spec in engine.inputs:
-            self.context.set_input_shape(spec.name, sized(spec, batch))
+            taken &= self.context.set_input_shape(spec.name, sized(spec, batch))
         for spec in (*engine.inputs, *engine.outputs):
-            self.context.set_tensor_address(spec.name, lane.buffers[spec.name].address)
+            taken &= self.context.set_tensor_address(spec.name, lane.buffers[spec.name].address)
+        if not taken:
+            raise RuntimeError(f"TensorRT does not take a batch of {batch}: {' '.join(engine.log.errors()[-2:])}")
         self._enqueue()  # the first run does what cannot be captured
         lane.stream.synchronize()
         self._graph = self._captured()
@@ -95,13 +100,17 @@ class Bound:
 
     def _enqueue(self) -> None:
         if not self.context.execute_async_v3(self._lane.stream.handle):
+            raise_if_out_of_memory(self._lane.engine.log)
             said = " ".join(self._lane.engine.log.errors()[-2:])
             raise RuntimeError(f"TensorRT could not run the engine: {said}")
 
     def _captured(self) -> cuda.Graph | None:
-        with contextlib.suppress(RuntimeError), self._lane.stream.capture() as graphs:
-            self._enqueue()
-        return graphs[0] if graphs else None
+        for _ in range(2):  # what another thread does to the whole GPU can break a capture
+            with contextlib.suppress(RuntimeError), self._lane.stream.capture() as graphs:
+                self._enqueue()
+            if graphs:
+                return graphs[0]
+        return None
 
 
 class Lane:
@@ -158,7 +167,7 @@ class Lane:
             shape = sized(spec, inputs.batch)
             target: DeviceArray | np.ndarray
             if inputs.on_gpu:
-                target = DeviceArray(shape, spec.dtype)
+                target = DeviceArray(shape, spec.dtype, stream)
                 address = target.memory.address
             else:
                 target = self._pinned(spec).array(shape, spec.dtype)
@@ -180,15 +189,16 @@ class Lane:
         self._outputs = {}
 
     def close(self) -> None:
-        """Frees everything."""
-        self.stream.synchronize()
-        for bound in self._bound.values():
-            bound.close()
+        """Frees everything, also where a part of that fails."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._own.close)
+            for memory in self._staging.values():
+                stack.callback(memory.close)
+            for bound in self._bound.values():
+                stack.callback(bound.close)
+            stack.callback(self.stream.synchronize)
         self._bound.clear()
-        for memory in self._staging.values():
-            memory.close()
         self._staging.clear()
-        self._own.close()
 
     def _pinned(self, spec: TensorSpec) -> cuda.PinnedMemory:
         if spec.name not in self._staging:

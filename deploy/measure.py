@@ -35,12 +35,14 @@ class Latency:
     low: float
     high: float
     p99: float
+    graph: bool = True
+    """Whether a CUDA graph was launched; some networks cannot be captured."""
 
     @classmethod
-    def of(cls, batch: int, milliseconds: Sequence[float]) -> Latency:
+    def of(cls, batch: int, milliseconds: Sequence[float], graph: bool = True) -> Latency:
         """From single measurements."""
         low, median, high, p99 = np.percentile(milliseconds, (5, 50, 95, 99))
-        return cls(batch, len(milliseconds), float(median), float(low), float(high), float(p99))
+        return cls(batch, len(milliseconds), float(median), float(low), float(high), float(p99), graph)
 
     @property
     def images_per_second(self) -> float:
@@ -53,7 +55,7 @@ class Latency:
 
     def to_json(self) -> dict[str, Any]:
         """For a file of results."""
-        return {key: round(value, 5) for key, value in asdict(self).items()} | {
+        return {key: value if isinstance(value, bool) else round(value, 5) for key, value in asdict(self).items()} | {
             "images_per_second": round(self.images_per_second, 1)
         }
 
@@ -71,7 +73,8 @@ def latencies(engines: Mapping[str, Engine], batch: int, runs: int = 200) -> dic
         while min(map(len, found.values())) < runs:
             for name, bound in bounds.items():
                 found[name] += _block(bound, events)
-    return {name: Latency.of(batch, milliseconds) for name, milliseconds in found.items()}
+        graphs = {name: bound.uses_graph for name, bound in bounds.items()}
+    return {name: Latency.of(batch, milliseconds, graphs[name]) for name, milliseconds in found.items()}
 
 
 def throughput(engine: Engine, batch: int, seconds: float = 1.0) -> float:

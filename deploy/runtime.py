@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,9 @@ from deploy import cuda
 from deploy.arrays import InputBatch, pinned_array, read_inputs, sized
 from deploy.buildlog import BuildLog
 from deploy.lane import Lane
-from deploy.settings import Profile
+from deploy.settings import BuildSettings, Profile
 from deploy.trt import BuilderName, Toolkit, find_toolkit, numpy_name, sizes
-from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sidecar_path
+from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of, sidecar_path
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -39,10 +40,19 @@ if TYPE_CHECKING:
 class Engine:
     """An engine in the GPU's memory; see the head of this module. Use it as a context manager, or call ``close``."""
 
-    def __init__(self, plan: bytes, toolkit: Toolkit, *, contexts: int = 2, host_code: bool = False) -> None:
+    def __init__(
+        self,
+        plan: bytes,
+        toolkit: Toolkit,
+        *,
+        contexts: int = 2,
+        host_code: bool = False,
+        weights: Path | None = None,
+    ) -> None:
         """``plan`` is the serialized engine, ``contexts`` the number of lanes.
 
-        ``host_code`` lets an engine bring code for the CPU along, as version-compatible ones do.
+        ``host_code`` lets an engine bring code for the CPU along, as version-compatible ones do. ``weights`` is the
+        ONNX file that a stripped engine takes its weights from.
         Raises UserError when the engine does not load or its buffers do not fit into the GPU's memory.
         """
         if contexts < 1:
@@ -51,9 +61,13 @@ class Engine:
         self.log = BuildLog()
         self.lock = threading.Lock()  # TensorRT makes contexts for one thread at a time
         self._runtime, self.plan = toolkit.load(plan, self.log, host_code)
+        if weights is not None:
+            toolkit.refit(self.plan, weights, self.log)
         self.inputs, self.outputs = _io(self.plan, toolkit.module)
         self.profiles = _profiles(self.plan, self.inputs)
         self._closed = False
+        self._device = cuda.current_device()
+        self._maps: weakref.WeakSet[_Map] = weakref.WeakSet()
         self._free: queue.Queue[Lane | None] = queue.Queue()  # None: the engine is closed
         self._lanes: list[Lane] = []
         try:
@@ -65,6 +79,11 @@ class Engine:
             raise
 
     @classmethod
+    def of(cls, plan: Any, toolkit: Toolkit, settings: BuildSettings, *, contexts: int = 1) -> Engine:
+        """An engine that has just been built with ``settings``."""
+        return cls(bytes(plan), toolkit, contexts=contexts, host_code=settings.version_compatible)
+
+    @classmethod
     def load(cls, path: str | Path, *, contexts: int = 2, trust: bool = False) -> Engine:
         """Loads an engine that python -m deploy.build wrote.
 
@@ -74,20 +93,17 @@ class Engine:
         """
         path = Path(path)
         sidecar = _trusted_sidecar(path) if trust else read_sidecar(path, "engine")
-        builder: BuilderName = "tensorrt"
-        host_code = False
-        if sidecar is not None:
-            builder = sidecar.details["builder"]["name"]
-            host_code = bool(sidecar.details.get("version_compatible"))
-        device = cuda.device()
-        toolkit = find_toolkit(builder)
-        if sidecar is not None:
-            _check_built_for(path, sidecar, toolkit, device)
+        toolkit = _toolkit_here(path, sidecar)
         try:
             plan = path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-        return cls(plan, toolkit, contexts=contexts, host_code=host_code)
+        if sidecar is None:
+            return cls(plan, toolkit, contexts=contexts)
+        settings = sidecar.details.get("settings", {})
+        weights = _weights_of_stripped(path, sidecar) if settings.get("strip_weights") else None
+        host_code = bool(settings.get("version_compatible"))
+        return cls(plan, toolkit, contexts=contexts, host_code=host_code, weights=weights)
 
     def __call__(self, batch: Any) -> Any:
         """Computes one batch and waits for the result.
@@ -115,8 +131,13 @@ class Engine:
 
         Takes and yields what ``__call__`` does. An array in pinned memory (``pinned``) is copied from where it lies
         and must not be changed until its result has been yielded; others are copied by the CPU first, which can cost
-        more than all the rest.
+        more than all the rest. ``batches`` must not use the engine itself: it may find all lanes taken.
         """
+        running = _Map(self, self._map(batches))
+        self._maps.add(running)
+        return running
+
+    def _map(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
         pending: deque[Lane] = deque()
         try:
             for batch in batches:
@@ -129,8 +150,9 @@ class Engine:
             while pending:
                 yield self._finish(pending)
         finally:
-            for lane in pending:
-                self._give(lane)
+            with ExitStack() as stack:  # gives back all, also where one fails
+                for lane in pending:
+                    stack.callback(self._give, lane)
 
     def pinned(self, batch: int) -> Any:
         """An uninitialized input for ``batch`` images (a dict, where there are several) in pinned host memory."""
@@ -143,8 +165,14 @@ class Engine:
         try:
             yield taken
         finally:
-            for lane in taken:
-                self._give(lane)
+            with ExitStack() as stack:
+                for lane in taken:
+                    stack.callback(self._give, lane)
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closed
 
     @property
     def max_batch(self) -> int:
@@ -163,16 +191,20 @@ class Engine:
         return min(fitting, key=lambda index: abs(self.profiles[index].opt - batch))
 
     def close(self) -> None:
-        """Waits for running calls and frees all memory; may be called twice."""
+        """Waits for running calls, ends ``map`` where it was left, and frees all memory; may be called twice."""
         with self.lock:
             if self._closed:
                 return
             self._closed = True
+        cuda.use_device(self._device)
+        for running in list(self._maps):
+            running.close()
         for _ in self._lanes:
             self._free.get()
         self._free.put(None)
-        for lane in self._lanes:
-            lane.close()
+        with ExitStack() as stack:
+            for lane in self._lanes:
+                stack.callback(lane.close)
         self._lanes.clear()
         del self.plan, self._runtime
 
@@ -191,6 +223,7 @@ class Engine:
 
     def _take(self, wait: bool) -> Lane | None:
         """A lane; None when none is free and there is no waiting. Raises ValueError when the engine is closed."""
+        cuda.use_device(self._device)
         if self._closed:  # whoever waits for the lanes to close them must not be overtaken again and again
             raise ValueError("the engine is closed")
         try:
@@ -208,8 +241,10 @@ class Engine:
         return lane
 
     def _give(self, lane: Lane) -> None:
-        lane.settle()
-        self._free.put(lane)
+        try:
+            lane.settle()
+        finally:
+            self._free.put(lane)
 
     def _finish(self, pending: deque[Lane]) -> Any:
         """The result of the inference that was begun first."""
@@ -217,6 +252,27 @@ class Engine:
         outputs = lane.result()
         self._give(pending.popleft())
         return _one_or_all(outputs)
+
+
+class _Map(Iterator[Any]):
+    """A running ``Engine.map``, which the engine can end when it is closed."""
+
+    def __init__(self, engine: Engine, results: Generator[Any, None, None]) -> None:
+        self._engine, self._results, self._ended = engine, results, False
+
+    def __next__(self) -> Any:
+        if self._engine.closed and not self._ended:
+            raise ValueError("the engine is closed")
+        try:
+            return next(self._results)
+        except StopIteration:
+            self._ended = True
+            raise
+
+    def close(self) -> None:
+        """Gives its lanes back, unless it is computing in another thread, which then ends by itself."""
+        with suppress(ValueError):
+            self._results.close()
 
 
 def _one_or_all(arrays: dict[str, Any]) -> Any:
@@ -239,12 +295,43 @@ def _profiles(plan: trt.ICudaEngine, inputs: tuple[TensorSpec, ...]) -> tuple[Pr
     return tuple(Profile(*(int(shape[0]) for shape in three)) for three in shapes)
 
 
+def why_not_here(path: Path, sidecar: Sidecar | None) -> str:
+    """Why an engine cannot run on this machine: no GPU, another GPU, another version; empty when it can."""
+    try:
+        _toolkit_here(path, sidecar)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _toolkit_here(path: Path, sidecar: Sidecar | None) -> Toolkit:
+    """What runs an engine on this machine. Raises UserError when nothing does."""
+    device = cuda.device()
+    builder: BuilderName = sidecar.details["builder"]["name"] if sidecar else "tensorrt"
+    toolkit = find_toolkit(builder)
+    if sidecar is not None:
+        _check_built_for(path, sidecar, toolkit, device)
+    return toolkit
+
+
+def _weights_of_stripped(path: Path, sidecar: Sidecar) -> Path:
+    """The ONNX file that a stripped engine was made from. Raises UserError when it is not there or another one."""
+    assert sidecar.parent is not None
+    for candidate in (path.parent / sidecar.parent.file, path.parent / Path(sidecar.parent.file).name):
+        if candidate.is_file() and sha256_of(candidate) == sidecar.parent.sha256:
+            return candidate
+    raise UserError(
+        f"{path} was built without weights and needs those of {Path(sidecar.parent.file).name} (SHA-256 "
+        f"{sidecar.parent.sha256}): put that file beside it"
+    )
+
+
 def _trusted_sidecar(path: Path) -> Sidecar | None:
     """The sidecar of a file that is loaded in any case: it only helps to choose the runtime."""
     if not path.is_file():
         raise UserError(f"no file {path}: check the path, or make it with python -m deploy.build")
     try:
-        return read_sidecar(path, "engine") if sidecar_path(path).exists() else None
+        return read_sidecar(path, "engine", trust=True) if sidecar_path(path).exists() else None
     except UserError:
         return None
 

@@ -61,6 +61,8 @@ class BuildSettings:
     """Most scratch memory that a layer may use, in GiB; None is all of the GPU's."""
     timing_iterations: int | None = None
     """How often each tactic is timed; more makes the choice steadier and the build longer. None: the builder's own."""
+    tactic_sources: tuple[str, ...] | None = None
+    """Where kernels may come from, by the names of TensorRT's TacticSource; None: the builder's own choice."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products may run on TF32 tensor cores."""
     hardware_compatible: bool = False

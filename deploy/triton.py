@@ -98,7 +98,7 @@ class Model:
 
 
 def main(options: TritonOptions) -> None:
-    """Writes the model repository. Raises UserError, and leaves no half of a model, when it cannot."""
+    """Writes the model repository. Raises UserError, and leaves no half of a new model, when it cannot."""
     model = _model(options)
     folder = options.out / model.name
     _check_free(options, folder)
@@ -185,6 +185,7 @@ def render(model: Model, engine: str) -> str:
         engine=engine,
         version=sidecar.details["builder"]["version"],
         gpu=sidecar.details.get("gpu"),
+        hardware_compatible=sidecar.details.get("hardware_compatible", False),
         inputs=[_row(spec, model) for spec in sidecar.inputs],
         outputs=[_row(spec, model) for spec in sidecar.outputs],
         preprocessing=sidecar.preprocessing,
@@ -208,6 +209,8 @@ def _model(options: TritonOptions) -> Model:
         raise UserError(f"--max-queue-delay-us {options.max_queue_delay_us}: 0 or more is needed")
     sidecar = read_sidecar(options.engine, "engine")
     builder = sidecar.details.get("builder", {})
+    if sidecar.details.get("settings", {}).get("strip_weights"):
+        raise UserError(f"{options.engine} was built without weights, which Triton would miss: build it with them")
     if builder.get("name") != "tensorrt":
         raise UserError(
             f"{options.engine} was built by {builder.get('name')} {builder.get('version')}, Triton serves TensorRT's "

@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deploy import cuda
-from deploy.buildlog import BuildLog, progress_monitor, recorder
+from deploy.buildlog import BuildLog, progress_monitor, raise_if_out_of_memory, recorder
+from deploy.cuda import OUT_OF_MEMORY
 from deploy.settings import BuildSettings, Precision
 from qat.artifact import UserError
 
@@ -89,10 +90,15 @@ class Toolkit:
         flags = _WEAK_FLAGS.get(precision, ())
         if missing := [flag for flag in flags if not hasattr(self.module.BuilderFlag, flag)]:
             raise UserError(
-                f"{self.title} knows strongly typed networks only and has no {' and '.join(missing)} flag for "
-                f"{precision}: leave this precision out"
+                f"{self.title} knows strongly typed networks only, where a float32 ONNX file cannot run in {precision} "
+                f"(no {' and '.join(missing)} flag)"
             )
         return "weak"
+
+    @property
+    def times_kernels(self) -> bool:
+        """Whether a build times kernels, and so has timings to keep."""
+        return self.name == "tensorrt"
 
     @property
     def reports_progress(self) -> bool:
@@ -142,6 +148,8 @@ class Toolkit:
             config.set_memory_pool_limit(pool, int(settings.workspace_gib * cuda.GIB))
         if settings.timing_iterations is not None:
             config.avg_timing_iterations = settings.timing_iterations
+        if settings.tactic_sources is not None:
+            config.set_tactic_sources(self._tactic_sources(settings.tactic_sources))
         if sharing := getattr(self.module.PreviewFeature, "PROFILE_SHARING_0806", None):
             config.set_preview_feature(sharing, True)
         self._set_capabilities(config, settings.capabilities)
@@ -162,7 +170,7 @@ class Toolkit:
         8.6 takes damaged caches without a word: give it only those that are known to be whole. Raises UserError where
         builds time no tactics.
         """
-        if self.name == "tensorrt-rtx":
+        if not self.times_kernels:
             raise UserError(f"{self.title} times no kernels when it builds: leave out --timing-cache")
         outcome: TimingCache = "reused" if content else "created"
         cache = config.create_timing_cache(content)
@@ -181,6 +189,12 @@ class Toolkit:
             raise UserError(f"{self.title} has no version-compatible engines: leave the option out")
         if settings.refit or settings.strip_weights:
             raise UserError(f"{self.title} cannot make engines refittable when it builds without a GPU: leave that out")
+
+    def _tactic_sources(self, names: tuple[str, ...]) -> int:
+        known = self.module.TacticSource.__members__
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"{self.title} knows no tactic source {', '.join(unknown)}: choose from {', '.join(known)}")
+        return sum(1 << int(known[name]) for name in names)
 
     def _flag(self, name: str) -> Any:
         flag = getattr(self.module.BuilderFlag, name, None)
@@ -244,6 +258,7 @@ class Toolkit:
             runtime.engine_host_code_allowed = True
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
+            raise_if_out_of_memory(log)
             said = " ".join(" ".join(log.errors()[-2:]).split())
             raise UserError(
                 f"{self.title} cannot load the engine: it is truncated, or was built by another version or for another "
@@ -259,12 +274,21 @@ class Toolkit:
         else:
             context = engine.create_execution_context(strategy.USER_MANAGED)
         if context is None:
-            raise UserError("TensorRT could not make an execution context: the GPU's memory may be full")
+            raise UserError(f"TensorRT could not make an execution context: {OUT_OF_MEMORY}")
         if strategy is None:
             context.device_memory = memory.address  # type: ignore[attr-defined]
         else:
             context.set_device_memory(memory.address, memory.size)
         return context
+
+    def refit(self, engine: trt.ICudaEngine, model: Path, log: BuildLog) -> None:
+        """Gives a stripped engine the weights of its ONNX file. Raises UserError when they do not fit."""
+        logger = self.logger(log)
+        refitter = self.module.Refitter(engine, logger)
+        parser = self.module.OnnxParserRefitter(refitter, logger)
+        if not parser.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
+            said = " ".join(" ".join(log.errors()[-2:]).split())
+            raise UserError(f"the stripped engine does not take the weights of {model}: build it again ({said})")
 
     def scratch_bytes(self, engine: trt.ICudaEngine) -> int:
         """Bytes of GPU memory that an execution context works in."""

@@ -88,6 +88,21 @@ def test_a_layer_survives_its_json(tmp_path):
     assert EngineLayer.from_json(entry["layers"][0]) == one
 
 
+@pytest.mark.parametrize(
+    ("name", "profile", "nodes", "ends"),
+    [
+        ("conv + relu [profile 1]", 1, ["conv", "relu"], ()),
+        ("conv + relu", 0, ["conv", "relu"], ()),
+        ("{ForeignNode[cast]}", 0, ["{ForeignNode[cast]}"], ("cast",)),
+        ("{ForeignNode[fc.weight...logits]}", 0, ["{ForeignNode[fc.weight...logits]}"], ("fc.weight", "logits")),
+        ("layer1.0.conv1_U229_myl0_12", 0, ["layer1.0.conv1"], ()),
+    ],
+)
+def test_what_a_layers_name_says(name, profile, nodes, ends):
+    found = layer(name, "k", ("INT8",), ())
+    assert (found.profile, found.own_nodes, found.foreign_ends) == (profile, nodes, ends)
+
+
 def test_what_is_no_engine(tmp_path):
     with pytest.raises(UserError, match="no file"):
         audit.main(AuditOptions(engine=tmp_path / "no.engine"))
@@ -97,3 +112,4 @@ def test_what_is_no_engine(tmp_path):
     path.write_bytes(b"x")
     with pytest.raises(UserError, match="is truncated or is another one"):
         audit.main(AuditOptions(engine=path))
+    audit.main(AuditOptions(engine=path, trust=True))  # what was recorded, since it cannot be run here

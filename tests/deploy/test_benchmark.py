@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from qdq_models import residual
 
-from deploy.benchmark import BenchmarkOptions, Column, _columns, _named, main
+from deploy.benchmark import BenchmarkOptions, Column, _check_names, _columns, _named, main
 from deploy.trt import find_toolkit
 from qat.artifact import UserError
 
@@ -60,3 +60,10 @@ def test_options_that_measure_nothing(model):
         main(BenchmarkOptions(model=model, runs=0))
     with pytest.raises(UserError, match=r"no file .*none\.onnx"):
         main(BenchmarkOptions(model=model.with_name("none.onnx")))
+
+
+def test_names_that_would_be_taken_for_each_other():
+    _check_names(["FP16", "INT8 (QAT)", "INT8 (QAT)", "peer", "uint8 input"])
+    for names in (["FP16", "FP16"], ["a b", "a-b"], ["INT8--QAT-"]):
+        with pytest.raises(UserError, match="several engines would be called"):
+            _check_names(["INT8 (QAT)", *names])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from qdq_models import classifier, residual
 
-from deploy.bisect import first_difference, quantized_tensors
+from deploy.bisect import first_difference, telling_tensors
 from deploy.settings import BuildSettings
 from deploy.trt import find_toolkit
 
@@ -36,11 +36,15 @@ def test_no_difference_is_asked_for_once():
 
 def test_tensors_are_listed_in_the_networks_order_with_their_makers(tmp_path):
     toolkit = find_toolkit("tensorrt-rtx")
-    found = quantized_tensors(toolkit, residual(tmp_path / "m.onnx"), BuildSettings())
+    found, outputs = telling_tensors(toolkit, residual(tmp_path / "m.onnx"), BuildSettings())
+    assert outputs == ["logits"]
+    assert found.pop("logits").startswith("/logits/Gemm")  # the parser numbers the addition of the bias
     assert found == {
         "stem_relu": "/stem_relu/Relu",
         "relu1": "/relu1/Relu",
         "relu2": "/relu2/Relu",
         "flat": "/flat/Flatten",
     }
-    assert list(quantized_tensors(toolkit, classifier(tmp_path / "c.onnx"), BuildSettings())) == ["relu", "flat"]
+    assert list(found) == ["stem_relu", "relu1", "relu2", "flat"]
+    found, outputs = telling_tensors(toolkit, classifier(tmp_path / "c.onnx"), BuildSettings())
+    assert (list(found), outputs) == (["relu", "flat", "fc"], ["fc"])

@@ -232,6 +232,23 @@ def test_options_that_cannot_be_met(model, options, message):
     assert message in refused(model, **options)
 
 
+def test_a_fixed_batch_that_is_not_the_one_asked_for(tmp_path):
+    path = convolution(tmp_path / "fixed.onnx", batch=2)
+    assert "has a fixed batch of 2, asked for is 4" in refused(path, profiles=("4",))
+    assert build(path, profiles=("2",), compute_capabilities=("8.9",)) == 0
+
+
+def test_a_timing_cache_that_is_the_model_or_the_engine(model):
+    for name in (model, model.with_suffix(".engine")):
+        assert "is the model or the engine" in refused(model, timing_cache=name)
+
+
+def test_unknown_tactic_source(model):
+    message = refused(model, tactic_sources=("JIT_CONVOLUTIONS", "NONSENSE"))
+    assert "knows no tactic source NONSENSE: choose from" in message
+    assert "JIT_CONVOLUTIONS" in message
+
+
 def test_output_that_is_the_model(model):
     assert "is the model itself" in refused(model, output=model)
 

@@ -387,6 +387,11 @@ def a_profile_without_optimum(engine: Path) -> tuple[str, ...]:
     return "lacks or misstates its optimization profiles", "opt"
 
 
+def stripped(engine: Path) -> tuple[str, ...]:
+    write_engine(engine, settings={"strip_weights": True})
+    return ("was built without weights",)
+
+
 def a_profile_upside_down(engine: Path) -> tuple[str, ...]:
     write_engine(engine, profiles=[{"min": 1, "opt": 8, "max": 4}])
     return "lacks or misstates its optimization profiles", "profile 1,8,4"
@@ -427,6 +432,7 @@ def no_tensors(engine: Path) -> tuple[str, ...]:
         another_engine_than_the_sidecar_s,
         profiles_of_an_older_build,
         a_profile_without_optimum,
+        stripped,
         a_profile_upside_down,
         a_profile_and_a_fixed_batch,
         a_dynamic_height,

@@ -68,11 +68,18 @@ def test_timing_cache_is_created_reused_and_replaced(model, tmp_path, capfd):
     cache.write_bytes(cache.read_bytes()[:-10])
     capfd.readouterr()
     third = read_sidecar(built(model, "c.engine", timing_cache=cache), "engine")
-    assert third.details["timing_cache"] == "created"
+    assert third.details["timing_cache"] == "replaced"
     said = capfd.readouterr()
     assert "is damaged" in said.err
     assert "replaced" in said.out
     assert read_sidecar(cache, "timing-cache").details["gpu"] == third.details["gpu"]
+
+
+def test_an_artifact_of_another_kind_is_not_taken_for_a_timing_cache(model, engine_path):
+    before = engine_path.read_bytes()
+    with pytest.raises(UserError, match="is a file of kind 'engine', needed is 'timing-cache'"):
+        build.main(build.Options(model=model, output=model.with_name("y.engine"), timing_cache=engine_path))
+    assert engine_path.read_bytes() == before
 
 
 def test_a_file_that_is_no_timing_cache_is_not_overwritten(model, tmp_path):
@@ -158,12 +165,16 @@ def test_benchmark_compares_and_builds_once(model, tmp_path, capfd):
     assert [entry["contexts"] for entry in found["throughput"]] == [2]
     assert found["host_to_host"][0]["pinned"] > 0
     assert len(found["builds"]) == 9
+    assert all(entry["built_in_this_run"] for entry in found["builds"])
+    assert all(entry["graph"] for entry in found["latency"])
     precisions = {entry["name"]: entry["convolutions_int8"] for entry in found["builds"] if entry["batch"] == 4}
     assert precisions["FP32"] == precisions["TF32"] == precisions["FP16"] == 0
     assert precisions["INT8 (QAT)"] == precisions["twin"] == 3
     assert "batch 4: " in capfd.readouterr().out
     benchmark.main(options)
-    assert json.loads((tmp_path / "benchmark.json").read_text())["builds"] == []
+    again = json.loads((tmp_path / "benchmark.json").read_text())["builds"]
+    assert len(again) == 9
+    assert not any(entry["built_in_this_run"] for entry in again)
 
 
 def test_evaluate_agrees_with_onnx_runtime(family, tmp_path):

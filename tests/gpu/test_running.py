@@ -19,9 +19,12 @@ from qat.artifact import UserError, read_sidecar, sidecar_path, write_artifact
 
 
 def on_gpu(array: np.ndarray) -> DeviceArray:
-    copied = DeviceArray(array.shape, str(array.dtype))
-    cuda.copy(copied.memory.address, array.ctypes.data, array.nbytes, cuda.LEGACY_STREAM)
-    cuda.synchronize()
+    copied, stream = DeviceArray(array.shape, str(array.dtype)), cuda.Stream()
+    stream.wait(waiting := cuda.Event().record(cuda.LEGACY_STREAM))  # the memory comes from that stream's pool
+    cuda.copy(copied.memory.address, array.ctypes.data, array.nbytes, stream.handle)
+    stream.synchronize()
+    stream.close()
+    waiting.close()
     return copied
 
 
@@ -136,6 +139,34 @@ def test_threads_share_an_engine(engine, images):
         thread.join(60)
         assert not thread.is_alive()
     assert wrong == []
+
+
+def test_a_map_that_is_still_held_ends_when_the_engine_is_closed(engine_path, images):
+    with Engine.load(engine_path, contexts=2) as engine:
+        running = engine.map([images[:4]] * 6)
+        next(running)
+    with pytest.raises(ValueError, match="the engine is closed"):
+        next(running)
+
+
+def test_gpu_results_are_read_while_another_thread_captures(engine_path, images):
+    with Engine.load(engine_path, contexts=2) as engine:
+        given, stop = on_gpu(images[:2]), threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                engine(given).numpy()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for batch in range(1, GRAPHS_PER_LANE):
+                engine(images[:batch])
+        finally:
+            stop.set()
+            reader.join(30)
+        with engine.all_lanes() as lanes:
+            assert all(lane.bind(batch).uses_graph for lane in lanes for batch in (1, 2, 5, 8, 12))
 
 
 def test_closing_waits_for_running_calls_and_refuses_later_ones(engine_path, images):
