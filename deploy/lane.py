@@ -33,6 +33,7 @@ class Bound:
         engine = lane.engine
         self.batch, self._lane = batch, lane
         self._graph: cuda.Graph | None = None
+        self._profiler: Any = None
         profile = engine.profile_for(batch)
         with engine.lock:
             self.context: trt.IExecutionContext = engine.toolkit.create_context(engine.plan, lane.scratch)
@@ -83,8 +84,8 @@ class Bound:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 totals[layer_name] = totals.get(layer_name, 0.0) + ms
 
-        profiler = Profiler()
-        self.context.profiler = profiler
+        self._profiler = Profiler()  # lives as long as the context, which goes on using it
+        self.context.profiler = self._profiler
         self.context.enqueue_emits_profile = True
         for _ in range(runs):
             self._enqueue()
@@ -105,6 +106,7 @@ class Bound:
             raise RuntimeError(f"TensorRT could not run the engine: {said}")
 
     def _captured(self) -> cuda.Graph | None:
+        graphs: list[cuda.Graph] = []
         for _ in range(2):  # what another thread does to the whole GPU can break a capture
             with contextlib.suppress(RuntimeError), self._lane.stream.capture() as graphs:
                 self._enqueue()
