@@ -106,12 +106,13 @@ class Bound:
             raise RuntimeError(f"TensorRT could not run the engine: {said}")
 
     def _captured(self) -> cuda.Graph | None:
-        graphs: list[cuda.Graph] = []
+        captured: list[cuda.Graph] = []
         for _ in range(2):  # what another thread does to the whole GPU can break a capture
             with contextlib.suppress(RuntimeError), self._lane.stream.capture() as graphs:
+                captured = graphs  # filled when the block ends
                 self._enqueue()
-            if graphs:
-                return graphs[0]
+            if captured:
+                return captured[0]
         return None
 
 
