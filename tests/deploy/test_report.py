@@ -223,6 +223,10 @@ def test_evaluation_and_speed_are_on_the_page(family: Path) -> None:
     assert "INT8 (QAT)|32|0.750|0.700 to 0.800|0.900|44,000|2.00" in [row.replace("\n", "") for row in found]
     assert any(row.replace("\n", "").startswith("INT8 (QAT)|1|0.250") and row.endswith("|") for row in found)
 
+    del evaluated["first_difference"]  # where nothing differs
+    evaluation.write_text(json.dumps(evaluated))
+    assert "first layer that differs" not in render(family / "model.engine", evaluation)
+
     evaluation.write_text(json.dumps({**evaluated, "engine": "0"}))
     with pytest.raises(UserError, match="is about another engine"):
         render(family / "model.engine", evaluation)
