@@ -332,7 +332,7 @@ def _print_latencies(found: dict[str, Latency], batch: int) -> None:
         )
         for name, latency in found.items()
     ]
-    heads = ("engine", "median, ms", "5 to 95 %", "p99", "images/s", "times FP16", f"{MODEL} is faster by")
+    heads = ("engine", "median, ms", "5 to 95 %", "p99", "images/s", "times FP16", f"time / {MODEL}")
     table(f"Batch {batch}, {found[MODEL].runs} runs", heads, rows)
     if base:
         say(verdict(found[MODEL], base))
