@@ -66,6 +66,8 @@ class Options(Command):
     """How often each kernel is timed; more makes the choice steadier. By default TensorRT's own."""
     tactic_sources: tuple[str, ...] | None = None
     """Where kernels may come from, by TensorRT's names such as JIT_CONVOLUTIONS; by default TensorRT's own choice."""
+    aux_streams: int | None = None
+    """Further streams that one inference may use for branches side by side; by default TensorRT's own choice."""
     workspace_gib: float | None = None
     """Most scratch memory that a layer may use, in GiB; by default all of the GPU's."""
     tf32: bool = False
@@ -88,6 +90,7 @@ class Options(Command):
             workspace_gib=self.workspace_gib,
             timing_iterations=self.timing_iterations,
             tactic_sources=self.tactic_sources,
+            aux_streams=self.aux_streams,
             tf32=self.tf32,
             hardware_compatible=self.hardware_compatible,
             version_compatible=self.version_compatible,

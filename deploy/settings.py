@@ -63,6 +63,8 @@ class BuildSettings:
     """How often each tactic is timed; more makes the choice steadier and the build longer. None: the builder's own."""
     tactic_sources: tuple[str, ...] | None = None
     """Where kernels may come from, by the names of TensorRT's TacticSource; None: the builder's own choice."""
+    aux_streams: int | None = None
+    """Further streams that one inference may use, for branches that can run side by side; None: the builder's choice."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products may run on TF32 tensor cores."""
     hardware_compatible: bool = False
@@ -83,5 +85,7 @@ class BuildSettings:
             raise UserError(f"optimization level {self.optimization_level}: the builder knows 0 to 5")
         if self.workspace_gib is not None and self.workspace_gib <= 0:
             raise UserError(f"workspace of {self.workspace_gib} GiB: needed is more than 0")
+        if self.aux_streams is not None and self.aux_streams < 0:
+            raise UserError(f"{self.aux_streams} further streams: needed is 0 at least")
         if self.timing_iterations is not None and self.timing_iterations < 1:
             raise UserError(f"{self.timing_iterations} timing iterations: needed is 1 at least")

@@ -148,6 +148,8 @@ class Toolkit:
             config.set_memory_pool_limit(pool, int(settings.workspace_gib * cuda.GIB))
         if settings.timing_iterations is not None:
             config.avg_timing_iterations = settings.timing_iterations
+        if settings.aux_streams is not None:
+            config.max_aux_streams = settings.aux_streams
         if settings.tactic_sources is not None:
             config.set_tactic_sources(self._tactic_sources(settings.tactic_sources))
         if sharing := getattr(self.module.PreviewFeature, "PROFILE_SHARING_0806", None):

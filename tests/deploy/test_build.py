@@ -202,7 +202,7 @@ def test_a_single_number_makes_the_batch_static(model):
 
 
 def test_settings_and_log_are_recorded(model):
-    options = {"optimization_level": 0, "tf32": True, "workspace_gib": 0.25, "timing_iterations": 2}
+    options = {"optimization_level": 0, "tf32": True, "workspace_gib": 0.25, "timing_iterations": 2, "aux_streams": 1}
     assert build(model, compute_capabilities=("8.9",), **options) == 0
     details = read_sidecar(model.with_suffix(".engine"), "engine").details
     assert {key: details["settings"][key] for key in options} == options

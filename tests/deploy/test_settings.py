@@ -38,6 +38,7 @@ def test_sizes_that_contradict(text):
         ({"optimization_level": -1}, "knows 0 to 5"),
         ({"workspace_gib": 0.0}, "more than 0"),
         ({"timing_iterations": 0}, "at least"),
+        ({"aux_streams": -1}, "at least"),
     ],
 )
 def test_settings_that_no_builder_takes(settings, message):
