@@ -1,9 +1,9 @@
 """What each knob gives for the most images a second: inputs, batch sizes, contexts, the builder's options.
 
-    python benchmarks/gpu_trials.py FOLDER [--seconds N]
+    python -m benchmarks.gpu_trials FOLDER [--seconds N]
 
-FOLDER is what benchmarks/gpu_models.py wrote. Each trial builds an engine of ResNet50, which takes half a minute; a trial
-begins only within the first N seconds. The table is printed at the end, and the raw figures are in FOLDER/trials.jsonl.
+FOLDER is what benchmarks/gpu_models.py wrote. Each trial builds an engine of ResNet50, which takes half a minute; a
+trial begins only within the first N seconds. The table is printed at the end, raw figures are in FOLDER/trials.jsonl.
 """
 
 from __future__ import annotations

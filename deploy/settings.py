@@ -64,7 +64,7 @@ class BuildSettings:
     tactic_sources: tuple[str, ...] | None = None
     """Where kernels may come from, by the names of TensorRT's TacticSource; None: the builder's own choice."""
     aux_streams: int | None = None
-    """Further streams that one inference may use, for branches that can run side by side; None: the builder's choice."""
+    """Further streams that one inference may use for branches side by side; None: the builder's own choice."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products may run on TF32 tensor cores."""
     hardware_compatible: bool = False

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
+import threading
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deploy import cuda
 from deploy.runtime import Engine
-from qat.artifact import UserError, sidecar_path
+from deploy.settings import Profile
+from qat.artifact import TensorSpec, UserError, sidecar_path
 
 
 @pytest.fixture
@@ -48,3 +54,120 @@ def test_what_is_no_engine_is_said_before_a_gpu_is_looked_for(engine, chain):
 def test_no_gpu_is_one_line_with_what_to_do(engine):
     for options in ({}, {"trust": True}):
         assert refused(engine, **options).endswith("run this on a machine with an NVIDIA GPU and its driver")
+
+
+# --- faults: the lanes are stand-ins, since a broken GPU cannot be had; on a working one tests/gpu runs the real ones
+
+
+class BrokenLane:
+    """Computes ``good`` times; then everything fails, as after an illegal access on a GPU."""
+
+    def __init__(self, good: int) -> None:
+        self.left, self.closed = good, False
+
+    def submit(self, inputs: object) -> None:
+        self.left -= 1
+        self._check()
+
+    def result(self) -> dict[str, int]:
+        self._check()
+        return {"logits": self.left}
+
+    def settle(self) -> None:
+        self._check()
+
+    def close(self) -> None:
+        self.closed = True
+        self._check()
+
+    def _check(self) -> None:
+        if self.left < 0:
+            raise RuntimeError("cudaStreamSynchronize: cudaErrorIllegalAddress")
+
+
+def engine_of(lanes: list[BrokenLane], monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr(cuda, "use_device", lambda number: None)
+    engine = Engine.__new__(Engine)
+    engine.inputs, engine.profiles = (TensorSpec("x", (-1, 2), "float32"),), (Profile(1, 2, 4),)
+    engine.lock, engine._closed, engine._device = threading.Lock(), False, 0
+    engine._maps, engine._free, engine._lanes = weakref.WeakSet(), queue.Queue(), lanes  # type: ignore[assignment]
+    engine.plan = engine._runtime = None  # type: ignore[assignment]
+    for lane in lanes:
+        engine._free.put(lane)  # type: ignore[arg-type]
+    return engine
+
+
+def within_seconds(work: Callable[[], None]) -> list[BaseException]:
+    """What ``work`` raised; fails when it hangs."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "it hangs"
+    return raised
+
+
+X = np.zeros((2, 2), np.float32)
+
+
+def test_a_fault_of_the_gpu_ends_in_errors_not_in_waiting(monkeypatch):
+    lanes = [BrokenLane(1), BrokenLane(1)]
+    engine = engine_of(lanes, monkeypatch)
+
+    def work() -> None:
+        with engine:
+            for _ in range(9):
+                engine(X)
+
+    (error,) = within_seconds(work)
+    assert "cudaErrorIllegalAddress" in str(error)
+    assert all(lane.closed for lane in lanes)
+    with pytest.raises(ValueError, match="the engine is closed"):
+        engine(X)
+
+
+def test_a_fault_in_the_middle_of_a_map(monkeypatch):
+    lanes = [BrokenLane(2), BrokenLane(2), BrokenLane(2)]
+    engine = engine_of(lanes, monkeypatch)
+
+    def work() -> None:
+        with engine:
+            list(engine.map([X] * 20))
+
+    (error,) = within_seconds(work)
+    assert "cudaErrorIllegalAddress" in str(error)
+    assert all(lane.closed for lane in lanes)
+
+
+def test_an_engine_is_closed_while_a_map_is_held(monkeypatch):
+    engine = engine_of([BrokenLane(99), BrokenLane(99)], monkeypatch)
+    running = engine.map([X] * 6)
+    next(running)
+    assert within_seconds(engine.close) == []
+    with pytest.raises(ValueError, match="the engine is closed"):
+        next(running)
+
+
+def test_two_maps_and_calls_share_two_lanes(monkeypatch):
+    engine = engine_of([BrokenLane(999), BrokenLane(999)], monkeypatch)
+
+    def work() -> None:
+        first, second = engine.map([X] * 8), engine.map([X] * 8)
+        assert len(list(zip(first, range(8), strict=True))) == 8
+        assert len(list(second)) == 8
+        engine(X)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert within_seconds(engine.close) == []
