@@ -8,9 +8,9 @@ set -euo pipefail
 out=$1 python=${PYTHON:-python3} deploy=${DEPLOY_PYTHON:-${PYTHON:-python3}}
 shift
 [[ -f $out/resnet50_int8-nchw.onnx ]] || PYTHONPATH=.:benchmarks:${PYTHONPATH:-} $python benchmarks/gpu_models.py "$out"
-$deploy -m deploy.benchmark "$out/resnet50.onnx" --ptq "$out/resnet50_ptq.onnx" --full-batches 32 --batches 128 1 \
+$deploy -m deploy.benchmark "$out/resnet50.onnx" --ptq "$out/resnet50_ptq.onnx" --full-batches 32 --batches 128 1 --pad-channels \
     --peers "$@" --inputs "uint8 input=$out/resnet50_uint8-nchw.onnx" "INT8 input=$out/resnet50_int8-nchw.onnx" \
     --host-to-host 128 --contexts 2 3 --output "$out/benchmark.json"
 # The most images a second: input that the host has quantized, the largest batch, several contexts.
-$deploy -m deploy.benchmark "$out/resnet50_int8-nchw.onnx" --precisions --batches --full-batches \
+$deploy -m deploy.benchmark "$out/resnet50_int8-nchw.onnx" --precisions --batches --full-batches --pad-channels \
     --sweep 2048 --contexts 1 2 3 --output "$out/throughput.json"

@@ -3,16 +3,13 @@
     python benchmarks/gpu_models.py FOLDER
 
 Speed does not depend on the weights. Written are the Q/DQ network with each type of input, the same with ranges by
-another calibrator (as post-training quantization leaves it), the float network, and for benchmarks/gpu_trials.py the
-network with zero channels in layer1.
+another calibrator (as post-training quantization leaves it), and the float network.
 """
 
 import sys
 import warnings
 from pathlib import Path
 
-import numpy as np
-import onnx
 import torch
 from export_and_build import write_checkpoint
 
@@ -33,26 +30,6 @@ def main() -> None:
     for kind in ("uint8-nchw", "int8-nchw"):
         output = folder / f"resnet50_{kind}.onnx"
         export_checkpoint(ExportOptions(checkpoint=checkpoint, input=kind, output=output))
-    onnx.save(padded(onnx.load(folder / "resnet50.onnx")), folder / "resnet50_padded.onnx")
-
-
-def padded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same function with the 64 channels before each last convolution of layer1 padded to 128 by zeros."""
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-
-    def pad(name: str, axis: int, value: float = 0) -> None:
-        array = onnx.numpy_helper.to_array(tensors[name])
-        more = np.concatenate([array, np.full_like(array, value)], axis)
-        tensors[name].CopyFrom(onnx.numpy_helper.from_array(more, name))
-
-    for block in ("layer1.0", "layer1.1", "layer1.2"):
-        pad(f"{block}.conv2.weight", 0)
-        pad(f"{block}.conv2.weight_quantizer.scale", 0, 1)
-        pad(f"{block}.conv2.weight_quantizer.zero_point", 0)
-        pad(f"{block}.conv2.bias", 0)
-        pad(f"{block}.conv3.weight", 1)
-    del model.graph.value_info[:]
-    return model
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from deploy.settings import BuildSettings, Profile
 from deploy.trt import find_toolkit
 from qat.artifact import UserError
 
-FLOAT, INT8, PADDED = "resnet50.onnx", "resnet50_int8-nchw.onnx", "resnet50_padded.onnx"
+FLOAT, INT8 = "resnet50.onnx", "resnet50_int8-nchw.onnx"
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,17 @@ class Trial:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+ZEROS = {"pad_channels": True}
+
 TRIALS = (
-    *(Trial("defaults", file, batch) for batch in (32, 128) for file in (FLOAT, PADDED, INT8)),
+    *(Trial("defaults", file, batch) for batch in (32, 128) for file in (FLOAT, INT8)),
+    *(Trial("zero channels", FLOAT, batch, settings=ZEROS) for batch in (1, 32, 128)),
     *(Trial("2 further streams", FLOAT, batch, settings={"aux_streams": 2}) for batch in (32, 128)),
     *(Trial("no further streams", FLOAT, batch, settings={"aux_streams": 0}) for batch in (32, 128)),
     Trial("level 5", FLOAT, 32, settings={"optimization_level": 5, "timing_iterations": 8}),
     Trial("no JIT kernels", FLOAT, 32, settings={"tactic_sources": ("EDGE_MASK_CONVOLUTIONS",)}),
     *(Trial("defaults", INT8, batch, (1, 2, 3)) for batch in (512, 2048)),
+    Trial("zero channels", INT8, 2048, (1, 2, 3), settings=ZEROS),
     Trial("defaults", FLOAT, 2048, (1, 2, 3)),
 )
 

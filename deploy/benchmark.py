@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from deploy.measure import Latency
     from deploy.trt import Toolkit
 
-MODEL, FP16, IMPLICIT = "INT8 (QAT)", "FP16", "implicit INT8"
+MODEL, PADDED = "INT8 (QAT)", "INT8 (QAT), zero channels"
+FP16, IMPLICIT = "FP16", "implicit INT8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,8 @@ class BenchmarkOptions(Command):
     float16: Path | None = None
     """The same with --precision float16, for TensorRT versions that know strongly typed networks only; by default
     MODEL.float16.onnx."""
+    pad_channels: bool = False
+    """A further engine of the model, with zero channels (deploy.build --pad-channels)."""
     ptq: Path | None = None
     """The model quantized without training, as ONNX."""
     precisions: tuple[Literal["fp32", "tf32", "fp16", "implicit"], ...] = ("fp32", "tf32", "fp16", "implicit")
@@ -89,6 +92,7 @@ class Column:
     name: str
     model: Path
     precision: Precision
+    pad_channels: bool = False
 
 
 def main(options: BenchmarkOptions) -> None:
@@ -105,7 +109,7 @@ def main(options: BenchmarkOptions) -> None:
     assert toolkit.device is not None
     columns = _columns(options, toolkit)
     peers = [Column(name, path, "explicit") for name, path in map(_named, options.peers)]
-    inputs = [Column(MODEL, options.model, "explicit")]
+    inputs = [column for column in columns if column.name in (MODEL, PADDED)]
     inputs += [Column(name, path, "explicit") for name, path in map(_named, options.inputs)]
     _check_names([column.name for column in (*columns, *peers, *inputs)])
     bench = Bench(toolkit, options)
@@ -128,7 +132,7 @@ def main(options: BenchmarkOptions) -> None:
 
     for batch in dict.fromkeys((*options.full_batches, *options.batches)):
         full = batch in options.full_batches
-        chosen = [column for column in columns if full or column.name in (FP16, IMPLICIT, MODEL)]
+        chosen = [column for column in columns if full or column.name in (FP16, IMPLICIT, MODEL, PADDED)]
         add("latency", bench.compare(chosen + (peers if full else []), batch))
     for batch in options.host_to_host:
         for column in inputs:
@@ -209,6 +213,7 @@ class Bench:
 
         settings = BuildSettings(
             precision=column.precision,
+            pad_channels=column.pad_channels,
             profiles=(Profile(batch, batch, batch),),
             optimization_level=self.options.optimization_level,
             timing_iterations=self.options.timing_iterations,
@@ -292,7 +297,10 @@ def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
         columns.append(Column(names[precision], model, built_as))
     if options.ptq:
         columns.append(Column("INT8 (post-training)", options.ptq, "explicit"))
-    return [*columns, Column(MODEL, options.model, "explicit")]
+    columns.append(Column(MODEL, options.model, "explicit"))
+    if options.pad_channels:
+        columns.append(Column(PADDED, options.model, "explicit", pad_channels=True))
+    return columns
 
 
 def _file_name(name: str) -> str:

@@ -70,6 +70,8 @@ class Options(Command):
     """Further streams that one inference may use for branches side by side; by default TensorRT's own choice."""
     workspace_gib: float | None = None
     """Most scratch memory that a layer may use, in GiB; by default all of the GPU's."""
+    pad_channels: bool = False
+    """Build with zero channels too, which can make convolutions faster, and keep the faster engine. Needs a GPU."""
     tf32: bool = False
     """Let float32 layers run on TF32 tensor cores."""
     hardware_compatible: bool = False
@@ -122,7 +124,8 @@ def main(options: Options) -> int:
     _print_audit(built)
     if source is None:
         warn(f"{options.model} has no sidecar: its provenance, preprocessing and class names are unknown")
-    sidecar = engine_sidecar(built, toolkit, options.settings(capabilities), source, parent)
+    settings = dataclasses.replace(options.settings(capabilities), pad_channels=bool(built.padded))
+    sidecar = engine_sidecar(built, toolkit, settings, source, parent)
     write_artifact(output, sidecar, lambda path: write_plan(path, built.plan))
     say(f"wrote {output} and {sidecar_path(output).name}")
     if broken := built.audit.broken:
@@ -146,52 +149,64 @@ def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
 
 
 def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built:
-    """Builds as often as asked, with the timing cache, and returns the fastest engine."""
+    """Builds as often and in as many ways as asked, with the timing cache, and returns the fastest engine."""
     from deploy.builder import build
 
-    cache = options.timing_cache
-    if cache is None and options.repeat == 1:
-        return build(toolkit, options.model, settings)
-    if options.repeat > 1 and toolkit.device is None:
-        raise UserError("--repeat keeps the fastest engine, and without a GPU none can be timed: leave it out")
-    if options.repeat > 1 and cache is not None:
+    several = options.repeat > 1 or options.pad_channels
+    if several and toolkit.device is None:
+        asked = "--repeat" if options.repeat > 1 else "--pad-channels"
+        raise UserError(f"{asked} keeps the fastest engine, and without a GPU none can be timed: leave it out")
+    if options.repeat > 1 and options.timing_cache is not None:
         raise UserError("--repeat times kernels anew in each build, --timing-cache avoids just that: give one of them")
-    if options.repeat > 1:
-        return _fastest([build(toolkit, options.model, settings) for _ in range(options.repeat)], toolkit, settings)
-    assert cache is not None
-    return _build_with_cache(toolkit, options.model, settings, cache)
+    cache = _TimingCacheFile(options.timing_cache, toolkit) if options.timing_cache else None
+    # Without a file the second way of building still profits from the first one's timings; a repetition must not.
+    timings = cache.content if cache else b"" if options.pad_channels and options.repeat == 1 else None
+    candidates: list[Built] = []
+    for pad in (False, True) if options.pad_channels else (False,):
+        for _ in range(options.repeat):
+            built = build(toolkit, options.model, dataclasses.replace(settings, pad_channels=pad), timings)
+            timings = built.timing_cache_content if timings is not None else None
+            if pad and not built.padded:
+                say("--pad-channels: no convolution of this network can be padded")
+                break
+            candidates.append(built)
+    if cache:
+        cache.save(built)
+    return _fastest(candidates, toolkit, settings) if len(candidates) > 1 else candidates[0]
 
 
-def _build_with_cache(toolkit: Toolkit, model: Path, settings: BuildSettings, cache: Path) -> Built:
-    """Reuses the timings in the file ``cache`` where they fit, and writes there what the build adds."""
-    from deploy.builder import build
+class _TimingCacheFile:
+    """The file that keeps the timings of kernels, with a sidecar that says for which version and GPU."""
 
-    check_writable(cache)
-    maker = {"version": toolkit.version, "gpu": toolkit.device.name if toolkit.device else None}
-    content, replaced = b"", ""
-    if cache.exists():
-        if not sidecar_path(cache).exists():
-            raise UserError(f"{cache} is no timing cache of this program (it has no sidecar): give another file name")
+    def __init__(self, path: Path, toolkit: Toolkit) -> None:
+        check_writable(path)
+        self.path, self.content, self._replaced = path, b"", ""
+        self._maker = {"version": toolkit.version, "gpu": toolkit.device.name if toolkit.device else None}
+        if not path.exists():
+            return
+        if not sidecar_path(path).exists():
+            raise UserError(f"{path} is no timing cache of this program (it has no sidecar): give another file name")
         try:
-            found = read_sidecar(cache, "timing-cache").details
-            if found == maker:
-                content = cache.read_bytes()
+            found = read_sidecar(path, "timing-cache").details
+            if found == self._maker:
+                self.content = path.read_bytes()
             else:
-                replaced = f"is of version {found['version']} for {found['gpu']}"
+                self._replaced = f"is of version {found['version']} for {found['gpu']}"
         except WrongKindError:
             raise
         except UserError as error:
-            replaced = f"is damaged ({error})"
-    built = build(toolkit, model, settings, content)
-    if replaced:
-        built = dataclasses.replace(built, timing_cache="replaced")
-    if built.timing_cache == "replaced":
-        warn(f"the timing cache {cache} {replaced or 'is refused by the builder'}: replaced")
-    kilobytes = len(built.timing_cache_content) / 1e3
-    say(f"timing cache {cache}: {built.timing_cache}, {kilobytes:.0f} kB")
-    sidecar = Sidecar(kind="timing-cache", details=maker)
-    write_artifact(cache, sidecar, lambda path: write_plan(path, built.timing_cache_content))
-    return built
+            self._replaced = f"is damaged ({error})"
+
+    def save(self, built: Built) -> None:
+        """Writes what the builds have added, and says what became of the file."""
+        outcome = "replaced" if self._replaced else built.timing_cache
+        if outcome == "replaced":
+            warn(f"the timing cache {self.path} {self._replaced or 'is refused by the builder'}: replaced")
+        content = built.timing_cache_content
+        say(f"timing cache {self.path}: {outcome}, {len(content) / 1e3:.0f} kB")
+        write_artifact(
+            self.path, Sidecar(kind="timing-cache", details=self._maker), lambda path: write_plan(path, content)
+        )
 
 
 def _fastest(candidates: list[Built], toolkit: Toolkit, settings: BuildSettings) -> Built:
@@ -209,7 +224,10 @@ def _fastest(candidates: list[Built], toolkit: Toolkit, settings: BuildSettings)
         medians = {name: latency.median for name, latency in latencies(engines, batch).items()}
     best = min(medians, key=lambda name: medians[name])
     spread = 100 * (max(medians.values()) / medians[best] - 1)
-    listed = ", ".join(f"{median:.4f}" for median in medians.values())
+    listed = ", ".join(
+        f"{median:.4f}" + (" (zero channels)" if candidates[int(name)].padded else "")
+        for name, median in medians.items()
+    )
     say(f"{len(candidates)} builds, batch {batch}: {listed} ms; kept the fastest, the slowest is {spread:.1f} % slower")
     return candidates[int(best)]
 
@@ -265,6 +283,7 @@ def engine_sidecar(
         "profiles": [asdict(profile) for profile in built.profiles],
         "settings": asdict(settings),
         "timing_cache": built.timing_cache,
+        "padded": list(built.padded),
         "weights": "float32, quantized by the builder" if built.float_weights else "as in the ONNX file",
         "hardware_compatible": settings.hardware_compatible,
         "version_compatible": settings.version_compatible,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import diagnose, implicit, weights
+from deploy import diagnose, implicit, padding, weights
 from deploy.buildlog import BuildLog
 from deploy.layers import layers_from_inspector, layers_from_log
 from deploy.precision import Audit, DeclaredLayer, audit, declared_layers
@@ -39,6 +39,8 @@ class Built:
     timing_cache_content: bytes
     float_weights: bool
     """Whether the builder got the weights in float, with a QuantizeLinear, because it refuses INT8 constants."""
+    padded: tuple[str, ...]
+    """Convolutions that got zero channels."""
 
     @property
     def bytes(self) -> int:
@@ -87,6 +89,7 @@ def build(
         timing_cache=attempt.timing_cache,
         timing_cache_content=attempt.timing_cache_content,
         float_weights=attempt.float_weights,
+        padded=attempt.padded,
     )
 
 
@@ -103,6 +106,7 @@ class _Attempt:
     timing_cache: TimingCache | None
     timing_cache_content: bytes
     float_weights: bool
+    padded: tuple[str, ...]
 
 
 def _attempt(
@@ -123,7 +127,8 @@ def _attempt(
     if settings.precision == "implicit":
         implicit.set_dynamic_ranges(network)
     declared = declared_layers(network, toolkit.module)
-    kept = weights.as_float(network, toolkit) if float_weights else []
+    padded, kept = padding.pad_channels(network, toolkit) if settings.pad_channels else ([], [])
+    kept += weights.as_float(network, toolkit) if float_weights else []
     profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
 
     start = time.perf_counter()
@@ -132,7 +137,7 @@ def _attempt(
     seconds = time.perf_counter() - start
     del kept  # the network referred to them until here
     timings = bytes(config.get_timing_cache().serialize()) if outcome and plan is not None else b""
-    return _Attempt(plan, seconds, network, declared, profiles, log, outcome, timings, float_weights)
+    return _Attempt(plan, seconds, network, declared, profiles, log, outcome, timings, float_weights, tuple(padded))
 
 
 def parse(

@@ -65,6 +65,8 @@ class BuildSettings:
     """Where kernels may come from, by the names of TensorRT's TacticSource; None: the builder's own choice."""
     aux_streams: int | None = None
     """Further streams that one inference may use for branches side by side; None: the builder's own choice."""
+    pad_channels: bool = False
+    """Whether convolutions that end a residual block get zero channels (deploy/padding.py)."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products may run on TF32 tensor cores."""
     hardware_compatible: bool = False

@@ -41,7 +41,7 @@ def as_float(network: trt.INetworkDefinition, toolkit: Toolkit) -> list[np.ndarr
         if scale.size > 1:
             shape[layer.axis] = -1
         kept.append(np.ascontiguousarray(codes * scale.reshape(shape).astype(np.float32)))
-        makers[tensor.name].weights = module.Weights(kept[-1])  # in place: no INT8 constant is left behind
+        set_constant(makers[tensor.name], kept[-1], module)  # in place: no INT8 constant is left behind
         quantize = toolkit.add_quantize(network, tensor, layer.get_input(1))
         quantize.axis, quantize.name = layer.axis, f"{tensor.name}/quantize"
         quantized[tensor.name] = quantize.get_output(0)
@@ -49,10 +49,19 @@ def as_float(network: trt.INetworkDefinition, toolkit: Toolkit) -> list[np.ndarr
     return kept
 
 
+def constant_value(layer: Any, module: Any) -> np.ndarray:
+    """The value of a constant layer, in its shape."""
+    layer.__class__ = module.IConstantLayer
+    return np.asarray(layer.weights).reshape(tuple(layer.shape))
+
+
+def set_constant(layer: Any, value: np.ndarray, module: Any) -> None:
+    """Gives a constant layer another value, which must live until the network has been built."""
+    layer.__class__ = module.IConstantLayer
+    layer.shape, layer.weights = module.Dims(value.shape), module.Weights(value)
+
+
 def _constant(tensor: trt.ITensor, makers: dict[str, Any], module: Any) -> np.ndarray | None:
-    """The value of a tensor that is a constant, in its shape."""
+    """The value of a tensor; None where it is no constant."""
     maker = makers.get(tensor.name)
-    if maker is None or maker.type.name != "CONSTANT":
-        return None
-    maker.__class__ = module.IConstantLayer
-    return np.asarray(maker.weights).reshape(tuple(maker.shape))
+    return constant_value(maker, module) if maker is not None and maker.type.name == "CONSTANT" else None

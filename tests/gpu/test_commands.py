@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import qdq_models
 
-from deploy import audit, benchmark, build, evaluate
+from deploy import audit, benchmark, build, builder, evaluate
 from deploy.runtime import Engine
+from deploy.settings import BuildSettings, Profile
+from deploy.trt import find_toolkit
 from qat.artifact import UserError, read_sidecar, sidecar_path
 
 
@@ -68,7 +70,7 @@ def test_timing_cache_is_created_reused_and_replaced(model, tmp_path, capfd):
     cache.write_bytes(cache.read_bytes()[:-10])
     capfd.readouterr()
     third = read_sidecar(built(model, "c.engine", timing_cache=cache), "engine")
-    assert third.details["timing_cache"] == "replaced"
+    assert third.details["timing_cache"] == "created"  # the build's own began empty
     said = capfd.readouterr()
     assert "is damaged" in said.err
     assert "replaced" in said.out
@@ -93,6 +95,26 @@ def test_a_file_that_is_no_timing_cache_is_not_overwritten(model, tmp_path):
 def test_repeat_keeps_the_fastest_and_prints_the_spread(model, capfd):
     built(model, "repeat.engine", profiles=("8",), repeat=2)
     assert "2 builds, batch 8: " in capfd.readouterr().out
+
+
+def test_zero_channels_change_no_answer_and_the_faster_engine_is_kept(tmp_path, capfd):
+    from test_padding import bottleneck
+
+    model = bottleneck(tmp_path / "bottleneck.onnx")
+    images = np.random.default_rng(4).standard_normal((8, 32, 8, 8)).astype(np.float32)
+    toolkit = find_toolkit("tensorrt")
+    answers = []
+    for pad in (False, True):
+        settings = BuildSettings(profiles=(Profile(8, 8, 8),), pad_channels=pad)
+        found = builder.build(toolkit, model, settings)
+        assert found.padded == (("/b/Conv",) if pad else ())
+        with Engine.of(found.plan, toolkit, settings) as engine:
+            answers.append(engine(images))
+    assert np.abs(answers[0] - answers[1]).max() <= 1e-5 * np.abs(answers[0]).max()
+    capfd.readouterr()
+    sidecar = read_sidecar(built(model, "kept.engine", profiles=("8",), pad_channels=True), "engine")
+    assert "(zero channels) ms; kept the fastest" in " ".join(capfd.readouterr().out.split())
+    assert sidecar.details["settings"]["pad_channels"] == bool(sidecar.details["padded"])
 
 
 def test_options_of_the_builder(model, images, expected):
