@@ -45,11 +45,12 @@ class Engine:
         plan: bytes,
         toolkit: Toolkit,
         *,
-        contexts: int = 2,
+        contexts: int = 3,
         host_code: bool = False,
         weights: Path | None = None,
     ) -> None:
-        """``plan`` is the serialized engine, ``contexts`` the number of lanes.
+        """``plan`` is the serialized engine, ``contexts`` the number of lanes: two overlap copies with computing, a
+        third keeps the GPU busy while the host turns from one result to the next.
 
         ``host_code`` lets an engine bring code for the CPU along, as version-compatible ones do. ``weights`` is the
         ONNX file that a stripped engine takes its weights from.
@@ -84,7 +85,7 @@ class Engine:
         return cls(bytes(plan), toolkit, contexts=contexts, host_code=settings.version_compatible)
 
     @classmethod
-    def load(cls, path: str | Path, *, contexts: int = 2, trust: bool = False) -> Engine:
+    def load(cls, path: str | Path, *, contexts: int = 3, trust: bool = False) -> Engine:
         """Loads an engine that python -m deploy.build wrote.
 
         An engine file can make TensorRT do anything, so it must be the one that its sidecar was written for; ``trust``
