@@ -111,7 +111,7 @@ def main(options: BenchmarkOptions) -> None:
     peers = [Column(name, path, "explicit") for name, path in map(_named, options.peers)]
     inputs = [column for column in columns if column.name in (MODEL, PADDED)]
     inputs += [Column(name, path, "explicit") for name, path in map(_named, options.inputs)]
-    _check_names([column.name for column in (*columns, *peers, *inputs)])
+    _check_names([column.name for column in {*columns, *peers, *inputs}])
     bench = Bench(toolkit, options)
     say(f"{toolkit.title} on {toolkit.device.name}, driver {toolkit.device.driver}; batches {options.batches}")
 
@@ -308,9 +308,9 @@ def _file_name(name: str) -> str:
 
 
 def _check_names(names: list[str]) -> None:
-    """Raises UserError when two columns would be taken for each other; the model itself stands in two lists."""
-    found = [_file_name(name) for name in names if name != MODEL]
-    doubled = sorted({name for name in found if found.count(name) > 1 or name == _file_name(MODEL)})
+    """Raises UserError when two columns would be taken for each other."""
+    found = [_file_name(name) for name in names]
+    doubled = sorted({name for name in found if found.count(name) > 1})
     if doubled:
         raise UserError(
             f"several engines would be called {', '.join(doubled)}: give each of --peers and --inputs a name"

@@ -68,6 +68,7 @@ class Engine:
         self.profiles = _profiles(self.plan, self.inputs)
         self._closed = False
         self._device = cuda.current_device()
+        self._all = threading.Lock()
         self._maps: weakref.WeakSet[_Map] = weakref.WeakSet()
         self._free: queue.Queue[Lane | None] = queue.Queue()  # None: the engine is closed
         self._lanes: list[Lane] = []
@@ -134,11 +135,12 @@ class Engine:
         and must not be changed until its result has been yielded; others are copied by the CPU first, which can cost
         more than all the rest. ``batches`` must not use the engine itself: it may find all lanes taken.
         """
-        running = _Map(self, self._map(batches))
+        running = _Map(self, batches)
         self._maps.add(running)
         return running
 
-    def _map(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
+    def in_flight(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
+        """What ``map`` runs: submits batches while there are lanes, and yields results in order."""
         pending: deque[Lane] = deque()
         try:
             for batch in batches:
@@ -162,13 +164,12 @@ class Engine:
     @contextmanager
     def all_lanes(self) -> Iterator[list[Lane]]:
         """All lanes, which other callers wait for meanwhile: for measuring."""
-        taken = [self._wait_for_lane() for _ in self._lanes]
-        try:
+        with self._all, ExitStack() as stack:  # one at a time: two could wait for each other
+            taken = []
+            for _ in range(self.contexts):
+                taken.append(self._wait_for_lane())
+                stack.callback(self._give, taken[-1])
             yield taken
-        finally:
-            with ExitStack() as stack:
-                for lane in taken:
-                    stack.callback(self._give, lane)
 
     @property
     def closed(self) -> bool:
@@ -197,15 +198,26 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-        cuda.use_device(self._device)
-        for running in list(self._maps):
-            running.close()
+        with ExitStack() as stack:  # every step is taken, also where one before it fails; the last one is first
+            stack.callback(self._forget)
+            for lane in self._lanes:
+                stack.callback(lane.close)
+            stack.callback(self._collect_lanes)
+            stack.callback(self._end_maps)
+            cuda.use_device(self._device)
+
+    def _end_maps(self) -> None:
+        with ExitStack() as stack:
+            for running in self._maps:
+                stack.callback(running.close)
+
+    def _collect_lanes(self) -> None:
+        """Waits for all lanes and tells those who wait for one that there is none any more."""
         for _ in self._lanes:
             self._free.get()
         self._free.put(None)
-        with ExitStack() as stack:
-            for lane in self._lanes:
-                stack.callback(lane.close)
+
+    def _forget(self) -> None:
         self._lanes.clear()
         del self.plan, self._runtime
 
@@ -258,20 +270,30 @@ class Engine:
 class _Map(Iterator[Any]):
     """A running ``Engine.map``, which the engine can end when it is closed."""
 
-    def __init__(self, engine: Engine, results: Generator[Any, None, None]) -> None:
-        self._engine, self._results, self._ended = engine, results, False
+    def __init__(self, engine: Engine, batches: Iterable[Any]) -> None:
+        self._engine, self._complete = engine, False
+        self._results = self._all(engine.in_flight(batches))
+
+    def _all(self, results: Generator[Any, None, None]) -> Generator[Any, None, None]:
+        yield from results
+        self._complete = True
 
     def __next__(self) -> Any:
-        if self._engine.closed and not self._ended:
-            raise ValueError("the engine is closed")
         try:
-            return next(self._results)
+            found = next(self._results)
         except StopIteration:
-            self._ended = True
+            if not self._complete:
+                raise ValueError("the engine is closed") from None
             raise
+        except ValueError:
+            self.close()
+            raise
+        if self._engine.closed:  # it could not be ended while it was computing
+            self.close()
+        return found
 
     def close(self) -> None:
-        """Gives its lanes back, unless it is computing in another thread, which then ends by itself."""
+        """Gives its lanes back, unless it is computing in another thread, which does so when it has its result."""
         with suppress(ValueError):
             self._results.close()
 

@@ -63,7 +63,15 @@ def test_options_that_measure_nothing(model):
 
 
 def test_names_that_would_be_taken_for_each_other():
-    _check_names(["FP16", "INT8 (QAT)", "INT8 (QAT)", "peer", "uint8 input"])
+    _check_names(["FP16", "INT8 (QAT)", "INT8 (QAT), zero channels", "peer", "uint8 input"])
     for names in (["FP16", "FP16"], ["a b", "a-b"], ["INT8--QAT-"]):
         with pytest.raises(UserError, match="several engines would be called"):
             _check_names(["INT8 (QAT)", *names])
+
+
+def test_zero_channels_are_a_column_of_their_own(model):
+    columns = _columns(BenchmarkOptions(model=model, precisions=(), pad_channels=True), find_toolkit("tensorrt-rtx"))
+    assert columns == [
+        Column("INT8 (QAT)", model, "explicit"),
+        Column("INT8 (QAT), zero channels", model, "explicit", pad_channels=True),
+    ]

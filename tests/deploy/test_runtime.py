@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,7 @@ def engine_of(lanes: list[BrokenLane], monkeypatch: pytest.MonkeyPatch) -> Engin
     engine = Engine.__new__(Engine)
     engine.inputs, engine.profiles = (TensorSpec("x", (-1, 2), "float32"),), (Profile(1, 2, 4),)
     engine.lock, engine._closed, engine._device = threading.Lock(), False, 0
+    engine._all, engine.contexts = threading.Lock(), len(lanes)
     engine._maps, engine._free, engine._lanes = weakref.WeakSet(), queue.Queue(), lanes  # type: ignore[assignment]
     engine.plan = engine._runtime = None  # type: ignore[assignment]
     for lane in lanes:
@@ -171,3 +173,80 @@ def test_two_maps_and_calls_share_two_lanes(monkeypatch):
         thread.join(10)
     assert not any(thread.is_alive() for thread in threads)
     assert within_seconds(engine.close) == []
+
+
+class SlowLane(BrokenLane):
+    """Takes a moment for each result."""
+
+    def result(self) -> dict[str, int]:
+        time.sleep(0.05)
+        return super().result()
+
+
+def test_an_engine_is_closed_while_a_map_computes_in_another_thread(monkeypatch):
+    engine = engine_of([SlowLane(999), SlowLane(999)], monkeypatch)
+    seen: list[str] = []
+
+    def consume() -> None:
+        try:
+            held = engine.map([X] * 500)
+            for _ in held:
+                seen.append("result")
+            seen.append("complete")
+        except ValueError as error:
+            seen.append(str(error))
+
+    consumer = threading.Thread(target=consume, daemon=True)
+    consumer.start()
+    while not seen:
+        time.sleep(0.01)
+    time.sleep(0.03)  # in the middle of a result
+    assert within_seconds(engine.close) == []
+    consumer.join(10)
+    assert not consumer.is_alive()
+    assert seen[-1] == "the engine is closed"
+
+
+def test_a_map_that_was_ended_does_not_look_complete(monkeypatch):
+    engine = engine_of([BrokenLane(99), BrokenLane(99)], monkeypatch)
+    running = engine.map([X] * 5)
+    next(running)
+    engine.close()
+    with pytest.raises(ValueError, match="the engine is closed"):
+        list(running)
+
+
+def test_all_lanes_that_cannot_be_had_are_given_back(monkeypatch):
+    engine = engine_of([BrokenLane(99) for _ in range(3)], monkeypatch)
+    busy = [engine._wait_for_lane(), engine._wait_for_lane()]
+
+    def measure() -> None:
+        with engine.all_lanes():
+            raise AssertionError("the engine is being closed")
+
+    raised: list[BaseException] = []
+    measuring = threading.Thread(target=lambda: raised.extend(within_seconds(measure)), daemon=True)
+    measuring.start()
+    time.sleep(0.05)
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    time.sleep(0.05)
+    for lane in busy:
+        engine._give(lane)
+    closing.join(10)
+    measuring.join(10)
+    assert not closing.is_alive()
+    assert [str(error) for error in raised] == ["the engine is closed"]
+
+
+def test_a_fault_while_a_held_map_is_ended_frees_the_rest(monkeypatch):
+    lanes = [BrokenLane(2), BrokenLane(2)]
+    engine = engine_of(lanes, monkeypatch)
+    running = engine.map([X] * 9)
+    next(running)
+    for lane in lanes:
+        lane.left = -1
+    (error,) = within_seconds(engine.close)
+    assert "cudaErrorIllegalAddress" in str(error)
+    assert all(lane.closed for lane in lanes)
+    assert not hasattr(engine, "plan")
