@@ -38,9 +38,10 @@ class InputBatch:
 
 
 class DeviceArray:
-    """An output in the GPU's memory, freed with the object; ``torch.as_tensor(x, device="cuda")`` takes it as it is.
+    """An output in the GPU's memory; ``torch.as_tensor(x, device="cuda")`` takes it as it is.
 
-    Its values are complete when the call that returned it returns.
+    Its values are complete when the call that returned it returns. The memory is free for further results as soon as
+    the object is gone: work on another stream than the default one must be done by then.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str, stream: int = cuda.LEGACY_STREAM) -> None:

@@ -86,7 +86,8 @@ def bisect(
     expected = run(session_with_tensors(reference, makers), inputs)
     names = [name for name in makers if name in expected]
     fixed = Profile(len(inputs), len(inputs), len(inputs))
-    settings = dataclasses.replace(settings, profiles=(fixed,), pad_channels=False)  # padded tensors compare with none
+    # Padded tensors compare with none, and an engine without weights computes nothing.
+    settings = dataclasses.replace(settings, profiles=(fixed,), pad_channels=False, strip_weights=False)
     timings = b"" if toolkit.times_kernels else None
 
     def measure(name: str) -> float | None:

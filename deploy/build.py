@@ -33,7 +33,7 @@ from qat.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
     from deploy.builder import Built
-    from deploy.trt import Toolkit
+    from deploy.trt import TimingCache, Toolkit
 
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
 EXIT_NOT_INT8 = 3
@@ -156,23 +156,35 @@ def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built
     if several and toolkit.device is None:
         asked = "--repeat" if options.repeat > 1 else "--pad-channels"
         raise UserError(f"{asked} keeps the fastest engine, and without a GPU none can be timed: leave it out")
+    if options.strip_weights and several:
+        raise UserError(
+            "an engine without weights cannot be timed: leave out --strip-weights, --repeat or --pad-channels"
+        )
     if options.repeat > 1 and options.timing_cache is not None:
         raise UserError("--repeat times kernels anew in each build, --timing-cache avoids just that: give one of them")
     cache = _TimingCacheFile(options.timing_cache, toolkit) if options.timing_cache else None
     # Without a file the second way of building still profits from the first one's timings; a repetition must not.
-    timings = cache.content if cache else b"" if options.pad_channels and options.repeat == 1 else None
-    candidates: list[Built] = []
-    for pad in (False, True) if options.pad_channels else (False,):
-        for _ in range(options.repeat):
+    shares = options.pad_channels and options.repeat == 1 and toolkit.times_kernels
+    timings = cache.content if cache else b"" if shares else None
+    candidates = [build(toolkit, options.model, settings, timings)]
+    for pad in [False] * (options.repeat - 1) + [True] * (options.repeat if options.pad_channels else 0):
+        timings = candidates[-1].timing_cache_content if timings is not None else None
+        try:
             built = build(toolkit, options.model, dataclasses.replace(settings, pad_channels=pad), timings)
-            timings = built.timing_cache_content if timings is not None else None
-            if pad and not built.padded:
-                say("--pad-channels: no convolution of this network can be padded")
-                break
-            candidates.append(built)
-    if cache:
-        cache.save(built)
-    return _fastest(candidates, toolkit, settings) if len(candidates) > 1 else candidates[0]
+        except UserError as error:
+            if not pad:
+                raise
+            warn(f"--pad-channels: the network does not build with zero channels ({error})")
+            break
+        if pad and not built.padded:
+            say("--pad-channels: no convolution of this network can be padded")
+            break
+        candidates.append(built)
+    best = _fastest(candidates, toolkit, settings) if len(candidates) > 1 else candidates[0]
+    if cache is None:
+        return dataclasses.replace(best, timing_cache=None)
+    outcome = cache.save(candidates[0].timing_cache, candidates[-1].timing_cache_content)
+    return dataclasses.replace(best, timing_cache=outcome)
 
 
 class _TimingCacheFile:
@@ -197,16 +209,17 @@ class _TimingCacheFile:
         except UserError as error:
             self._replaced = f"is damaged ({error})"
 
-    def save(self, built: Built) -> None:
-        """Writes what the builds have added, and says what became of the file."""
-        outcome = "replaced" if self._replaced else built.timing_cache
+    def save(self, outcome: TimingCache | None, content: bytes) -> TimingCache | None:
+        """Writes what the builds have added, and says what became of the file; ``outcome`` is the first build's."""
+        if self._replaced:
+            outcome = "replaced"
         if outcome == "replaced":
             warn(f"the timing cache {self.path} {self._replaced or 'is refused by the builder'}: replaced")
-        content = built.timing_cache_content
         say(f"timing cache {self.path}: {outcome}, {len(content) / 1e3:.0f} kB")
         write_artifact(
             self.path, Sidecar(kind="timing-cache", details=self._maker), lambda path: write_plan(path, content)
         )
+        return outcome
 
 
 def _fastest(candidates: list[Built], toolkit: Toolkit, settings: BuildSettings) -> Built:

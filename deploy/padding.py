@@ -99,13 +99,15 @@ class _Graph:
     def _pad_weights(self, layer: Any, axis: int, more: int) -> list[np.ndarray]:
         dequantize = self.makers[layer.get_input(1).name]
         codes = self.makers[dequantize.get_input(0).name]
-        kept = [_padded(constant_value(codes, self.module), axis, more, 0)]
+        before = constant_value(codes, self.module)
+        channels = before.shape[0]
+        kept = [_padded(before, axis, more, 0)]
         set_constant(codes, kept[0], self.module)
         if axis == 0:  # one scale for each output channel; newer parsers add the zero points
             for index in range(1, dequantize.num_inputs):
                 maker = self.makers[dequantize.get_input(index).name]
                 values = constant_value(maker, self.module)
-                if values.ndim:
+                if values.size == channels:
                     kept.append(_padded(values, 0, more, 1 if index == 1 else 0))
                     set_constant(maker, kept[-1], self.module)
         return kept
@@ -138,8 +140,10 @@ class _Graph:
         tensors = [dequantize.get_input(index) for index in range(dequantize.num_inputs)]
         if not all(map(self._private, [layer.get_input(1), *tensors])):
             return None
-        codes = constant_value(constants[0], self.module)
-        return codes if codes.dtype == np.int8 and codes.ndim == 4 else None
+        codes, scale = (constant_value(maker, self.module) for maker in constants[:2])
+        dequantize.__class__ = self.module.IDequantizeLayer
+        by_output_channel = scale.size == 1 or (dequantize.axis == 0 and scale.size == codes.shape[0])
+        return codes if codes.dtype == np.int8 and codes.ndim == 4 and by_output_channel else None
 
     def _private(self, tensor: Any) -> bool:
         """Whether a tensor has one reader and is no output of the network."""

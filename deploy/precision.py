@@ -8,7 +8,7 @@ come from DequantizeLinear, possibly through a transpose or a reshape. Real: the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from deploy.layers import EngineLayer
@@ -82,14 +82,27 @@ class DeclaredLayer:
 
 
 def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> Audit:
-    """Holds what the network declares against the engine's final layers."""
+    """Holds what the network declares against the engine's final layers.
+
+    An engine with several optimization profiles has the layers of each; a finding is about the worst.
+    """
+    profiles = sorted({layer.profile for layer in layers}) or [0]
     findings = []
     for layer in declared:
-        found = _layer_of(layer, layers)
-        precision = found.product_precision if found else "unknown"
-        cause = "" if precision == "INT8" else _cause(layer, found)
-        findings.append(Finding(layer.node, layer.operation, layer.int8, precision, cause))
+        found = [_find(layer, [known for known in layers if known.profile == profile]) for profile in profiles]
+        worst = next((index for index, finding in enumerate(found) if finding.precision != "INT8"), 0)
+        finding = found[worst]
+        if len(profiles) > 1 and finding.cause:
+            finding = replace(finding, cause=f"in profile {profiles[worst]}: {finding.cause}")
+        findings.append(finding)
     return Audit(tuple(findings), tuple(layers))
+
+
+def _find(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> Finding:
+    found = _layer_of(declared, layers)
+    precision = found.product_precision if found else "unknown"
+    cause = "" if precision == "INT8" else _cause(declared, found)
+    return Finding(declared.node, declared.operation, declared.int8, precision, cause)
 
 
 def declared_layers(network: trt.INetworkDefinition, module: Any) -> list[DeclaredLayer]:

@@ -43,7 +43,7 @@ class Graph:
         inputs = [
             self.constant(f"{name}_q", codes),
             self.constant(f"{name}_scale", np.asarray(values, np.float32)),
-            self.constant(f"{name}_zero", np.zeros(shape[axis], np.int8)),
+            self.constant(f"{name}_zero", np.zeros(np.shape(values), np.int8)),
         ]
         return self.node("DequantizeLinear", inputs, f"{name}_dq", axis=axis)
 
@@ -144,6 +144,34 @@ def residual(
     if from_bytes:
         return graph.save(path, ("N", 32, 32, 3), ("N", 10), TensorProto.UINT8)
     return graph.save(path, ("N", 3, 32, 32), ("N", 10))
+
+
+def bottleneck(
+    path: Path,
+    *,
+    middle: int = 64,
+    kernel: int = 1,
+    groups: int = 1,
+    tap: bool = False,
+    axes: tuple[int, int] = (0, 0),
+    scales: object = None,
+) -> Path:
+    """input -> Q/DQ -> Conv 3x3 -> Relu -> Q/DQ -> Conv -> Add with the input's DQ.
+
+    ``tap`` lets another convolution read what is between the two; ``axes`` are those of the weights' scales.
+    """
+    graph = Graph()
+    skip = graph.quantized("input", "x")
+    inputs = [skip, graph.weights("a_w", (middle, 32, 3, 3), axes[0], scales), graph.float_weights("a_b", (middle,))]
+    x = graph.node("Relu", [graph.node("Conv", inputs, "a", kernel_shape=[3, 3], pads=[1] * 4)], "relu")
+    x = graph.quantized(x, "between")
+    weights = graph.weights("b_w", (32, middle // groups, kernel, kernel), axes[1])
+    y = graph.node("Conv", [x, weights], "b", kernel_shape=[kernel] * 2, pads=[kernel // 2] * 4, group=groups)
+    y = graph.node("Add", [y, skip], "add")
+    if tap:
+        other = graph.node("Conv", [x, graph.weights("c_w", (32, middle, 1, 1))], "c", kernel_shape=[1, 1])
+        y = graph.node("Add", [y, other], "sum")
+    return graph.save(path, ("N", 32, 8, 8), ("N", 32, 8, 8))
 
 
 def transposed_convolution(path: Path) -> Path:

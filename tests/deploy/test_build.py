@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from qdq_models import classifier, convolution, foreign_operator, quantized_bias, transposed_convolution
+from qdq_models import bottleneck, classifier, convolution, foreign_operator, quantized_bias, transposed_convolution
 
-from deploy.build import EXIT_NOT_INT8, Options, main
+from deploy import cuda
+from deploy.build import EXIT_NOT_INT8, Options, _build, main
+from deploy.trt import find_toolkit
 from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of, sidecar_path, write_artifact
 
 
@@ -248,6 +251,43 @@ def test_unknown_tactic_source(model):
     message = refused(model, tactic_sources=("JIT_CONVOLUTIONS", "NONSENSE"))
     assert "knows no tactic source NONSENSE: choose from" in message
     assert "JIT_CONVOLUTIONS" in message
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The builder of this machine taken for one with a GPU; of several engines the last one counts as the fastest."""
+    toolkit = dataclasses.replace(find_toolkit("tensorrt-rtx"), device=cuda.Device("GPU", "8.9", "1", "13.0", 1.0))
+    monkeypatch.setattr("deploy.build._fastest", lambda candidates, toolkit, settings: candidates[-1])
+    return toolkit
+
+
+def built_by(toolkit, model: Path, **options):
+    chosen = Options(model=model, **options)
+    return _build(toolkit, chosen, chosen.settings(("8.9",)))
+
+
+def test_zero_channels_are_built_beside_the_plain_engine(as_on_a_gpu, tmp_path, capfd):
+    model = bottleneck(tmp_path / "b.onnx")
+    assert built_by(as_on_a_gpu, model).padded == ()
+    assert built_by(as_on_a_gpu, model, pad_channels=True).padded == ("/b/Conv",)
+    assert built_by(as_on_a_gpu, model, pad_channels=True, repeat=2).padded == ("/b/Conv",)
+    assert built_by(as_on_a_gpu, classifier(tmp_path / "c.onnx"), pad_channels=True).padded == ()
+    assert "no convolution of this network can be padded" in capfd.readouterr().out
+
+
+def test_a_network_that_does_not_build_with_zero_channels_is_built_without(as_on_a_gpu, tmp_path, monkeypatch, capfd):
+    def fail(network, toolkit):
+        raise UserError("no such kernel")
+
+    monkeypatch.setattr("deploy.padding.pad_channels", fail)
+    assert built_by(as_on_a_gpu, bottleneck(tmp_path / "b.onnx"), pad_channels=True).padded == ()
+    assert "does not build with zero channels (no such kernel)" in " ".join(capfd.readouterr().err.split())
+
+
+def test_an_engine_without_weights_is_not_timed(as_on_a_gpu, model):
+    for options in ({"repeat": 2}, {"pad_channels": True}):
+        with pytest.raises(UserError, match="an engine without weights cannot be timed"):
+            built_by(as_on_a_gpu, model, strip_weights=True, **options)
 
 
 def test_output_that_is_the_model(model):

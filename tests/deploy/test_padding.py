@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from qdq_models import Graph, classifier, residual
+from qdq_models import bottleneck, classifier, residual
 
 from deploy.builder import parse
 from deploy.buildlog import BuildLog
@@ -16,25 +16,6 @@ from deploy.precision import declared_layers
 from deploy.settings import BuildSettings
 from deploy.trt import find_toolkit
 from deploy.weights import constant_value
-
-
-def bottleneck(path: Path, *, middle: int = 64, kernel: int = 1, groups: int = 1, tap: bool = False) -> Path:
-    """input -> Q/DQ -> Conv 3x3 -> Relu -> Q/DQ -> Conv -> Add with the input's DQ.
-
-    ``tap`` lets another convolution read what is between the two.
-    """
-    graph = Graph()
-    skip = graph.quantized("input", "x")
-    inputs = [skip, graph.weights("a_w", (middle, 32, 3, 3)), graph.float_weights("a_b", (middle,))]
-    x = graph.node("Relu", [graph.node("Conv", inputs, "a", kernel_shape=[3, 3], pads=[1] * 4)], "relu")
-    x = graph.quantized(x, "between")
-    weights = graph.weights("b_w", (32, middle // groups, kernel, kernel))
-    y = graph.node("Conv", [x, weights], "b", kernel_shape=[kernel] * 2, pads=[kernel // 2] * 4, group=groups)
-    y = graph.node("Add", [y, skip], "add")
-    if tap:
-        other = graph.node("Conv", [x, graph.weights("c_w", (32, middle, 1, 1))], "c", kernel_shape=[1, 1])
-        y = graph.node("Add", [y, other], "sum")
-    return graph.save(path, ("N", 32, 8, 8), ("N", 32, 8, 8))
 
 
 def padded(model: Path) -> tuple[Any, Any, list[str], Any]:
@@ -85,12 +66,26 @@ def test_the_channels_between_are_zero_and_the_rest_is_as_before(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"middle": 128}, {"middle": 256}, {"kernel": 3}, {"groups": 2}, {"tap": True}],
-    ids=lambda changes: next(iter(changes)),
+    [
+        {"middle": 128},
+        {"middle": 256},
+        {"kernel": 3},
+        {"groups": 2},
+        {"tap": True},
+        {"axes": (1, 0)},
+        {"axes": (0, 1)},
+    ],
+    ids=str,
 )
 def test_where_they_do_not_belong(tmp_path, changes):
     _, _, names, _ = padded(bottleneck(tmp_path / "m.onnx", **changes))
     assert names == []
+
+
+def test_one_scale_for_all_channels_stays_one(tmp_path):
+    network, module, names, _ = padded(bottleneck(tmp_path / "m.onnx", scales=np.float32(0.01)))
+    assert names == ["/b/Conv"]
+    assert constants(network, module)["a_w_scale"].size == 1
 
 
 def test_networks_without_such_a_place(tmp_path):

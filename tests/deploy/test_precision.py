@@ -248,3 +248,14 @@ def test_the_path_of_weights_ends_at_their_constant(tmp_path):
     assert convolution.weight_path[0] == "/w_dq/DequantizeLinear"
     assert convolution.weight_path[-1].startswith("w_q")
     assert product.weight_path[-1].startswith("fc_w_q")
+
+
+def test_a_layer_that_is_float_in_one_profile_is_found():
+    def layer(profile: str, precision: str) -> EngineLayer:
+        return EngineLayer(f"conv + relu{profile}", "CaskConvolution", (precision,), (precision,), (), ("conv", "relu"))
+
+    (finding,) = audit([declared("conv")], [layer("", "INT8"), layer(" [profile 1]", "FP16")]).findings
+    assert (finding.precision, finding.broken) == ("FP16", True)
+    assert finding.cause.startswith("in profile 1: ")
+    (finding,) = audit([declared("conv")], [layer("", "INT8"), layer(" [profile 1]", "INT8")]).findings
+    assert (finding.precision, finding.cause) == ("INT8", "")
