@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.evaluate import Answers, EvaluateOptions, engine_logits, main
+from deploy.evaluate import Answers, EvaluateOptions, _images, engine_logits, main
+from deploy.reference import read_reference
 from deploy.settings import Profile
-from qat.artifact import UserError
+from qat.artifact import UserError, read_sidecar
 
 
 def test_accuracy_and_agreement():
@@ -70,3 +71,23 @@ def test_one_line_for_every_mistake(chain: Path, tmp_path: Path):
     assert "check the path of --onnx" in refused(onnx=tmp_path / "x.onnx")
     (tmp_path / "file").write_text("")
     assert "a part of the path is a file" in refused(json=tmp_path / "file" / "x.json")
+
+
+def test_data_gives_the_test_split_that_was_held_out_of_training(chain: Path):
+    onnx = read_sidecar(chain / "model.onnx", "onnx")
+    reference = read_reference(chain / "model.onnx", onnx)
+    data = read_sidecar(chain / "model.qat", "checkpoint").details["data"]["source"]
+    options = EvaluateOptions(engine=chain / "model.engine", data=data)
+    source, batches = _images(options, chain / "model.onnx", onnx)
+    found = list(batches)
+    assert source == f"the test split of {data}"
+    np.testing.assert_array_equal(np.concatenate([images for images, _, _ in found]), reference.images)
+    np.testing.assert_array_equal(np.concatenate([labels for _, labels, _ in found]), reference.labels)
+    assert all(pytorch is None for _, _, pytorch in found)
+
+    few = EvaluateOptions(engine=chain / "model.engine", data=data, images=7)
+    assert sum(len(labels) for _, labels, _ in _images(few, chain / "model.onnx", onnx)[1]) == 7
+    saved = EvaluateOptions(engine=chain / "model.engine", images=7)
+    ((images, labels, logits),) = _images(saved, chain / "model.onnx", onnx)[1]
+    assert (len(images), len(labels)) == (7, 7)
+    np.testing.assert_array_equal(logits, reference.logits[:7])
