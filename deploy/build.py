@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from deploy.settings import BuildSettings, Profile
+from deploy.settings import BuilderOptions, BuildSettings, Profile
 from qat.artifact import (
     Parent,
     Sidecar,
@@ -41,7 +41,7 @@ MB = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Command):
+class Options(Command, BuilderOptions):
     """What to build, and for which GPUs."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL.onnx")]
@@ -60,45 +60,13 @@ class Options(Command):
     build. Needs a GPU."""
     timing_cache: Path | None = None
     """File that keeps the timings of kernels: made by the first build, it shortens the next ones."""
-    optimization_level: int = 3
-    """0 builds fast, 5 tries the most kernels."""
-    timing_iterations: int | None = None
-    """How often each kernel is timed; more makes the choice steadier. By default TensorRT's own."""
-    tactic_sources: tuple[str, ...] | None = None
-    """Where kernels may come from, by TensorRT's names such as JIT_CONVOLUTIONS; by default TensorRT's own choice."""
-    aux_streams: int | None = None
-    """Further streams that one inference may use for branches side by side; by default TensorRT's own choice."""
-    workspace_gib: float | None = None
-    """Most scratch memory that a layer may use, in GiB; by default all of the GPU's."""
     pad_channels: bool = False
     """Build with zero channels too, which can make convolutions faster, and keep the faster engine. Needs a GPU."""
-    tf32: bool = False
-    """Let float32 layers run on TF32 tensor cores."""
-    hardware_compatible: bool = False
-    """An engine for every GPU from Ampere on."""
-    version_compatible: bool = False
-    """An engine that later versions of TensorRT load too."""
-    refit: bool = False
-    """An engine whose weights can be exchanged."""
-    strip_weights: bool = False
-    """An engine without weights, to be refitted when it is loaded."""
 
     def settings(self, capabilities: tuple[str, ...]) -> BuildSettings:
         """As the builder takes them. Raises UserError."""
-        return BuildSettings(
-            profiles=tuple(Profile.parse(text) for text in self.profiles),
-            capabilities=capabilities,
-            optimization_level=self.optimization_level,
-            workspace_gib=self.workspace_gib,
-            timing_iterations=self.timing_iterations,
-            tactic_sources=self.tactic_sources,
-            aux_streams=self.aux_streams,
-            tf32=self.tf32,
-            hardware_compatible=self.hardware_compatible,
-            version_compatible=self.version_compatible,
-            refit=self.refit,
-            strip_weights=self.strip_weights,
-        )
+        profiles = tuple(Profile.parse(text) for text in self.profiles)
+        return BuildSettings.of(self, profiles=profiles, capabilities=capabilities)
 
 
 def main(options: Options) -> int:
@@ -120,11 +88,12 @@ def main(options: Options) -> int:
     target = toolkit.device.name if toolkit.device else "compute capabilities " + " ".join(capabilities)
     say(f"{toolkit.title}, {toolkit.typing()}ly typed, for {target}")
 
-    built = _build(toolkit, options, options.settings(capabilities))
+    settings = options.settings(capabilities)
+    built = _build(toolkit, options, settings)
     _print_audit(built)
     if source is None:
         warn(f"{options.model} has no sidecar: its provenance, preprocessing and class names are unknown")
-    settings = dataclasses.replace(options.settings(capabilities), pad_channels=bool(built.padded))
+    settings = dataclasses.replace(settings, pad_channels=bool(built.padded))
     sidecar = engine_sidecar(built, toolkit, settings, source, parent)
     write_artifact(output, sidecar, lambda path: write_plan(path, built.plan))
     say(f"wrote {output} and {sidecar_path(output).name}")

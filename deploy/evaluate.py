@@ -22,7 +22,7 @@ import numpy as np
 import tyro
 
 from deploy.reference import network_input, read_reference
-from deploy.settings import BuildSettings, Profile
+from deploy.settings import BuildSettings
 from qat.artifact import Sidecar, UserError, atomic_write, check_writable, read_parent, read_sidecar
 from qat.console import Command, run_command, say, table, warn
 
@@ -224,13 +224,11 @@ def _find_difference(
     def report(name: str, sqnr_db: float | None) -> None:
         say(f"  {name}: " + ("equal" if sqnr_db is None else f"{sqnr_db:.1f} dB"))
 
-    settings = dict(sidecar.details["settings"])
-    settings["profiles"] = tuple(Profile(**profile) for profile in settings["profiles"])
-    settings["capabilities"] = tuple(settings["capabilities"])
+    settings = BuildSettings.from_json(sidecar.details["settings"])
     toolkit = find_toolkit(sidecar.details["builder"]["name"])
-    found = bisect(toolkit, model, truth, inputs, BuildSettings(**settings), options.least_sqnr, report)
+    found = bisect(toolkit, model, truth, inputs, settings, options.least_sqnr, report)
     if found is None:
-        say(f"every tensor agrees to at least {options.least_sqnr:g} dB; a larger --least-sqnr finds less")
+        say(f"every tensor agrees to {options.least_sqnr:g} dB or better; raise --least-sqnr for smaller differences")
         return None
     say(f"the first layer that differs is {found.node}: its output {found.tensor} has {found.sqnr_db:.1f} dB")
     return {"node": found.node, "tensor": found.tensor, "sqnr_db": found.sqnr_db}

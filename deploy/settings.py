@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from qat.artifact import UserError
 
@@ -46,15 +47,10 @@ class Profile:
         return self.min == self.max
 
 
-@dataclass(frozen=True)
-class BuildSettings:
-    """The builder's options. Their meaning is TensorRT's own; the defaults are too, but for TF32, which is off."""
+@dataclass(frozen=True, kw_only=True)
+class BuilderOptions:
+    """The builder's own options, as the command line has them too. The defaults are TensorRT's, but for TF32."""
 
-    precision: Precision = "explicit"
-    profiles: tuple[Profile, ...] = (Profile(1, 8, 32),)
-    """For networks whose batch is dynamic. A single fixed one makes the batch static, which is the fastest."""
-    capabilities: tuple[str, ...] = ()
-    """Compute capabilities such as ``8.9``, for TensorRT-RTX."""
     optimization_level: int = 3
     """0 (fast build) to 5 (fast engine)."""
     workspace_gib: float | None = None
@@ -65,8 +61,6 @@ class BuildSettings:
     """Where kernels may come from, by the names of TensorRT's TacticSource; None: the builder's own choice."""
     aux_streams: int | None = None
     """Further streams that one inference may use for branches side by side; None: the builder's own choice."""
-    pad_channels: bool = False
-    """Whether convolutions that end a residual block get zero channels (deploy/padding.py)."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products may run on TF32 tensor cores."""
     hardware_compatible: bool = False
@@ -77,6 +71,32 @@ class BuildSettings:
     """Whether weights can be exchanged in the built engine."""
     strip_weights: bool = False
     """Whether weights are left out of the engine, to be refitted when it is loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings(BuilderOptions):
+    """All that one build is asked for."""
+
+    precision: Precision = "explicit"
+    profiles: tuple[Profile, ...] = (Profile(1, 8, 32),)
+    """For networks whose batch is dynamic. A single fixed one makes the batch static, which is the fastest."""
+    capabilities: tuple[str, ...] = ()
+    """Compute capabilities such as ``8.9``, for TensorRT-RTX."""
+    pad_channels: bool = False
+    """Whether convolutions that end a residual block get zero channels (deploy/padding.py)."""
+
+    @classmethod
+    def of(cls, options: BuilderOptions, **more: Any) -> BuildSettings:
+        """``options`` of the builder, and the rest by name."""
+        return cls(**{field.name: getattr(options, field.name) for field in fields(BuilderOptions)}, **more)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> BuildSettings:
+        """From what ``dataclasses.asdict`` gave and JSON kept, as the sidecar of an engine has it."""
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
+        }
+        return cls(**values | {"profiles": tuple(Profile(**profile) for profile in entry["profiles"])})
 
     def __post_init__(self) -> None:
         if not self.profiles:
