@@ -9,7 +9,6 @@ Where the engine cannot be loaded (no GPU, another GPU) the layers are those tha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import tyro
 
 from deploy.layers import EngineLayer, layers_from_inspector
 from deploy.precision import Finding
-from qat.artifact import Sidecar, UserError, atomic_write, check_writable, read_sidecar
+from qat.artifact import Sidecar, UserError, check_writable, read_sidecar, write_json
 from qat.console import Command, run_command, say, table, warn
 
 NAME_WIDTH, TACTIC_WIDTH = 50, 44
@@ -93,8 +92,7 @@ def main(options: AuditOptions) -> None:
         found = audit_engine(options.engine, sidecar, options.batch, options.runs, trust=options.trust)
     _print(found)
     if options.json:
-        with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, found.to_json())
         say(f"wrote {options.json}")
 
 

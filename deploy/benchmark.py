@@ -26,11 +26,11 @@ from qat.artifact import (
     Parent,
     Sidecar,
     UserError,
-    atomic_write,
     check_writable,
     read_sidecar,
     sha256_of,
     write_artifact,
+    write_json,
 )
 from qat.console import Command, run_command, say, table, warn
 
@@ -127,8 +127,7 @@ def main(options: BenchmarkOptions) -> None:
     def add(kind: str, entries: list[dict[str, Any]]) -> None:
         """Keeps what has been measured so far, also if the rest fails."""
         results.setdefault(kind, []).extend(entries)
-        with atomic_write(output) as temporary:
-            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(output, results)
 
     for batch in dict.fromkeys((*options.full_batches, *options.batches)):
         full = batch in options.full_batches
@@ -262,11 +261,11 @@ class Bench:
             sidecar = read_sidecar(path, "engine")
         except UserError:
             return None
-        wanted = json.loads(json.dumps(asdict(settings)))
         same_builder = sidecar.details["builder"]["version"] == self.toolkit.version
         same_gpu = self.toolkit.device is not None and sidecar.details["gpu"] == self.toolkit.device.name
+        same_settings = sidecar.details["settings"] == json.loads(json.dumps(asdict(settings)))
         same_model = sidecar.parent is not None and sidecar.parent.sha256 == digest
-        if not (same_builder and same_gpu and same_model and sidecar.details["settings"] == wanted):
+        if not (same_builder and same_gpu and same_model and same_settings):
             return None
         return sidecar
 

@@ -28,6 +28,10 @@ class BuildLog:
         """Errors and internal errors."""
         return self.texts("ERROR", "INTERNAL_ERROR")
 
+    def last_errors(self) -> str:
+        """The last two errors in one line."""
+        return " ".join(" ".join(self.errors()[-2:]).split())
+
     def weights_bytes(self) -> int | None:
         """Bytes that the engine's weights take, or None where the builder does not log them."""
         found = [match for text in self.texts() for match in _WEIGHTS_LINE.findall(text)]

@@ -12,7 +12,6 @@ layer that differs is found.
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import tyro
 
 from deploy.reference import network_input, read_reference
 from deploy.settings import BuildSettings
-from qat.artifact import Sidecar, UserError, atomic_write, check_writable, read_parent, read_sidecar
+from qat.artifact import Sidecar, UserError, check_writable, read_parent, read_sidecar, write_json
 from qat.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
@@ -103,8 +102,7 @@ def main(options: EvaluateOptions) -> int:
     if result["agreement"].get("engine, ONNX Runtime", 100.0) < options.least_agreement:
         result["first_difference"] = _find_difference(options, sidecar, onnx_path, truth, first)
     if options.json:
-        with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, result)
         say(f"wrote {options.json}")
     return code
 

@@ -46,7 +46,7 @@ class Bound:
         for spec in (*engine.inputs, *engine.outputs):
             taken &= self.context.set_tensor_address(spec.name, lane.buffers[spec.name].address)
         if not taken:
-            raise RuntimeError(f"TensorRT does not take a batch of {batch}: {' '.join(engine.log.errors()[-2:])}")
+            raise RuntimeError(f"TensorRT does not take a batch of {batch}: {engine.log.last_errors()}")
         self._enqueue()  # the first run does what cannot be captured
         lane.stream.synchronize()
         self._graph = self._captured()
@@ -102,8 +102,7 @@ class Bound:
     def _enqueue(self) -> None:
         if not self.context.execute_async_v3(self._lane.stream.handle):
             raise_if_out_of_memory(self._lane.engine.log)
-            said = " ".join(self._lane.engine.log.errors()[-2:])
-            raise RuntimeError(f"TensorRT could not run the engine: {said}")
+            raise RuntimeError(f"TensorRT could not run the engine: {self._lane.engine.log.last_errors()}")
 
     def _captured(self) -> cuda.Graph | None:
         captured: list[cuda.Graph] = []

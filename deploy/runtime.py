@@ -31,7 +31,7 @@ from deploy.buildlog import BuildLog
 from deploy.lane import Lane
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import BuilderName, Toolkit, find_toolkit, numpy_name, sizes
-from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of, sidecar_path
+from qat.artifact import Sidecar, TensorSpec, UserError, parent_paths, read_sidecar, sha256_of, sidecar_path
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -340,7 +340,7 @@ def _toolkit_here(path: Path, sidecar: Sidecar | None) -> Toolkit:
 def _weights_of_stripped(path: Path, sidecar: Sidecar) -> Path:
     """The ONNX file that a stripped engine was made from. Raises UserError when it is not there or another one."""
     assert sidecar.parent is not None
-    for candidate in (path.parent / sidecar.parent.file, path.parent / Path(sidecar.parent.file).name):
+    for candidate in parent_paths(path, sidecar.parent):
         if candidate.is_file() and sha256_of(candidate) == sidecar.parent.sha256:
             return candidate
     raise UserError(

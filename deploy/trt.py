@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deploy import cuda
 from deploy.buildlog import BuildLog, progress_monitor, raise_if_out_of_memory, recorder
-from deploy.cuda import OUT_OF_MEMORY
 from deploy.settings import BuildSettings, Precision
 from qat.artifact import UserError
 
@@ -261,10 +260,9 @@ class Toolkit:
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise_if_out_of_memory(log)
-            said = " ".join(" ".join(log.errors()[-2:]).split())
             raise UserError(
                 f"{self.title} cannot load the engine: it is truncated, or was built by another version or for another "
-                f"GPU; build it again here ({said})"
+                f"GPU; build it again here ({log.last_errors()})"
             )
         return runtime, engine
 
@@ -276,7 +274,7 @@ class Toolkit:
         else:
             context = engine.create_execution_context(strategy.USER_MANAGED)
         if context is None:
-            raise UserError(f"TensorRT could not make an execution context: {OUT_OF_MEMORY}")
+            raise UserError(f"TensorRT could not make an execution context: {cuda.OUT_OF_MEMORY}")
         if strategy is None:
             context.device_memory = memory.address  # type: ignore[attr-defined]
         else:
@@ -289,7 +287,7 @@ class Toolkit:
         refitter = self.module.Refitter(engine, logger)
         parser = self.module.OnnxParserRefitter(refitter, logger)
         if not parser.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
-            said = " ".join(" ".join(log.errors()[-2:]).split())
+            said = log.last_errors()
             raise UserError(f"the stripped engine does not take the weights of {model}: build it again ({said})")
 
     def scratch_bytes(self, engine: trt.ICudaEngine) -> int:

@@ -144,6 +144,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Writes ``content`` as JSON under its final name only when whole. Raises UserError when that fails."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def check_writable(path: Path) -> None:
     """Raises UserError when ``path`` could not be written: asked before hours of work, not after them."""
     with disk_errors(path):
@@ -208,6 +214,12 @@ def read_sidecar(artifact: Path, kind: Kind, *, trust: bool = False) -> Sidecar:
     return sidecar
 
 
+def parent_paths(child: Path, parent: Parent) -> tuple[Path, Path]:
+    """Where the parent of ``child`` may be: where it was, or beside it, when the two were moved together."""
+    path = child.parent / parent.file
+    return path, child.parent / path.name
+
+
 def read_parent(child: Path, sidecar: Sidecar, kind: Kind) -> tuple[Path, Sidecar]:
     """The parent of ``child`` and its sidecar, looked for where it was, then in the folder of ``child``.
 
@@ -215,9 +227,8 @@ def read_parent(child: Path, sidecar: Sidecar, kind: Kind) -> tuple[Path, Sideca
     """
     if sidecar.parent is None:
         raise UserError(f"{child} records no parent: make it with the pipeline's own commands")
-    path = child.parent / sidecar.parent.file
-    if not path.exists():  # the two were moved together
-        path = child.parent / path.name
+    where_it_was, beside = parent_paths(child, sidecar.parent)
+    path = where_it_was if where_it_was.exists() else beside
     parent = read_sidecar(path, kind)
     if parent.sha256 != sidecar.parent.sha256:
         raise UserError(
