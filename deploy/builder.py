@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from deploy import diagnose, implicit, padding, weights
 from deploy.buildlog import BuildLog
 from deploy.layers import layers_from_inspector, layers_from_log
-from deploy.precision import Audit, DeclaredLayer, audit, declared_layers
+from deploy.precision import Audit, audit, declared_layers
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
 from qat.artifact import TensorSpec, UserError
@@ -62,61 +62,23 @@ def build(
     builder refuses the model, naming the node, or when this version of TensorRT lacks something that ``settings`` ask
     for.
     """
-    attempt = _attempt(toolkit, model, settings, timing_cache, extra_outputs, float_weights=False)
-    if attempt.plan is None and toolkit.refuses_int8_weights(attempt.log):
+    built = _build_once(toolkit, model, settings, timing_cache, extra_outputs, float_weights=False)
+    if built is None:
         say(f"{toolkit.title} refuses INT8 constants in this network; building with float weights and a Q in front")
-        attempt = _attempt(toolkit, model, settings, timing_cache, extra_outputs, float_weights=True)
-    plan, log, network = attempt.plan, attempt.log, attempt.network
-    if plan is None:
-        raise UserError(
-            f"{toolkit.title} could not build {model}: {diagnose.build_failure(log)}; "
-            "change the model there, or try the other --builder"
-        )
-    form, text = toolkit.final_layers(log, plan, host_code=settings.version_compatible)
-    layers = layers_from_log(text) if form == "log" else layers_from_inspector(text)
-    if not layers:
-        raise UserError(
-            f"{toolkit.title} did not list the engine's layers: nothing proves their precision; report this"
-        )
-    return Built(
-        plan=plan,
-        seconds=attempt.seconds,
-        inputs=_specs([network.get_input(i) for i in range(network.num_inputs)]),
-        outputs=_specs([network.get_output(i) for i in range(network.num_outputs)]),
-        profiles=attempt.profiles,
-        audit=audit(attempt.declared, layers),
-        log=log,
-        timing_cache=attempt.timing_cache,
-        timing_cache_content=attempt.timing_cache_content,
-        float_weights=attempt.float_weights,
-        padded=attempt.padded,
-    )
+        built = _build_once(toolkit, model, settings, timing_cache, extra_outputs, float_weights=True)
+        assert built is not None
+    return built
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """A build that may have failed: then ``plan`` is None and ``log`` says why."""
-
-    plan: Any
-    seconds: float
-    network: trt.INetworkDefinition
-    declared: list[DeclaredLayer]
-    profiles: tuple[Profile, ...]
-    log: BuildLog
-    timing_cache: TimingCache | None
-    timing_cache_content: bytes
-    float_weights: bool
-    padded: tuple[str, ...]
-
-
-def _attempt(
+def _build_once(
     toolkit: Toolkit,
     model: Path,
     settings: BuildSettings,
     timing_cache: bytes | None,
     extra_outputs: tuple[str, ...],
     float_weights: bool,
-) -> _Attempt:
+) -> Built | None:
+    """None when the builder refuses INT8 constants, which it gets where ``float_weights`` is False."""
     log = BuildLog()
     builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
     config = toolkit.create_config(builder, settings)
@@ -136,8 +98,32 @@ def _attempt(
         plan = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - start
     del kept  # the network referred to them until here
-    timings = bytes(config.get_timing_cache().serialize()) if outcome and plan is not None else b""
-    return _Attempt(plan, seconds, network, declared, profiles, log, outcome, timings, float_weights, tuple(padded))
+    if plan is None:
+        if not float_weights and toolkit.refuses_int8_weights(log):
+            return None
+        raise UserError(
+            f"{toolkit.title} could not build {model}: {diagnose.build_failure(log)}; "
+            "change the model there, or try the other --builder"
+        )
+    form, text = toolkit.final_layers(log, plan, host_code=settings.version_compatible)
+    layers = layers_from_log(text) if form == "log" else layers_from_inspector(text)
+    if not layers:
+        raise UserError(
+            f"{toolkit.title} did not list the engine's layers: nothing proves their precision; report this"
+        )
+    return Built(
+        plan=plan,
+        seconds=seconds,
+        inputs=_specs([network.get_input(i) for i in range(network.num_inputs)]),
+        outputs=_specs([network.get_output(i) for i in range(network.num_outputs)]),
+        profiles=profiles,
+        audit=audit(declared, layers),
+        log=log,
+        timing_cache=outcome,
+        timing_cache_content=bytes(config.get_timing_cache().serialize()) if outcome else b"",
+        float_weights=float_weights,
+        padded=tuple(padded),
+    )
 
 
 def parse(

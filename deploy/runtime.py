@@ -139,24 +139,6 @@ class Engine:
         self._maps.add(running)
         return running
 
-    def in_flight(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
-        """What ``map`` runs: submits batches while there are lanes, and yields results in order."""
-        pending: deque[Lane] = deque()
-        try:
-            for batch in batches:
-                inputs = self._checked(batch)
-                # Waiting for a lane while holding others could be waiting for each other: finish one instead.
-                while (lane := self._take(wait=not pending)) is None:
-                    yield self._finish(pending)
-                pending.append(lane)
-                lane.submit(inputs)
-            while pending:
-                yield self._finish(pending)
-        finally:
-            with ExitStack() as stack:  # gives back all, also where one fails
-                for lane in pending:
-                    stack.callback(self._give, lane)
-
     def pinned(self, batch: int) -> Any:
         """An uninitialized input for ``batch`` images (a dict, where there are several) in pinned host memory."""
         return _one_or_all({spec.name: pinned_array(sized(spec, batch), spec.dtype) for spec in self.inputs})
@@ -267,21 +249,41 @@ class Engine:
         return _one_or_all(outputs)
 
 
+def _in_flight(engine: Engine, batches: Iterable[Any]) -> Generator[Any, None, bool]:
+    """Submits batches while there are lanes, and yields results in order; returns True after the last one."""
+    pending: deque[Lane] = deque()
+    try:
+        for batch in batches:
+            inputs = engine._checked(batch)
+            # Waiting for a lane while holding others could be waiting for each other: finish one instead.
+            while (lane := engine._take(wait=not pending)) is None:
+                yield engine._finish(pending)
+            pending.append(lane)
+            lane.submit(inputs)
+        while pending:
+            yield engine._finish(pending)
+        return True
+    finally:
+        with ExitStack() as stack:  # gives back all, also where one fails
+            for lane in pending:
+                stack.callback(engine._give, lane)
+
+
 class _Map(Iterator[Any]):
-    """A running ``Engine.map``, which the engine can end when it is closed."""
+    """A running ``Engine.map``, which the engine can end when it is closed.
+
+    The generator does not know this object: without a circle, its lanes are free as soon as the caller drops it.
+    """
 
     def __init__(self, engine: Engine, batches: Iterable[Any]) -> None:
         self._engine, self._complete = engine, False
-        self._results = self._all(engine.in_flight(batches))
-
-    def _all(self, results: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        yield from results
-        self._complete = True
+        self._results = _in_flight(engine, batches)
 
     def __next__(self) -> Any:
         try:
             found = next(self._results)
-        except StopIteration:
+        except StopIteration as end:
+            self._complete = self._complete or bool(end.value)
             if not self._complete:
                 raise ValueError("the engine is closed") from None
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import shutil
 import threading
@@ -250,3 +251,25 @@ def test_a_fault_while_a_held_map_is_ended_frees_the_rest(monkeypatch):
     assert "cudaErrorIllegalAddress" in str(error)
     assert all(lane.closed for lane in lanes)
     assert not hasattr(engine, "plan")
+
+
+def test_a_map_that_is_left_early_gives_its_lanes_back_at_once(monkeypatch):
+    engine = engine_of([BrokenLane(999), BrokenLane(999)], monkeypatch)
+    gc.disable()  # not at some later time
+    try:
+        for _ in range(5):
+            for _found in engine.map([X] * 8):
+                break
+            assert engine._free.qsize() == 2
+    finally:
+        gc.enable()
+    assert within_seconds(lambda: engine(X)) == []
+
+
+def test_a_complete_map_stays_at_its_end(monkeypatch):
+    engine = engine_of([BrokenLane(99)], monkeypatch)
+    running = engine.map([X] * 3)
+    assert len(list(running)) == 3
+    assert list(running) == []
+    engine.close()
+    assert list(running) == []
