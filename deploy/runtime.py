@@ -36,6 +36,9 @@ from qat.artifact import Sidecar, TensorSpec, UserError, parent_paths, read_side
 if TYPE_CHECKING:
     import tensorrt as trt
 
+SECONDS_BETWEEN_LOOKS = 0.05
+"""How often a call that waits for a lane looks whether the engine has been closed."""
+
 
 class Engine:
     """An engine in the GPU's memory; see the head of this module. Use it as a context manager, or call ``close``."""
@@ -70,7 +73,7 @@ class Engine:
         self._device = cuda.current_device()
         self._all = threading.Lock()
         self._maps: weakref.WeakSet[_Map] = weakref.WeakSet()
-        self._free: queue.Queue[Lane | None] = queue.Queue()  # None: the engine is closed
+        self._free: queue.Queue[Lane] = queue.Queue()
         self._lanes: list[Lane] = []
         try:
             for _ in range(contexts):
@@ -194,10 +197,9 @@ class Engine:
                 stack.callback(running.close)
 
     def _collect_lanes(self) -> None:
-        """Waits for all lanes and tells those who wait for one that there is none any more."""
+        """Waits until all lanes are given back."""
         for _ in self._lanes:
             self._free.get()
-        self._free.put(None)
 
     def _forget(self) -> None:
         self._lanes.clear()
@@ -219,16 +221,13 @@ class Engine:
     def _take(self, wait: bool) -> Lane | None:
         """A lane; None when none is free and there is no waiting. Raises ValueError when the engine is closed."""
         cuda.use_device(self._device)
-        if self._closed:  # whoever waits for the lanes to close them must not be overtaken again and again
-            raise ValueError("the engine is closed")
-        try:
-            lane = self._free.get(block=wait)
-        except queue.Empty:
-            return None
-        if lane is None:
-            self._free.put(None)  # for the next one who asks
-            raise ValueError("the engine is closed")
-        return lane
+        while not self._closed:  # asked again and again: who waits may hold a lane that ``close`` waits for
+            try:
+                return self._free.get(block=wait, timeout=SECONDS_BETWEEN_LOOKS)
+            except queue.Empty:
+                if not wait:
+                    return None
+        raise ValueError("the engine is closed")
 
     def _wait_for_lane(self) -> Lane:
         lane = self._take(wait=True)
