@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploy.graph import Graph
 from deploy.settings import BuildSettings, Profile
 
 if TYPE_CHECKING:
@@ -116,8 +117,6 @@ def telling_tensors(toolkit: Toolkit, model: Path, settings: BuildSettings) -> t
     log = BuildLog()
     builder = toolkit.module.Builder(toolkit.logger(log))
     network: trt.INetworkDefinition = parse(toolkit, builder, model, log, settings)
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    makers = {layer.get_output(i).name: layer.name for layer in layers for i in range(layer.num_outputs)}
-    outputs = [network.get_output(index).name for index in range(network.num_outputs)]
-    read = [layer.get_input(0).name for layer in layers if layer.type.name == "QUANTIZE"]
-    return {name: makers[name] for name in (*read, *outputs) if name in makers}, outputs
+    graph = Graph(network)
+    read = [layer.get_input(0).name for layer in graph.layers if layer.type.name == "QUANTIZE"]
+    return {name: graph.makers[name].name for name in (*read, *graph.outputs) if name in graph.makers}, graph.outputs

@@ -110,7 +110,9 @@ class EngineLayer:
     @property
     def dequantizes_first(self) -> bool:
         """Whether the layer is a generated kernel that casts before its product: it multiplies in float."""
-        return _dequantizes_first(self.name)
+        operations = _operations(self.name)
+        product = _PRODUCT_WORD.search(operations)
+        return product is not None and "Cast" in operations[: product.start()]
 
     @property
     def precision(self) -> str:
@@ -220,9 +222,3 @@ def _is_generated(name: str) -> bool:
 def _operations(name: str) -> str:
     """``__myl_CastMulFc_myl0_2`` -> ``CastMulFc``; nothing for layers that were not generated."""
     return _NUMBERING.sub("", name).removeprefix("__myl_") if _is_generated(name) else ""
-
-
-def _dequantizes_first(name: str) -> bool:
-    operations = _operations(name)
-    product = _PRODUCT_WORD.search(operations)
-    return product is not None and "Cast" in operations[: product.start()]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploy.weights import constant_value, set_constant
+from deploy.graph import Graph, constant_value, set_constant
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -44,7 +44,7 @@ def pad_channels(network: trt.INetworkDefinition, toolkit: Toolkit) -> tuple[lis
 
     Returns the names of the convolutions that were padded, and arrays that must live until the network has been built.
     """
-    graph = _Graph(network, toolkit.module)
+    graph = _Padding(network, toolkit.module)
     pairs = [pair for layer in graph.layers if (pair := graph.pair(layer)) is not None]
     kept: list[np.ndarray] = []
     for pair in pairs:
@@ -52,21 +52,12 @@ def pad_channels(network: trt.INetworkDefinition, toolkit: Toolkit) -> tuple[lis
     return [pair.second.name for pair in pairs], kept
 
 
-class _Graph:
-    """Who makes and who reads each tensor of a parsed network."""
+class _Padding(Graph):
+    """Finds the places of a network where zero channels fit, and puts them there."""
 
     def __init__(self, network: trt.INetworkDefinition, module: Any) -> None:
+        super().__init__(network)
         self.module = module
-        self.layers: list[Any] = [network.get_layer(index) for index in range(network.num_layers)]
-        self.makers: dict[str, Any] = {}
-        self.readers: dict[str, list[Any]] = {}
-        for layer in self.layers:
-            for index in range(layer.num_outputs):
-                self.makers[layer.get_output(index).name] = layer
-            for index in range(layer.num_inputs):
-                if (tensor := layer.get_input(index)) is not None:
-                    self.readers.setdefault(tensor.name, []).append(layer)
-        self.outputs = {network.get_output(index).name for index in range(network.num_outputs)}
 
     def pair(self, second: Any) -> Pair | None:
         """``second`` and the convolution before it, where zero channels fit between them."""

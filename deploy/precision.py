@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from deploy.graph import Graph
 from deploy.layers import EngineLayer
 
 if TYPE_CHECKING:
@@ -87,9 +88,10 @@ def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> A
     An engine with several optimization profiles has the layers of each; a finding is about the worst.
     """
     profiles = sorted({layer.profile for layer in layers}) or [0]
+    of_profile = [[layer for layer in layers if layer.profile == profile] for profile in profiles]
     findings = []
     for layer in declared:
-        found = [_find(layer, [known for known in layers if known.profile == profile]) for profile in profiles]
+        found = [_find(layer, known) for known in of_profile]
         worst = next((index for index, finding in enumerate(found) if finding.precision != "INT8"), 0)
         finding = found[worst]
         if len(profiles) > 1 and finding.cause:
@@ -107,10 +109,9 @@ def _find(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> Finding:
 
 def declared_layers(network: trt.INetworkDefinition, module: Any) -> list[DeclaredLayer]:
     """The convolutions and matrix products of a parsed INetworkDefinition; ``module`` is TensorRT's own."""
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
+    graph = Graph(network)
     wanted = (*CONVOLUTION_TYPES, *MATRIX_TYPES)
-    return [_declare(layer, makers, module) for layer in layers if layer.type.name in wanted]
+    return [_declare(layer, graph.makers, module) for layer in graph.layers if layer.type.name in wanted]
 
 
 def _layer_of(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> EngineLayer | None:

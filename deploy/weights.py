@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deploy.graph import Graph, constant_value, set_constant
+
 if TYPE_CHECKING:
     import tensorrt as trt
 
@@ -22,11 +24,11 @@ def as_float(network: trt.INetworkDefinition, toolkit: Toolkit) -> list[np.ndarr
     Returns the arrays that the network now refers to: they must live until it has been built.
     """
     module = toolkit.module
-    layers: list[Any] = [network.get_layer(index) for index in range(network.num_layers)]
-    makers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
+    graph = Graph(network)
+    makers = graph.makers
     kept: list[np.ndarray] = []
     quantized: dict[str, Any] = {}  # a constant may have several readers
-    for layer in layers:
+    for layer in graph.layers:
         if layer.type.name != "DEQUANTIZE":
             continue
         tensor = layer.get_input(0)
@@ -47,18 +49,6 @@ def as_float(network: trt.INetworkDefinition, toolkit: Toolkit) -> list[np.ndarr
         quantized[tensor.name] = quantize.get_output(0)
         layer.set_input(0, quantized[tensor.name])
     return kept
-
-
-def constant_value(layer: Any, module: Any) -> np.ndarray:
-    """The value of a constant layer, in its shape."""
-    layer.__class__ = module.IConstantLayer
-    return np.asarray(layer.weights).reshape(tuple(layer.shape))
-
-
-def set_constant(layer: Any, value: np.ndarray, module: Any) -> None:
-    """Gives a constant layer another value, which must live until the network has been built."""
-    layer.__class__ = module.IConstantLayer
-    layer.shape, layer.weights = module.Dims(value.shape), module.Weights(value)
 
 
 def _constant(tensor: trt.ITensor, makers: dict[str, Any], module: Any) -> np.ndarray | None:

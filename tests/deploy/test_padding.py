@@ -11,11 +11,11 @@ from qdq_models import bottleneck, classifier, residual
 
 from deploy.builder import parse
 from deploy.buildlog import BuildLog
+from deploy.graph import constant_value
 from deploy.padding import CHANNELS, pad_channels
 from deploy.precision import declared_layers
 from deploy.settings import BuildSettings
 from deploy.trt import find_toolkit
-from deploy.weights import constant_value
 
 
 def padded(model: Path) -> tuple[Any, Any, list[str], Any]:
