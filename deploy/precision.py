@@ -1,8 +1,8 @@
 """What every convolution and matrix product of an engine really runs in, against what the ONNX declares.
 
-Declared: a layer of the parsed network is declared INT8 when all its data inputs, activation and weights,
-come from DequantizeLinear, possibly through a transpose or a reshape. Real: the engine's final layers
-(deploy/layers.py). The two are matched by name: an engine layer is called after its ONNX nodes.
+Declared: a layer of the parsed network is declared INT8 when all its data inputs, activation and weights, come from
+DequantizeLinear, possibly through what moves values: a transpose, a max pool, a concatenation. Real: the engine's
+final layers (deploy/layers.py). The two are matched by name: an engine layer is called after its ONNX nodes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CONVOLUTION_TYPES = ("CONVOLUTION", "DECONVOLUTION")
 MATRIX_TYPES = ("MATRIX_MULTIPLY", "FULLY_CONNECTED")
 # Layers that move values without changing them: a DequantizeLinear is looked for behind them.
-_MOVING_TYPES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY")
+_MOVING_TYPES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "SLICE", "RESIZE", "CONCATENATION", "MAX")
 
 # Layers of pointwise work only: their metadata may name a convolution that they do not compute.
 _POINTWISE_KINDS = ("kgen", "shape_call", "pointwise", "pointwisev2", "reformat", "noop", "constant")
@@ -128,7 +128,7 @@ def _layer_of(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> EngineL
 
 def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
     convolution = layer.type.name in CONVOLUTION_TYPES
-    sources = [_source(layer.get_input(index), makers) for index in range(min(layer.num_inputs, 2))]
+    sources = [_source(layer.get_input(index), makers, module) for index in range(min(layer.num_inputs, 2))]
     missing = [
         ("input " if index == 0 else "weights ") + f"{layer.get_input(index).name!r}"
         for index, source in enumerate(sources)
@@ -159,11 +159,13 @@ def _path(tensor: Any, makers: dict[str, Any]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _source(tensor: Any, makers: dict[str, Any]) -> Any | None:
+def _source(tensor: Any, makers: dict[str, Any], module: Any) -> Any | None:
     """The DequantizeLinear layer that ``tensor`` comes from, or None when it comes from something else."""
     while tensor is not None and (maker := makers.get(tensor.name)) is not None:
         if maker.type.name == "DEQUANTIZE":
             return maker
+        if maker.type.name == "POOLING":
+            maker.__class__ = module.IPoolingLayer  # whose type is the kind of pool: MAX
         if maker.type.name not in _MOVING_TYPES:
             return None
         tensor = maker.get_input(0)

@@ -130,8 +130,8 @@ def _accuracies(checkpoint: Sidecar | None) -> list[dict[str, Any]]:
 
 def _layers(engine: Sidecar, checkpoint: Sidecar | None) -> list[dict[str, Any]]:
     """Every convolution and matrix product of the engine, with the rule that decided about it."""
-    weights = checkpoint.details["placement"]["weights"] if checkpoint else []
-    rules = {decision["label"]: decision for decision in weights}
+    decisions = checkpoint.details["placement"]["decisions"] if checkpoint else []
+    rules = {decision["label"]: decision for decision in decisions}
     rows = []
     for finding in engine.details["findings"]:
         decision = rules.get(finding["node"], {})

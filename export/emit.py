@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
 from torch import Tensor, fx, nn
 
@@ -135,6 +136,12 @@ def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir
         )
     assert program is not None
     model = program.model
+    for clean in (
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.IdentityEliminationPass(),
+    ):
+        clean(model)
+    _split_into_tensors(model.graph)
     _name_by_module(model.graph, _layers(network))
     _drop_exporter_notes(model)
     model.producer_name, model.producer_version = "int8-qat-pipeline", None
@@ -155,6 +162,37 @@ def _quiet_exporter() -> Iterator[None]:
         logging.disable(previous)
 
 
+def _split_into_tensors(graph: ir.Graph) -> None:
+    """The exporter splits into a sequence and takes tensors out of it; TensorRT knows Split alone."""
+    for node in list(graph):
+        if node.op_type != "SplitToSequence":
+            continue
+        given, sizes = node.inputs
+        takers = node.outputs[0].consumers()
+        assert given is not None
+        assert given.shape is not None
+        assert sizes is not None
+        assert sizes.const_value is not None
+        axis = node.attributes.get_int("axis", 0)
+        extent, parts = given.shape[axis], sizes.const_value.numpy()
+        assert isinstance(extent, int), "only the batch is dynamic, and it is not split"
+        if not parts.shape:
+            parts = np.diff([*range(0, extent, int(parts)), extent])
+        lengths = ir.Value(name=f"{node.outputs[0].name}_lengths", const_value=ir.tensor(parts.astype(np.int64)))
+        graph.register_initializer(lengths)
+        split = ir.Node("", "Split", [given, lengths], [ir.AttrInt64("axis", axis)], num_outputs=len(parts))
+        split.metadata_props.update(node.metadata_props)
+        graph.insert_before(node, split)
+        for taker in takers:
+            index = taker.inputs[1]
+            assert index is not None
+            assert index.const_value is not None
+            part = split.outputs[int(index.const_value.numpy())]
+            part.shape, part.type = taker.outputs[0].shape, taker.outputs[0].type
+            ir.convenience.replace_all_uses_with(taker.outputs[0], part)
+        graph.remove([*takers, node], safe=True)
+
+
 def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
     """Names each node, and what it computes, by its module's path; a Q or DQ by the tensor that it quantizes."""
     outputs = set(graph.outputs)
@@ -166,8 +204,9 @@ def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
             serial += 1
         taken.add(unique)
         node.name = unique
-        if len(node.outputs) == 1 and node.outputs[0] not in outputs:
-            node.outputs[0].name = unique
+        for index, value in enumerate(node.outputs):
+            if value not in outputs:
+                value.name = unique if len(node.outputs) == 1 else f"{unique}_{index}"
 
 
 def _layers(network: nn.Module) -> set[str]:

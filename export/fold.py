@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from export import ops
+from export.lower import lower, unused_path
+from qat.fx_network import label, layer_of
+from qat.layers import quantized_layer
 from qat.quantizer import (
     SCALE_FLOOR,
     WEIGHT,
@@ -26,9 +28,6 @@ from qat.quantizer import (
     quantize,
     scale_from_amax,
 )
-
-FLATTEN = torch.ops.int8.flatten.default
-POOL = torch.ops.int8.global_average_pool.default
 
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -90,14 +89,6 @@ class DequantizeInput(nn.Module):
         return ops.dequantize_input(codes, self.scale, self.zero_point)
 
 
-class GlobalAveragePool(nn.Module):
-    """[N, C, H, W] -> [N, C, 1, 1]."""
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        """The mean over H and W."""
-        return ops.global_average_pool(x_NCHW)
-
-
 def fold(prepared: fx.GraphModule) -> tuple[fx.GraphModule, list[DeadChannel]]:
     """Folds a prepared and calibrated model for inference; ``prepared`` stays as it is.
 
@@ -105,6 +96,7 @@ def fold(prepared: fx.GraphModule) -> tuple[fx.GraphModule, list[DeadChannel]]:
     """
     folded = copy.deepcopy(prepared).eval().requires_grad_(False)
     dead: list[DeadChannel] = []
+    _layers_from_functions(folded)
     _fold_batch_norms(folded, dead)
     for name, module in list(folded.named_modules()):
         if isinstance(module, ActivationQuantizer):
@@ -120,6 +112,7 @@ def fold_float(prepared: fx.GraphModule) -> fx.GraphModule:
     Returns the folded module: float32 NCHW in, logits out, node names as those of ``fold``.
     """
     folded = copy.deepcopy(prepared).eval().requires_grad_(False)
+    _layers_from_functions(folded)
     _remove_quantizers(folded)
     _fold_batch_norms(folded, [])
     return _finished(folded)
@@ -127,14 +120,33 @@ def fold_float(prepared: fx.GraphModule) -> fx.GraphModule:
 
 def _finished(folded: fx.GraphModule) -> fx.GraphModule:
     """``folded`` in operations that the exporter keeps, without what is no longer used."""
-    for name, module in list(folded.named_modules()):
-        if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1)):
-            folded.set_submodule(name, GlobalAveragePool())
-    _replace_functions(folded)
+    lower(folded)
     folded.delete_all_unused_submodules()
     folded.graph.lint()
     folded.recompile()
     return folded
+
+
+def _layers_from_functions(folded: fx.GraphModule) -> None:
+    """Convolutions and matrix products that are function calls on a quantized weight -> layers, as all others are."""
+    modules = dict(folded.named_modules())
+    for node in list(folded.graph.nodes):
+        weights = [
+            source for source in node.all_input_nodes if isinstance(modules.get(str(source.target)), WeightQuantizer)
+        ]
+        if node.op not in ("call_function", "call_method") or not weights:
+            continue
+        path = unused_path(folded, label(node))
+        folded.add_submodule(path, quantized_layer(layer_of(node, folded)))
+        given, bystanders = node.args[0], node.all_input_nodes[1:]
+        with folded.graph.inserting_before(node):
+            call = folded.graph.call_module(path, (given,))
+        node.replace_all_uses_with(call)
+        call.meta = dict(node.meta)
+        folded.graph.erase_node(node)
+        for source in (*bystanders, *(weight.args[0] for weight in weights)):
+            if not source.users:
+                folded.graph.erase_node(source)
 
 
 def _remove_quantizers(folded: fx.GraphModule) -> None:
@@ -164,7 +176,7 @@ def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
         # Behind a linear layer normalization may run over another axis than the layer's channels.
         if calls[name] != 1 or not isinstance(layer, nn.modules.conv._ConvNd):
             continue
-        if isinstance(layer, nn.ConvTranspose2d) and layer.groups > 1:
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
             continue  # its weight has one channel of axis 1 for several output channels
         if isinstance(getattr(layer, "weight_quantizer", None), WeightQuantizer):
             _store_codes(name, layer, norm, dead)
@@ -196,7 +208,7 @@ def _store_codes(name: str, layer: Any, norm: _Norm | None, dead: list[DeadChann
 
 def _fold_float(layer: Any, norm: _Norm) -> None:
     factor, shift = _affine(norm)
-    axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
     bias = 0 if layer.bias is None else layer.bias.detach()
     layer.weight = nn.Parameter(layer.weight * per_channel(factor, layer.weight.ndim, axis), requires_grad=False)
     layer.bias = nn.Parameter(shift + bias * factor, requires_grad=False)
@@ -210,25 +222,3 @@ def _affine(norm: _Norm) -> tuple[Tensor, Tensor]:
     factor = (norm.weight.double() if norm.affine else 1.0) / deviation
     shift = (norm.bias.double() if norm.affine else 0.0) - norm.running_mean.double() * factor
     return factor.float(), shift.float()
-
-
-def _replace_functions(folded: fx.GraphModule) -> None:
-    """Functional calls and modules that the exporter would decompose -> operators that it keeps."""
-    modules = dict(folded.named_modules())
-    for node in folded.graph.nodes:
-        if _flattens_all_but_batch(node, modules):
-            node.op, node.target, node.args, node.kwargs = "call_function", FLATTEN, (node.args[0],), {}
-        elif node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-            size = node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
-            if size in (1, (1, 1), [1, 1]):
-                node.op, node.target, node.args, node.kwargs = "call_function", POOL, (node.args[0],), {}
-
-
-def _flattens_all_but_batch(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
-    if node.target not in (torch.flatten, "flatten"):
-        return False
-    given = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
-    return (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from onnxscript import opset20 as op
 from torch import Tensor
 
@@ -48,6 +49,18 @@ def flatten(x: Tensor) -> Tensor:
     return x.flatten(1).clone()
 
 
+@torch.library.custom_op("int8::clip", mutates_args=())
+def clip(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Clip: x of any shape between low [] and high []."""
+    return x.clamp(low, high)
+
+
+@torch.library.custom_op("int8::batch_norm", mutates_args=())
+def batch_norm(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, epsilon: float) -> Tensor:
+    """BatchNormalization of x [N, C, ...]; scale, bias, mean and variance [C]."""
+    return F.batch_norm(x, mean, variance, scale, bias, eps=epsilon)
+
+
 @quantize_dequantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return torch.empty_like(x)
@@ -73,6 +86,16 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(x.flatten(1).shape)
 
 
+@clip.register_fake
+def _(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@batch_norm.register_fake
+def _(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, epsilon: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _onnx_quantize_dequantize(x: Any, scale: Any, zero_point: Any) -> Any:
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
@@ -93,11 +116,21 @@ def _onnx_flatten(x: Any) -> Any:
     return op.Flatten(x, axis=1)
 
 
+def _onnx_clip(x: Any, low: Any, high: Any) -> Any:
+    return op.Clip(x, low, high)
+
+
+def _onnx_batch_norm(x: Any, scale: Any, bias: Any, mean: Any, variance: Any, epsilon: float) -> Any:
+    return op.BatchNormalization(x, scale, bias, mean, variance, epsilon=epsilon)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.int8.quantize_dequantize.default: _onnx_quantize_dequantize,
     torch.ops.int8.dequantize.default: _onnx_dequantize,
     torch.ops.int8.dequantize_input.default: _onnx_dequantize_input,
     torch.ops.int8.global_average_pool.default: _onnx_global_average_pool,
     torch.ops.int8.flatten.default: _onnx_flatten,
+    torch.ops.int8.clip.default: _onnx_clip,
+    torch.ops.int8.batch_norm.default: _onnx_batch_norm,
 }
 OPSET = 20

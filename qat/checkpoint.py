@@ -26,9 +26,10 @@ from qat.artifact import (
     write_artifact,
 )
 from qat.data import Preprocessing
+from qat.decisions import Placement
 from qat.models import ModelSpec, build_model
-from qat.placement import RULES, Placement
 from qat.prepare import activation_quantizers, placement_of, prepare
+from qat.rules import RULES
 
 _STATE = "training_state"  # entry of the file's header
 
@@ -66,7 +67,7 @@ def save_checkpoint(
         details={
             "model": asdict(spec),
             "placement": placement_of(model).to_json(),
-            "rules": RULES,
+            "rules": {name: rule.sentence for name, rule in RULES.items()},
             "amax": {name: float(quantizer.amax) for name, quantizer in activation_quantizers(model).items()},
             **details,
         },

@@ -32,18 +32,32 @@ class QuantizedConv3d(_Convolution, nn.Conv3d):
     """``nn.Conv3d`` with a fake-quantized weight."""
 
 
-class QuantizedConvTranspose2d(nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` with a fake-quantized weight [I, O/groups, H, W]; the channels are axis 1."""
+class _TransposedConvolution(nn.modules.conv._ConvTransposeNd):
+    """Forward of the transposed convolutions: weight [I, O/groups, *kernel]; the channels are axis 1."""
 
     weight_quantizer: WeightQuantizer
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """[N, I, H, W] -> [N, O, H', W']."""
+        """[N, I, *space] -> [N, O, *space']."""
         assert not isinstance(self.padding, str), "transposed convolutions take no named padding"
+        dimensions = len(self.kernel_size)
         stride, kernel, dilation = list(self.stride), list(self.kernel_size), list(self.dilation)
-        extra = self._output_padding(x, output_size, stride, list(self.padding), kernel, 2, dilation)
+        extra = self._output_padding(x, output_size, stride, list(self.padding), kernel, dimensions, dilation)
         weight = self.weight_quantizer(self.weight)
-        return F.conv_transpose2d(x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dimensions - 1]
+        return function(x, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+
+
+class QuantizedConvTranspose1d(_TransposedConvolution, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with a fake-quantized weight."""
+
+
+class QuantizedConvTranspose2d(_TransposedConvolution, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with a fake-quantized weight."""
+
+
+class QuantizedConvTranspose3d(_TransposedConvolution, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with a fake-quantized weight."""
 
 
 class QuantizedLinear(nn.Linear):
@@ -60,7 +74,9 @@ _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
     nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
     nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
     nn.Linear: QuantizedLinear,
 }
 
@@ -69,7 +85,9 @@ def quantized_layer(module: nn.Module) -> nn.Module:
     """The fake-quantizing twin of ``module``, sharing its parameters."""
     twin = _QUANTIZED[type(module)](**_arguments(module), device="meta")
     twin.weight, twin.bias = module.weight, module.bias
-    twin.add_module("weight_quantizer", WeightQuantizer(axis=1 if isinstance(module, nn.ConvTranspose2d) else 0))
+    twin.add_module(
+        "weight_quantizer", WeightQuantizer(axis=1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0)
+    )
     return twin.train(module.training)
 
 

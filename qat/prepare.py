@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import traceback
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,12 +19,15 @@ import torchvision
 from torch import fx, nn
 
 from qat.artifact import UserError
+from qat.decisions import Placement
+from qat.fx_network import network_from_fx, weight_axis, weight_source
 from qat.layers import quantized_layer
-from qat.network import network_from_fx
-from qat.placement import Placement, place
-from qat.quantizer import ActivationQuantizer
+from qat.quantizer import ActivationQuantizer, WeightQuantizer
+from qat.rules import place
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+WEIGHT_QUANTIZERS = "weight_quantizers"  # of weights that a function reads; a module has its own
 
 
 class Tracer(fx.Tracer):
@@ -53,6 +57,8 @@ def trace(model: nn.Module) -> fx.GraphModule:
         raise UserError(_why_untraceable(error)) from error
     _check_modes_agree(evaluated, traced.graph)
     _keep_dropout_modes(traced)
+    _part_fused_norms(traced)
+    _drop_identities(traced)
     for node in traced.graph.nodes:
         if hasattr(nn.ModuleDict, node.name):  # x.to(...) makes a node "to", which no submodule can be called
             node.name = f"{node.name}_"
@@ -60,28 +66,33 @@ def trace(model: nn.Module) -> fx.GraphModule:
     return traced.train(training)
 
 
-def prepare(model: nn.Module, placement: Placement | None = None) -> fx.GraphModule:
+def prepare(
+    model: nn.Module,
+    placement: Placement | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+    keep_float: Iterable[str] = (),
+) -> fx.GraphModule:
     """A copy of ``model`` with fake quantization inserted; calibrate it before use (qat.calibrate).
 
     Args:
         model: a float model that torch.fx can trace.
-        placement: decisions to apply, for one that was saved; None derives them from the graph (qat.placement).
+        placement: decisions to apply, for one that was saved; None derives them from the graph (qat.rules).
+        input_shape: [C, H, W]; without it, the rules cannot tell an addition that broadcasts.
+        keep_float: patterns of what stays in float (qat.rules.place).
 
     Raises:
-        UserError: the model cannot be traced, or ``placement`` was made for another one.
+        UserError: the model cannot be traced, ``placement`` was made for another one, or a pattern matches nothing.
     """
     traced = trace(model)
     if placement is None:
-        placement = place(network_from_fx(traced))
+        placement = place(network_from_fx(traced, input_shape), keep_float)
     nodes = {node.name: node for node in traced.graph.nodes}
     _check_fits(placement, nodes)
 
     for decision in placement.weights:
         if decision.quantized:
-            target = str(nodes[decision.op].target)
-            module = traced.get_submodule(target)
-            if not hasattr(module, "weight_quantizer"):  # a module may be called twice
-                traced.set_submodule(target, quantized_layer(module))
+            _quantize_weight(traced, nodes[decision.op])
     quantizers = nn.ModuleDict({tensor.quantizer: ActivationQuantizer() for tensor in placement.tensors})
     traced.add_submodule(ACTIVATION_QUANTIZERS, quantizers.train(traced.training))
     for tensor in placement.tensors:
@@ -94,6 +105,21 @@ def prepare(model: nn.Module, placement: Placement | None = None) -> fx.GraphMod
     traced.recompile()
     traced.meta["placement"] = placement
     return traced.to(_device(model))
+
+
+def _quantize_weight(traced: fx.GraphModule, node: fx.Node) -> None:
+    if node.op == "call_module":
+        target = str(node.target)
+        module = traced.get_submodule(target)
+        if not hasattr(module, "weight_quantizer"):  # a module may be called twice
+            traced.set_submodule(target, quantized_layer(module))
+        return
+    source = weight_source(node)
+    assert source is not None, "a placement quantizes only constant weights"
+    path = f"{WEIGHT_QUANTIZERS}.{node.name}"
+    traced.add_submodule(path, WeightQuantizer(weight_axis(node)).train(traced.training))
+    with traced.graph.inserting_before(node):
+        node.replace_input_with(source, traced.graph.call_module(path, (source,)))
 
 
 def placement_of(prepared: fx.GraphModule) -> Placement:
@@ -112,7 +138,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _check_fits(placement: Placement, nodes: dict[str, fx.Node]) -> None:
-    named = {tensor.tensor for tensor in placement.tensors} | {decision.op for decision in placement.weights}
+    named = {tensor.tensor for tensor in placement.tensors} | {decision.op for decision in placement.decisions}
     missing = sorted(named - nodes.keys())
     if missing:
         raise UserError(
@@ -144,6 +170,45 @@ def _keep_dropout_modes(traced: fx.GraphModule) -> None:
             node.replace_all_uses_with(replacement)
             traced.graph.erase_node(node)
             replacement.name = node.name
+
+
+def _part_fused_norms(traced: fx.GraphModule) -> None:
+    """Parts a batch normalization with dropout and activation inside, as timm has it, into modules of one operation.
+
+    They stay where they were in the hierarchy, so the keys of the state dict stay as well.
+    """
+    for node in list(traced.graph.nodes):
+        module = traced.get_submodule(node.target) if node.op == "call_module" else None
+        parts = [name for name in ("drop", "act") if isinstance(getattr(module, name, None), nn.Module)]
+        if type(module) in _PLAIN_NORMS or not isinstance(module, nn.modules.batchnorm._BatchNorm) or len(parts) < 2:
+            continue
+        plain_type = next(plain for plain in _PLAIN_NORMS if isinstance(module, plain))
+        plain = plain_type(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        plain._parameters, plain._buffers = module._parameters, module._buffers
+        for name in parts:
+            plain.add_module(name, module.get_submodule(name))
+        traced.set_submodule(node.target, plain.train(module.training))
+        last, readers = node, tuple(node.users)
+        for name in parts:
+            with traced.graph.inserting_after(last):
+                last = traced.graph.call_module(f"{node.target}.{name}", (last,))
+                last.meta = dict(node.meta)
+        for reader in readers:
+            reader.replace_input_with(node, last)
+
+
+def _drop_identities(traced: fx.GraphModule) -> None:
+    """What computes nothing must not hide from the rules what stands before it: nn.Identity, torch.cat([x])."""
+    for node in list(traced.graph.nodes):
+        given = node.args[0] if node.args else None
+        if node.op == "call_module" and type(traced.get_submodule(node.target)) is nn.Identity:
+            same = given
+        elif node.target in (torch.cat, torch.concat) and isinstance(given, (list, tuple)) and len(given) == 1:
+            same = given[0]
+        else:
+            continue
+        node.replace_all_uses_with(same)
+        traced.graph.erase_node(node)
 
 
 def _why_untraceable(error: Exception) -> str:

@@ -232,10 +232,10 @@ def _say_data(data: Data) -> None:
 def _say_placement(prepared: nn.Module) -> None:
     placement = placement_of(prepared)  # type: ignore[arg-type]
     quantized = sum(decision.quantized for decision in placement.weights)
-    adds = sum(add.quantized_input is not None for add in placement.adds)
+    adds = placement.of("add")
     say(
         f"placement: {quantized} of {len(placement.weights)} convolutions and linear layers, "
-        f"{adds} of {len(placement.adds)} additions, {len(placement.tensors)} activations quantized"
+        f"{sum(add.quantized for add in adds)} of {len(adds)} additions, {len(placement.tensors)} activations quantized"
     )
     for decision in placement.weights:
         if not decision.quantized:

@@ -51,8 +51,8 @@ def test_every_accuracy_is_on_the_page(chain: Path, page: str) -> None:
 
 def test_every_layer_is_a_row_with_its_precision_and_rule(chain: Path, page: str) -> None:
     findings = read_sidecar(chain / "model.engine", "engine").details["findings"]
-    weights = read_sidecar(chain / "model.qat", "checkpoint").details["placement"]["weights"]
-    rules = {decision["label"]: decision["rule"] for decision in weights}
+    decisions = read_sidecar(chain / "model.qat", "checkpoint").details["placement"]["decisions"]
+    rules = {d["label"]: d["rule"] for d in decisions if d["kind"] in ("convolution", "linear")}
     assert {finding["node"] for finding in findings} == rules.keys() == {"conv1", "conv2", "fc"}
     for finding in findings:
         name, operation, precision, rule, _ = next(r for r in rows(page) if r.startswith(finding["node"])).split("|")
@@ -75,7 +75,7 @@ def test_every_quantized_activation_is_a_row_with_its_scale_readers_and_rules(ch
 
 def test_every_rule_is_explained(chain: Path, page: str) -> None:
     details = read_sidecar(chain / "model.qat", "checkpoint").details
-    used = {decision["rule"] for decision in details["placement"]["weights"]}
+    used = {decision["rule"] for decision in details["placement"]["decisions"]}
     used |= {read["rule"] for tensor in details["placement"]["tensors"] for read in tensor["reads"]}
     for rule in used | details["rules"].keys():
         assert f"<dt><code>{rule}</code></dt><dd>{details['rules'][rule]}</dd>" in page

@@ -13,6 +13,7 @@ import torchvision
 from torch import fx, nn
 
 from export.fold import fold, fold_float
+from export.lower import BatchNorm
 from qat.checkpoint import load_checkpoint
 from qat.prepare import prepare
 from qat.quantizer import SCALE_FLOOR, ActivationQuantizer, WeightQuantizer
@@ -98,7 +99,7 @@ def test_a_batch_norm_that_others_read_past_is_not_folded():
     folded, _ = fold(model)
     x = torch.randn(2, 16, 4, 4)
     torch.testing.assert_close(folded(x), model(x))
-    assert any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, BatchNorm) for module in folded.modules())
 
 
 @pytest.mark.parametrize("cause", ["weight", "norm"])

@@ -167,7 +167,7 @@ def test_a_sidecar_whose_model_file_is_gone(checkpoint: Path) -> None:
         lambda content: content["details"].update(model={"name": "resnet18"}),
         lambda content: content["details"].update(placement=[]),
         lambda content: content["details"]["placement"].pop("tensors"),
-        lambda content: content["details"]["placement"]["weights"][0].pop("rule"),
+        lambda content: content["details"]["placement"]["decisions"][0].pop("rule"),
         lambda content: content["preprocessing"].pop("mean"),
         lambda content: content["preprocessing"].update(std=[0, 0, 0]),
         lambda content: content.update(preprocessing=3),
@@ -182,7 +182,7 @@ def test_a_sidecar_that_lacks_or_misstates_an_entry(
 
 
 def test_a_placement_of_another_model(checkpoint: Path) -> None:
-    edit(checkpoint, lambda content: content["details"]["placement"]["weights"][0].update(op="layer9"))
+    edit(checkpoint, lambda content: content["details"]["placement"]["decisions"][0].update(op="layer9"))
     refused(checkpoint, "lacks, first 'layer9'", "train again")
 
 

@@ -99,7 +99,8 @@ def test_a_run_learns_and_writes_a_checkpoint_with_its_figures(trained: Path) ->
     assert details["splits"] == {"train": 81, "calibration": 27, "validation": 12, "test": 60}
     assert details["seed"] == sidecar.made_by["seed"] == 0
     assert details["data"]["source"] == str(trained / "images.npz")
-    assert {decision["label"] for decision in details["placement"]["weights"]} == {"conv1", "conv2", "fc"}
+    quantized = [decision["label"] for decision in details["placement"]["decisions"] if decision["quantized"]]
+    assert quantized == ["conv1", "conv2", "add", "adaptive_avg_pool2d", "fc"]
     assert all(value > 0 for value in details["amax"].values())
     assert details["recipes"]["qat"]["lr"] == 1e-3
     assert sidecar.class_names == tiny.CLASSES

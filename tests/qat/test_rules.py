@@ -6,9 +6,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from qat.network import network_from_fx
-from qat.placement import Placement, place
+from qat.decisions import Placement
+from qat.fx_network import network_from_fx
 from qat.prepare import trace
+from qat.rules import place
 
 
 def placement(model: nn.Module) -> Placement:
@@ -47,12 +48,10 @@ def test_a_chain_quantizes_only_the_inputs_of_convolutions():
 def test_identity_skip_is_quantized_and_shares_the_quantizer_of_the_convolution_input(add):
     model = Residual(conv(), nn.Identity(), add)
     found = reads(model)
-    add_name = placement(model).adds[0].op
-    # nn.Identity makes a tensor of its own in the graph; the skip is quantized once, behind it.
+    add_name = placement(model).of("add")[0].op
     assert found == {
         "x": [("stem_0", "weighted_input")],
-        "relu": [("body_0", "weighted_input")],
-        "skip": [(add_name, "residual_add")],
+        "relu": [("body_0", "weighted_input"), (add_name, "residual_add")],
         "relu_1": [("head_0", "weighted_input")],
     }
 
@@ -84,15 +83,15 @@ def test_of_two_convolution_branches_the_shorter_is_quantized():
         (Residual(body, conv(kernel=1)), "skip_1"),
         (Residual(conv(kernel=1), body), "body_1"),
     ):
-        (decision,) = placement(model).adds
-        assert (decision.quantized_input, decision.rule) == (shorter, "residual_add_of_convolutions")
+        (decision,) = placement(model).of("add")
+        assert (decision.quantized, decision.rule) == (True, "residual_add_of_convolutions")
         assert reads(model)[shorter] == [("add", "residual_add_of_convolutions")]
 
 
 def test_an_add_without_a_convolution_stays_float():
     model = Residual(nn.Sequential(conv(), nn.ReLU()), nn.Identity())
-    (decision,) = placement(model).adds
-    assert decision.quantized_input is None
+    (decision,) = placement(model).of("add")
+    assert not decision.quantized
     assert decision.rule == "float_add"
     assert decision.reason
     assert all(reader != decision.op for found in reads(model).values() for reader, _ in found)
@@ -166,14 +165,14 @@ def test_small_channel_rules(inputs, outputs, groups, kernel, quantized):
 )
 def test_resnets(name, adds, projections):
     found = placement(torchvision.models.get_model(name))
-    rules = [decision.rule for decision in found.adds]
+    rules = [decision.rule for decision in found.of("add")]
     assert len(rules) == adds
     assert rules.count("residual_add_of_convolutions") == projections
     assert set(rules) == {"residual_add", "residual_add_of_convolutions"}
     assert all(decision.quantized for decision in found.weights)
     readers = {read.reader: tensor for tensor in found.tensors for read in tensor.reads if "residual" in read.rule}
     assert len(readers) == adds  # exactly one quantized input each
-    for decision in found.adds:
+    for decision in found.of("add"):
         tensor = readers[decision.op]
         if decision.rule == "residual_add_of_convolutions":
             assert "downsample" in tensor.tensor
@@ -185,9 +184,9 @@ def test_resnets(name, adds, projections):
 def test_no_model_or_class_name_appears_in_the_rules():
     from pathlib import Path
 
-    import qat.placement
+    import qat.rules
 
-    text = Path(qat.placement.__file__).read_text().lower()
+    text = Path(qat.rules.__file__).read_text().lower()
     for word in (
         "resnet",
         "bottleneck",
@@ -223,12 +222,19 @@ def test_stochastic_depth_does_not_hide_the_convolution_from_the_addition():
             x = F.relu(self.first(x))
             return self.depth(self.body(x)) + x
 
-    (decision,) = placement(Block()).adds
-    assert (decision.quantized_input, decision.rule) == ("relu", "residual_add")
+    (decision,) = placement(Block()).of("add")
+    assert decision.rule == "residual_add"
+    assert reads(Block())["relu"] == [("body_0", "weighted_input"), (decision.op, "residual_add")]
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.ConvTranspose1d(16, 16, 2), nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 1))]
+    ("layer", "rule"),
+    [
+        (nn.ConvTranspose2d(16, 16, 3, groups=2), "grouped_channels"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 1)), "computed_weight"),
+    ],
 )
-def test_layers_that_cannot_be_quantized_stay_float(layer):
-    assert placement(nn.Sequential(layer)).weights == ()
+def test_layers_that_cannot_be_quantized_stay_float(layer, rule):
+    found = placement(nn.Sequential(layer))
+    assert [(d.quantized, d.rule) for d in found.weights] == [(False, rule)]
+    assert found.tensors == ()

@@ -1,0 +1,151 @@
+"""Operations that the exporter would decompose -> operators that stay one ONNX node each (export/ops.py).
+
+PyTorch's exporter makes shape arithmetic of a flatten, ReduceMean and Reshape of a pool, and casts of a clip. TensorRT
+has better kernels for the whole operation, and people find it again in the file.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from export import ops
+from qat.fx_network import arguments, function_name, kind_of
+
+FLATTEN = torch.ops.int8.flatten.default
+POOL = torch.ops.int8.global_average_pool.default
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class GlobalAveragePool(nn.Module):
+    """[N, C, H, W] -> [N, C, 1, 1]."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """The mean over H and W."""
+        return ops.global_average_pool(x_NCHW)
+
+
+class Clip(nn.Module):
+    """Any shape, between two constants."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.tensor(float(low)))
+        self.register_buffer("high", torch.tensor(float(high)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of any shape, clipped."""
+        return ops.clip(x, self.low, self.high)
+
+
+class BatchNorm(nn.Module):
+    """A batch normalization that could not be folded: [N, C, ...], statistics fixed."""
+
+    scale: Tensor
+    bias: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> None:
+        super().__init__()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        self.register_buffer("mean", norm.running_mean.clone())
+        self.register_buffer("variance", norm.running_var.clone())
+        self.register_buffer("scale", norm.weight.detach().clone() if norm.affine else torch.ones_like(self.mean))
+        self.register_buffer("bias", norm.bias.detach().clone() if norm.affine else torch.zeros_like(self.mean))
+        self.epsilon = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` normalized, scaled and shifted."""
+        return ops.batch_norm(x, self.scale, self.bias, self.mean, self.variance, self.epsilon)
+
+
+def lower(folded: fx.GraphModule) -> None:
+    """Replaces in ``folded`` what the exporter would take apart."""
+    called = [str(node.target) for node in folded.graph.nodes if node.op == "call_module"]
+    for path in dict.fromkeys(called):
+        module = folded.get_submodule(path)
+        if isinstance(module, _NORMS) and module.running_mean is not None:
+            folded.set_submodule(path, _with_children(BatchNorm(module), module))
+        elif isinstance(module, nn.Hardtanh):  # and ReLU6
+            folded.set_submodule(path, Clip(module.min_val, module.max_val))
+        elif isinstance(module, nn.modules.conv._ConvNd) and module.bias is None:
+            # Without a bias the exporter computes one of zeros, out of the shape of the weight.
+            module.bias = nn.Parameter(torch.zeros(module.out_channels), requires_grad=False)
+    modules = dict(folded.named_modules())
+    for node in list(folded.graph.nodes):
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        if _flattens_all_but_batch(node, modules):
+            node.op, node.target, node.args, node.kwargs = "call_function", FLATTEN, (node.args[0],), {}
+        elif node.op == "call_module":
+            if kind_of(node, modules) == "global_pool":
+                folded.set_submodule(str(node.target), GlobalAveragePool())
+        elif kind_of(node, modules) == "global_pool":
+            _pool(folded, node)
+        elif (bounds := _bounds(node)) is not None:
+            path = unused_path(folded, node.name)
+            folded.add_submodule(path, Clip(*bounds))
+            node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
+
+
+def _with_children(module: nn.Module, other: nn.Module) -> nn.Module:
+    for name, child in other.named_children():
+        module.add_module(name, child)
+    return module
+
+
+def unused_path(module: nn.Module, path: str) -> str:
+    """``path``, or with a number behind it, where ``module`` has no submodule yet."""
+    taken = {name for name, _ in module.named_modules()}
+    serial, unique = 0, path
+    while unique in taken:
+        serial += 1
+        unique = f"{path}_{serial}"
+    return unique
+
+
+def _pool(folded: fx.GraphModule, node: fx.Node) -> None:
+    """A functional mean over H and W: [N, C, H, W] -> [N, C, 1, 1], or [N, C] without ``keepdim``."""
+    keeps = function_name(node) != "mean" or bool(arguments(node).get("keepdim", False))
+    node.op, node.target, node.args, node.kwargs = "call_function", POOL, (node.args[0],), {}
+    if not keeps:
+        readers = tuple(node.users)
+        with folded.graph.inserting_after(node):
+            flat = folded.graph.call_function(FLATTEN, (node,))
+        for reader in readers:
+            reader.replace_input_with(node, flat)
+
+
+def _bounds(node: fx.Node) -> tuple[float, float] | None:
+    """What a function clips to, where both bounds are known."""
+    name, given = function_name(node).removesuffix("_"), arguments(node)
+    low: Any
+    high: Any
+    match name:
+        case "relu6":
+            return 0.0, 6.0
+        case "hardtanh":
+            low, high = given.get("min_val", -1.0), given.get("max_val", 1.0)
+        case "clamp" | "clip":
+            low, high = given.get("min"), given.get("max")
+        case _:
+            return None
+    bounds = [value for value in (low, high) if isinstance(value, (int, float)) and math.isfinite(value)]
+    return (bounds[0], bounds[1]) if len(bounds) == 2 else None
+
+
+def _flattens_all_but_batch(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1)
+    given = arguments(node)
+    return function_name(node) == "flatten" and (given.get("start_dim", 0), given.get("end_dim", -1)) == (1, -1)

@@ -1,0 +1,92 @@
+"""What placement decides: which tensors are quantized, who reads them so, and the rule behind each decision.
+
+It is made by qat.rules.place, saved in every checkpoint, and applied by qat.prepare and export.quantize.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qat.operations import WEIGHTED, Kind
+
+
+@dataclass(frozen=True)
+class QuantizedRead:
+    """The operation ``reader`` reads a tensor through its quantizer, because of ``rule``."""
+
+    reader: str
+    rule: str
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """An activation that has a quantizer. ``reads`` use it; other readers take the float tensor.
+
+    Tensors with the same ``quantizer`` share one scale.
+    """
+
+    tensor: str
+    quantizer: str
+    reads: tuple[QuantizedRead, ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether an operation works on INT8 codes, by which rule, and for what reason where it does not."""
+
+    op: str
+    label: str
+    kind: Kind
+    quantized: bool
+    rule: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """All decisions for one network, in the order of its operations.
+
+    ``keep_float`` are the patterns by which a user kept operations and tensors in float.
+    """
+
+    tensors: tuple[QuantizedTensor, ...]
+    decisions: tuple[Decision, ...]
+    keep_float: tuple[str, ...] = ()
+
+    def of(self, *kinds: Kind) -> tuple[Decision, ...]:
+        """The decisions about operations of these kinds."""
+        return tuple(decision for decision in self.decisions if decision.kind in kinds)
+
+    @property
+    def weights(self) -> tuple[Decision, ...]:
+        """The decisions about convolutions and linear layers: the weight is quantized where the input is."""
+        return self.of(*WEIGHTED)
+
+    def reads(self) -> Iterator[tuple[str, str, str]]:
+        """Every quantized read: (reader, tensor, rule)."""
+        for tensor in self.tensors:
+            for read in tensor.reads:
+                yield read.reader, tensor.tensor, read.rule
+
+    def scale_groups(self) -> dict[str, list[str]]:
+        """Quantizers that several tensors share, and those tensors."""
+        groups: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(tensor.quantizer, []).append(tensor.tensor)
+        return {quantizer: tensors for quantizer, tensors in groups.items() if len(tensors) > 1}
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain dictionaries and lists, for a sidecar."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Placement:
+        """The inverse of ``to_json``. Raises KeyError or TypeError on anything else."""
+        tensors = tuple(
+            QuantizedTensor(t["tensor"], t["quantizer"], tuple(QuantizedRead(**read) for read in t["reads"]))
+            for t in content["tensors"]
+        )
+        decisions = tuple(Decision(**decision) for decision in content["decisions"])
+        return cls(tensors, decisions, tuple(content["keep_float"]))
