@@ -19,6 +19,7 @@ Kind = Literal[
     "matrix_product",  # of two activations
     "batch_norm",
     "activation",  # pointwise function of one tensor; fuses into the convolution before it
+    "unfused_activation",  # one that TensorRT computes in several steps, which no convolution takes in
     "add",
     "multiply",
     "concat",
@@ -90,7 +91,8 @@ OPERATIONS = (
     Operation("activation", ("ReLU", "ReLU6", "Hardtanh"), ("relu", "relu6", "hardtanh"), ("Relu", "Clip")),
     Operation("activation", (), ("clamp", "clip", "clamp_min", "clamp_max"), ()),
     Operation("activation", ("LeakyReLU", "PReLU"), ("leaky_relu", "prelu"), ("LeakyRelu", "PRelu")),
-    Operation("activation", ("SiLU", "Hardswish", "Mish"), ("silu", "hardswish", "mish"), ("HardSwish", "Mish")),
+    Operation("activation", ("SiLU", "Mish"), ("silu", "mish"), ("Mish",)),
+    Operation("unfused_activation", ("Hardswish",), ("hardswish",), ("HardSwish",)),
     Operation("activation", ("Sigmoid", "Hardsigmoid"), ("sigmoid", "hardsigmoid"), ("Sigmoid", "HardSigmoid")),
     Operation("activation", ("GELU", "Tanh", "ELU"), ("gelu", "tanh", "elu"), ("Gelu", "Erf", "Tanh", "Elu")),
     Operation("activation", ("Softplus", "SELU", "CELU"), ("softplus", "selu", "celu"), ("Softplus", "Selu", "Celu")),

@@ -7,7 +7,8 @@ rules see operations, channel counts, shapes and the graph, never the names of m
 Two kinds of rules:
 - an exemption says of a convolution or linear layer why it stays in float, or '' when it does not apply;
 - a read says which operation reads which tensor quantized.
-Where quantized tensors are one tensor but for data movement, ``_settle`` gives them one scale and one quantizer.
+Exemptions come first, because a read may depend on what its neighbours compute in.
+Where quantized tensors are one tensor but for data movement, qat/sharing.py gives them one scale and one quantizer.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from qat.artifact import UserError
-from qat.decisions import Decision, Placement, QuantizedRead, QuantizedTensor
+from qat.decisions import Decision, Placement
 from qat.network import Network, Op
-from qat.operations import COMMUTING, WEIGHTED
+from qat.operations import WEIGHTED
+from qat.sharing import ONE_QUANTIZER, Reads, all_quantized, read_quantized, settle
 
 GUIDE = "TensorRT Developer Guide, Working with Quantized Types, Q/DQ Placement Recommendations"
 HEURISTICS = "heuristics of NVIDIA's ONNX quantizer"
+MEASURED = "benchmarks/gpu_placement.txt"
 POOLS = ("average_pool", "global_pool")
 
 
@@ -37,10 +40,13 @@ class Rule:
     source: str
 
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, Rule] = {
+    ONE_QUANTIZER: Rule("one quantizer before data movement serves all that read the data (qat/sharing.py)", GUIDE),
+}
 Exemption = Callable[[Network, Op], str]
 _EXEMPTIONS: list[Exemption] = []
-Reads = dict[tuple[str, str], str]  # (reader, tensor) -> rule
+Throughout = Callable[[Network, Op, set[str]], bool]
+_THROUGHOUT: list[Throughout] = []
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -66,6 +72,16 @@ def _exemption(sentence: str, source: str) -> Callable[[Exemption], Exemption]:
     return record
 
 
+def _throughout(sentence: str, source: str) -> Callable[[Throughout], Throughout]:
+    """Records it as a rule about operations whose inputs are all quantized wherever their output is read quantized."""
+
+    def record(function: Throughout) -> Throughout:
+        _THROUGHOUT.append(function)
+        return _rule(sentence, source)(function)
+
+    return record
+
+
 def place(network: Network, keep_float: Iterable[str] = ()) -> Placement:
     """Applies the rules to ``network``.
 
@@ -81,27 +97,37 @@ def place(network: Network, keep_float: Iterable[str] = ()) -> Placement:
     """
     patterns = tuple(keep_float)
     kept = _matched(network, patterns)
-    decisions: dict[str, Decision] = _weight_decisions(network, kept)
+    unfit: set[str] = set()
+    while True:  # what one layer does without, another may have relied on
+        decisions, reads = _decide(network, kept, unfit)
+        more = {op.name for op in network if grouped_float_output(network, op, decisions, reads)}
+        if not more:
+            break
+        unfit |= more
+    in_order = tuple(decisions[op.name] for op in network if op.name in decisions)
+    return Placement(settle(network, reads), in_order, patterns)
+
+
+def _decide(network: Network, kept: set[str], unfit: set[str]) -> tuple[dict[str, Decision], Reads]:
+    """The decisions by operation, and the reads that follow from them; ``unfit`` layers stay in float."""
+    decisions = _weight_decisions(network, kept, unfit)
     quantized = {name for name, decision in decisions.items() if decision.quantized}
     reads: Reads = {(name, network[name].inputs[0]): weighted_input.__name__ for name in quantized}
     for op in network:
         if op.kind == "add" and len(op.inputs) > 1:
-            decision, tensors = residual_add(network, op, quantized, kept)
-            decisions[op.name] = decision
-            reads |= {(op.name, tensor): decision.rule for tensor in tensors}
-    # Backwards, so that what stands behind an operation is already decided.
-    for op in reversed(network):
-        if op.kind in POOLS or op.kind == "concat":
-            rule = pool_input if op.kind in POOLS else shared_concat_scale
-            why_not = _why_float(network, op, reads, kept)
-            decisions[op.name] = Decision(op.name, op.label, op.kind, not why_not, rule.__name__, why_not)
-            if not why_not:
-                reads |= {(op.name, tensor): rule.__name__ for tensor in op.inputs}
+            decisions[op.name], tensors = residual_add(network, op, quantized, kept)
+            reads |= {(op.name, tensor): decisions[op.name].rule for tensor in tensors}
         elif op.kind == "matrix_product":
             reason = RULES["product_of_activations"].sentence
             decisions[op.name] = Decision(op.name, op.label, op.kind, False, product_of_activations.__name__, reason)
-    in_order = tuple(decisions[op.name] for op in network if op.name in decisions)
-    return Placement(_settle(network, reads), in_order, patterns)
+    # Backwards, so that what stands behind an operation is already decided.
+    for op in reversed(network):
+        for rule in _THROUGHOUT:
+            if rule(network, op, quantized):
+                why_not = _why_float(network, op, reads, kept)
+                decisions[op.name] = Decision(op.name, op.label, op.kind, not why_not, rule.__name__, why_not)
+                reads |= {(op.name, tensor): rule.__name__ for tensor in op.inputs if not why_not}
+    return decisions, reads
 
 
 # --- exemptions: why a convolution or linear layer stays in float -----------------------------------------------------
@@ -116,12 +142,6 @@ def kept_float(network: Network, op: Op) -> None:
 def computed_weight(network: Network, op: Op) -> str:
     """A weight behind weight normalization or standardization has no fixed codes."""
     return "its weight is computed by other operations" if op.weight is None else ""
-
-
-@_exemption("a layer inside a squeeze-and-excite gate works on one pixel: INT8 saves nothing there", HEURISTICS)
-def squeeze_excite(network: Network, op: Op) -> str:
-    """Layers between a tensor's global pool and the multiplication that scales that same tensor stay in float."""
-    return "computes a gate from one value a channel" if op.name in _gate_layers(network) else ""
 
 
 @_exemption("a convolution with few channels, none a multiple of 8, has no fast INT8 kernel", HEURISTICS)
@@ -147,6 +167,15 @@ def grouped_channels(network: Network, op: Op) -> str:
     if weight.out_channels % 8 == 0 and max(weight.kernel) >= 3:
         return ""
     return f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}: needs a multiple of 8, >= 3"
+
+
+@_rule("a grouped convolution has INT8 kernels only where what it makes is quantized too", MEASURED)
+def grouped_float_output(network: Network, op: Op, decisions: dict[str, Decision], reads: Reads) -> bool:
+    """Whether a quantized grouped convolution makes a tensor that somebody reads in float."""
+    if op.weight is None or op.weight.groups == 1 or not decisions[op.name].quantized:
+        return False
+    tensor = _made_by(network, op, decisions, reads)
+    return not all_quantized(network, tensor, reads)
 
 
 @_rule("layers that share one weight are quantized together or not at all", "one tensor is stored once")
@@ -206,122 +235,33 @@ def float_add(network: Network, add: Op) -> None:
     """Named in decisions of ``residual_add``."""
 
 
-@_rule("an average pool runs in INT8 when its input and its output are quantized", GUIDE)
-def pool_input(network: Network, op: Op) -> None:
-    """Quantize the input of an average pool whose output is read quantized. Max pooling commutes and needs nothing."""
+@_throughout("an average pool runs in INT8 when its input and its output are quantized", GUIDE)
+def pool_input(network: Network, op: Op, quantized: set[str]) -> bool:
+    """Max pooling commutes with quantization and needs nothing."""
+    return op.kind in POOLS
 
 
-@_rule("all inputs of a concatenation share the scale of its output, so that it copies codes", GUIDE)
-def shared_concat_scale(network: Network, op: Op) -> None:
-    """Quantize all inputs of a concatenation whose output is read quantized, with one scale for all (``_settle``)."""
+@_throughout("all inputs of a concatenation share the scale of its output, so that it copies codes", GUIDE)
+def shared_concat_scale(network: Network, op: Op, quantized: set[str]) -> bool:
+    """The one scale for all is given by qat/sharing.py."""
+    return op.kind == "concat"
 
 
-@_rule("one quantizer before data movement serves all that read the data", GUIDE)
-def one_quantizer(network: Network, tensor: str) -> None:
-    """Where several readers share a tensor, it is quantized before the paths part (``_settle``)."""
+@_throughout("a gate multiplies INT8 codes, so that the convolutions on both sides of it write and read them", MEASURED)
+def gate_product(network: Network, op: Op, quantized: set[str]) -> bool:
+    """A tensor times a function of its own global pool: squeeze-and-excite. Both factors are quantized."""
+    return op.name in _gate_products(network)
+
+
+@_throughout("an activation that takes a kernel of its own reads and writes INT8 codes", MEASURED)
+def unfused_activation(network: Network, op: Op, quantized: set[str]) -> bool:
+    """Between INT8 convolutions that do not take it in, its input is quantized as well as its output."""
+    return op.kind == "unfused_activation" and _fusing_convolution(network, op.inputs[0], quantized) is not None
 
 
 @_rule("a product of two activations stays in float", HEURISTICS)
 def product_of_activations(network: Network, op: Op) -> None:
     """No constant factor, so no weight."""
-
-
-# --- one scale for what is one tensor ---------------------------------------------------------------------------------
-
-
-def _settle(network: Network, reads: Reads) -> tuple[QuantizedTensor, ...]:
-    """Gives every tensor its quantizer.
-
-    A tensor and what data movement makes of it are one tree with one scale, and a quantized concatenation joins the
-    trees of its inputs with its own. In a tree the quantizer stands as late as possible, but before paths part of
-    which all are read quantized: TensorRT moves a Q back over data movement only where one scale comes from all sides.
-    """
-    settled: Reads = {}
-    placing = _Tree(network, reads, settled)
-    roots = {network.ops[tensor].name: _root(network, tensor) for _, tensor in reads}
-    for root in dict.fromkeys(roots.values()):
-        placing.place(root)
-    scales = {name: name for name in network.ops}  # root -> another of the same scale
-
-    def scale(name: str) -> str:
-        while scales[name] != name:
-            name = scales[name]
-        return name
-
-    for reader, tensor in reads:
-        if network[reader].kind == "concat":
-            scales[scale(_root(network, tensor))] = scale(reader)
-    hosts: dict[str, list[str]] = {}  # tensor -> its readers
-    for reader, tensor in sorted(settled, key=lambda read: network.position(read[0])):
-        hosts.setdefault(tensor, []).append(reader)
-    quantizer: dict[str, str] = {}
-    for tensor in sorted(hosts, key=network.position):  # the last tensor of a scale gives its quantizer the name
-        quantizer[scale(_root(network, tensor))] = tensor
-    return tuple(
-        QuantizedTensor(
-            tensor,
-            quantizer[scale(_root(network, tensor))],
-            tuple(QuantizedRead(reader, settled[reader, tensor]) for reader in hosts[tensor]),
-        )
-        for tensor in sorted(hosts, key=network.position)
-    )
-
-
-@dataclass
-class _Tree:
-    """Finds where in a tree of data movement the quantizers stand; writes them to ``settled``."""
-
-    network: Network
-    reads: Reads
-    settled: Reads
-
-    def place(self, tensor: str) -> None:
-        """Places the quantizers of ``tensor`` and of all that is moved out of it."""
-        direct = [op for op in self.network.readers(tensor) if (op.name, tensor) in self.reads]
-        moving = [op for op in self.network.readers(tensor) if self._moves(op) and self._rules_behind(op.name)]
-        for op in direct:
-            self.settled[op.name, tensor] = self.reads[op.name, tensor]
-        parts = len(direct) + len(moving) > 1
-        for op in moving:
-            behind = self._rules_behind(op.name)
-            parts_inside = op.kind == "split" and sum(bool(self._rules_behind(o.name)) for o in self._out(op)) > 1
-            # Behind a dropout, which scales up what it keeps, values in training exceed what calibration found.
-            early = op.kind == "dropout" or ((parts or parts_inside) and self._all_quantized(op.name))
-            if early and self.network[tensor].kind != "split":
-                rule = behind[0] if op.kind == "dropout" and len(behind) == 1 else one_quantizer.__name__
-                self.settled[op.name, tensor] = rule
-            else:
-                self.place(op.name)
-
-    def _out(self, op: Op) -> tuple[Op, ...]:
-        return self.network.readers(op.name)
-
-    def _moves(self, op: Op) -> bool:
-        return op.kind in COMMUTING
-
-    def _rules_behind(self, tensor: str) -> list[str]:
-        """The rules of all quantized reads of ``tensor`` and of what is moved out of it."""
-        found = [
-            self.reads[op.name, tensor] for op in self._out(self.network[tensor]) if (op.name, tensor) in self.reads
-        ]
-        for op in self._out(self.network[tensor]):
-            if self._moves(op):
-                found += self._rules_behind(op.name)
-        return found
-
-    def _all_quantized(self, tensor: str) -> bool:
-        """Whether nobody reads ``tensor``, or what is moved out of it, in float."""
-        return all(
-            (op.name, tensor) in self.reads or (self._moves(op) and self._all_quantized(op.name))
-            for op in self._out(self.network[tensor])
-        )
-
-
-def _root(network: Network, tensor: str) -> str:
-    """The tensor that ``tensor`` is a moved copy of."""
-    while network[tensor].kind in COMMUTING:
-        tensor = network[tensor].inputs[0]
-    return tensor
 
 
 # --- graph questions --------------------------------------------------------------------------------------------------
@@ -353,11 +293,13 @@ def _kept_tensors(network: Network, tensors: Iterable[str], kept: set[str]) -> l
     return [tensor for tensor in tensors if tensor in kept and network[tensor].kind not in choosable]
 
 
-def _weight_decisions(network: Network, kept: set[str]) -> dict[str, Decision]:
+def _weight_decisions(network: Network, kept: set[str], unfit: set[str]) -> dict[str, Decision]:
     decisions = {}
     for op in network:
         if op.kind in WEIGHTED:
             rule, reason = weighted_input(network, op, kept)
+            if op.name in unfit and not reason:
+                rule, reason = grouped_float_output.__name__, "what it makes is read in float"
             decisions[op.name] = Decision(op.name, op.label, op.kind, not reason, rule, reason)
     owners: dict[str, list[str]] = {}
     for name in decisions:
@@ -393,27 +335,38 @@ def _why_float(network: Network, op: Op, reads: Reads, kept: set[str]) -> str:
     """Why a pool or concatenation stays in float, '' if it does not."""
     if op.name in kept or _kept_tensors(network, op.inputs, kept):
         return "kept in float"
-    return "" if _read_quantized(network, op.name, reads) else "nothing behind it reads INT8"
-
-
-def _read_quantized(network: Network, tensor: str, reads: Reads) -> bool:
-    """Whether ``tensor`` is read quantized, through data movement or at once."""
-    return any(
-        (op.name, tensor) in reads or (op.kind in COMMUTING and _read_quantized(network, op.name, reads))
-        for op in network.readers(tensor)
-    )
+    return "" if read_quantized(network, op.name, reads) else "nothing behind it reads INT8"
 
 
 @functools.lru_cache(maxsize=2)
-def _gate_layers(network: Network) -> set[str]:
-    """Convolutions and linear layers between a tensor's global pool and the product that scales the same tensor."""
-    found: set[str] = set()
+def _gate_products(network: Network) -> set[str]:
+    """The multiplications of a tensor by what is computed from its own global pool."""
+    found = set()
     for op in network:
         if op.kind == "multiply" and len(set(op.inputs)) == 2:
             for value, gate in (op.inputs, op.inputs[::-1]):
                 before = network.ancestors(value)
-                between = network.ancestors(gate) - before
-                pooled = (network[name] for name in between if network[name].kind == "global_pool")
-                if any(pool.inputs[0] in before for pool in pooled):
-                    found |= {name for name in between if network[name].kind in WEIGHTED}
+                between = [network[name] for name in network.ancestors(gate) - before]
+                if any(made.kind == "global_pool" and made.inputs[0] in before for made in between):
+                    found.add(op.name)
     return found
+
+
+def _made_by(network: Network, op: Op, decisions: dict[str, Decision], reads: Reads) -> str:
+    """The tensor that the engine's layer of a convolution writes: behind what fuses into it."""
+    tensor = op.name
+    while True:
+        readers = network.readers(tensor)
+        following = readers[-1] if readers else op
+        alone = len(readers) == 1 and (following.name, tensor) not in reads
+        takes_sum = following.kind == "add" and following.name in decisions and decisions[following.name].quantized
+        fuses = alone and (following.kind in ("batch_norm", "activation") or takes_sum)
+        if not fuses and not (len(readers) == 2 and _is_swish(network, tensor, following)):
+            return tensor
+        tensor = following.name
+
+
+def _is_swish(network: Network, tensor: str, product: Op) -> bool:
+    """Whether ``product`` is ``tensor`` times an activation of it."""
+    others = [name for name in product.inputs if name != tensor]
+    return product.kind == "multiply" and len(others) == 1 and network[others[0]].inputs == (tensor,)

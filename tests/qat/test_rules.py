@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from qat.artifact import UserError
 from qat.decisions import Placement
 from qat.fx_network import network_from_fx
 from qat.prepare import trace
@@ -155,7 +156,8 @@ def test_nested_concats_share_one_scale():
     ],
 )
 def test_small_channel_rules(inputs, outputs, groups, kernel, quantized):
-    (decision,) = placement(nn.Sequential(nn.Conv2d(inputs, outputs, kernel, groups=groups))).weights
+    layer = nn.Conv2d(inputs, outputs, kernel, groups=groups)
+    decision, _ = placement(nn.Sequential(layer, nn.ReLU(), nn.Conv2d(outputs, 16, 1))).weights
     assert decision.quantized is quantized
     assert bool(decision.reason) is not quantized
 
@@ -238,3 +240,202 @@ def test_layers_that_cannot_be_quantized_stay_float(layer, rule):
     found = placement(nn.Sequential(layer))
     assert [(d.quantized, d.rule) for d in found.weights] == [(False, rule)]
     assert found.tensors == ()
+
+
+class Gated(nn.Module):
+    """A depthwise convolution, squeeze-and-excite, and a convolution that reads the product."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.squeeze, self.excite, self.head = conv(groups=16), conv(kernel=1), conv(kernel=1), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.wide(x))
+        gate = F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
+        return self.head(x * torch.sigmoid(self.excite(gate)))
+
+
+def test_a_gate_and_what_it_multiplies_are_quantized():
+    assert reads(Gated()) == {
+        "x": [("wide_0", "weighted_input")],
+        "relu": [("adaptive_avg_pool2d", "pool_input"), ("mul", "gate_product")],
+        "adaptive_avg_pool2d": [("squeeze_0", "weighted_input")],
+        "relu_1": [("excite_0", "weighted_input")],
+        "sigmoid": [("mul", "gate_product")],
+        "mul": [("head_0", "weighted_input")],
+    }
+    assert all(decision.quantized for decision in placement(Gated()).decisions)
+
+
+def test_a_product_of_a_tensor_and_its_own_activation_is_an_activation():
+    class Swish(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = conv(groups=16), conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.head(x * torch.sigmoid(x))
+
+    assert reads(Swish()) == {"x": [("first_0", "weighted_input")], "mul": [("head_0", "weighted_input")]}
+
+
+def test_a_grouped_convolution_whose_output_is_read_in_float_stays_float_and_so_do_those_before_it():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = conv(groups=16), conv(groups=16), conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.second(F.relu(self.first(x)))
+            return self.head(x).mean() + x.mean()
+
+    found = placement(Deep())
+    assert [(d.label, d.rule) for d in found.weights] == [
+        ("first.0", "grouped_float_output"),
+        ("second.0", "grouped_float_output"),
+        ("head.0", "weighted_input"),
+    ]
+    assert reads(Deep()) == {"second_1": [("head_0", "weighted_input")]}
+
+
+def test_an_activation_that_no_convolution_takes_in_reads_codes():
+    model = nn.Sequential(conv(), nn.Hardswish(), conv(), nn.SiLU(), conv())
+    assert reads(model) == {
+        "input_1": [("_0_0", "weighted_input")],
+        "_0_1": [("_1", "unfused_activation")],
+        "_1": [("_2_0", "weighted_input")],
+        "_3": [("_4_0", "weighted_input")],
+    }
+
+
+class Parted(nn.Module):
+    """Two halves of a tensor go separate ways; ``float_half`` says whether one of them is read in float."""
+
+    def __init__(self, float_half: bool = False):
+        super().__init__()
+        self.first, self.left, self.right, self.float_half = conv(), conv(8, 8), conv(8, 8), float_half
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.first(x)).chunk(2, dim=1)
+        return self.left(left) + (torch.exp(right) if self.float_half else torch.exp(self.right(right)))
+
+
+def test_one_quantizer_stands_before_a_split_that_is_read_quantized_throughout():
+    assert reads(Parted()) == {
+        "x": [("first_0", "weighted_input")],
+        "relu": [("chunk", "one_quantizer")],
+        "exp": [("add", "residual_add")],
+    }
+    half = reads(Parted(float_half=True))
+    assert "relu" not in half
+    assert half["getitem"] == [("left_0", "weighted_input")]
+
+
+def test_a_max_pool_beside_a_convolution_shares_its_quantizer():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.left, self.right = conv(), conv(), conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            return self.left(x), self.right(F.max_pool2d(x, 3, 1, 1))
+
+    assert reads(Branches())["relu"] == [("left_0", "weighted_input"), ("max_pool2d", "one_quantizer")]
+
+
+def test_functional_layers_with_constant_weights():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(16, 16, 3, 3)), nn.Parameter(torch.randn(16))
+            self.matrix, self.projection = nn.Parameter(torch.randn(4, 16)), nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(F.conv2d(x, self.weight, self.bias, padding=1)).mean((2, 3))
+            return torch.relu_(F.linear(x, self.matrix)) @ self.projection
+
+    assert reads(Functional()) == {
+        "x": [("conv2d", "weighted_input")],
+        "relu": [("mean", "pool_input")],
+        "mean": [("linear", "weighted_input")],
+        "relu_": [("matmul", "weighted_input")],
+    }
+
+
+def test_products_of_activations_stay_float():
+    class Product(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ x.transpose(-1, -2)
+
+    (decision,) = placement(Product()).decisions
+    assert (decision.quantized, decision.rule) == (False, "product_of_activations")
+
+
+def test_a_weight_that_two_calls_share_is_quantized_for_both_or_neither():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.relu(self.conv(x)))
+
+    assert [d.quantized for d in placement(Shared()).weights] == [True, True]
+    found = place(network_from_fx(trace(Shared())), ["conv_1"])
+    assert [(d.quantized, d.rule) for d in found.weights] == [(False, "shared_weight"), (False, "kept_float")]
+
+
+def test_keep_float_takes_modules_functions_and_tensors():
+    model = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
+    network = network_from_fx(trace(model))
+    assert [d.quantized for d in place(network, ["2"]).weights] == [True, False, True]
+    assert [d.quantized for d in place(network, ["[02].*"]).weights] == [False, False, True]
+    found = place(network, ["_3"])  # the tensor that the second ReLU makes
+    assert [d.quantized for d in found.weights] == [True, True, False]
+    assert found.keep_float == ("_3",)
+    with pytest.raises(UserError, match=r"--keep-float clasifier matches none of the \d+ operations"):
+        place(network, ["clasifier"])
+
+
+def test_additions_that_broadcast_or_double_take_no_convolution():
+    class Broadcast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.pooled = conv(), conv(kernel=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return y + self.pooled(F.adaptive_avg_pool2d(x, 1))
+
+    found = place(network_from_fx(trace(Broadcast()), (16, 8, 8)))
+    assert [(d.quantized, d.rule) for d in found.of("add")] == [(False, "float_add")]
+    assert "differ in shape" in found.of("add")[0].reason
+
+    class Double(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return x + x
+
+    assert [d.quantized for d in placement(Double()).of("add")] == [False]
+
+
+def test_a_concatenation_of_a_tensor_with_itself_and_one_that_feeds_an_addition():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = conv(), conv(), conv(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            x = torch.cat([x, x], 1)
+            return self.head(x) + x
+
+    found = placement(Joined())
+    assert {t.tensor: t.quantizer for t in found.tensors} == {"x": "x", "relu": "cat", "cat": "cat"}
+    assert reads(Joined())["cat"] == [("head_0", "weighted_input"), ("add", "residual_add")]
