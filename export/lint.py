@@ -1,138 +1,96 @@
-"""TensorRT's hard rules for Q/DQ networks, checked on an ONNX model; each finding names its node.
+"""Check the Q/DQ nodes of any ONNX file against TensorRT's rules: what it refuses, and what it runs slowly.
 
-Source: NVIDIA TensorRT Developer Guide, "Working with Quantized Types", and the ONNX parser's operator notes for
-QuantizeLinear and DequantizeLinear. A model with findings is refused by TensorRT, or computes something else.
+    python -m export.lint runs/model.onnx
+    python -m export.lint other_tool.onnx --json findings.json
+
+An error is something that TensorRT refuses or computes differently; a warning costs speed. Exit codes: 0 no error,
+1 errors (with --strict also warnings), 2 a file that cannot be checked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import onnx_ir as ir
+import tyro
 
-FORBIDDEN = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear")
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-FIRST_PER_CHANNEL_OPSET = 13
+from qat.artifact import UserError, write_json
+from qat.console import Command, run_command, say, table
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from export.findings import Finding
+
+EXIT_FOUND = 1
 
 
-@dataclass(frozen=True)
-class Finding:
-    """A broken rule: where, which, and what to do about it."""
+@dataclass(frozen=True, kw_only=True)
+class LintOptions(Command):
+    """The options of ``python -m export.lint``."""
 
-    node: str
-    rule: str
-    message: str
+    model: Annotated[Path, tyro.conf.Positional]
+    """An ONNX file with QuantizeLinear and DequantizeLinear nodes, from whatever tool."""
+    json: Path | None = None
+    """Also write all findings here."""
+    strict: bool = False
+    """Exit with code 1 for warnings too."""
+    show: int = 8
+    """Findings of each rule that are printed; the file of --json has all."""
 
-    def __str__(self) -> str:
-        return f"{self.node}: {self.message} [{self.rule}]"
+
+def main(options: LintOptions) -> int:
+    """Prints what is found. ONNX is imported here, so that --help answers at once."""
+    from export.read import is_quantized, read_onnx
+
+    model = read_onnx(options.model)
+    if not is_quantized(model):
+        raise UserError(
+            f"{options.model} is a float network, with no Q/DQ node to check: quantize it first "
+            "(python -m export.quantize, or python -m qat.train)"
+        )
+    findings = lint(model)
+    _print(findings, options.show)
+    errors = sum(finding.severity == "error" for finding in findings)
+    if options.json:
+        summary = {"errors": errors, "warnings": len(findings) - errors}
+        content: dict[str, Any] = {"model": options.model.name, **summary, "findings": list(map(asdict, findings))}
+        write_json(options.json, content)
+        say(f"wrote {options.json}")
+    return EXIT_FOUND if errors or (options.strict and findings) else 0
 
 
 def lint(model: ir.Model) -> list[Finding]:
-    """All findings in ``model``, in the order of its nodes; [] when TensorRT's rules hold."""
-    findings = list(_opset(model))
-    for node in model.graph:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            for rule in (_scale, _zero_point, _granularity):
-                findings.extend(rule(node))
-        if node.op_type == "QuantizeLinear":
-            findings.extend(_pair(node))
-        if node.op_type in FORBIDDEN:
-            message = (
-                f"{node.op_type} is not supported: use QuantizeLinear and DequantizeLinear around float operations"
-            )
-            findings.append(Finding(_name(node), "forbidden_op", message))
-        if node.op_type in WEIGHTED:
-            findings.extend(_float_bias(node))
-    return findings
+    """All findings in ``model``, errors first; [] when TensorRT takes it and the placement is right."""
+    from export.hard_rules import hard_findings
+    from export.onnx_network import network_from_onnx
+    from export.placement_rules import placement_findings
+
+    return [*hard_findings(model), *placement_findings(network_from_onnx(model))]
 
 
-def _opset(model: ir.Model) -> Iterator[Finding]:
-    opset = model.opset_imports.get("", 0)
-    if opset < FIRST_PER_CHANNEL_OPSET:
-        message = f"opset {opset}, per-channel scales need {FIRST_PER_CHANNEL_OPSET} or later: export again"
-        yield Finding("model", "opset", message)
+def _print(findings: list[Finding], show: int) -> None:
+    from export.findings import megabytes
+    from export.placement_rules import sentence
+
+    for rule in dict.fromkeys(finding.rule for finding in findings):
+        of_rule = [finding for finding in findings if finding.rule == rule]
+        meaning = f": {sentence(rule)}" if sentence(rule) else ""
+        say(f"{of_rule[0].severity} {rule}, {len(of_rule)} times{meaning}")
+        for finding in of_rule[:show]:
+            say(f"  {finding.node}: {finding.message}")
+        if len(of_rule) > show:
+            say(f"  ... and {len(of_rule) - show} more")
+    counts = Counter(finding.severity for finding in findings)
+    extra = sum(finding.bytes_per_image for finding in findings)
+    cost = f", about {megabytes(extra)} more memory traffic for each image" if extra else ""
+    if findings:
+        say(f"{counts['error']} errors, {counts['warning']} warnings{cost}")
+    else:
+        table("Lint", ("rules", "findings"), [("TensorRT's hard rules", 0), ("placement", 0)])
 
 
-def _scale(node: ir.Node) -> Iterator[Finding]:
-    scale = _constant(node.inputs[1])
-    if scale is None:
-        yield Finding(_name(node), "constant_scale", "the scale is not a constant: make it an initializer")
-    elif not np.isfinite(scale).all() or (scale <= 0).any():
-        bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)))
-        message = (
-            f"{bad.size} of {scale.size} scales are not positive and finite, first at channel {bad[0]}: floor them"
-        )
-        yield Finding(_name(node), "positive_scale", message)
-
-
-def _zero_point(node: ir.Node) -> Iterator[Finding]:
-    given = node.inputs[2] if len(node.inputs) > 2 else None
-    if given is None:
-        yield Finding(_name(node), "explicit_zero_point", "no zero point, so UINT8: add INT8 zeros as an initializer")
-        return
-    zero_point = _constant(given)
-    if zero_point is None:
-        yield Finding(
-            _name(node),
-            "constant_zero_point",
-            "the zero point is not an initializer: remove what lies between",
-        )
-    elif zero_point.dtype != np.int8:
-        yield Finding(_name(node), "int8_zero_point", f"the zero point is {zero_point.dtype}: quantize to INT8")
-    elif zero_point.any():
-        yield Finding(_name(node), "symmetric", "the zero point is not zero: quantize symmetrically")
-
-
-def _granularity(node: ir.Node) -> Iterator[Finding]:
-    """Activations per tensor; per channel only for constants, along the output channels."""
-    scale, data = _constant(node.inputs[1]), node.inputs[0]
-    if scale is None or scale.size <= 1 or data is None:
-        return
-    producer = data.producer()
-    root = producer.inputs[0] if producer is not None and producer.op_type == "QuantizeLinear" else data
-    if root is None or _constant(root) is None:
-        yield Finding(_name(node), "per_tensor_activation", "an activation has several scales: use one a tensor")
-        return
-    axis = node.attributes.get_int("axis", 1)
-    for reader in node.outputs[0].consumers():
-        wanted = _channel_axis(reader)
-        if wanted is not None and axis != wanted:
-            message = f"scales along axis {axis}, the output channels of {_name(reader)} are axis {wanted}"
-            yield Finding(_name(node), "channel_axis", message)
-
-
-def _channel_axis(reader: ir.Node) -> int | None:
-    match reader.op_type:
-        case "Conv":
-            return 0
-        case "ConvTranspose":
-            return 1
-        case "Gemm":
-            return 0 if reader.attributes.get_int("transB", 0) else 1
-    return None
-
-
-def _pair(quantize: ir.Node) -> Iterator[Finding]:
-    """Q and DQ of one tensor share scale and zero point."""
-    for reader in quantize.outputs[0].consumers():
-        if reader.op_type != "DequantizeLinear":
-            message = f"its codes are read by {reader.op_type} {_name(reader)}: only DequantizeLinear may read them"
-            yield Finding(_name(quantize), "pair", message)
-        elif reader.inputs[1] is not quantize.inputs[1]:
-            yield Finding(_name(quantize), "shared_scale", f"{_name(reader)} dequantizes it with another scale tensor")
-
-
-def _float_bias(node: ir.Node) -> Iterator[Finding]:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and (producer := bias.producer()) is not None and producer.op_type == "DequantizeLinear":
-        yield Finding(_name(node), "float_bias", f"its bias comes from {_name(producer)}: keep the bias in float")
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or node.op_type
+if __name__ == "__main__":
+    run_command(main, LintOptions)

@@ -16,7 +16,7 @@ from torch import Tensor
 from qat.artifact import UserError, atomic_write, sha256_of
 from qat.checkpoint import Checkpoint
 from qat.console import warn
-from qat.data import batches, load_data
+from qat.data import Data, batches, load_data
 
 _BATCH = 32
 _RANDOM_IMAGES = 8
@@ -50,15 +50,20 @@ def sample(checkpoint: Checkpoint, count: int) -> Sample:
         shape = (min(count, _RANDOM_IMAGES), 3, checkpoint.preprocessing.height, checkpoint.preprocessing.width)
         x_NCHW = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         return Sample(x_NCHW, torch.full((len(x_NCHW),), _NO_LABEL), "random images")
+    return first_images(loaded, count)
+
+
+def first_images(data: Data, count: int) -> Sample:
+    """Up to ``count`` images of the test split of ``data``."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
-    for x_NCHW, y in batches(loaded.test, _BATCH, None):
+    for x_NCHW, y in batches(data.test, _BATCH, None):
         left = count - sum(map(len, labels))
         images.append(x_NCHW[:left])
         labels.append(y[:left])
         if left <= len(y):
             break
-    return Sample(torch.cat(images), torch.cat(labels), f"the test split of {data['source']}")
+    return Sample(torch.cat(images), torch.cat(labels), f"the test split of {data.source}")
 
 
 def reference_path(onnx: Path) -> Path:
@@ -67,7 +72,7 @@ def reference_path(onnx: Path) -> Path:
 
 
 def write_reference(path: Path, images: Sample, logits: Tensor) -> dict[str, Any]:
-    """Writes ``images`` with what PyTorch answers on them, float32 [N, classes].
+    """Writes ``images`` with the answers that an engine is held against, float32 [N, classes]: PyTorch's, say.
 
     Returns what the ONNX file's sidecar records of it. Raises UserError when the disk does not take it.
     """

@@ -235,7 +235,7 @@ def set_ranges(
         if math.isnan(observer.amax):
             warnings.append(f"tensor {name} was not computed by any calibration batch: it has no range")
             continue
-        quantizer.amax.fill_(_choose(observer, method, percentile))
+        quantizer.amax.fill_(choose_amax(observer, method, percentile))
         if observer.amax / ACTIVATION.high < SCALE_FLOOR:
             warnings.append(f"tensor {name} is zero for every calibration image: dead channels, or too few images?")
     return warnings
@@ -256,7 +256,8 @@ def calibrate(
     return set_ranges(model, observe(model, batches, on_batch), method, percentile)
 
 
-def _choose(observer: HistogramObserver, method: Method, percentile: float) -> float:
+def choose_amax(observer: HistogramObserver, method: Method, percentile: float) -> float:
+    """The amax that ``method`` chooses from what ``observer`` saw; never above the exact max."""
     if method == "max" or observer.limit == 0:
         return observer.amax
     if method == "percentile":

@@ -64,6 +64,11 @@ def _pads_with_known_values(attributes: dict[str, Any]) -> bool:
     return attributes.get("mode", "constant") != "constant" or not attributes.get("value", 0)
 
 
+def _between_floats(attributes: dict[str, Any]) -> bool:
+    """A cast between float types keeps values, but for rounding that quantization outdoes; codes 1, 10, 16 of ONNX."""
+    return {attributes.get("from"), attributes.get("to")} <= {1, 10, 16}
+
+
 def _over_space(attributes: dict[str, Any]) -> bool:
     """A mean over exactly the last two of four dimensions."""
     axes = attributes.get("dim", attributes.get("axes"))
@@ -124,6 +129,7 @@ OPERATIONS = (
     Operation("data_movement", ("Permute",), ("permute", "transpose", "swapaxes", "movedim"), ("Transpose",)),
     Operation("data_movement", (), ("getitem", "narrow", "index_select"), ("Slice", "Gather")),
     Operation("data_movement", (), ("roll", "flip", "expand", "repeat", "tile"), ("Expand", "Tile")),
+    Operation("data_movement", (), (), ("Cast",), _between_floats),
     Operation("data_movement", ("ChannelShuffle",), ("channel_shuffle",), ()),
     Operation("data_movement", ("PixelShuffle",), ("pixel_shuffle",), ("DepthToSpace",)),
     Operation("data_movement", ("PixelUnshuffle",), ("pixel_unshuffle",), ("SpaceToDepth",)),

@@ -82,7 +82,27 @@ def _throughout(sentence: str, source: str) -> Callable[[Throughout], Throughout
     return record
 
 
-def place(network: Network, keep_float: Iterable[str] = ()) -> Placement:
+@dataclass(frozen=True)
+class _Kept:
+    """What stays in float whatever the network is: operations by a user's wish, tensors also without a range."""
+
+    ops: frozenset[str]
+    tensors: frozenset[str]
+    unknown: frozenset[str]
+
+    def why(self, op: str, tensors: Iterable[str]) -> tuple[str, str]:
+        """The rule by which ``op`` cannot read ``tensors`` quantized, and the reason; ('', '') when it can."""
+        if op in self.ops:
+            return kept_float.__name__, "kept in float"
+        for tensor in tensors:
+            if tensor in self.tensors:
+                return kept_float.__name__, f"its input {tensor} is kept in float"
+            if tensor in self.unknown:
+                return no_range.__name__, f"no range is known of its input {tensor}"
+        return "", ""
+
+
+def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[str] = ()) -> Placement:
     """Applies the rules to ``network``.
 
     Args:
@@ -91,12 +111,15 @@ def place(network: Network, keep_float: Iterable[str] = ()) -> Placement:
             with names and labels, and a module's path stands for all that is inside it. A matched convolution, linear
             layer, addition, pool or concatenation computes in float; of any other operation, the tensor that it makes
             is not quantized.
+        unknown: tensors whose range nobody knows, so that they cannot be quantized.
 
     Raises:
         UserError: a pattern matches nothing.
     """
     patterns = tuple(keep_float)
-    kept = _matched(network, patterns)
+    named = _matched(network, patterns)
+    ops = frozenset(name for name in named if network[name].kind in (*WEIGHTED, *POOLS, "add", "concat", "multiply"))
+    kept = _Kept(ops, frozenset(named - ops), frozenset(unknown))
     unfit: set[str] = set()
     while True:  # what one layer does without, another may have relied on
         decisions, reads = _decide(network, kept, unfit)
@@ -108,7 +131,7 @@ def place(network: Network, keep_float: Iterable[str] = ()) -> Placement:
     return Placement(settle(network, reads), in_order, patterns)
 
 
-def _decide(network: Network, kept: set[str], unfit: set[str]) -> tuple[dict[str, Decision], Reads]:
+def _decide(network: Network, kept: _Kept, unfit: set[str]) -> tuple[dict[str, Decision], Reads]:
     """The decisions by operation, and the reads that follow from them; ``unfit`` layers stay in float."""
     decisions = _weight_decisions(network, kept, unfit)
     quantized = {name for name, decision in decisions.items() if decision.quantized}
@@ -124,9 +147,11 @@ def _decide(network: Network, kept: set[str], unfit: set[str]) -> tuple[dict[str
     for op in reversed(network):
         for rule in _THROUGHOUT:
             if rule(network, op, quantized):
-                why_not = _why_float(network, op, reads, kept)
-                decisions[op.name] = Decision(op.name, op.label, op.kind, not why_not, rule.__name__, why_not)
-                reads |= {(op.name, tensor): rule.__name__ for tensor in op.inputs if not why_not}
+                why, reason = kept.why(op.name, op.inputs)
+                if not read_quantized(network, op.name, reads):
+                    why, reason = rule.__name__, "nothing behind it reads INT8"
+                decisions[op.name] = Decision(op.name, op.label, op.kind, not why, why or rule.__name__, reason)
+                reads |= {(op.name, tensor): rule.__name__ for tensor in op.inputs if not why}
     return decisions, reads
 
 
@@ -135,7 +160,12 @@ def _decide(network: Network, kept: set[str], unfit: set[str]) -> tuple[dict[str
 
 @_rule("kept in float on request", "the user")
 def kept_float(network: Network, op: Op) -> None:
-    """Comes before all others (see ``place``)."""
+    """Comes before all others (see ``_Kept``)."""
+
+
+@_rule("no calibration gave a range of the tensor that it reads", "without a range there is no scale")
+def no_range(network: Network, op: Op) -> None:
+    """Comes next (see ``_Kept``)."""
 
 
 @_exemption("a weight that is computed anew at each step is no constant that could be stored as INT8", GUIDE)
@@ -187,12 +217,11 @@ def shared_weight(network: Network, op: Op) -> None:
 
 
 @_rule("a convolution or linear layer runs in INT8 when its input and its weight are quantized", GUIDE)
-def weighted_input(network: Network, op: Op, kept: set[str]) -> tuple[str, str]:
+def weighted_input(network: Network, op: Op, kept: _Kept) -> tuple[str, str]:
     """The exemption that applies to a layer and its reason, or this rule and ''."""
-    if op.name in kept:
-        return kept_float.__name__, "kept in float"
-    if kept_tensors := _kept_tensors(network, op.inputs[:1], kept):
-        return kept_float.__name__, f"its input {kept_tensors[0]} is kept in float"
+    rule, reason = kept.why(op.name, op.inputs[:1])
+    if reason:
+        return rule, reason
     for exemption in _EXEMPTIONS:
         if reason := exemption(network, op):
             return exemption.__name__, reason
@@ -200,25 +229,26 @@ def weighted_input(network: Network, op: Op, kept: set[str]) -> tuple[str, str]:
 
 
 @_rule("one input of a residual addition is quantized, so that it fuses into the other's convolution", GUIDE)
-def residual_add(network: Network, add: Op, quantized: set[str], kept: set[str]) -> tuple[Decision, list[str]]:
+def residual_add(network: Network, add: Op, quantized: set[str], kept: _Kept) -> tuple[Decision, list[str]]:
     """Quantize all inputs of an addition but one: the one whose convolution can take the sum in.
 
     That convolution's own output must stay float between it and the addition. Returns the decision and the tensors.
     """
 
-    def decide(rule: Callable[..., object], tensors: list[str], reason: str = "") -> tuple[Decision, list[str]]:
-        return Decision(add.name, add.label, add.kind, bool(tensors), rule.__name__, reason), tensors
+    def decide(rule: str, tensors: list[str], reason: str = "") -> tuple[Decision, list[str]]:
+        return Decision(add.name, add.label, add.kind, bool(tensors), rule, reason), tensors
 
     fusing = [tensor for tensor in add.inputs if _fusing_convolution(network, tensor, quantized)]
     if not fusing or len(set(add.inputs)) < 2:
-        return decide(float_add, [], RULES["float_add"].sentence)
+        return decide(float_add.__name__, [], RULES["float_add"].sentence)
     if _broadcasts(network, add):
-        return decide(float_add, [], "its inputs differ in shape, so no convolution can take it in")
+        return decide(float_add.__name__, [], "its inputs differ in shape, so no convolution can take it in")
     inside = fusing[0] if len(fusing) == 1 else residual_add_of_convolutions(network, add, fusing)
     others = [tensor for tensor in dict.fromkeys(add.inputs) if tensor != inside]
-    if add.name in kept or _kept_tensors(network, others, kept):
-        return decide(kept_float, [], "kept in float")
-    return decide(residual_add if len(fusing) == 1 else residual_add_of_convolutions, others)
+    rule, reason = kept.why(add.name, others)
+    if reason:
+        return decide(rule, [], reason)
+    return decide((residual_add if len(fusing) == 1 else residual_add_of_convolutions).__name__, others)
 
 
 @_rule("of two convolutions that are added, the one on the shorter path is quantized", GUIDE)
@@ -287,13 +317,7 @@ def _matched(network: Network, patterns: tuple[str, ...]) -> set[str]:
     return found
 
 
-def _kept_tensors(network: Network, tensors: Iterable[str], kept: set[str]) -> list[str]:
-    """Those of ``tensors`` that a user keeps in float; of an operation that could be INT8, it alone is meant."""
-    choosable = (*WEIGHTED, *POOLS, "add", "concat")
-    return [tensor for tensor in tensors if tensor in kept and network[tensor].kind not in choosable]
-
-
-def _weight_decisions(network: Network, kept: set[str], unfit: set[str]) -> dict[str, Decision]:
+def _weight_decisions(network: Network, kept: _Kept, unfit: set[str]) -> dict[str, Decision]:
     decisions = {}
     for op in network:
         if op.kind in WEIGHTED:
@@ -329,13 +353,6 @@ def _fusing_convolution(network: Network, tensor: str, quantized: set[str]) -> s
 def _broadcasts(network: Network, op: Op) -> bool:
     shapes = {network[tensor].shape for tensor in op.inputs}
     return len(shapes) > 1 and () not in shapes
-
-
-def _why_float(network: Network, op: Op, reads: Reads, kept: set[str]) -> str:
-    """Why a pool or concatenation stays in float, '' if it does not."""
-    if op.name in kept or _kept_tensors(network, op.inputs, kept):
-        return "kept in float"
-    return "" if read_quantized(network, op.name, reads) else "nothing behind it reads INT8"
 
 
 @functools.lru_cache(maxsize=2)

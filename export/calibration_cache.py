@@ -1,0 +1,54 @@
+"""TensorRT's calibration cache: the ranges that implicit INT8 was built with, to be carried over to Q/DQ nodes.
+
+TensorRT 10 and older write it as text: a header, then one line for each tensor, its name and the bits of a float32 in
+hexadecimal. The float is the scale of the tensor: amax / 127.
+
+    TRT-8601-EntropyCalibration2
+    input: 3caa1f6d
+    conv1_output: 3d0a2c51
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from pathlib import Path
+
+from qat.artifact import UserError
+
+_HEADER = "TRT-"
+
+
+def read_calibration_cache(path: Path) -> dict[str, float]:
+    """The scale of every tensor in the cache, > 0, in the unit of the tensor.
+
+    Raises UserError when the file cannot be read, is no calibration cache, or holds a scale that is none.
+    """
+    try:
+        header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the calibration cache {path} ({error}): check the path") from error
+    if not header.startswith(_HEADER):
+        raise UserError(
+            f"{path} is no calibration cache of TensorRT: its first line is {header[:40]!r}, not {_HEADER}<version>-..."
+        )
+    scales = {}
+    for number, line in enumerate(lines, 2):
+        if not line.strip():
+            continue
+        name, separator, digits = line.rpartition(": ")
+        scale = _float(digits) if separator else math.nan
+        if not (math.isfinite(scale) and scale > 0):
+            raise UserError(f"{path}, line {number}: {line[:60]!r} is no 'tensor: scale' with a positive scale in hex")
+        scales[name] = scale
+    if not scales:
+        raise UserError(f"{path} holds no tensor: calibrate again")
+    return scales
+
+
+def _float(digits: str) -> float:
+    """``3caa1f6d`` -> 0.0207...; NaN of anything else."""
+    try:
+        return float(struct.unpack("!f", struct.pack("!I", int(digits, 16)))[0])
+    except (ValueError, struct.error):
+        return math.nan

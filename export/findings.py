@@ -1,0 +1,30 @@
+"""What a lint finds: a node, the rule that it breaks, and what follows from it in plain words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A broken rule. error: TensorRT refuses the model or computes something else; warning: it is slower for it.
+
+    ``bytes_per_image`` is the extra memory traffic that follows, where shapes tell.
+    """
+
+    node: str
+    rule: str
+    message: str
+    severity: Severity = "error"
+    bytes_per_image: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.message} [{self.rule}]"
+
+
+def megabytes(count: int) -> str:
+    """``3.2 MB``, of what is at least that much; kilobytes below."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
