@@ -1,0 +1,311 @@
+"""Float ONNX files quantized without training: by data, by a calibration cache, and what is refused."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from deploy.builder import build
+from deploy.settings import BuildSettings, Profile
+from deploy.trt import find_toolkit
+from export.calibration_cache import read_calibration_cache
+from export.lint import lint
+from export.post_training import quantize_file
+from export.quantize import QuantizeOptions
+from export.read import read_onnx
+from export.session import run, session, sqnr_db
+from qat.artifact import UserError, read_sidecar
+
+
+class Net(nn.Module):
+    """Convolution with batch normalization, a residual addition, a pool and a classifier: 16 px, 4 classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.body, self.fc = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = (self.body(x) + x).relu()
+        return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def to_onnx(net: nn.Module, path: Path, batch: int | None = None) -> Path:
+    """As users have them: by the exporter of TorchScript, with the batch normalization in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            net.eval(),
+            (torch.randn(batch or 2, 3, 16, 16),),
+            path,
+            dynamo=False,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic_axes=None if batch else {"input": {0: "batch"}},
+            opset_version=17,
+            training=torch.onnx.TrainingMode.PRESERVE,
+        )
+    return path
+
+
+def export(path: Path, batch: int | None = None) -> Path:
+    torch.manual_seed(0)
+    net = Net().train()
+    net(torch.randn(32, 3, 16, 16))  # statistics
+    net.norm.weight.data.uniform_(-2, 2)
+    return to_onnx(net, path, batch)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(tmp_path_factory.mktemp("float") / "net.onnx")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inputs") / "inputs.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((40, 3, 16, 16)).astype(np.float32))
+    return path
+
+
+def operators(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def answers(path: Path, inputs: Path) -> np.ndarray:
+    return next(iter(run(session(path), np.load(inputs)).values()))
+
+
+def test_it_quantizes_places_right_and_answers_nearly_the_same(model: Path, inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "net.int8.onnx"
+    sidecar = quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output))
+    found = operators(output)
+    assert "BatchNormalization" not in found
+    # input, relu for the body and the skip, relu for the pool, the pool for the classifier; and three weights
+    assert (found.count("QuantizeLinear"), found.count("DequantizeLinear")) == (4, 7)
+    weights = [t for t in onnx.load(output).graph.initializer if t.name.endswith(".codes")]
+    assert [t.data_type for t in weights] == [TensorProto.INT8] * 3
+    assert sum(np.prod(t.dims) for t in onnx.load(output).graph.initializer if t.data_type == TensorProto.FLOAT) < 200
+    assert lint(read_onnx(output)) == []
+    exact, rounded = answers(model, inputs), answers(output, inputs)
+    noise = sqnr_db(exact, rounded)
+    assert noise is not None
+    assert noise > 25
+    assert sidecar.figures["parity"]["sqnr_db"] == pytest.approx(noise, abs=0.01)
+    assert sidecar.figures["parity"]["inputs"] == 40
+    assert read_sidecar(output, "onnx") == sidecar
+
+
+def test_tensorrt_builds_it_in_int8(model: Path, inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "q.onnx"
+    quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output))
+    settings = BuildSettings(profiles=(Profile(2, 2, 2),), capabilities=("8.9",))
+    audit = build(find_toolkit("tensorrt-rtx"), output, settings).audit
+    assert audit.count("convolution") == (2, 2)
+    assert audit.count("matrix product") == (1, 1)
+    assert audit.broken == ()
+
+
+def test_scales_are_those_of_the_calibrator_and_weights_follow_the_specification(
+    model: Path, inputs: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "q.onnx"
+    quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output, calibrator="max"))
+    values = {t.name: numpy_helper.to_array(t) for t in onnx.load(output).graph.initializer}
+    assert values["input.scale"] == pytest.approx(np.abs(np.load(inputs)).max() / 127)
+    codes, scale = values["fc.weight.codes"], values["fc.weight.scale"]
+    weight = next(numpy_helper.to_array(t) for t in onnx.load(model).graph.initializer if t.name == "fc.weight")
+    np.testing.assert_array_equal(scale, np.abs(weight).max(1) / np.float32(127))
+    np.testing.assert_array_equal(codes, np.rint(weight / scale[:, None]).astype(np.int8))
+
+
+def test_images_are_normalized_and_leave_a_reference(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "q.onnx"
+    options = QuantizeOptions(
+        model=model, data="digits", output=output, images=32, parity_images=24, mean=(0.1, 0.2, 0.3)
+    )
+    sidecar = quantize_file(options)
+    assert tuple(sidecar.preprocessing["mean"]) == (0.1, 0.2, 0.3)
+    assert sidecar.preprocessing["height"] == 16
+    assert sidecar.details["reference"]["images"] == 24
+    with np.load(tmp_path / "q.reference.npz") as reference:
+        assert reference["images"].shape == (24, 16, 16, 3)
+        assert reference["logits"].shape == (24, 4)
+
+
+def test_a_fixed_batch_is_fed_whole(inputs: Path, tmp_path: Path) -> None:
+    model = export(tmp_path / "fixed.onnx", batch=16)
+    sidecar = quantize_file(QuantizeOptions(model=model, data=str(inputs)))
+    assert sidecar.figures["parity"]["inputs"] == 32
+    with pytest.raises(UserError, match=r"takes batches of 16, there are 8 inputs"):
+        quantize_file(QuantizeOptions(model=model, data=str(inputs), images=8))
+
+
+def test_an_old_operator_set_is_converted(tmp_path: Path, inputs: Path) -> None:
+    weight = np.random.default_rng(1).standard_normal((16, 3, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["input", "w"], ["y"], "conv"),
+        helper.make_node("Dropout", ["y"], ["z"], "drop", ratio=0.5),
+        helper.make_node("Relu", ["z"], ["out"], "relu"),
+    ]
+    shapes = {"input": ["N", 3, 16, 16], "out": ["N", 16, 14, 14]}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    graph = helper.make_graph(nodes, "old", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    old = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 9)], ir_version=4)
+    onnx.save(old, tmp_path / "old.onnx")
+    quantize_file(QuantizeOptions(model=tmp_path / "old.onnx", data=str(inputs), output=tmp_path / "q.onnx"))
+    assert onnx.load(tmp_path / "q.onnx").opset_import[0].version >= 13
+    assert lint(read_onnx(tmp_path / "q.onnx")) == []
+
+
+def test_keep_float_leaves_a_layer_alone(model: Path, inputs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "q.onnx"
+    sidecar = quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output, keep_float=("/fc/*",)))
+    kept = [d for d in sidecar.details["placement"]["decisions"] if d["rule"] == "kept_float"]
+    assert [d["label"] for d in kept] == ["/fc/Gemm"]
+    assert "fc.weight" in {t.name for t in onnx.load(output).graph.initializer}
+
+
+# --- calibration caches
+
+
+def write_cache(path: Path, scales: dict[str, float], header: str = "TRT-8601-EntropyCalibration2") -> Path:
+    lines = [header, *(f"{name}: {struct.pack('>f', scale).hex()}" for name, scale in scales.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tensors_of(model: Path) -> list[str]:
+    """All tensors of the prepared network, as TensorRT would have calibrated them."""
+    return ["input", *(name for node in onnx.load(model).graph.node for name in node.output)]
+
+
+def test_a_cache_carries_its_scales_over_exactly(model: Path, tmp_path: Path) -> None:
+    scales = {name: np.float32(0.01 * (1 + index)) for index, name in enumerate(tensors_of(model))}
+    cache = write_cache(tmp_path / "c.cache", scales)
+    output = tmp_path / "q.onnx"
+    sidecar = quantize_file(QuantizeOptions(model=model, calibration_cache=cache, output=output))
+    values = {t.name: numpy_helper.to_array(t) for t in onnx.load(output).graph.initializer}
+    quantized = [t["tensor"] for t in sidecar.details["placement"]["tensors"]]
+    assert len(quantized) == 4
+    for name in quantized:
+        assert values[f"{name}.scale"] == pytest.approx(scales[name], rel=1e-6)
+    assert lint(read_onnx(output)) == []
+
+
+def test_tensors_that_a_cache_lacks_are_named_and_stay_float(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    relu = next(node.output[0] for node in onnx.load(model).graph.node if node.op_type == "Relu")
+    cache = write_cache(tmp_path / "c.cache", {name: 0.02 for name in tensors_of(model) if name != relu})
+    sidecar = quantize_file(QuantizeOptions(model=model, calibration_cache=cache, output=tmp_path / "q.onnx"))
+    assert f"not in the cache, or renamed by fusion: {relu} (what reads it stays in float)" in capfd.readouterr().err
+    rules = {d["label"]: d["rule"] for d in sidecar.details["placement"]["decisions"]}
+    assert rules["/body/Conv"] == "no_range"
+    assert relu not in {t["tensor"] for t in sidecar.details["placement"]["tensors"]}
+
+
+def test_with_data_the_missing_ones_are_calibrated(model: Path, inputs: Path, tmp_path: Path) -> None:
+    relu = next(node.output[0] for node in onnx.load(model).graph.node if node.op_type == "Relu")
+    cache = write_cache(tmp_path / "c.cache", {name: 0.02 for name in tensors_of(model) if name != relu})
+    options = QuantizeOptions(model=model, calibration_cache=cache, data=str(inputs), output=tmp_path / "q.onnx")
+    quantize_file(options)
+    values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    assert values["input.scale"] == pytest.approx(0.02)
+    assert values[f"{relu}.scale"] != pytest.approx(0.02, rel=1e-3)
+
+
+def test_a_cache_of_another_network_is_refused(model: Path, tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "c.cache", {"input": 0.1, "a": 0.1, "b": 0.2})
+    with pytest.raises(UserError, match=r"is a cache for another network: it knows 1 of the 4 tensors"):
+        quantize_file(QuantizeOptions(model=model, calibration_cache=cache, output=tmp_path / "q.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is no calibration cache"),
+        ("hello\nx: 3c010a14\n", "its first line is 'hello'"),
+        ("TRT-8601-EntropyCalibration2\n", "holds no tensor"),
+        ("TRT-8601-EntropyCalibration2\nx 3c010a14\n", "line 2"),
+        ("TRT-8601-EntropyCalibration2\nx: zz\n", "line 2"),
+        ("TRT-8601-EntropyCalibration2\nx: 00000000\n", "line 2"),
+        ("TRT-8601-EntropyCalibration2\nx: 7fc00000\n", "line 2"),
+        ("TRT-8601-EntropyCalibration2\nx: bc010a14\n", "line 2"),
+    ],
+)
+def test_a_damaged_cache_says_where(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "c.cache"
+    path.write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_calibration_cache(path)
+
+
+def test_a_cache_is_read_with_names_that_hold_colons_and_spaces(tmp_path: Path) -> None:
+    scales = {"(Unnamed Layer* 3) [Convolution]_output": 0.5, "a:0": 0.25}
+    assert read_calibration_cache(write_cache(tmp_path / "c", scales, "TRT-100300-MinMaxCalibration")) == scales
+
+
+# --- bad input
+
+
+def test_bad_input_is_one_line(model: Path, inputs: Path, tmp_path: Path) -> None:
+    quantized = tmp_path / "q.onnx"
+    quantize_file(QuantizeOptions(model=model, data=str(inputs), output=quantized))
+    bad_shape = tmp_path / "bad.npy"
+    np.save(bad_shape, np.zeros((4, 3, 8, 8), np.float32))
+    text = tmp_path / "text.onnx"
+    text.write_text("no model")
+    cases = [
+        ({"model": model}, "nothing tells the activation ranges"),
+        ({"model": quantized, "data": str(inputs)}, "is quantized already"),
+        (
+            {"model": model, "data": str(bad_shape)},
+            r"holds float32 \[4, 3, 8, 8\], the network takes float32 \[-1, 3, 16, 16\]",
+        ),
+        ({"model": model, "data": str(inputs), "output": model}, "would overwrite the float model"),
+        ({"model": model, "data": str(inputs), "keep_float": ("nothing*",)}, "--keep-float nothing.* matches none"),
+        ({"model": tmp_path / "no.onnx", "data": str(inputs)}, "no file"),
+        ({"model": text, "data": str(inputs)}, "is no ONNX model"),
+        ({"model": model, "data": str(tmp_path / "no.npy")}, "cannot read inputs"),
+        ({"model": model, "data": str(inputs), "images": 0}, "must be at least 1"),
+    ]
+    for options, says in cases:
+        with pytest.raises(UserError, match=says):
+            quantize_file(QuantizeOptions(**{"output": tmp_path / "out.onnx"} | options))
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_a_network_of_two_inputs_is_refused(tmp_path: Path, inputs: Path) -> None:
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4]) for n in ("a", "b", "sum")]
+    graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["sum"])], "two", ends[:2], ends[2:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "two.onnx")
+    with pytest.raises(UserError, match=r"has 2 inputs \(a, b\)"):
+        quantize_file(QuantizeOptions(model=tmp_path / "two.onnx", data=str(inputs)))
+
+
+def test_shared_scales_are_one_initializer(tmp_path: Path, inputs: Path) -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = (nn.Conv2d(*sizes, 3, padding=1) for sizes in ((3, 16), (3, 16), (32, 16)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.cat([self.a(x).relu(), self.b(x).relu()], 1))
+
+    to_onnx(Joined(), tmp_path / "j.onnx")
+    quantize_file(QuantizeOptions(model=tmp_path / "j.onnx", data=str(inputs)))
+    quantized = ir.load(tmp_path / "j.int8.onnx")
+    scales = [node.inputs[1].name for node in quantized.graph if node.op_type == "QuantizeLinear"]
+    assert len(scales) == 4
+    assert len(set(scales)) == 2
