@@ -174,6 +174,12 @@ def computed_weight(network: Network, op: Op) -> str:
     return "its weight is computed by other operations" if op.weight is None else ""
 
 
+@_exemption("a transposed convolution has no INT8 kernel", "what TensorRT-RTX 1.7 builds: tests/test_zoo.py")
+def transposed_convolution(network: Network, op: Op) -> str:
+    """Quantized, it would dequantize its input and compute in float all the same."""
+    return "transposed" if op.kind == "transposed_convolution" else ""
+
+
 @_exemption("a convolution with few channels, none a multiple of 8, has no fast INT8 kernel", HEURISTICS)
 def few_channels(network: Network, op: Op) -> str:
     """Below 16 channels in or out, one of the two must be a multiple of 8."""
@@ -188,12 +194,10 @@ def few_channels(network: Network, op: Op) -> str:
 
 @_exemption("a grouped convolution has INT8 kernels for multiples of 8 channels and extents of 3 or more", HEURISTICS)
 def grouped_channels(network: Network, op: Op) -> str:
-    """Output channels a multiple of 8, and a kernel of 3 or more; never a transposed one."""
+    """Output channels a multiple of 8, and a kernel of 3 or more."""
     weight = op.weight
     if weight is None or weight.groups == 1:
         return ""
-    if op.kind == "transposed_convolution":
-        return "transposed and grouped: its scales would not follow its output channels"
     if weight.out_channels % 8 == 0 and max(weight.kernel) >= 3:
         return ""
     return f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}: needs a multiple of 8, >= 3"

@@ -65,6 +65,8 @@ def _place(network: Network, tensor: str, reads: Reads, settled: Reads) -> None:
             settled[op.name, tensor] = rules[0] if len(rules) == 1 else ONE_QUANTIZER
         elif parts and all_quantized(network, op.name, reads):
             settled[op.name, tensor] = ONE_QUANTIZER
+            if op.kind == "max_pool":  # whose readers, if there are several, would each dequantize for themselves
+                _place(network, op.name, reads, settled)
         else:
             _place(network, op.name, reads, settled)
 

@@ -7,6 +7,7 @@ import torchvision
 from torch import Tensor, nn
 
 from qat.artifact import UserError
+from qat.decisions import Decision, Placement, QuantizedRead, QuantizedTensor
 from qat.prepare import placement_of, prepare, trace
 from qat.quantizer import ActivationQuantizer, WeightQuantizer, fake_quantize, fake_quantize_weight
 
@@ -120,9 +121,11 @@ def test_the_placement_of_another_model_is_refused():
         prepare(nn.Sequential(nn.Conv2d(3, 16, 3)), placement)
 
 
-def test_transposed_convolutions_are_quantized_along_their_output_channels():
+def test_transposed_convolutions_are_quantized_along_their_output_channels_where_a_placement_says_so():
     model = nn.Sequential(nn.ConvTranspose2d(16, 8, 2, stride=2))
-    prepared = prepare(model)
+    read = QuantizedTensor("input_1", "input_1", (QuantizedRead("_0", "weighted_input"),))
+    decision = Decision("_0", "0", "transposed_convolution", True, "weighted_input")
+    prepared = prepare(model, Placement((read,), (decision,)))
     set_ranges(prepared, 4.0)
     x = torch.randn(1, 16, 4, 4)
     want = F.conv_transpose2d(

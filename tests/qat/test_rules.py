@@ -232,7 +232,7 @@ def test_stochastic_depth_does_not_hide_the_convolution_from_the_addition():
 @pytest.mark.parametrize(
     ("layer", "rule"),
     [
-        (nn.ConvTranspose2d(16, 16, 3, groups=2), "grouped_channels"),
+        (nn.ConvTranspose2d(16, 16, 3), "transposed_convolution"),
         (nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 1)), "computed_weight"),
     ],
 )
@@ -343,6 +343,8 @@ def test_a_max_pool_beside_a_convolution_shares_its_quantizer():
             return self.left(x), self.right(F.max_pool2d(x, 3, 1, 1))
 
     assert reads(Branches())["relu"] == [("left_0", "weighted_input"), ("max_pool2d", "one_quantizer")]
+    tensors = {t.tensor: t for t in placement(Branches()).tensors}
+    assert tensors["max_pool2d"].quantizer == tensors["relu"].quantizer  # and again behind the pool, with one scale
 
 
 def test_functional_layers_with_constant_weights():

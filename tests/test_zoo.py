@@ -1,0 +1,62 @@
+"""Every network of the zoo through the whole pipeline: placed, exported, linted, in ONNX Runtime and in TensorRT-RTX."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+import zoo
+from commands import one_thread
+
+from deploy.builder import build
+from deploy.settings import BuildSettings, Profile
+from deploy.trt import find_toolkit
+from export.emit import emit
+from export.fold import fold
+from export.lint import lint
+from export.parity import measure
+from export.read import read_onnx
+from qat.calibrate import calibrate
+from qat.fx_network import network_from_fx
+from qat.prepare import placement_of, prepare, trace
+from qat.rules import place
+
+# The five that differ most: residual, dense concatenation, gates, channel shuffle, transposed convolutions.
+DIFFERENT = ("resnet18", "densenet121", "mobilenet_v3_large", "shufflenet_v2_x1_0", "unet")
+LARGEST_ERROR_DB = 60  # of a layer that gets the same codes in PyTorch and in ONNX Runtime
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DIFFERENT else pytest.param(name, marks=pytest.mark.slow) for name in zoo.NAMES]
+)
+def test_the_pipeline(name: str, tmp_path: Path) -> None:
+    with one_thread():
+        model, x = zoo.build(name), zoo.images(name, 4, seed=1)
+    prepared = prepare(model, input_shape=x.shape[1:])
+    with torch.no_grad():
+        calibrate(prepared, [x], "max")
+    folded, _ = fold(prepared)
+    path = tmp_path / "model.onnx"
+    ir.save(emit(folded, x, {}), path)
+
+    assert lint(read_onnx(path)) == []  # TensorRT takes it, and the ONNX file is placed as the torch.fx graph was
+    parity, _ = measure(folded, path, [(x, x)], 4)
+    assert min(layer.sqnr_db for layer in parity.layers if layer.sqnr_db is not None) > LARGEST_ERROR_DB
+
+    settings = BuildSettings(profiles=(Profile(2, 2, 2),), capabilities=("8.9",))
+    audit = build(find_toolkit("tensorrt-rtx"), path, settings).audit
+    assert audit.broken == ()
+    declared = [finding.declared_int8 for finding in audit.findings]
+    weights = [decision.quantized for decision in placement_of(prepared).weights]
+    assert sum(declared) == sum(weights)
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("resnet50", 2), ("efficientnet_v2_s", 10)])
+def test_placement_is_fast(name: str, seconds: float) -> None:
+    model = zoo.build(name)
+    start = time.perf_counter()
+    place(network_from_fx(trace(model), (3, 224, 224)))
+    assert time.perf_counter() - start < seconds
