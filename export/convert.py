@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from export.emit import INPUT_NAME, OUTPUT_NAME, InputKind, emit, example_input, input_scale, with_ends
-from export.fold import DeadChannel, fold, fold_float
-from export.lint import lint
+from export.fold import DeadChannel, float_weights, fold, fold_float
+from export.hard_rules import hard_findings
 from export.ops import OPSET
 from export.parity import measure
 from export.reference import Sample, reference_path, sample, write_reference
+from export.zero_channels import pad_channels
 from qat.artifact import Parent, Sidecar, TensorSpec, UserError, check_writable, write_artifact
 from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.console import say, warn
@@ -34,8 +35,11 @@ _PARITY_BATCH = 32
 
 def export_checkpoint(options: ExportOptions) -> Sidecar:
     """Exports a checkpoint and returns the sidecar of the ONNX file. Raises UserError for what the user can mend."""
-    suffix = ".onnx" if options.precision == "int8" else f".{options.precision}.onnx"
-    output = options.output or options.checkpoint.with_suffix(suffix)
+    quantized = options.precision == "int8"
+    if not quantized and (options.pad_channels or options.weights == "float"):
+        raise UserError(f"--precision {options.precision} has no INT8 weights: leave out --pad-channels and --weights")
+    special = "padded" if options.pad_channels else options.precision
+    output = options.output or options.checkpoint.with_suffix(".onnx" if special == "int8" else f".{special}.onnx")
     reference = reference_path(output)
     for path in (output, reference):
         if path.resolve() == options.checkpoint.resolve():
@@ -47,25 +51,32 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     checkpoint = load_checkpoint(options.checkpoint)
 
     start = time.perf_counter()
-    folded, dead = fold(checkpoint.model) if options.precision == "int8" else (fold_float(checkpoint.model), [])
+    folded, dead = fold(checkpoint.model) if quantized else (fold_float(checkpoint.model), [])
     _warn_of_dead_channels(dead)
+    padded = pad_channels(folded) if options.pad_channels else []
+    if options.pad_channels and not padded:
+        raise UserError("no convolution of this network can be padded with zero channels: leave out --pad-channels")
+    if options.weights == "float":
+        float_weights(folded)
     dtype = torch.float16 if options.precision == "float16" else torch.float32
     preprocessing = dict(checkpoint.sidecar.preprocessing)
     if options.input == "int8-nchw":
         preprocessing["input_scale"] = input_scale(folded)
     network = with_ends(folded, checkpoint.preprocessing, options.input, dtype)
     example = example_input(checkpoint.preprocessing, options.input)
-    model = emit(network, example, _metadata(checkpoint, options))
-    if findings := lint(model):
-        raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
-    seconds = time.perf_counter() - start
-    figures: dict[str, Any] = {"export_seconds": round(seconds, 2), "nodes": len(list(model.graph))}
     details: dict[str, Any] = {
         "input": options.input,
         "precision": options.precision,
+        "weights": options.weights if quantized else "float",
+        "padded": padded,
         "opset": OPSET,
         "dead_channels": [asdict(channel) for channel in dead],
     }
+    model = emit(network, example, _metadata(checkpoint, details))
+    if findings := hard_findings(model):
+        raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
+    seconds = time.perf_counter() - start
+    figures: dict[str, Any] = {"export_seconds": round(seconds, 2), "nodes": len(list(model.graph))}
 
     def write(path: Path) -> None:
         ir.save(model, path)
@@ -101,15 +112,14 @@ def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
         warn(f"{layer}: dead channels {listed}, {len(numbers)} in all: their weights are zero; the scales were floored")
 
 
-def _metadata(checkpoint: Checkpoint, options: ExportOptions) -> dict[str, str]:
+def _metadata(checkpoint: Checkpoint, details: Mapping[str, Any]) -> dict[str, str]:
     """What travels inside the ONNX file, for programs that have no sidecar."""
     return {
         "checkpoint_sha256": checkpoint.sidecar.sha256,
         "class_names": json.dumps(checkpoint.sidecar.class_names),
         "preprocessing": json.dumps(dict(checkpoint.sidecar.preprocessing)),
-        "input": options.input,
-        "precision": options.precision,
-    }
+        "padded": json.dumps(details["padded"]),
+    } | {name: details[name] for name in ("input", "precision", "weights")}
 
 
 def _pairs(

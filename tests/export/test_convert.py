@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from deploy.reference import network_input
 from export.convert import export_checkpoint
 from export.fold import fold
 from export.onnx import ExportOptions
-from export.session import session
+from export.session import run, session, session_with_tensors
 from qat.artifact import Parent, Sidecar, TensorSpec, UserError, read_parent, read_sidecar, sha256_of
 from qat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qat.models import ModelSpec
@@ -54,7 +55,14 @@ def test_the_sidecar_names_the_checkpoint_and_describes_the_network(chain: Path,
     assert exported.preprocessing == checkpoint.preprocessing
     assert exported.class_names == checkpoint.class_names
     described = {name: value for name, value in exported.details.items() if name != "reference"}
-    assert described == {"input": "float32-nchw", "precision": "int8", "opset": 20, "dead_channels": []}
+    assert described == {
+        "input": "float32-nchw",
+        "precision": "int8",
+        "weights": "int8",
+        "padded": [],
+        "opset": 20,
+        "dead_channels": [],
+    }
 
 
 def test_the_sidecar_agrees_with_the_file(chain: Path, exported: Sidecar) -> None:
@@ -86,7 +94,8 @@ def test_the_file_alone_says_how_to_use_it(chain: Path, exported: Sidecar) -> No
     assert json.loads(found["class_names"]) == ["red", "green", "blue"]
     assert json.loads(found["preprocessing"]) == exported.preprocessing
     assert found["checkpoint_sha256"] == sha256_of(chain / "model.qat")
-    assert (found["input"], found["precision"]) == ("float32-nchw", "int8")
+    assert (found["input"], found["precision"], found["weights"]) == ("float32-nchw", "int8", "int8")
+    assert json.loads(found["padded"]) == []
     assert str(chain) not in "".join(found.values())
 
 
@@ -168,6 +177,44 @@ def test_int8_input_of_a_network_that_does_not_quantize_it(chain: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+# --- float weights behind a QuantizeLinear
+
+
+@pytest.mark.parametrize("kind", ["float32-nchw", "uint8-nchw"])
+def test_float_weights_are_quantized_to_the_same_codes(chain: Path, tmp_path: Path, kind: Any) -> None:
+    options = ExportOptions(checkpoint=chain / "model.qat", output=tmp_path / "int8.onnx", input=kind)
+    integers = export_checkpoint(options)
+    floats = export_checkpoint(dataclasses.replace(options, output=tmp_path / "float.onnx", weights="float"))
+    assert (integers.details["weights"], floats.details["weights"]) == ("int8", "float")
+    assert metadata(tmp_path / "float.onnx")["weights"] == "float"
+    assert floats.figures["parity"] == integers.figures["parity"]
+
+    x = network_input(np.load(tmp_path / "float.reference.npz")["images"], floats)
+    answers = [session(tmp_path / name).run(None, {"input": x})[0] for name in ("int8.onnx", "float.onnx")]
+    np.testing.assert_array_equal(*answers)
+
+    graphs = [onnx.load(tmp_path / name).graph for name in ("int8.onnx", "float.onnx")]
+    codes, weights = ({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} for graph in graphs)
+    quantizes = {node.input[0]: node for node in graphs[1].node if node.op_type == "QuantizeLinear"}
+    dequantizes = {node.input[0]: node for node in graphs[1].node if node.op_type == "DequantizeLinear"}
+    assert {name for name in quantizes if name in weights} == {"conv1.weight", "conv2.weight", "fc.weight"}
+    for name in ("conv1.weight", "conv2.weight", "fc.weight"):
+        quantize, dequantize = quantizes[name], dequantizes[quantizes[name].output[0]]
+        assert (quantize.name, dequantize.name) == (f"{name}_quantizer/quantize", f"{name}_quantizer/dequantize")
+        assert quantize.input[1:] == dequantize.input[1:] == [f"{name}_quantizer.scale", f"{name}_quantizer.zero_point"]
+        for node in (quantize, dequantize):
+            assert ("axis", 0) in [(entry.name, entry.i) for entry in node.attribute]
+        found = run(session_with_tensors(tmp_path / "float.onnx", [quantize.output[0]]), x)[quantize.output[0]]
+        assert (weights[name].dtype, codes[name].dtype) == (np.float32, np.int8)
+        np.testing.assert_array_equal(found, codes[name])
+
+
+@pytest.mark.parametrize("options", [{"weights": "float"}, {"pad_channels": True}])
+def test_a_float_network_has_no_int8_weights(checkpoint: Path, options: dict[str, Any]) -> None:
+    refused("--precision float16 has no INT8 weights: leave", checkpoint=checkpoint, precision="float16", **options)
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["model.qat", "model.qat.json"]
+
+
 # --- the same network in float, to compare with
 
 
@@ -179,7 +226,8 @@ def test_a_float_export_is_the_network_without_quantizers(checkpoint: Path, prec
     assert written.details["precision"] == metadata(output)["precision"] == precision
     assert written.inputs == (TensorSpec("input", (-1, 3, 16, 16), "float32"),)
     assert written.outputs == (TensorSpec("logits", (-1, 3), "float32"),)
-    assert written.details["dead_channels"] == []
+    assert written.details["weights"] == "float"
+    assert written.details["padded"] == written.details["dead_channels"] == []
     assert written.figures["parity"]["other_top1"] == 0
     assert written.figures["parity"]["worst_layer"]["tensor"] == "logits"
     assert not {node.op_type for node in onnx.load(output).graph.node} & {"QuantizeLinear", "DequantizeLinear"}
