@@ -4,9 +4,9 @@
     python -m deploy.benchmark runs/model.onnx
     python -m deploy.benchmark runs/model.onnx --peers modelopt=peer.onnx --sweep 256 512 --host-to-host 128
 
-Every engine is built for one fixed batch size with the same settings and one common cache of kernel timings, and kept
-in a folder, so that a second run only measures. Compared engines take turns (deploy/measure.py). INT8 is called a win
-only where its slow runs are faster than the fast runs of FP16.
+Every engine is built for one fixed batch size with the same settings and equally often, and kept in a folder, so that
+a second run only measures. Compared engines take turns (deploy/measure.py). INT8 is called a win only where its slow
+runs are faster than the fast runs of FP16.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class BenchmarkOptions(Command):
     float16: Path | None = None
     """The same with --precision float16, for TensorRT versions that know strongly typed networks only; by default
     MODEL.float16.onnx."""
-    pad_channels: bool = False
-    """A further engine of the model, with zero channels (deploy.build --pad-channels)."""
+    padded: Path | None = None
+    """The model with zero channels (export.onnx --pad-channels), as ONNX."""
     ptq: Path | None = None
     """The model quantized without training, as ONNX."""
     precisions: tuple[Literal["fp32", "tf32", "fp16", "implicit"], ...] = ("fp32", "tf32", "fp16", "implicit")
@@ -73,6 +73,9 @@ class BenchmarkOptions(Command):
     """Numbers of execution contexts, each with a stream, for --sweep and --host-to-host."""
     host_to_host: tuple[int, ...] = ()
     """Batch sizes at which throughput with copies from and to the host is measured."""
+    repeat: int = 1
+    """Build every engine so often and keep the fastest: the builder chooses kernels by timing them, and two builds of
+    one network differ by 1 to 3 %. Each build times all kernels anew; with 1, the engines share a cache of timings."""
     runs: int = 200
     """Timed inferences of each engine, at least."""
     optimization_level: int = 3
@@ -92,7 +95,6 @@ class Column:
     name: str
     model: Path
     precision: Precision
-    pad_channels: bool = False
 
 
 def main(options: BenchmarkOptions) -> None:
@@ -103,6 +105,8 @@ def main(options: BenchmarkOptions) -> None:
     check_writable(output)
     if options.runs < 1:
         raise UserError(f"--runs {options.runs}: needed is 1 at least")
+    if options.repeat < 1:
+        raise UserError(f"--repeat {options.repeat}: needed is 1 at least")
     if not options.model.is_file():
         raise UserError(f"no file {options.model}: check the path, or make it with python -m export.onnx")
     toolkit = find_toolkit("tensorrt")
@@ -120,6 +124,7 @@ def main(options: BenchmarkOptions) -> None:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": asdict(toolkit.device),
         "tensorrt": toolkit.version,
+        "repeat": options.repeat,
         "models": {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in models.items()},
         "builds": bench.builds,
     }
@@ -209,10 +214,10 @@ class Bench:
         """The engine of a column for a fixed batch: built, or taken from the folder where it is just that one."""
         from deploy.build import engine_sidecar, write_plan
         from deploy.builder import build
+        from deploy.repeat import build_fastest
 
         settings = BuildSettings(
             precision=column.precision,
-            pad_channels=column.pad_channels,
             profiles=(Profile(batch, batch, batch),),
             optimization_level=self.options.optimization_level,
             timing_iterations=self.options.timing_iterations,
@@ -223,8 +228,11 @@ class Bench:
             self._note_build(column, batch, kept, again=False)
             return path.read_bytes()
         say(f"building {column.name} for batch {batch}")
-        built = build(self.toolkit, column.model, settings, self._timings)
-        self._timings = built.timing_cache_content
+        if self.options.repeat == 1:
+            built = build(self.toolkit, column.model, settings, self._timings)
+            self._timings = built.timing_cache_content
+        else:
+            built = build_fastest(self.toolkit, column.model, settings, self.options.repeat)
         parent = Parent.of(path, column.model, digest)
         sidecar = engine_sidecar(built, self.toolkit, settings, None, parent)
         sidecar = write_artifact(path, sidecar, lambda temporary: write_plan(temporary, built.plan))
@@ -233,8 +241,11 @@ class Bench:
 
     def _note_build(self, column: Column, batch: int, sidecar: Sidecar, again: bool) -> None:
         """Keeps what the build said of the engine; ``again``: whether it was built in this run."""
+        from deploy.repeat import Repetition
+
         layers = [EngineLayer.from_json(layer) for layer in sidecar.details["layers"]]
-        figures = sidecar.figures
+        figures, found = sidecar.figures, sidecar.details["repetition"]
+        repetition = Repetition(**found) if found else None
         entry = {
             "name": column.name,
             "batch": batch,
@@ -245,6 +256,7 @@ class Bench:
             "convolutions": figures["convolutions"],
             "convolutions_int8": figures["convolutions_int8"],
             "built_in_this_run": again,
+            "repetition": {**found, "spread_percent": round(repetition.spread_percent, 2)} if repetition else None,
         }
         if not any((known["name"], known["batch"]) == (column.name, batch) for known in self.builds):
             self.builds.append(entry)
@@ -254,6 +266,8 @@ class Bench:
             f"{entry['layers']} layers, {entry['reformats']} reformats, "
             f"{entry['convolutions_int8']} of {entry['convolutions']} convolutions INT8"
         )
+        if repetition:
+            say(f"  {repetition}")
 
     def _kept(self, path: Path, settings: BuildSettings, digest: str) -> Sidecar | None:
         """The sidecar of an engine of an earlier run, where it is just the one that would be built."""
@@ -267,7 +281,9 @@ class Bench:
         same_model = sidecar.parent is not None and sidecar.parent.sha256 == digest
         if not (same_builder and same_gpu and same_model and same_settings):
             return None
-        return sidecar
+        repetition = sidecar.details["repetition"]
+        built = len(repetition["milliseconds"]) if repetition else 1
+        return sidecar if built == self.options.repeat else None
 
 
 def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
@@ -297,8 +313,8 @@ def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
     if options.ptq:
         columns.append(Column("INT8 (post-training)", options.ptq, "explicit"))
     columns.append(Column(MODEL, options.model, "explicit"))
-    if options.pad_channels:
-        columns.append(Column(PADDED, options.model, "explicit", pad_channels=True))
+    if options.padded:
+        columns.append(Column(PADDED, options.padded, "explicit"))
     return columns
 
 

@@ -87,8 +87,8 @@ def bisect(
     expected = run(session_with_tensors(reference, makers), inputs)
     names = [name for name in makers if name in expected]
     fixed = Profile(len(inputs), len(inputs), len(inputs))
-    # Padded tensors compare with none, and an engine without weights computes nothing.
-    settings = dataclasses.replace(settings, profiles=(fixed,), pad_channels=False, strip_weights=False)
+    # An engine without weights computes nothing.
+    settings = dataclasses.replace(settings, profiles=(fixed,), strip_weights=False)
     timings = b"" if toolkit.times_kernels else None
 
     def measure(name: str) -> float | None:
@@ -119,4 +119,5 @@ def telling_tensors(toolkit: Toolkit, model: Path, settings: BuildSettings) -> t
     network: trt.INetworkDefinition = parse(toolkit, builder, model, log, settings)
     graph = Graph(network)
     read = [layer.get_input(0).name for layer in graph.layers if layer.type.name == "QUANTIZE"]
-    return {name: graph.makers[name].name for name in (*read, *graph.outputs) if name in graph.makers}, graph.outputs
+    makers = {name: graph.makers[name] for name in (*read, *graph.outputs) if name in graph.makers}
+    return {name: maker.name for name, maker in makers.items() if maker.type.name != "CONSTANT"}, graph.outputs

@@ -60,8 +60,6 @@ class Options(Command, BuilderOptions):
     build. Needs a GPU."""
     timing_cache: Path | None = None
     """File that keeps the timings of kernels: made by the first build, it shortens the next ones."""
-    pad_channels: bool = False
-    """Build with zero channels too, which can make convolutions faster, and keep the faster engine. Needs a GPU."""
 
     def settings(self, capabilities: tuple[str, ...]) -> BuildSettings:
         """As the builder takes them. Raises UserError."""
@@ -93,7 +91,6 @@ def main(options: Options) -> int:
     _print_audit(built)
     if source is None:
         warn(f"{options.model} has no sidecar: its provenance, preprocessing and class names are unknown")
-    settings = dataclasses.replace(settings, pad_channels=bool(built.padded))
     sidecar = engine_sidecar(built, toolkit, settings, source, parent)
     write_artifact(output, sidecar, lambda path: write_plan(path, built.plan))
     say(f"wrote {output} and {sidecar_path(output).name}")
@@ -118,42 +115,23 @@ def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
 
 
 def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built:
-    """Builds as often and in as many ways as asked, with the timing cache, and returns the fastest engine."""
+    """Builds as often as asked, or with the timing cache."""
     from deploy.builder import build
+    from deploy.repeat import build_fastest
 
-    several = options.repeat > 1 or options.pad_channels
-    if several and toolkit.device is None:
-        asked = "--repeat" if options.repeat > 1 else "--pad-channels"
-        raise UserError(f"{asked} keeps the fastest engine, and without a GPU none can be timed: leave it out")
-    if options.strip_weights and several:
-        raise UserError(
-            "an engine without weights cannot be timed: leave out --strip-weights, --repeat or --pad-channels"
-        )
-    if options.repeat > 1 and options.timing_cache is not None:
+    if options.repeat == 1:
+        cache = _TimingCacheFile(options.timing_cache, toolkit) if options.timing_cache else None
+        built = build(toolkit, options.model, settings, cache.content if cache else None)
+        return dataclasses.replace(built, timing_cache=cache.save(built)) if cache else built
+    if toolkit.device is None:
+        raise UserError("--repeat keeps the fastest engine, and without a GPU none can be timed: leave it out")
+    if options.strip_weights:
+        raise UserError("an engine without weights cannot be timed: leave out --strip-weights or --repeat")
+    if options.timing_cache is not None:
         raise UserError("--repeat times kernels anew in each build, --timing-cache avoids just that: give one of them")
-    cache = _TimingCacheFile(options.timing_cache, toolkit) if options.timing_cache else None
-    # Without a file the second way of building still profits from the first one's timings; a repetition must not.
-    shares = options.pad_channels and options.repeat == 1 and toolkit.times_kernels
-    timings = cache.content if cache else b"" if shares else None
-    candidates = [build(toolkit, options.model, settings, timings)]
-    for pad in [False] * (options.repeat - 1) + [True] * (options.repeat if options.pad_channels else 0):
-        timings = candidates[-1].timing_cache_content if timings is not None else None
-        try:
-            built = build(toolkit, options.model, dataclasses.replace(settings, pad_channels=pad), timings)
-        except UserError as error:
-            if not pad:
-                raise
-            warn(f"--pad-channels: the network does not build with zero channels ({error})")
-            break
-        if pad and not built.padded:
-            say("--pad-channels: no convolution of this network can be padded")
-            break
-        candidates.append(built)
-    best = _fastest(candidates, toolkit, settings) if len(candidates) > 1 else candidates[0]
-    if cache is None:
-        return dataclasses.replace(best, timing_cache=None)
-    outcome = cache.save(candidates[0].timing_cache, candidates[-1].timing_cache_content)
-    return dataclasses.replace(best, timing_cache=outcome)
+    built = build_fastest(toolkit, options.model, settings, options.repeat)
+    say(str(built.repetition))
+    return built
 
 
 class _TimingCacheFile:
@@ -178,10 +156,10 @@ class _TimingCacheFile:
         except UserError as error:
             self._replaced = f"is damaged ({error})"
 
-    def save(self, outcome: TimingCache | None, content: bytes) -> TimingCache | None:
-        """Writes what the builds have added, and says what became of the file; ``outcome`` is the first build's."""
-        if self._replaced:
-            outcome = "replaced"
+    def save(self, built: Built) -> TimingCache | None:
+        """Writes what the build has added, and says what became of the file."""
+        outcome: TimingCache | None = "replaced" if self._replaced else built.timing_cache
+        content = built.timing_cache_content
         if outcome == "replaced":
             warn(f"the timing cache {self.path} {self._replaced or 'is refused by the builder'}: replaced")
         say(f"timing cache {self.path}: {outcome}, {len(content) / 1e3:.0f} kB")
@@ -189,29 +167,6 @@ class _TimingCacheFile:
             self.path, Sidecar(kind="timing-cache", details=self._maker), lambda path: write_plan(path, content)
         )
         return outcome
-
-
-def _fastest(candidates: list[Built], toolkit: Toolkit, settings: BuildSettings) -> Built:
-    from contextlib import ExitStack
-
-    from deploy.measure import latencies
-    from deploy.runtime import Engine
-
-    with ExitStack() as stack:
-        engines = {
-            str(index): stack.enter_context(Engine.of(built.plan, toolkit, settings))
-            for index, built in enumerate(candidates)
-        }
-        batch = engines["0"].profiles[0].opt
-        medians = {name: latency.median for name, latency in latencies(engines, batch).items()}
-    best = min(medians, key=lambda name: medians[name])
-    spread = 100 * (max(medians.values()) / medians[best] - 1)
-    listed = ", ".join(
-        f"{median:.4f}" + (" (zero channels)" if candidates[int(name)].padded else "")
-        for name, median in medians.items()
-    )
-    say(f"{len(candidates)} builds, batch {batch}: {listed} ms; kept the fastest, the slowest is {spread:.1f} % slower")
-    return candidates[int(best)]
 
 
 def write_plan(path: Path, plan: object) -> None:
@@ -265,8 +220,7 @@ def engine_sidecar(
         "profiles": [asdict(profile) for profile in built.profiles],
         "settings": asdict(settings),
         "timing_cache": built.timing_cache,
-        "padded": list(built.padded),
-        "weights": "float32, quantized by the builder" if built.float_weights else "as in the ONNX file",
+        "repetition": asdict(built.repetition) if built.repetition else None,
         "hardware_compatible": settings.hardware_compatible,
         "version_compatible": settings.version_compatible,
         "provenance": "known" if source else "unknown: the ONNX file has no sidecar",

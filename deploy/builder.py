@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import diagnose, implicit, padding, weights
+from deploy import diagnose, implicit
 from deploy.buildlog import BuildLog
 from deploy.layers import layers_from_inspector, layers_from_log
 from deploy.precision import Audit, audit, declared_layers
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
 from qat.artifact import TensorSpec, UserError
-from qat.console import progress, say
+from qat.console import progress
 
 if TYPE_CHECKING:
     import tensorrt as trt
+
+    from deploy.repeat import Repetition
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,8 @@ class Built:
     log: BuildLog
     timing_cache: TimingCache | None
     timing_cache_content: bytes
-    float_weights: bool
-    """Whether the builder got the weights in float, with a QuantizeLinear, because it refuses INT8 constants."""
-    padded: tuple[str, ...]
-    """Convolutions that got zero channels."""
+    repetition: Repetition | None = None
+    """The builds of which this one is the fastest."""
 
     @property
     def bytes(self) -> int:
@@ -62,23 +62,6 @@ def build(
     builder refuses the model, naming the node, or when this version of TensorRT lacks something that ``settings`` ask
     for.
     """
-    built = _build_once(toolkit, model, settings, timing_cache, extra_outputs, float_weights=False)
-    if built is None:
-        say(f"{toolkit.title} refuses INT8 constants in this network; building with float weights and a Q in front")
-        built = _build_once(toolkit, model, settings, timing_cache, extra_outputs, float_weights=True)
-        assert built is not None
-    return built
-
-
-def _build_once(
-    toolkit: Toolkit,
-    model: Path,
-    settings: BuildSettings,
-    timing_cache: bytes | None,
-    extra_outputs: tuple[str, ...],
-    float_weights: bool,
-) -> Built | None:
-    """None when the builder refuses INT8 constants, which it gets where ``float_weights`` is False."""
     log = BuildLog()
     builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
     config = toolkit.create_config(builder, settings)
@@ -89,18 +72,18 @@ def _build_once(
     if settings.precision == "implicit":
         implicit.set_dynamic_ranges(network)
     declared = declared_layers(network, toolkit.module)
-    padded, kept = padding.pad_channels(network, toolkit) if settings.pad_channels else ([], [])
-    kept += weights.as_float(network, toolkit) if float_weights else []
     profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
 
     start = time.perf_counter()
     with _build_progress(toolkit, config):
         plan = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - start
-    del kept  # the network referred to them until here
     if plan is None:
-        if not float_weights and toolkit.refuses_int8_weights(log):
-            return None
+        if toolkit.refuses_int8_weights(log):
+            raise UserError(
+                f"{toolkit.title} refuses INT8 weights in {model}, because of an operator that it hands to another "
+                "compiler, such as a cast of uint8 input: export again with --weights float"
+            )
         raise UserError(
             f"{toolkit.title} could not build {model}: {diagnose.build_failure(log)}; "
             "change the model there, or try the other --builder"
@@ -121,8 +104,6 @@ def _build_once(
         log=log,
         timing_cache=outcome,
         timing_cache_content=bytes(config.get_timing_cache().serialize()) if outcome else b"",
-        float_weights=float_weights,
-        padded=tuple(padded),
     )
 
 

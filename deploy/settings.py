@@ -82,8 +82,6 @@ class BuildSettings(BuilderOptions):
     """For networks whose batch is dynamic. A single fixed one makes the batch static, which is the fastest."""
     capabilities: tuple[str, ...] = ()
     """Compute capabilities such as ``8.9``, for TensorRT-RTX."""
-    pad_channels: bool = False
-    """Whether convolutions that end a residual block get zero channels (deploy/padding.py)."""
 
     @classmethod
     def of(cls, options: BuilderOptions, **more: Any) -> BuildSettings:

@@ -156,11 +156,6 @@ class Toolkit:
         self._set_capabilities(config, settings.capabilities)
         return config
 
-    def add_quantize(self, network: trt.INetworkDefinition, tensor: trt.ITensor, scale: trt.ITensor) -> Any:
-        """Adds an IQuantizeLayer to INT8; newer versions want to be told the type."""
-        typed = hasattr(self.module.IQuantizeLayer, "to_type")
-        return network.add_quantize(tensor, scale, *([self.module.DataType.INT8] if typed else []))
-
     def refuses_int8_weights(self, log: BuildLog) -> bool:
         """Whether a build failed because 8.6 hands a part of the network to what knows no INT8 constants (Myelin)."""
         return any("convertMyelinWeightsToFp32" in text for text in log.errors())

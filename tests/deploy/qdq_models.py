@@ -36,16 +36,24 @@ class Graph:
         codes = self.node("QuantizeLinear", [tensor, *constants], f"{name}_q")
         return self.node("DequantizeLinear", [codes, *constants], f"{name}_dq")
 
-    def weights(self, name: str, shape: tuple[int, ...], axis: int = 0, scales: object = None) -> str:
-        """INT8 weight codes behind a DequantizeLinear with one scale per index of ``axis``."""
+    def weights(
+        self, name: str, shape: tuple[int, ...], axis: int = 0, scales: object = None, in_float: bool = False
+    ) -> str:
+        """INT8 weight codes behind a DequantizeLinear with one scale per index of ``axis``.
+
+        ``in_float`` writes float weights behind QuantizeLinear and DequantizeLinear, which are the same codes.
+        """
         codes = self._random.integers(-127, 128, shape).astype(np.int8)
-        values = np.full(shape[axis], SCALE) if scales is None else scales
-        inputs = [
-            self.constant(f"{name}_q", codes),
-            self.constant(f"{name}_scale", np.asarray(values, np.float32)),
-            self.constant(f"{name}_zero", np.zeros(np.shape(values), np.int8)),
+        values = np.asarray(np.full(shape[axis], SCALE) if scales is None else scales, np.float32)
+        along_axis = np.expand_dims(values, [index for index in range(len(shape)) if index != axis])
+        weights = self.constant(name, codes * along_axis) if in_float else self.constant(f"{name}_q", codes)
+        constants = [
+            self.constant(f"{name}_scale", values),
+            self.constant(f"{name}_zero", np.zeros(values.shape, np.int8)),
         ]
-        return self.node("DequantizeLinear", inputs, f"{name}_dq", axis=axis)
+        if in_float:
+            weights = self.node("QuantizeLinear", [weights, *constants], f"{name}_q", axis=axis)
+        return self.node("DequantizeLinear", [weights, *constants], f"{name}_dq", axis=axis)
 
     def float_weights(self, name: str, shape: tuple[int, ...]) -> str:
         return self.constant(name, self._random.normal(size=shape).astype(np.float32))
@@ -98,13 +106,18 @@ def classifier(path: Path, *, quantize_fc: bool = True) -> Path:
 
 
 def residual(
-    path: Path, *, quantize: bool = True, weights_of: dict[str, int] | None = None, from_bytes: bool = False
+    path: Path,
+    *,
+    quantize: bool = True,
+    weights_of: dict[str, int] | None = None,
+    from_bytes: bool = False,
+    float_weights: bool = False,
 ) -> Path:
     """A small classifier of [N, 3, 32, 32] with one residual block: its skip branch is quantized, once for both
     readers.
 
     ``weights_of`` gives single layers another seed for their weights; without ``quantize`` it is the float network;
-    ``from_bytes`` takes uint8 [N, 32, 32, 3] and normalizes it.
+    ``from_bytes`` takes uint8 [N, 32, 32, 3] and normalizes it; ``float_weights`` writes floats and a QuantizeLinear.
     """
     graph = Graph()
 
@@ -112,7 +125,7 @@ def residual(
         source = Graph((weights_of or {}).get(name, sum(map(ord, name))))
         fan_in = int(np.prod(shape[1:]))
         scale = (2 / fan_in) ** 0.5 / 73  # the codes' standard deviation is 73
-        weights = source.weights(f"{name}_w", shape, scales=np.full(shape[0], scale))
+        weights = source.weights(f"{name}_w", shape, scales=np.full(shape[0], scale), in_float=float_weights)
         if quantize:
             graph.initializers += source.initializers
             graph.nodes += source.nodes
@@ -146,31 +159,24 @@ def residual(
     return graph.save(path, ("N", 3, 32, 32), ("N", 10))
 
 
-def bottleneck(
-    path: Path,
-    *,
-    middle: int = 64,
-    kernel: int = 1,
-    groups: int = 1,
-    tap: bool = False,
-    axes: tuple[int, int] = (0, 0),
-    scales: object = None,
-) -> Path:
-    """input -> Q/DQ -> Conv 3x3 -> Relu -> Q/DQ -> Conv -> Add with the input's DQ.
+def bottleneck(path: Path, *, zeros: int = 0) -> Path:
+    """input -> Q/DQ -> Conv 3x3 -> Relu -> Q/DQ -> Conv 1x1 -> Add with the input's DQ; 32, 64 and 32 channels.
 
-    ``tap`` lets another convolution read what is between the two; ``axes`` are those of the weights' scales.
+    ``zeros`` more channels between the two convolutions are zero, and change no answer.
     """
     graph = Graph()
     skip = graph.quantized("input", "x")
-    inputs = [skip, graph.weights("a_w", (middle, 32, 3, 3), axes[0], scales), graph.float_weights("a_b", (middle,))]
+    inputs = [skip, graph.weights("a_w", (64, 32, 3, 3)), graph.float_weights("a_b", (64,))]
     x = graph.node("Relu", [graph.node("Conv", inputs, "a", kernel_shape=[3, 3], pads=[1] * 4)], "relu")
-    x = graph.quantized(x, "between")
-    weights = graph.weights("b_w", (32, middle // groups, kernel, kernel), axes[1])
-    y = graph.node("Conv", [x, weights], "b", kernel_shape=[kernel] * 2, pads=[kernel // 2] * 4, group=groups)
-    y = graph.node("Add", [y, skip], "add")
-    if tap:
-        other = graph.node("Conv", [x, graph.weights("c_w", (32, middle, 1, 1))], "c", kernel_shape=[1, 1])
-        y = graph.node("Add", [y, other], "sum")
+    inputs = [graph.quantized(x, "between"), graph.weights("b_w", (32, 64, 1, 1))]
+    graph.node("Add", [graph.node("Conv", inputs, "b", kernel_shape=[1, 1]), skip], "add")
+    for tensor in graph.initializers:
+        if tensor.name in ("a_w_q", "a_w_scale", "a_w_zero", "a_b", "b_w_q"):
+            values = numpy_helper.to_array(tensor)
+            more = [(0, 0)] * values.ndim
+            more[1 if tensor.name == "b_w_q" else 0] = (0, zeros)
+            padded = np.pad(values, more, constant_values=1 if tensor.name == "a_w_scale" else 0)
+            tensor.CopyFrom(numpy_helper.from_array(padded, tensor.name))
     return graph.save(path, ("N", 32, 8, 8), ("N", 32, 8, 8))
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 from qdq_models import residual
 
-from deploy.benchmark import BenchmarkOptions, Column, _check_names, _columns, _named, main
+from deploy import cuda
+from deploy.benchmark import Bench, BenchmarkOptions, Column, _check_names, _columns, _named, main
+from deploy.builder import build
+from deploy.repeat import Repetition
 from deploy.trt import find_toolkit
 from qat.artifact import UserError
 
@@ -58,6 +62,8 @@ def test_named_files(model):
 def test_options_that_measure_nothing(model):
     with pytest.raises(UserError, match="--runs 0"):
         main(BenchmarkOptions(model=model, runs=0))
+    with pytest.raises(UserError, match="--repeat 0"):
+        main(BenchmarkOptions(model=model, repeat=0))
     with pytest.raises(UserError, match=r"no file .*none\.onnx"):
         main(BenchmarkOptions(model=model.with_name("none.onnx")))
 
@@ -69,9 +75,29 @@ def test_names_that_would_be_taken_for_each_other():
             _check_names(["INT8 (QAT)", *names])
 
 
+def test_an_engine_is_kept_for_runs_of_the_same_repetition(model, monkeypatch, capfd):
+    def build_fastest(toolkit, path, settings, repeat):  # without a GPU there is nothing to time
+        built = build(toolkit, path, dataclasses.replace(settings, capabilities=("8.9",)))
+        return dataclasses.replace(built, repetition=Repetition(4, [0.5 + 0.01 * index for index in range(repeat)]))
+
+    monkeypatch.setattr("deploy.repeat.build_fastest", build_fastest)
+    toolkit = dataclasses.replace(find_toolkit("tensorrt-rtx"), device=cuda.Device("GPU", "8.9", "1", "13.0", 1.0))
+    column = Column("INT8 (QAT)", model, "explicit")
+    for repeat, built_anew in ((2, True), (2, False), (3, True), (2, True)):
+        bench = Bench(toolkit, BenchmarkOptions(model=model, repeat=repeat))
+        plan = bench.engine(column, 4)
+        assert plan == (model.parent / "engines" / "INT8--QAT--4.engine").read_bytes()
+        (entry,) = bench.builds
+        assert entry["built_in_this_run"] == built_anew
+        assert len(entry["repetition"]["milliseconds"]) == repeat
+        assert entry["repetition"]["spread_percent"] == 2 * (repeat - 1)
+        assert f"{repeat} builds, batch 4: 0.5000, 0.5100" in capfd.readouterr().out
+
+
 def test_zero_channels_are_a_column_of_their_own(model):
-    columns = _columns(BenchmarkOptions(model=model, precisions=(), pad_channels=True), find_toolkit("tensorrt-rtx"))
+    padded = model.with_name("m.padded.onnx")
+    columns = _columns(BenchmarkOptions(model=model, precisions=(), padded=padded), find_toolkit("tensorrt-rtx"))
     assert columns == [
         Column("INT8 (QAT)", model, "explicit"),
-        Column("INT8 (QAT), zero channels", model, "explicit", pad_channels=True),
+        Column("INT8 (QAT), zero channels", padded, "explicit"),
     ]

@@ -46,5 +46,7 @@ def test_tensors_are_listed_in_the_networks_order_with_their_makers(tmp_path):
         "flat": "/flat/Flatten",
     }
     assert list(found) == ["stem_relu", "relu1", "relu2", "flat"]
+    with_float_weights = residual(tmp_path / "f.onnx", float_weights=True)
+    assert list(telling_tensors(toolkit, with_float_weights, BuildSettings())[0])[:-1] == list(found)
     found, outputs = telling_tensors(toolkit, classifier(tmp_path / "c.onnx"), BuildSettings())
     assert (list(found), outputs) == (["relu", "flat", "fc"], ["fc"])

@@ -12,11 +12,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from qdq_models import bottleneck, classifier, convolution, foreign_operator, quantized_bias, transposed_convolution
+from qdq_models import (
+    bottleneck,
+    classifier,
+    convolution,
+    foreign_operator,
+    quantized_bias,
+    residual,
+    transposed_convolution,
+)
 
 from deploy import cuda
 from deploy.build import EXIT_NOT_INT8, Options, _build, main
+from deploy.repeat import Repetition
 from deploy.trt import find_toolkit
+from export.session import session
 from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of, sidecar_path, write_artifact
 
 
@@ -224,7 +234,6 @@ def test_settings_and_log_are_recorded(model):
         ({"optimization_level": 7}, "the builder knows 0 to 5"),
         ({"repeat": 0}, "--repeat 0"),
         ({"repeat": 2}, "--repeat keeps the fastest engine, and without a GPU none can be timed"),
-        ({"pad_channels": True}, "--pad-channels keeps the fastest engine"),
         ({"timing_cache": Path("timing.cache")}, "times no kernels when it builds: leave out --timing-cache"),
         ({"hardware_compatible": True}, "list them all instead"),
         ({"version_compatible": True}, "no version-compatible engines"),
@@ -254,40 +263,57 @@ def test_unknown_tactic_source(model):
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """The builder of this machine taken for one with a GPU; of several engines the last one counts as the fastest."""
-    toolkit = dataclasses.replace(find_toolkit("tensorrt-rtx"), device=cuda.Device("GPU", "8.9", "1", "13.0", 1.0))
-    monkeypatch.setattr("deploy.build._fastest", lambda candidates, toolkit, settings: candidates[-1])
-    return toolkit
+def as_on_a_gpu():
+    """The builder of this machine taken for one with a GPU."""
+    return dataclasses.replace(find_toolkit("tensorrt-rtx"), device=cuda.Device("GPU", "8.9", "1", "13.0", 1.0))
 
 
-def built_by(toolkit, model: Path, **options):
-    chosen = Options(model=model, **options)
-    return _build(toolkit, chosen, chosen.settings(("8.9",)))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strip_weights": True}, "an engine without weights cannot be timed"),
+        ({"timing_cache": Path("timing.cache")}, "--timing-cache avoids just that"),
+    ],
+)
+def test_what_excludes_repetition(as_on_a_gpu, model, options, message):
+    chosen = Options(model=model, repeat=2, **options)
+    with pytest.raises(UserError, match=message):
+        _build(as_on_a_gpu, chosen, chosen.settings(("8.9",)))
 
 
-def test_zero_channels_are_built_beside_the_plain_engine(as_on_a_gpu, tmp_path, capfd):
-    model = bottleneck(tmp_path / "b.onnx")
-    assert built_by(as_on_a_gpu, model).padded == ()
-    assert built_by(as_on_a_gpu, model, pad_channels=True).padded == ("/b/Conv",)
-    assert built_by(as_on_a_gpu, model, pad_channels=True, repeat=2).padded == ("/b/Conv",)
-    assert built_by(as_on_a_gpu, classifier(tmp_path / "c.onnx"), pad_channels=True).padded == ()
-    assert "no convolution of this network can be padded" in capfd.readouterr().out
+def test_a_repetition_says_how_far_apart_the_builds_are():
+    found = Repetition(32, (0.74, 0.73, 0.75))
+    assert found.spread_percent == pytest.approx(100 * 2 / 73)
+    assert str(found) == (
+        "3 builds, batch 32: 0.7400, 0.7300, 0.7500 ms; kept the fastest, the slowest is 2.7 % slower"
+    )
 
 
-def test_a_network_that_does_not_build_with_zero_channels_is_built_without(as_on_a_gpu, tmp_path, monkeypatch, capfd):
-    def fail(network, toolkit):
-        raise UserError("no such kernel")
+@pytest.mark.parametrize("from_bytes", [False, True])
+def test_weights_behind_a_quantize_linear_are_the_same_codes_and_run_in_int8(tmp_path, from_bytes):
+    models = [
+        residual(tmp_path / f"{name}.onnx", from_bytes=from_bytes, float_weights=name == "float")
+        for name in ("int8", "float")
+    ]
+    x = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    given = x if from_bytes else np.float32(x).transpose(0, 3, 1, 2) / 64 - 2
+    answers = [session(model).run(None, {"input": given})[0] for model in models]
+    np.testing.assert_array_equal(*answers)
+    assert np.abs(answers[0]).max() > 0.1
+    for model in models:
+        assert build(model, compute_capabilities=("8.9",)) == 0
+        figures = read_sidecar(model.with_suffix(".engine"), "engine").figures
+        assert (figures["convolutions_int8"], figures["matrix_products_int8"]) == (3, 1)
 
-    monkeypatch.setattr("deploy.padding.pad_channels", fail)
-    assert built_by(as_on_a_gpu, bottleneck(tmp_path / "b.onnx"), pad_channels=True).padded == ()
-    assert "does not build with zero channels (no such kernel)" in " ".join(capfd.readouterr().err.split())
 
-
-def test_an_engine_without_weights_is_not_timed(as_on_a_gpu, model):
-    for options in ({"repeat": 2}, {"pad_channels": True}):
-        with pytest.raises(UserError, match="an engine without weights cannot be timed"):
-            built_by(as_on_a_gpu, model, strip_weights=True, **options)
+def test_zero_channels_change_no_answer_and_run_in_int8(tmp_path):
+    plain, padded = bottleneck(tmp_path / "plain.onnx"), bottleneck(tmp_path / "padded.onnx", zeros=64)
+    x = np.random.default_rng(4).standard_normal((8, 32, 8, 8)).astype(np.float32)
+    answers = [session(model).run(None, {"input": x})[0] for model in (plain, padded)]
+    np.testing.assert_allclose(*answers, atol=1e-5)
+    assert np.abs(answers[0]).max() > 10
+    assert build(padded, compute_capabilities=("8.9",)) == 0
+    assert read_sidecar(padded.with_suffix(".engine"), "engine").figures["convolutions_int8"] == 2
 
 
 def test_output_that_is_the_model(model):

@@ -55,6 +55,15 @@ def test_no_builder_usable_says_what_was_tried_and_what_to_install():
     assert "NVIDIA GPU" in line
 
 
+def test_a_refusal_of_int8_weights_is_told_from_other_failures(toolkit):
+    text = (
+        "2: [graphOptimizer.cpp::convertMyelinWeightsToFp32::7903] Error Code 2: Internal Error "
+        "(Assertion params.weights.type() != DataType::kINT8 failed. )"
+    )
+    assert toolkit.refuses_int8_weights(BuildLog([("ERROR", text)]))
+    assert not toolkit.refuses_int8_weights(BuildLog([("ERROR", "2: no tactic"), ("VERBOSE", text)]))
+
+
 def test_unknown_compute_capability_names_the_supported_ones(toolkit):
     builder = toolkit.module.Builder(toolkit.logger(BuildLog()))
     with pytest.raises(UserError, match=r"capability '9.0': choose from 7.5, 8.0, 8.6, 8.9, 12.0, 12.1"):

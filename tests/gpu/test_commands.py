@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +11,8 @@ import numpy as np
 import pytest
 import qdq_models
 
-from deploy import audit, benchmark, build, builder, evaluate
+from deploy import audit, benchmark, build, evaluate
 from deploy.runtime import Engine
-from deploy.settings import BuildSettings, Profile
-from deploy.trt import find_toolkit
 from qat.artifact import UserError, read_sidecar, sidecar_path
 
 
@@ -42,15 +41,31 @@ def test_a_fixed_batch_tells_all_types(model, images, expected):
             engine(images[:4])
 
 
-def test_uint8_input_builds_and_answers(tmp_path):
-    """TensorRT 8.6 refuses the INT8 constants of such a network, and hands the last layer to what computes in float."""
+def test_float_weights_answer_as_int8_weights_do(model, images, expected):
+    path = built(qdq_models.residual(model.with_name("float.onnx"), float_weights=True), "f.engine", profiles=("8",))
+    figures = read_sidecar(path, "engine").figures
+    assert (figures["convolutions_int8"], figures["matrix_products_int8"]) == (3, 1)
+    with Engine.load(path) as engine:
+        assert np.abs(engine(images[:8]) - expected[:8]).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("float_weights", [True, False])
+def test_uint8_input_builds_and_answers(tmp_path, float_weights):
+    """TensorRT 8.6 refuses the INT8 weights of such a network, and hands the last layer to what computes in float."""
     from export.session import session
 
-    model = qdq_models.residual(tmp_path / "bytes.onnx", from_bytes=True)
+    model = qdq_models.residual(tmp_path / "bytes.onnx", from_bytes=True, float_weights=float_weights)
     images = np.random.default_rng(3).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     expected = session(model).run(None, {"input": images})[0]
     path = tmp_path / "bytes.engine"
-    code = build.main(build.Options(model=model, output=path, builder="tensorrt", profiles=("8",)))
+    try:
+        code = build.main(build.Options(model=model, output=path, builder="tensorrt", profiles=("8",)))
+    except UserError as error:
+        assert not float_weights
+        assert "\n" not in str(error)  # noqa: PT017
+        assert str(error).endswith("export again with --weights float")  # noqa: PT017
+        assert not path.exists()
+        return
     sidecar = read_sidecar(path, "engine")
     assert sidecar.figures["convolutions_int8"] == 3
     last = sidecar.details["findings"][-1]
@@ -93,26 +108,23 @@ def test_a_file_that_is_no_timing_cache_is_not_overwritten(model, tmp_path):
 
 
 def test_repeat_keeps_the_fastest_and_prints_the_spread(model, capfd):
-    built(model, "repeat.engine", profiles=("8",), repeat=2)
+    sidecar = read_sidecar(built(model, "repeat.engine", profiles=("8",), repeat=2), "engine")
     assert "2 builds, batch 8: " in capfd.readouterr().out
+    assert sidecar.details["repetition"]["batch"] == 8
+    assert len(sidecar.details["repetition"]["milliseconds"]) == 2
 
 
-def test_zero_channels_change_no_answer_and_the_faster_engine_is_kept(tmp_path, capfd):
-    model = qdq_models.bottleneck(tmp_path / "bottleneck.onnx")
+def test_zero_channels_change_no_answer(tmp_path):
+    from export.session import session
+
     images = np.random.default_rng(4).standard_normal((8, 32, 8, 8)).astype(np.float32)
-    toolkit = find_toolkit("tensorrt")
-    answers = []
-    for pad in (False, True):
-        settings = BuildSettings(profiles=(Profile(8, 8, 8),), pad_channels=pad)
-        found = builder.build(toolkit, model, settings)
-        assert found.padded == (("/b/Conv",) if pad else ())
-        with Engine.of(found.plan, toolkit, settings) as engine:
-            answers.append(engine(images))
-    assert np.abs(answers[0] - answers[1]).max() <= 1e-2 * np.abs(answers[0]).max()
-    capfd.readouterr()
-    sidecar = read_sidecar(built(model, "kept.engine", profiles=("8",), pad_channels=True), "engine")
-    assert "(zero channels) ms; kept the fastest" in " ".join(capfd.readouterr().out.split())
-    assert sidecar.details["settings"]["pad_channels"] == bool(sidecar.details["padded"])
+    expected = session(qdq_models.bottleneck(tmp_path / "0.onnx")).run(None, {"input": images})[0]
+    for zeros in (0, 64):
+        model = qdq_models.bottleneck(tmp_path / f"{zeros}.onnx", zeros=zeros)
+        (reference,) = session(model).run(None, {"input": images})
+        assert np.abs(reference - expected).max() < 1e-4 * np.abs(expected).max()
+        with Engine.load(built(model, f"{zeros}.engine", profiles=("8",))) as engine:
+            assert np.abs(engine(images) - expected).max() < 1e-2 * np.abs(expected).max()
 
 
 def test_options_of_the_builder(model, images, expected):
@@ -166,7 +178,7 @@ def test_benchmark_compares_and_builds_once(model, tmp_path, capfd):
         float32=tmp_path / "float.onnx",
         batches=(1,),
         full_batches=(4,),
-        pad_channels=True,
+        padded=qdq_models.residual(tmp_path / "padded.onnx"),
         peers=(f"twin={model}",),
         sweep=(4,),
         host_to_host=(4,),
@@ -197,6 +209,34 @@ def test_benchmark_compares_and_builds_once(model, tmp_path, capfd):
     again = json.loads((tmp_path / "benchmark.json").read_text())["builds"]
     assert len(again) == 11
     assert not any(entry["built_in_this_run"] for entry in again)
+    assert not any(entry["repetition"] for entry in again)
+
+
+def test_benchmark_repeats_every_build_and_keeps_engines_of_the_same_repetition(model, tmp_path, capfd):
+    options = benchmark.BenchmarkOptions(
+        model=model,
+        precisions=(),
+        batches=(1,),
+        full_batches=(),
+        host_to_host=(1,),
+        contexts=(1,),
+        repeat=2,
+        engines=tmp_path / "engines",
+        output=tmp_path / "benchmark.json",
+    )
+    for repeat, built_anew in ((2, True), (2, False), (1, True), (2, True)):
+        benchmark.main(dataclasses.replace(options, repeat=repeat))
+        found = json.loads((tmp_path / "benchmark.json").read_text())
+        assert found["repeat"] == repeat
+        (entry,) = found["builds"]
+        assert entry["built_in_this_run"] == built_anew
+        if repeat == 1:
+            assert entry["repetition"] is None
+            continue
+        assert entry["repetition"]["batch"] == 1
+        assert len(entry["repetition"]["milliseconds"]) == 2
+        assert entry["repetition"]["spread_percent"] >= 0
+        assert "2 builds, batch 1: " in capfd.readouterr().out
 
 
 def test_evaluate_agrees_with_onnx_runtime(family, tmp_path):

@@ -1,0 +1,60 @@
+"""One network built several times, of which the fastest engine is kept.
+
+The builder chooses kernels by timing them, and close ones fall out differently each time: on an H200 two builds of one
+network differ by 1 to 3 %.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.builder import Built, build
+
+if TYPE_CHECKING:
+    from deploy.settings import BuildSettings
+    from deploy.trt import Toolkit
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Several builds of one network: the median of each in milliseconds, measured at one batch."""
+
+    batch: int
+    milliseconds: Sequence[float]
+
+    @property
+    def spread_percent(self) -> float:
+        """How much longer the slowest takes than the fastest."""
+        return 100 * (max(self.milliseconds) / min(self.milliseconds) - 1)
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{median:.4f}" for median in self.milliseconds)
+        return (
+            f"{len(self.milliseconds)} builds, batch {self.batch}: {listed} ms; "
+            f"kept the fastest, the slowest is {self.spread_percent:.1f} % slower"
+        )
+
+
+def build_fastest(toolkit: Toolkit, model: Path, settings: BuildSettings, repeat: int) -> Built:
+    """Builds ``repeat`` times, timing all kernels anew each time; needs the GPU that the engines are built for.
+
+    Returns the engine that is fastest at the OPT batch of its first profile. Raises UserError as ``build`` does.
+    """
+    from deploy.measure import latencies
+    from deploy.runtime import Engine
+
+    candidates = [build(toolkit, model, settings) for _ in range(repeat)]
+    with ExitStack() as stack:
+        engines = {
+            str(index): stack.enter_context(Engine.of(built.plan, toolkit, settings))
+            for index, built in enumerate(candidates)
+        }
+        batch = engines["0"].profiles[0].opt
+        medians = [latency.median for latency in latencies(engines, batch).values()]
+    fastest = candidates[medians.index(min(medians))]
+    return dataclasses.replace(fastest, repetition=Repetition(batch, tuple(medians)))
