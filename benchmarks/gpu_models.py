@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_models.py FOLDER
 
-Speed does not depend on the weights. Written are the Q/DQ network with each type of input, the same with ranges by
-another calibrator (as post-training quantization leaves it), and the float network.
+Speed does not depend on the weights. Written are the Q/DQ network with each type of input (for raw bytes with float
+weights, as TensorRT 8.6 needs them), for float and INT8 input with zero channels too, the same with ranges by another
+calibrator (as post-training quantization leaves it), and the float network.
 """
 
 import sys
@@ -26,10 +27,15 @@ def main() -> None:
         write_checkpoint(folder / f"{name}.qat", calibrator)
         export_checkpoint(ExportOptions(checkpoint=folder / f"{name}.qat"))
     checkpoint = folder / "resnet50.qat"
-    export_checkpoint(ExportOptions(checkpoint=checkpoint, precision="float32"))
-    for kind in ("uint8-nchw", "int8-nchw"):
-        output = folder / f"resnet50_{kind}.onnx"
-        export_checkpoint(ExportOptions(checkpoint=checkpoint, input=kind, output=output))
+    more = (
+        ("resnet50.float32", {"precision": "float32"}),
+        ("resnet50.padded", {"pad_channels": True}),
+        ("resnet50_uint8-nchw", {"input": "uint8-nchw", "weights": "float"}),
+        ("resnet50_int8-nchw", {"input": "int8-nchw"}),
+        ("resnet50_int8-nchw.padded", {"input": "int8-nchw", "pad_channels": True}),
+    )
+    for name, options in more:
+        export_checkpoint(ExportOptions(checkpoint=checkpoint, output=folder / f"{name}.onnx", **options))
 
 
 if __name__ == "__main__":
