@@ -3,11 +3,12 @@
 A model is described by a few words (ModelSpec) that go into the checkpoint's sidecar, so that it can be built again
 without unpickling anything. Weights must fit key by key; only a classifier of another number of classes may differ.
 
-Three defaults differ from torchvision's, each for a reason:
+Four defaults differ from torchvision's, each for a reason:
 - zero_init_residual=True for the ResNet family: without it ResNet50 does not converge on small data.
 - No auxiliary heads for googlenet and inception_v3: they cost time in training and are not exported.
 - transform_input=True for the same two: their ImageNet weights were trained on images normalized in another way, and
   the model converts. It is a fixed factor and shift, so it does not matter to a model trained from scratch.
+- weights_backbone=None for segmentation models, which would download them.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ _NAME = "model_name"  # attribute of a built model: load_weights finds torchvisi
 class ModelSpec:
     """A model by name.
 
-    ``name``: a torchvision classification model ('resnet50'), 'timm/NAME', or 'path/file.py:function', which is called
-    as function(num_classes=..., **kwargs). ``kwargs`` are passed to the constructor and must be JSON-able.
+    ``name``: a torchvision classification or segmentation model ('resnet50'), 'timm/NAME', or 'path/file.py:function',
+    which is called as function(num_classes=..., **kwargs). ``kwargs`` are passed to the constructor and must be
+    JSON-able.
     """
 
     name: str
@@ -111,6 +113,11 @@ def load_weights(model: nn.Module, weights: str) -> str:
 
 def _torchvision_names() -> list[str]:
     names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names + _segmentation_names()
+
+
+def _segmentation_names() -> list[str]:
+    names: list[str] = torchvision.models.list_models(module=torchvision.models.segmentation)
     return names
 
 
@@ -118,8 +125,8 @@ def _torchvision_builder(name: str) -> Callable[..., Any]:
     known = _torchvision_names()
     if name not in known:
         raise UserError(
-            f"unknown model {name!r}{did_you_mean(name, known)}; give one of torchvision's {len(known)} classification "
-            "models, timm/NAME, or path/file.py:function"
+            f"unknown model {name!r}{did_you_mean(name, known)}; give one of torchvision's {len(known)} "
+            "classification and segmentation models, timm/NAME, or path/file.py:function"
         )
     builder: Callable[..., Any] = torchvision.models.get_model_builder(name)
     return builder
@@ -129,6 +136,8 @@ def _defaults(name: str) -> dict[str, Any]:
     """Constructor arguments that differ from torchvision's defaults; see the module's docstring."""
     if torchvision.models.get_model_builder(name).__module__ == "torchvision.models.resnet":
         return {"zero_init_residual": True}
+    if name in _segmentation_names():
+        return {"weights_backbone": None}
     return dict(_NO_AUXILIARY) if name in ("googlenet", "inception_v3") else {}
 
 

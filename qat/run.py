@@ -6,6 +6,7 @@ on validation, and what is reported is measured on test.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,13 @@ from qat.calibrate import calibrate
 from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.console import progress, say, table, warn
 from qat.data import Data, batch_count, batches, load_data
+from qat.decisions import Placement
 from qat.models import ModelSpec, build_model, load_weights
-from qat.prepare import placement_of, prepare, trace
+from qat.network import Network
+from qat.operations import WEIGHTED
+from qat.placement import network_of, summary
+from qat.prepare import prepare
+from qat.rules import kept_float, place
 from qat.trainer import Accuracy, FitState, Recipe, evaluate, fit, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -58,20 +64,23 @@ def run(options: TrainOptions) -> int:
     model = build_model(spec)
     if options.weights is not None:
         say(load_weights(model, options.weights))
-    trace(model)  # a model that cannot be quantized is refused now, not after hours of float training
+    # What cannot be quantized, or not as asked for, is refused now, not after hours of float training.
+    network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width))
+    _check_logits(options.model, network, len(data.class_names))
+    placement = place(network, options.keep_float)
+    _say_placement(placement)
     trainer = _Trainer(options, data, device, reached)
     try:
         if reached.phase == "float":
             model = trainer.fit("float", model.to(device), recipes["float"])
             reached.figures["float"] = trainer.test("float", model)
-            prepared = prepare(model)
-            _say_placement(prepared)
+            prepared = prepare(model, placement)
             trainer.calibrate(prepared)
             reached.figures["ptq"] = trainer.test("post-training quantization", prepared)
             reached.phase, reached.fit = "qat", FitState()
             trainer.save(prepared, FitState(), None)
         else:
-            prepared = prepare(model).to(device)
+            prepared = prepare(model, placement).to(device)
         prepared = trainer.fit("qat", prepared, recipes["qat"])
         reached.figures["qat"] = trainer.test("quantization-aware training", prepared)
     except KeyboardInterrupt as interrupt:
@@ -180,11 +189,10 @@ def _resumed(options: TrainOptions) -> Progress:
 
 
 def _recorded(options: TrainOptions) -> dict[str, Any]:
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(options).items()
-        if name not in _FREE_ON_RESUME
-    }
+    """The options that a resumed run must share, as JSON gives them back."""
+    recorded = {name: value for name, value in vars(options).items() if name not in _FREE_ON_RESUME}
+    found: dict[str, Any] = json.loads(json.dumps(recorded, default=str))
+    return found
 
 
 def _state_path(options: TrainOptions) -> Path:
@@ -229,16 +237,20 @@ def _say_data(data: Data) -> None:
         say(f"  {note}")
 
 
-def _say_placement(prepared: nn.Module) -> None:
-    placement = placement_of(prepared)  # type: ignore[arg-type]
-    quantized = sum(decision.quantized for decision in placement.weights)
-    adds = placement.of("add")
-    say(
-        f"placement: {quantized} of {len(placement.weights)} convolutions and linear layers, "
-        f"{sum(add.quantized for add in adds)} of {len(adds)} additions, {len(placement.tensors)} activations quantized"
-    )
-    for decision in placement.weights:
-        if not decision.quantized:
+def _check_logits(name: str, network: Network, classes: int) -> None:
+    (output,) = (op for op in network if op.kind == "output")
+    if output.shape != (1, classes):
+        found = f"a tensor of shape {list(output.shape)}" if output.shape else "something else than one tensor"
+        raise UserError(
+            f"model {name} makes {found} of one image; needed are logits of shape [1, {classes}], one for each class: "
+            "give a classification model"
+        )
+
+
+def _say_placement(placement: Placement) -> None:
+    say(f"placement: {'; '.join(summary(placement))}")
+    for decision in placement.decisions:
+        if not decision.quantized and (decision.kind in WEIGHTED or decision.rule == kept_float.__name__):
             say(f"  float: {decision.label}: {decision.reason}")
 
 

@@ -43,6 +43,9 @@ class TrainOptions(Command):
     """Weight decay of matrices and kernels."""
     label_smoothing: float = 0.0
     """Share of the target probability that is spread over all classes."""
+    keep_float: tuple[str, ...] = ()
+    """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
+    qat.placement shows."""
     calibrator: Literal["max", "percentile", "mse", "entropy"] = "mse"
     """How activation ranges are chosen from the calibration images."""
     percentile: float = 99.99

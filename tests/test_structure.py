@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("qat.train", "export.onnx", "deploy.build", "deploy.report", "deploy.triton", "deploy.audit")
+COMMANDS = (
+    "qat.train",
+    "qat.placement",
+    "export.onnx",
+    "deploy.build",
+    "deploy.report",
+    "deploy.triton",
+    "deploy.audit",
+)
 COMMANDS += ("deploy.benchmark", "deploy.evaluate")
 HEAVY = (
     "torch",

@@ -89,6 +89,16 @@ def test_other_families(name: str) -> None:
     assert build_model(ModelSpec(name, 5)).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 
+def test_a_segmentation_model_is_built_without_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a download")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    model = build_model(ModelSpec("lraspp_mobilenet_v3_large", 5)).eval()
+    assert model(torch.zeros(1, 3, 64, 64))["out"].shape == (1, 5, 64, 64)
+
+
 def test_timm_model() -> None:
     pytest.importorskip("timm")
     assert build_model(ModelSpec("timm/resnet18", 5)).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
@@ -113,7 +123,9 @@ def test_the_seed_decides_the_weights() -> None:
 
 
 def test_unknown_models(net_file: Path) -> None:
-    refused_model("resnet5", "unknown model 'resnet5'", "did you mean resnet50", "80 classification models")
+    refused_model(
+        "resnet5", "unknown model 'resnet5'", "did you mean resnet50", "86 classification and segmentation models"
+    )
     refused_model("maskrcnn_resnet50_fpn", "unknown model")
     refused_model("resnet18", "cannot be built", "width=3", width=3)
     refused_model(f"{net_file.parent}/absent.py:net", "no file", "absent.py")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import qat.trainer
 from qat.artifact import UserError, read_sidecar, sha256_of
-from qat.checkpoint import load_state
+from qat.checkpoint import load_checkpoint, load_state
 from qat.data import Data, ImageSet, Preprocessing, load_data
 from qat.models import ModelSpec, build_model
 from qat.pixels import ArrayPixels
@@ -257,7 +257,71 @@ def test_a_truncated_state_is_refused(trained: Path, output: Path, monkeypatch: 
         train(trained, output, resume=True)
 
 
+# --- what stays in float on request
+
+
+def test_what_is_kept_in_float_is_said_before_training_and_recorded(
+    trained: Path, output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(trained, output, keep_float=("conv2",), float_epochs=0, qat_epochs=0)
+    said = capsys.readouterr().out
+    assert "placement: INT8: 2 of 3 convolutions and linear layers, 0 of 1 additions" in said
+    assert "; kept in float on request: --keep-float conv2\n  float: conv2: kept in float\n" in said
+    placement = read_sidecar(output, "checkpoint").details["placement"]
+    assert placement["keep_float"] == ["conv2"]
+    assert [d["label"] for d in placement["decisions"] if d["rule"] == "kept_float"] == ["conv2"]
+    loaded = load_checkpoint(output).model
+    assert not hasattr(loaded.get_submodule("conv2"), "weight_quantizer")
+    assert hasattr(loaded.get_submodule("conv1"), "weight_quantizer")
+
+
+def test_a_pattern_that_matches_nothing_is_refused_before_training(trained: Path, output: Path, command: Run) -> None:
+    done = command("qat.train", *arguments(trained, output), "--keep-float", "conv2", "convv*")
+    assert_one_line(done, "--keep-float convv* matches none of the", "conv")
+    assert "epoch" not in done.stdout
+    assert list(output.parent.iterdir()) == []
+
+
+def test_a_run_resumes_with_the_same_patterns_and_with_no_others(trained: Path, output: Path, command: Run) -> None:
+    given = [*arguments(trained, output), "--keep-float", "conv2", "fc"]
+    whole = train(trained, output.with_name("whole.qat"), keep_float=("conv2", "fc"))
+    command("qat.train", *given, environment=stop(tiny.FLOAT_STEPS + 2, INTERRUPT))
+    for others in ([], ["--keep-float", "conv2"]):
+        done = command("qat.train", *arguments(trained, output), *others, "--resume")
+        assert_one_line(done, f"keep_float was ['conv2', 'fc'], is {others[1:]}")
+    done = command("qat.train", *given, "--resume")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same(load_file(output), whole)
+
+
 # --- what can go wrong in training
+
+
+@pytest.mark.parametrize(
+    ("forward", "found"),
+    [
+        ("self.conv1(x)", r"a tensor of shape \[1, 8, 8, 8\]"),
+        ("{'out': super().forward(x)}", "something else than one tensor"),
+        ("super().forward(x)[:, 1:]", r"a tensor of shape \[1, 2\]"),
+    ],
+)
+def test_a_model_that_makes_no_logits_is_refused_before_training(
+    trained: Path, output: Path, capsys: pytest.CaptureFixture[str], forward: str, found: str
+) -> None:
+    net = output.parent.parent / "other.py"
+    net.write_text(f"{tiny.NET}\nclass Other(Net):\n    def forward(self, x):\n        return {forward}\n")
+    with pytest.raises(UserError, match=rf"Other makes {found} of one image; needed are logits of shape \[1, 3\]"):
+        train(trained, output, model=f"{net}:Other")
+    assert "epoch" not in capsys.readouterr().out
+
+
+def test_images_that_the_model_does_not_take_are_refused_before_training(trained: Path, output: Path) -> None:
+    net = output.parent.parent / "other.py"
+    net.write_text(
+        "from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(9, 3))"
+    )
+    with pytest.raises(UserError, match=r"does not take one image of 3x16x16 \(RuntimeError: .*another --image-size"):
+        train(trained, output, model=f"{net}:net")
 
 
 def test_a_loss_that_becomes_nan_is_one_line_and_leaves_the_state_before_it(
