@@ -37,10 +37,11 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
     """
     modules = dict(traced.named_modules())
     shapes = _shapes(traced, input_shape) if input_shape is not None else {}
+    needed = _needed(traced)
     ops: dict[str, Op] = {}
     for node in traced.graph.nodes:
-        if node.op == "get_attr":
-            continue  # a constant
+        if node.op == "get_attr" or node not in needed:
+            continue  # a constant, or nobody uses it
         kind = kind_of(node, modules)
         inputs = tuple(source.name for source in _tensors_read(node) if source.name in ops)
         if kind == "shape" or (not inputs and kind not in ("input", "output")):
@@ -175,6 +176,15 @@ def _tensors_read(node: fx.Node) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
+
+
+def _needed(traced: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that the output depends on, and the inputs."""
+    needed = {node for node in traced.graph.nodes if node.op in ("placeholder", "output")}
+    for node in reversed(traced.graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return needed
 
 
 def _attribute(traced: fx.GraphModule, path: str) -> Any:

@@ -20,13 +20,14 @@ from torch import fx, nn
 
 from qat.artifact import UserError
 from qat.decisions import Placement
-from qat.fx_network import network_from_fx, weight_axis, weight_source
+from qat.fx_network import function_name, network_from_fx, weight_axis, weight_source
 from qat.layers import quantized_layer
 from qat.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.rules import place
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv")
 WEIGHT_QUANTIZERS = "weight_quantizers"  # of weights that a function reads; a module has its own
 
 
@@ -56,6 +57,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     ) as error:
         raise UserError(_why_untraceable(error)) from error
     _check_modes_agree(evaluated, traced.graph)
+    _read_what_in_place_operations_leave(traced)
     _keep_dropout_modes(traced)
     _part_fused_norms(traced)
     _drop_identities(traced)
@@ -157,6 +159,18 @@ def _check_modes_agree(evaluated: fx.Graph, trained: fx.Graph) -> None:
                 "torch.fx can keep only one: put what depends on self.training into torch.nn.Dropout or "
                 "torchvision.ops.StochasticDepth, or switch it off"
             )
+
+
+def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
+    """Those who read a tensor after it was changed in place read the change: the graph would hide it from a quantizer."""
+    order = {node: position for position, node in enumerate(traced.graph.nodes)}
+    for node in traced.graph.nodes:
+        module = traced.get_submodule(node.target) if node.op == "call_module" else None
+        called = function_name(node) if node.op in ("call_function", "call_method") else ""
+        in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace", False) or called in _IN_PLACE
+        if (in_place or called.endswith("_")) and node.args and isinstance(node.args[0], fx.Node):
+            behind = order[node]
+            node.args[0].replace_all_uses_with(node, lambda user, behind=behind: order[user] > behind)
 
 
 def _keep_dropout_modes(traced: fx.GraphModule) -> None:

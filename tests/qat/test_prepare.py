@@ -156,3 +156,37 @@ def test_a_node_named_like_a_method_of_modules():
             return self.conv(x.to(torch.float32))
 
     assert list(prepare(Cast()).activation_quantizers._modules) == ["to_"]
+
+
+def test_an_operation_in_place_is_what_later_readers_read():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(16, 16, 1), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 2
+            self.relu(x)  # nobody takes its answer
+            y = self.conv(x)
+            y += x
+            F.relu(y, inplace=True)
+            return self.conv(y)
+
+    model = InPlace()
+    reads = {t.tensor: [read.reader for read in t.reads] for t in placement_of(prepare(model)).tensors}
+    assert reads == {"relu": ["conv", "add"], "relu_1": ["conv_1"]}
+    x = torch.randn(2, 16, 4, 4)
+    torch.testing.assert_close(trace(model)(x), model(x))
+
+
+def test_what_nobody_uses_is_not_quantized():
+    class Dead(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.unused = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unused(x)
+            return self.conv(x)
+
+    assert [decision.op for decision in placement_of(prepare(Dead())).decisions] == ["conv"]
