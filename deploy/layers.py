@@ -14,12 +14,14 @@ follows NVIDIA's documentation and was not run.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 _LAYER_LINE = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>Inputs: .*)$", re.MULTILINE)
+_TENSOR = re.compile(r"Dimensions: \[([\d,]*)\].*?Datatype: (\w+)")
 _TENSOR_TYPE = re.compile(r"Datatype: (\w+)")
 _LIST_NAMES = ("Inputs", "Constants", "Outputs", "TacticName")
 _TACTIC = re.compile(r"TacticName: ([^,]*)")
@@ -38,6 +40,7 @@ _FORMATS = {
 _NUMBERING = re.compile(r"(_U\d+)?_myl\d+_\d+$")
 _TYPE_WORD = re.compile(r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE)
 _SHORT_TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
+_BYTES = {"INT8": 1, "UINT8": 1, "BOOL": 1, "FP8": 1, "FP16": 2, "BF16": 2, "INT64": 8}  # all others have 4
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
 _FOREIGN = re.compile(r"\{ForeignNode\[(.*)\]\}")
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
@@ -58,11 +61,13 @@ class EngineLayer:
     """Memory layout of what the layer writes, in the builder's words."""
     tactic: str = ""
     """Name of the kernel."""
+    output_bytes: int = 0
+    """What the layer writes, where the description tells the dimensions."""
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EngineLayer:
         """From what ``dataclasses.asdict`` gave; further entries are ignored."""
-        known: dict[str, Any] = {field.name: entry[field.name] for field in fields(cls)}
+        known: dict[str, Any] = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
         for key in ("inputs", "constants", "outputs", "onnx_nodes"):
             known[key] = tuple(known[key])
         return cls(**known)
@@ -139,10 +144,8 @@ def layers_from_log(text: str) -> list[EngineLayer]:
         starts = {key: body.find(f"{key}: ") for key in _LIST_NAMES}
         present = sorted((start, key) for key, start in starts.items() if start >= 0)
         ends = [start for start, _ in present[1:]] + [len(body)]
-        lists = {
-            key: tuple(_short_type(word) for word in _TENSOR_TYPE.findall(body[start:end]))
-            for (start, key), end in zip(present, ends, strict=True)
-        }
+        texts = {key: body[start:end] for (start, key), end in zip(present, ends, strict=True)}
+        lists = {key: tuple(map(_short_type, _TENSOR_TYPE.findall(part))) for key, part in texts.items()}
         formats = _FORMAT.findall(body)
         tactic = _TACTIC.search(body)
         found.append(
@@ -155,6 +158,7 @@ def layers_from_log(text: str) -> list[EngineLayer]:
                 onnx_nodes=_onnx_nodes(match["name"], metadata),
                 format=formats[-1] if formats else "",
                 tactic=tactic[1] if tactic else "",
+                output_bytes=sum(_bytes(*tensor) for tensor in _TENSOR.findall(texts.get("Outputs", ""))),
             )
         )
     return found
@@ -198,6 +202,11 @@ def _inspector_types(tensors: Any) -> tuple[str, ...]:
 def _inspector_format(tensors: Any) -> str:
     listed = [tensor for tensor in tensors or [] if isinstance(tensor, dict)]
     return str(listed[0].get("Format") or listed[0].get("Format/Datatype", "")) if listed else ""
+
+
+def _bytes(dimensions: str, word: str) -> int:
+    """The size of a tensor: ``2,64,112,112``, ``Int8``."""
+    return math.prod(int(extent) for extent in dimensions.split(",") if extent) * _BYTES.get(_short_type(word), 4)
 
 
 def _short_type(words: str) -> str:

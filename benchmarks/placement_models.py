@@ -1,0 +1,42 @@
+"""Writes our placement of the zoo's networks as ONNX files, to be compared with other tools' of the same networks.
+
+    PYTHONPATH=.:tests python benchmarks/placement_models.py FOLDER [NAME ...]
+
+FOLDER/NAME/ours.onnx is calibrated on random images, FOLDER/NAME/float32.onnx is the same network without Q/DQ nodes;
+224 px (inception_v3: 299), weights at random. benchmarks/modelopt_models.py puts another tool's files beside them.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+import zoo
+
+from export.emit import emit
+from export.fold import fold, fold_float
+from qat.calibrate import calibrate
+from qat.prepare import prepare
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    root, *names = sys.argv[1:]
+    for name in names or zoo.NAMES:
+        folder = Path(root) / name.replace("/", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        size = 299 if name == "inception_v3" else 224
+        model, x = zoo.build(name), torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+        prepared = prepare(model, input_shape=x.shape[1:])
+        with torch.no_grad():
+            calibrate(prepared, [x], "max")
+        ir.save(emit(fold(prepared)[0], x[:2], {}), folder / "ours.onnx")
+        ir.save(emit(fold_float(prepared), x[:2], {}), folder / "float32.onnx")
+        print(folder, flush=True)
+
+
+if __name__ == "__main__":
+    main()
