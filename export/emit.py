@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
+from onnxscript.optimizer import fold_constants_ir
 from torch import Tensor, fx, nn
 
 from export import ops
@@ -142,6 +143,8 @@ def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir
     ):
         clean(model)
     _split_into_tensors(model.graph)
+    # Sizes and bounds that the exporter computes in the graph; weights stay INT8 codes.
+    fold_constants_ir(model, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None)
     _name_by_module(model.graph, _layers(network))
     _drop_exporter_notes(model)
     model.producer_name, model.producer_version = "int8-qat-pipeline", None

@@ -15,13 +15,19 @@ import onnx
 import onnxruntime
 
 
+# It merges a zero padding into the max pool behind it, which then pads with minus infinity.
+_WRONG_OPTIMIZERS = ("Pad_Fusion",)
+
+
 def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
     """A CPU session of ONNX Runtime that computes Q/DQ networks as TensorRT does."""
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
     source = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(_WRONG_OPTIMIZERS)
+    )
 
 
 def session_with_tensors(model: Path, names: Iterable[str]) -> onnxruntime.InferenceSession:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from qat.operations import Kind
+from qat.operations import WEIGHTED, Kind
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,14 @@ class Network:
                 waiting.extend(self.ops[current].inputs)
         return found
 
-    def longest_path(self, start: str, end: str) -> int:
-        """Number of operations on the longest path from ``start`` to ``end``; -1 when there is none."""
-        length = {start: 0}
+    def most_layers(self, start: str, end: str) -> int:
+        """The most weighted layers on a path from behind ``start`` to ``end``; -1 when there is no path.
+
+        Other operations do not count: how many there are depends on who wrote the network down.
+        """
+        count = {start: 0}
         for op in list(self)[self.position(start) + 1 : self.position(end) + 1]:
-            behind = [length[name] for name in op.inputs if name in length]
+            behind = [count[name] for name in op.inputs if name in count]
             if behind:
-                length[op.name] = 1 + max(behind)
-        return length.get(end, -1)
+                count[op.name] = max(behind) + (op.kind in WEIGHTED)
+        return count.get(end, -1)

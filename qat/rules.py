@@ -30,6 +30,7 @@ GUIDE = "TensorRT Developer Guide, Working with Quantized Types, Q/DQ Placement 
 HEURISTICS = "heuristics of NVIDIA's ONNX quantizer"
 MEASURED = "benchmarks/gpu_placement.txt"
 POOLS = ("average_pool", "global_pool")
+_CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
         network: the view of a float network.
         keep_float: patterns of operations and tensors that stay in float, as ``fnmatch`` takes them; each is compared
             with names and labels, and a module's path stands for all that is inside it. A matched convolution, linear
-            layer, addition, pool or concatenation computes in float; of any other operation, the tensor that it makes
-            is not quantized.
+            layer, addition, pool, product or concatenation computes in float. Any other operation is matched by its
+            very name alone, and then the tensor that it makes is not quantized.
         unknown: tensors whose range nobody knows, so that they cannot be quantized.
 
     Raises:
@@ -118,7 +119,7 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
     """
     patterns = tuple(keep_float)
     named = _matched(network, patterns)
-    ops = frozenset(name for name in named if network[name].kind in (*WEIGHTED, *POOLS, "add", "concat", "multiply"))
+    ops = frozenset(name for name in named if network[name].kind in _CHOOSABLE)
     kept = _Kept(ops, frozenset(named - ops), frozenset(unknown))
     unfit: set[str] = set()
     while True:  # what one layer does without, another may have relied on
@@ -260,8 +261,8 @@ def residual_add_of_convolutions(network: Network, add: Op, fusing: list[str]) -
     """The input that stays float: on the longest path from the common ancestor, so that it is computed last."""
     common = set.intersection(*(network.ancestors(tensor) for tensor in fusing))
     nearest = max(common, key=network.position) if common else None
-    length = {tensor: network.longest_path(nearest, tensor) if nearest else 0 for tensor in fusing}
-    return max(fusing, key=lambda tensor: (length[tensor], network.position(tensor)))
+    layers = {tensor: network.most_layers(nearest, tensor) if nearest else 0 for tensor in fusing}
+    return max(fusing, key=lambda tensor: (layers[tensor], network.position(tensor)))
 
 
 @_rule("no INT8 convolution ends in this addition, so none can take it in", GUIDE)
@@ -305,11 +306,7 @@ def _matched(network: Network, patterns: tuple[str, ...]) -> set[str]:
     """The operations that the patterns of ``place`` name."""
     found: set[str] = set()
     for pattern in patterns:
-        matched = {
-            op.name
-            for op in network
-            if any(fnmatchcase(name, form) for name in (op.name, op.label) for form in (pattern, f"{pattern}.*"))
-        }
+        matched = {op.name for op in network if _is_meant(op, pattern)}
         if not matched:
             labels = sorted({op.label for op in network})
             close = difflib.get_close_matches(pattern, labels, n=3) or labels[:3]
@@ -319,6 +316,13 @@ def _matched(network: Network, patterns: tuple[str, ...]) -> set[str]:
             )
         found |= matched
     return found
+
+
+def _is_meant(op: Op, pattern: str) -> bool:
+    """Whether ``pattern`` names ``op``; one that could not be INT8 only by its very name, for it stands for its tensor."""
+    if op.kind not in _CHOOSABLE:
+        return pattern in (op.name, op.label)
+    return any(fnmatchcase(name, form) for name in (op.name, op.label) for form in (pattern, f"{pattern}.*"))
 
 
 def _weight_decisions(network: Network, kept: _Kept, unfit: set[str]) -> dict[str, Decision]:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from export import parity
 from export.emit import emit, example_input, with_ends
 from export.fold import fold, fold_float
-from export.lint import lint
+from export.hard_rules import hard_findings
 from export.session import session, sqnr_db
 from qat.data import Preprocessing
 from qat.prepare import prepare
@@ -117,7 +117,7 @@ def test_nothing_of_this_machine_is_in_the_file(model, tmp_path):
 
 
 def test_lint_is_clean(model):
-    assert lint(model) == []
+    assert hard_findings(model) == []
 
 
 def test_float_input_agrees_with_onnx_runtime_layer_by_layer(folded, model, images, tmp_path):
@@ -143,7 +143,7 @@ def test_any_batch_size_runs(model, tmp_path):
 def test_uint8_input_does_the_preprocessing(folded, images, tmp_path):
     network = with_ends(folded, preprocessing(), "uint8-nhwc")
     model = emit(network, example_input(preprocessing(), "uint8-nhwc"), {})
-    assert lint(model) == []
+    assert hard_findings(model) == []
     assert "layer1.0.add" in {node.name for node in model.graph}
     assert [node.op_type for node in list(model.graph)[:4]] == ["Cast", "Transpose", "Mul", "Add"]
     path = tmp_path / "model.onnx"
@@ -164,7 +164,7 @@ def test_the_float32_file_has_the_same_nodes_without_q_and_dq(prepared, model, i
     expected = [(node.name, node.op_type) for node in model.graph if node not in quantizing]
     assert [(node.name, node.op_type) for node in plain.graph] == expected
     assert {value.dtype for value in plain.graph.initializers.values()} == {ir.DataType.FLOAT}
-    assert lint(plain) == []
+    assert hard_findings(plain) == []
     path = tmp_path / "model.onnx"
     ir.save(plain, path)
     x = preprocessing().normalize(images)
