@@ -6,7 +6,7 @@ Numerics are those of qat/quantizer.py. Q and DQ of all tensors that share a sca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +18,13 @@ from qat.decisions import Placement
 from qat.quantizer import SCALE_FLOOR, WEIGHT, per_channel, quantize, scale_from_amax, weight_amax
 
 
-def insert(model: ir.Model, view: OnnxNetwork, placement: Placement, amax: Mapping[str, float]) -> int:
+def insert(
+    model: ir.Model,
+    view: OnnxNetwork,
+    placement: Placement,
+    amax: Mapping[str, float],
+    weights: Literal["int8", "float"] = "int8",
+) -> int:
     """Quantizes ``model`` in place.
 
     Args:
@@ -26,6 +32,7 @@ def insert(model: ir.Model, view: OnnxNetwork, placement: Placement, amax: Mappi
         view: what ``network_from_onnx`` read of it.
         placement: what qat.rules.place decided about ``view.network``.
         amax: the largest magnitude by the name of each quantizer of ``placement``.
+        weights: whether they are stored as INT8 codes, or as the same numbers in float in front of a QuantizeLinear.
 
     Returns:
         How many weight channels are zero; their scales were floored.
@@ -46,7 +53,7 @@ def insert(model: ir.Model, view: OnnxNetwork, placement: Placement, amax: Mappi
             assert weight is not None
             key = (weight.name or "", axis)
             if key not in stored:
-                stored[key], zeros = _codes(model.graph, weight, axis)
+                stored[key], zeros = _quantized_weight(model.graph, weight, axis, weights)
                 dead += zeros
             node.replace_input_with(1, stored[key])
     model.graph.sort()
@@ -69,25 +76,34 @@ def _pair(graph: ir.Graph, value: ir.Value, scale: ir.Value, zero_point: ir.Valu
     return _append(graph, DEQUANTIZE, [codes, scale, zero_point], f"{value.name}/dequantize", ir.DataType.FLOAT, value)
 
 
-def _codes(graph: ir.Graph, weight: ir.Value, axis: int) -> tuple[ir.Value, int]:
-    """``weight`` as INT8 codes behind DequantizeLinear, and how many of its channels are zero."""
+def _quantized_weight(
+    graph: ir.Graph, weight: ir.Value, axis: int, stored: Literal["int8", "float"]
+) -> tuple[ir.Value, int]:
+    """``weight`` as INT8 codes, or what becomes them, behind DequantizeLinear; how many of its channels are zero."""
     assert weight.const_value is not None
     given = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
     scale = scale_from_amax(weight_amax(given, axis))
-    codes = quantize(given, per_channel(scale, given.ndim, axis), WEIGHT).to(torch.int8)
-    inputs = [
-        _initializer(graph, f"{weight.name}.codes", codes.numpy()),
-        _initializer(graph, f"{weight.name}.scale", scale.numpy()),
-        _initializer(graph, f"{weight.name}.zero_point", np.zeros(len(scale), np.int8)),
+    spread = per_channel(scale, given.ndim, axis)
+    codes = quantize(given, spread, WEIGHT)
+    name = weight.name or ""
+    constants = [
+        _initializer(graph, f"{name}.scale", scale.numpy()),
+        _initializer(graph, f"{name}.zero_point", np.zeros(len(scale), np.int8)),
     ]
-    name = f"{weight.name}/dequantize"
-    dequantized = _append(graph, DEQUANTIZE, inputs, name, ir.DataType.FLOAT, weight, axis=axis)
+    if stored == "int8":
+        data = _initializer(graph, f"{name}.codes", codes.to(torch.int8).numpy())
+    else:
+        rounded = _initializer(graph, f"{name}.rounded", (codes * spread).numpy())
+        data = _append(graph, QUANTIZE, [rounded, *constants], f"{name}/quantize", ir.DataType.INT8, weight, axis=axis)
+    dequantized = _append(
+        graph, DEQUANTIZE, [data, *constants], f"{name}/dequantize", ir.DataType.FLOAT, weight, axis=axis
+    )
     return dequantized, int((scale <= SCALE_FLOOR).sum())
 
 
 def _channel_axis(node: ir.Node) -> int:
     """The axis of the output channels in a layer's weight."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0)):
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", None)):
         return 0
     return 1
 

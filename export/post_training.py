@@ -77,7 +77,7 @@ def quantize_file(options: QuantizeOptions) -> Sidecar:
         amax |= _calibrated(model, view, placement, inputs, options, set(amax))
     _say_placement(placement)
     plain = ir.to_proto(model).SerializeToString()
-    dead = insert(model, view, placement, amax)
+    dead = insert(model, view, placement, amax, options.weights)
     if dead:
         warn(f"{dead} weight channels are zero; their scales were floored")
     if findings := hard_findings(model):
@@ -89,6 +89,7 @@ def quantize_file(options: QuantizeOptions) -> Sidecar:
         "calibrator": options.calibrator if inputs else None,
         "calibration_cache": options.calibration_cache.name if options.calibration_cache else None,
         "precision": "int8",
+        "weights": options.weights,
         "input": "float32-nchw",
     }
 

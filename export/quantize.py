@@ -38,6 +38,8 @@ class QuantizeOptions(Command):
     """How activation ranges are chosen from the images."""
     percentile: float = 99.99
     """Share of the values, in percent, that the percentile calibrator keeps unclipped."""
+    weights: Literal["int8", "float"] = "int8"
+    """float: the same codes as float weights in front of a QuantizeLinear, for TensorRT 8.6 where it refuses INT8."""
     images: int = 512
     """Images to calibrate on, at most."""
     mean: tuple[float, float, float] | None = None

@@ -174,8 +174,9 @@ def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
         called = function_name(node) if node.op in ("call_function", "call_method") else ""
         in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace", False) or called in _IN_PLACE
         if (in_place or called.endswith("_")) and node.args and isinstance(node.args[0], fx.Node):
-            behind = order[node]
-            node.args[0].replace_all_uses_with(node, lambda user, behind=behind: order[user] > behind)
+            later = [user for user in node.args[0].users if order[user] > order[node]]
+            for user in later:
+                user.replace_input_with(node.args[0], node)
 
 
 def _keep_dropout_modes(traced: fx.GraphModule) -> None:

@@ -129,6 +129,16 @@ def test_scales_are_those_of_the_calibrator_and_weights_follow_the_specification
     np.testing.assert_array_equal(codes, np.rint(weight / scale[:, None]).astype(np.int8))
 
 
+def test_float_weights_answer_the_same_to_the_last_bit(model: Path, inputs: Path, tmp_path: Path) -> None:
+    for weights in ("int8", "float"):
+        output = tmp_path / f"{weights}.onnx"
+        quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output, weights=weights))
+        assert lint(read_onnx(output)) == []
+    np.testing.assert_array_equal(answers(tmp_path / "int8.onnx", inputs), answers(tmp_path / "float.onnx", inputs))
+    types = [t.data_type for t in onnx.load(tmp_path / "float.onnx").graph.initializer if np.prod(t.dims) > 16]
+    assert types == [TensorProto.FLOAT] * 3
+
+
 def test_images_are_normalized_and_leave_a_reference(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
     options = QuantizeOptions(
