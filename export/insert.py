@@ -103,7 +103,7 @@ def _quantized_weight(
 
 def _channel_axis(node: ir.Node) -> int:
     """The axis of the output channels in a layer's weight."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", None)):
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1):
         return 0
     return 1
 
