@@ -10,7 +10,7 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """A broken rule. error: TensorRT refuses the model or computes something else; warning: it is slower for it.
+    """A broken rule. error: TensorRT refuses the model, or does not compute what it says; warning: it is slower for it.
 
     ``bytes_per_image`` is the extra memory traffic that follows, where shapes tell.
     """

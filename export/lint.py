@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qat.artifact import UserError, write_json
-from qat.console import Command, run_command, say, table
+from qat.artifact import UserError, check_writable, write_json
+from qat.console import Command, run_command, say
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from export.findings import Finding
+    from export.findings import Finding, Severity
 
 EXIT_FOUND = 1
 
@@ -45,6 +45,12 @@ def main(options: LintOptions) -> int:
     """Prints what is found. ONNX is imported here, so that --help answers at once."""
     from export.read import is_quantized, read_onnx
 
+    if options.show < 0:
+        raise UserError(f"--show {options.show} is no number of findings: give 0 or more")
+    if options.json is not None:
+        if options.json.resolve() == options.model.resolve():
+            raise UserError(f"--json {options.json} is the model itself: give another name")
+        check_writable(options.json)
     model = read_onnx(options.model)
     if not is_quantized(model):
         raise UserError(
@@ -52,14 +58,12 @@ def main(options: LintOptions) -> int:
             "(python -m export.quantize, or python -m qat.train)"
         )
     findings = lint(model)
+    counts = Counter(finding.severity for finding in findings)
     _print(findings, options.show)
-    errors = sum(finding.severity == "error" for finding in findings)
-    if options.json:
-        summary = {"errors": errors, "warnings": len(findings) - errors}
-        content: dict[str, Any] = {"model": options.model.name, **summary, "findings": list(map(asdict, findings))}
-        write_json(options.json, content)
+    if options.json is not None:
+        write_json(options.json, _report(options.model, findings, counts))
         say(f"wrote {options.json}")
-    return EXIT_FOUND if errors or (options.strict and findings) else 0
+    return EXIT_FOUND if counts["error"] or (options.strict and findings) else 0
 
 
 def lint(model: ir.Model) -> list[Finding]:
@@ -68,28 +72,39 @@ def lint(model: ir.Model) -> list[Finding]:
     from export.onnx_network import network_from_onnx
     from export.placement_rules import placement_findings
 
-    return [*hard_findings(model), *placement_findings(network_from_onnx(model))]
+    findings = [*hard_findings(model), *placement_findings(network_from_onnx(model))]
+    return sorted(findings, key=lambda finding: finding.severity != "error")
+
+
+def _report(model: Path, findings: list[Finding], counts: Counter[Severity]) -> dict[str, Any]:
+    return {
+        "model": model.name,
+        "errors": counts["error"],
+        "warnings": counts["warning"],
+        "bytes_per_image": sum(finding.bytes_per_image for finding in findings),
+        "findings": [asdict(finding) for finding in findings],
+    }
 
 
 def _print(findings: list[Finding], show: int) -> None:
     from export.findings import megabytes
     from export.placement_rules import sentence
 
-    for rule in dict.fromkeys(finding.rule for finding in findings):
-        of_rule = [finding for finding in findings if finding.rule == rule]
-        meaning = f": {sentence(rule)}" if sentence(rule) else ""
-        say(f"{of_rule[0].severity} {rule}, {len(of_rule)} times{meaning}")
-        for finding in of_rule[:show]:
+    by_rule: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_rule.setdefault(finding.rule, []).append(finding)
+    for rule, found in by_rule.items():
+        times = "once" if len(found) == 1 else f"{len(found)} times"
+        say(f"{found[0].severity}: {rule}, {times}{f' ({meaning})' if (meaning := sentence(rule)) else ''}")
+        for finding in found[:show]:
             say(f"  {finding.node}: {finding.message}")
-        if len(of_rule) > show:
-            say(f"  ... and {len(of_rule) - show} more")
+        if len(found) > show:
+            say(f"  ... and {len(found) - show} more")
     counts = Counter(finding.severity for finding in findings)
     extra = sum(finding.bytes_per_image for finding in findings)
     cost = f", about {megabytes(extra)} more memory traffic for each image" if extra else ""
-    if findings:
-        say(f"{counts['error']} errors, {counts['warning']} warnings{cost}")
-    else:
-        table("Lint", ("rules", "findings"), [("TensorRT's hard rules", 0), ("placement", 0)])
+    total = ", ".join(f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in ("error", "warning"))
+    say(f"{total}{cost}" if findings else "no finding: TensorRT's hard rules hold, and the placement is right")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ their Q/DQ; what is computed from sizes alone is left out.
 
 from __future__ import annotations
 
-
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +15,14 @@ import numpy as np
 import onnx_ir as ir
 
 from qat.network import ConstantWeight, Network, Op
-from qat.operations import Kind, kind_of_onnx
+from qat.operations import COMMUTING, Kind, kind_of_onnx
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-_WEIGHTED = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # operator -> which input is the weight
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+WEIGHT = 1
+"""Which input of a ``WEIGHTED`` operator is its weight."""
+MOVING = ("Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast")
+"""Operators that a weight may pass through as it is."""
 # Inputs that say how an operation works: operator -> attribute name by input position
 _ARGUMENTS = {"Pad": {2: "value"}, "ReduceMean": {1: "axes"}}
 
@@ -44,7 +48,7 @@ class OnnxNetwork:
 
 def network_from_onnx(model: ir.Model) -> OnnxNetwork:
     """Reads the view. Shapes are those that ``model`` states (export/read.py infers them)."""
-    reader = _Reader(model.graph)
+    reader = _Reader(constants(model.graph))
     for value in model.graph.inputs:
         reader.add_input(value)
     for node in model.graph:
@@ -62,143 +66,168 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
         return value.const_value.numpy()
     producer = value.producer()
     if producer is not None and producer.op_type == "Constant":
-        attribute = next(iter(producer.attributes.values()))
-        return attribute.value.numpy() if isinstance(attribute.value, ir.TensorProtocol) else np.asarray(attribute.value)
+        (attribute,) = producer.attributes.values()
+        if attribute.type == ir.AttributeType.TENSOR:
+            return attribute.as_tensor().numpy()
+        if attribute.type != ir.AttributeType.SPARSE_TENSOR:
+            return np.asarray(attribute.value, np.float32 if "float" in attribute.name else None)
     return None
+
+
+def constants(graph: ir.Graph) -> set[ir.Value]:
+    """All values of ``graph`` that are computed from initializers and Constant nodes alone."""
+    found = {value for inner in (graph, *graph.subgraphs()) for value in inner.initializers.values()}
+    for node in graph.all_nodes():
+        if all(value in found for value in _values_read(node)):
+            found.update(node.outputs)
+    return found
+
+
+def _values_read(node: ir.Node) -> Iterator[ir.Value]:
+    """The inputs of a node, and what its subgraphs read from outside."""
+    yield from (value for value in node.inputs if value is not None)
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            inner = list(attribute.as_graph().all_nodes())
+            inside = {value for made in inner for value in made.outputs}
+            for value in (value for reader in inner for value in reader.inputs if value is not None):
+                if value not in inside and value.graph is node.graph:
+                    yield value
 
 
 @dataclass
 class _Reader:
-    graph: ir.Graph
+    constants: set[ir.Value]
     ops: dict[str, Op] = field(default_factory=dict)
     nodes: dict[str, ir.Node] = field(default_factory=dict)
     reads: dict[tuple[str, str], list[ir.Node]] = field(default_factory=dict)
     weights: dict[str, ir.Node] = field(default_factory=dict)
-    _constants: set[ir.Value] = field(default_factory=set)
     _sizes: set[ir.Value] = field(default_factory=set)
 
     def add_input(self, value: ir.Value) -> None:
-        if value.name and value.name not in self.graph.initializers:
+        if value.name and value not in self.constants:
             self.ops[value.name] = Op(value.name, "input", (), value.name, shape=_shape(value))
 
     def add_output(self, value: ir.Value) -> None:
-        source, through = self._source(value)
-        if source is not None and source.name in self.ops:
-            name = f"output {value.name}"
-            self.ops[name] = Op(name, "output", (source.name,), name)
-            if through:
-                self.reads[name, source.name] = through
+        name = f"output {value.name}"
+        if inputs := self._read(name, [value]):
+            self.ops[name] = Op(name, "output", inputs, name)
 
     def add_node(self, node: ir.Node) -> None:
-        """Adds the operation of a node, or notes that it is a Q, a DQ, a constant or a size."""
-        given = [value for value in node.inputs if value is not None]
-        if all(map(self._is_constant, given)):
-            self._constants.update(node.outputs)
+        """Adds the operation of a node, unless it is a Q, a DQ, a constant or a size."""
+        live = [value for value in _values_read(node) if value not in self.constants]
+        if not live or node.op_type in (QUANTIZE, DEQUANTIZE):
             return
-        if node.op_type in (QUANTIZE, DEQUANTIZE):
-            return
-        attributes = _attributes(node)
-        kind = kind_of_onnx(node.op_type, attributes)
-        live = [value for value in given if not self._is_constant(value)]
+        kind = kind_of_onnx(node.op_type, _attributes(node))
         if kind == "shape" or all(value in self._sizes for value in live):
             self._sizes.update(node.outputs)
             return
-        weight, dequantize = self._weight(node, kind, attributes)
-        kind = _exact_kind(node, kind, weight)
-        name = node.outputs[0].name or ""
-        inputs = []
-        for value in node.inputs:
-            if value is None or self._is_constant(value) or value in self._sizes:
-                continue
-            source, through = self._source(value)
-            if source is not None and source.name in self.ops:
-                inputs.append(source.name)
-                if through:
-                    self.reads[name, source.name] = through
+        weight, dequantize = self._weight(node, kind)
+        kind = _exact_kind(node, kind, weight, live)
+        outputs = [value for value in node.outputs if value.name]
+        name = outputs[0].name or ""
+        if kind == "split" and len(outputs) > 1:
+            self._add_split(node, live, outputs)
+            return
         if dequantize is not None:
             self.weights[name] = dequantize
-        several = kind == "split" and len(node.outputs) > 1
-        made = Op(name, kind, tuple(inputs), node.name or name, weight, () if several else _shape(node.outputs[0]))
-        if not several:
-            self._put(made, node)
-            return
-        whole = f"{node.name or name} (all parts)"
-        for value in inputs:
-            if (name, value) in self.reads:
-                self.reads[whole, value] = self.reads.pop((name, value))
-        self._put(Op(whole, kind, made.inputs, made.label), node)
-        for part in node.outputs:
-            if part.name:
-                self._put(Op(part.name, "data_movement", (whole,), made.label, shape=_shape(part)), node)
+        self._put(Op(name, kind, self._read(name, live), node.name or name, weight, _shape(outputs[0])), node)
+        for value in outputs[1:]:
+            other = value.name or ""
+            self._put(Op(other, "other", self._read(other, live), node.name or other, shape=_shape(value)), node)
+
+    def _add_split(self, node: ir.Node, live: list[ir.Value], outputs: list[ir.Value]) -> None:
+        label = node.name or outputs[0].name or ""
+        whole = f"{label} (all parts)"
+        self._put(Op(whole, "split", self._read(whole, live), label), node)
+        for part in outputs:
+            self._put(Op(part.name or "", "data_movement", (whole,), label, shape=_shape(part)), node)
 
     def _put(self, op: Op, node: ir.Node) -> None:
         self.ops[op.name] = op
         self.nodes[op.name] = node
 
-    def _is_constant(self, value: ir.Value) -> bool:
-        return value in self._constants or value.const_value is not None or value.name in self.graph.initializers
+    def _read(self, reader: str, values: list[ir.Value]) -> tuple[str, ...]:
+        """The operations whose tensors ``reader`` reads as ``values``; notes which of them it reads quantized."""
+        inputs = []
+        for value in values:
+            source, through = _source(value)
+            if source.name in self.ops:
+                inputs.append(source.name)
+                if through:
+                    self.reads[reader, source.name] = through
+        return tuple(inputs)
 
-    def _source(self, value: ir.Value) -> tuple[ir.Value | None, list[ir.Node]]:
-        """The tensor behind the Q and DQ nodes that ``value`` comes through, and those DQ nodes, the nearest first."""
-        through = []
-        current: ir.Value | None = value
-        while current is not None and (node := current.producer()) is not None:
-            if node.op_type == DEQUANTIZE:
-                through.append(node)
-            elif node.op_type != QUANTIZE:
-                break
-            current = node.inputs[0]
-        return current, through
-
-    def _weight(
-        self, node: ir.Node, kind: Kind, attributes: dict[str, Any]
-    ) -> tuple[ConstantWeight | None, ir.Node | None]:
+    def _weight(self, node: ir.Node, kind: Kind) -> tuple[ConstantWeight | None, ir.Node | None]:
         """The constant weight of a convolution or matrix product, and the DequantizeLinear that it comes through."""
-        position = _WEIGHTED.get(node.op_type)
-        value = node.inputs[position] if position is not None and len(node.inputs) > position else None
-        if value is None or not self._is_constant(value):
+        value = node.inputs[WEIGHT] if node.op_type in WEIGHTED else None
+        if value is None or value not in self.constants:
             return None, None
-        root, dequantize = _weight_root(value)
-        shape = tuple(root.shape.numpy()) if root.shape is not None and root.shape.is_static() else ()
-        name = root.name or ""
-        if node.op_type == "MatMul" and len(shape) != 2:
-            return None, None
-        if len(shape) < 2:
+        shape, name, dequantize = _weight_shape(value), _root(value).name or "", _dequantized_by(value)
+        if len(shape) < 2 or (node.op_type == "MatMul" and len(shape) != 2):
             return None, dequantize
-        groups = int(attributes.get("group", 1))
+        groups = node.attributes.get_int("group", 1)
         if kind == "convolution":
             return ConstantWeight(name, shape[1] * groups, shape[0], groups, shape[2:]), dequantize
         if kind == "transposed_convolution":
             return ConstantWeight(name, shape[0], shape[1] * groups, groups, shape[2:]), dequantize
-        transposed = bool(attributes.get("transB", 0)) or _is_transposed(value, root)
-        inputs, outputs = shape[::-1] if transposed else shape
+        inputs, outputs = shape[::-1] if node.attributes.get_int("transB", 0) else shape
         return ConstantWeight(name, inputs, outputs), dequantize
 
 
-def _weight_root(value: ir.Value) -> tuple[ir.Value, ir.Node | None]:
-    """The initializer that a constant comes from, and the last DequantizeLinear on the way."""
-    dequantize = None
-    while (node := value.producer()) is not None and node.op_type != "Constant" and node.inputs[0] is not None:
-        if node.op_type == DEQUANTIZE and dequantize is None:
-            dequantize = node
-        value = node.inputs[0]
-    return value, dequantize
+def _source(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
+    """The tensor behind the Q and DQ nodes that ``value`` comes through, and those DQ nodes, the nearest first."""
+    through = []
+    while (node := value.producer()) is not None and node.op_type in (QUANTIZE, DEQUANTIZE):
+        if node.op_type == DEQUANTIZE:
+            through.append(node)
+        (value, *_) = _values_read(node)
+    return value, through
 
 
-def _is_transposed(value: ir.Value, root: ir.Value) -> bool:
-    turned = False
-    while value is not root and (node := value.producer()) is not None and node.inputs[0] is not None:
-        turned ^= node.op_type == "Transpose"
-        value = node.inputs[0]
-    return turned
+def _root(value: ir.Value) -> ir.Value:
+    """The initializer, or Constant node's output, that a constant is made from."""
+    while (node := value.producer()) is not None and (given := next(_values_read(node), None)) is not None:
+        value = given
+    return value
 
 
-def _exact_kind(node: ir.Node, kind: Kind, weight: ConstantWeight | None) -> Kind:
+def _dequantized_by(value: ir.Value) -> ir.Node | None:
+    """The DequantizeLinear that a weight comes from, where it passes through as it is."""
+    while (node := value.producer()) is not None and node.op_type in MOVING:
+        (value, *_) = _values_read(node)
+    return node if node is not None and node.op_type == DEQUANTIZE else None
+
+
+def _weight_shape(value: ir.Value) -> tuple[int, ...]:
+    """The shape of a constant; () where it cannot be told."""
+    if value.shape is not None and value.shape.is_static():
+        return tuple(value.shape.numpy())
+    node = value.producer()
+    if node is None or node.op_type == "Constant":
+        array = constant(value)
+        return () if array is None else array.shape
+    (given, *_) = _values_read(node)
+    if node.op_type in (QUANTIZE, DEQUANTIZE, "Identity", "Cast"):
+        return _weight_shape(given)
+    if node.op_type == "Transpose":
+        shape = _weight_shape(given)
+        return tuple(shape[axis] for axis in permutation(node, len(shape)))
+    return ()
+
+
+def permutation(transpose: ir.Node, rank: int) -> list[int]:
+    """Which axis of its input each axis of a Transpose's output is."""
+    return list(transpose.attributes.get_ints("perm", tuple(reversed(range(rank)))))
+
+
+def _exact_kind(node: ir.Node, kind: Kind, weight: ConstantWeight | None, live: list[ir.Value]) -> Kind:
+    """What only the inputs tell: a constant matrix, a table to look up in."""
     if node.op_type == "MatMul" and weight is not None:
         return "linear"
     if node.op_type == "Gemm" and weight is None:
         return "matrix_product"
-    return kind
+    return "other" if kind in COMMUTING and node.inputs[0] not in live else kind
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
@@ -206,9 +235,9 @@ def _attributes(node: ir.Node) -> dict[str, Any]:
     if node.op_type == "Cast" and (value := node.inputs[0]) is not None and value.dtype is not None:
         found["from"] = int(value.dtype)
     for position, name in _ARGUMENTS.get(node.op_type, {}).items():
-        value = constant(node.inputs[position]) if len(node.inputs) > position else None
-        if value is not None:
-            found[name] = value.tolist()
+        array = constant(node.inputs[position]) if len(node.inputs) > position else None
+        if array is not None:
+            found[name] = array.tolist()
     return found
 
 
@@ -217,8 +246,5 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     if value.shape is None or not value.shape.rank():
         return ()
     batch, *rest = value.shape.dims
-    if not all(isinstance(extent, int) for extent in rest):
-        return ()
-    return (batch if isinstance(batch, int) else 1, *(int(extent) for extent in rest))
-
-
+    known = [extent for extent in rest if isinstance(extent, int)]
+    return (batch if isinstance(batch, int) else 1, *known) if len(known) == len(rest) else ()

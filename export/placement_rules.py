@@ -1,12 +1,13 @@
 """An ONNX file's Q/DQ nodes held against where qat/rules.py wants them; each finding says what the difference costs.
 
 The float network behind the Q/DQ nodes is placed anew, and each decision is compared with what the file does. Where a
-scale passes through data movement it does not matter on which side of it the Q stands.
+scale passes through data movement it does not matter on which side of it the Q stands, and a Q behind a concatenation
+is as good as one before each of its inputs: TensorRT moves it there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from export.findings import Finding, megabytes
 from export.onnx_network import OnnxNetwork
@@ -14,13 +15,13 @@ from qat.decisions import Decision, Placement
 from qat.network import Op
 from qat.operations import COMMUTING, WEIGHTED
 from qat.rules import RULES, place
+from qat.sharing import Reads, all_quantized
 
 _FP16_BYTES = 2
 _THROUGHOUT = {
     "pool_input": "the pool runs in FP16 between INT8 layers",
     "gate_product": "the gate multiplies in FP16, so the convolutions around it write and read FP16",
     "unfused_activation": "the activation's kernel reads FP16",
-    "shared_concat_scale": "the concatenation copies FP16 and its result is quantized again",
 }
 
 
@@ -33,41 +34,53 @@ def placement_findings(view: OnnxNetwork) -> list[Finding]:
     ]
 
 
+def sentence(rule: str) -> str:
+    """What a placement rule says, for people; '' of any other rule, whose findings say all."""
+    return RULES[rule].sentence if rule in RULES else ""
+
+
 class _Comparison:
     """One file against one placement."""
 
     def __init__(self, view: OnnxNetwork, wanted: Placement) -> None:
         self.view, self.network = view, view.network
-        self.wanted = {(reader, tensor) for reader, tensor, _ in wanted.reads()}
+        self.found: Reads = dict.fromkeys(view.reads, "")
+        self.wanted: Reads = {(reader, tensor): rule for reader, tensor, rule in wanted.reads()}
 
     def decision(self, decision: Decision) -> Iterator[Finding]:
         """What differs from one decision."""
         op = self.network[decision.op]
         if decision.kind in WEIGHTED:
             yield from self._weighted(op, decision)
-        elif decision.kind == "add" and decision.quantized:
+        elif not decision.quantized:
+            return
+        elif decision.kind == "add":
             yield from self._add(op, decision)
-        elif decision.quantized and decision.rule in _THROUGHOUT:
-            yield from self._throughout(op, decision)
+        elif decision.kind == "concat":
+            yield from self._concat(op, decision)
+        elif decision.rule in _THROUGHOUT and (missing := self._read_in_float(op)):
+            message = f"{self._named(missing)} read in float: {_THROUGHOUT[decision.rule]}"
+            yield self._finding(op, decision.rule, message, sum(self.network[tensor].elements for tensor in missing))
 
     def tensor(self, op: Op) -> Iterator[Finding]:
         """What is wrong with how the tensor of ``op`` is quantized, whoever reads it."""
-        readers = [reader for reader in self.network.readers(op.name) if (reader.name, op.name) in self.view.reads]
-        for reader in readers:
-            if op.kind in (*WEIGHTED, "batch_norm") and reader.kind in ("batch_norm", "activation"):
+        fusing = [reader for reader in self.network.readers(op.name) if reader.kind in ("batch_norm", "activation")]
+        for reader in fusing if op.kind in (*WEIGHTED, "batch_norm") else ():
+            if (reader.name, op.name) in self.found:
                 message = f"its output is quantized before {reader.label}, which then cannot fuse into it"
                 yield self._finding(op, "weighted_output", message, op.elements)
-        scales = {self.view.scale(reader.name, op.name) for reader in readers}
-        if len(scales) > 1:
-            message = f"its output is quantized by {len(scales)} different scales, so it is written {len(scales)} times"
-            yield self._finding(op, "several_scales", message, op.elements * (len(scales) - 1))
+        if op.kind not in COMMUTING and len(scales := self._scales_behind(op.name)) > 1:
+            count = len(scales)
+            message = f"its output is quantized by {count} different scales, so its codes are computed {count} times"
+            yield self._finding(op, "several_scales", message, op.elements * (count - 1))
 
     def _weighted(self, op: Op, decision: Decision) -> Iterator[Finding]:
-        given = self._read_in_int8(op.name, op.inputs[0], found=True)
+        given = self._in_int8(op.name, op.inputs[0], self.found)
         weight = op.name in self.view.weights
         if not decision.quantized:
-            if given and weight:
-                yield self._finding(op, decision.rule, f"it is quantized, but {decision.reason}: it runs in float", 0)
+            if given and weight and decision.rule != "shared_weight":
+                message = f"it is quantized, but has no INT8 kernel, or a slow one: {decision.reason}"
+                yield self._finding(op, decision.rule, message, 0)
             return
         missing = [what for what, there in (("input", given), ("weight", weight)) if not there]
         if missing:
@@ -76,56 +89,79 @@ class _Comparison:
             yield self._finding(op, decision.rule, message, self.network[op.inputs[0]].elements)
 
     def _add(self, op: Op, decision: Decision) -> Iterator[Finding]:
-        tensors = dict.fromkeys(op.inputs)
-        wanted = {tensor for tensor in tensors if self._read_in_int8(op.name, tensor, found=False)}
-        found = {tensor for tensor in tensors if self._read_in_int8(op.name, tensor, found=True)}
+        tensors = list(dict.fromkeys(op.inputs))
+        wanted = [tensor for tensor in tensors if self._in_int8(op.name, tensor, self.wanted)]
+        found = [tensor for tensor in tensors if self._in_int8(op.name, tensor, self.found)]
         if found == wanted:
             return
+        (inside,) = (self._convolution(tensor) for tensor in tensors if tensor not in wanted)
         lost = op.elements * _FP16_BYTES
         cost = f"1 extra reformat{f' of {megabytes(lost)} per image' if lost else ''}"
-        (inside,) = set(tensors) - wanted
-        if not found:
-            message = f"no input is quantized, so this add cannot fuse into the convolution before it: {cost}"
-        elif found == set(tensors):
-            message = f"every input is quantized, so the sum does not fuse into the convolution of {self.network[inside].label}: {cost}"
-        elif inside in found:
-            message = f"{self.network[inside].label} is quantized, the input whose convolution could have taken the sum in: {cost}"
+        if not found or len(found) == len(tensors):
+            which = "every input is" if found else "no input is"
+            message = f"{which} quantized, so the sum does not fuse into {inside}: {cost}"
+        elif decision.rule == "residual_add_of_convolutions":
+            message = f"the longer branch is quantized: {inside}, at its end, comes last and should take the sum in"
+            lost = 0
         else:
-            message = f"{', '.join(sorted(wanted - found))} is read in float: {cost}"
+            other = self._named([tensor for tensor in wanted if tensor not in found])
+            message = f"{other} read in float, so the sum does not fuse into {inside}: {cost}"
         yield self._finding(op, decision.rule, message, lost)
 
-    def _throughout(self, op: Op, decision: Decision) -> Iterator[Finding]:
-        tensors = list(dict.fromkeys(op.inputs))
-        missing = [tensor for tensor in tensors if not self._read_in_int8(op.name, tensor, found=True)]
-        if missing:
+    def _concat(self, op: Op, decision: Decision) -> Iterator[Finding]:
+        missing = self._read_in_float(op)
+        scales = {self._scale(op.name, tensor) for tensor in op.inputs} | self._scales_behind(op.name)
+        scales.discard(None)
+        if missing and not all_quantized(self.network, op.name, self.found):
+            message = f"{self._named(missing)} read in float, so it copies FP16, and its result is quantized once more"
             elements = sum(self.network[tensor].elements for tensor in missing)
-            message = f"{', '.join(missing[:3])} is read in float: {_THROUGHOUT[decision.rule]}"
             yield self._finding(op, decision.rule, message, elements)
-        elif op.kind == "concat" and len(scales := {self._scale(op.name, tensor) for tensor in tensors}) > 1:
-            message = f"its inputs have {len(scales)} different scales, so they are quantized anew instead of copied"
+        elif len(scales) > 1:
+            message = (
+                f"its inputs and output have {len(scales)} different scales, so codes are computed anew, not copied"
+            )
             yield self._finding(op, decision.rule, message, op.elements)
 
-    def _read_in_int8(self, reader: str, tensor: str, *, found: bool) -> bool:
-        """Whether ``reader`` gets codes of ``tensor``, in the file as ``found`` or as it is wanted."""
-        edges = self.view.reads if found else self.wanted
-        if (reader, tensor) in edges:
+    def _read_in_float(self, op: Op) -> list[str]:
+        return [tensor for tensor in dict.fromkeys(op.inputs) if not self._in_int8(op.name, tensor, self.found)]
+
+    def _in_int8(self, reader: str, tensor: str, reads: Reads) -> bool:
+        """Whether ``reader`` gets codes of ``tensor``, by itself or out of what moves data."""
+        if (reader, tensor) in reads:
             return True
         made = self.network[tensor]
-        passes = made.kind in COMMUTING or made.kind == "concat"
-        return passes and all(self._read_in_int8(made.name, given, found=found) for given in made.inputs)
+        moved = made.kind in COMMUTING or made.kind == "concat"
+        return moved and all(self._in_int8(made.name, given, reads) for given in made.inputs)
 
     def _scale(self, reader: str, tensor: str) -> float | None:
         """The scale of the codes that ``reader`` gets of ``tensor``, looked for behind data movement."""
         made = self.network[tensor]
-        while (reader, tensor) not in self.view.reads and made.inputs:
+        while (reader, tensor) not in self.found and made.kind in (*COMMUTING, "concat"):
             reader, tensor = made.name, made.inputs[0]
             made = self.network[tensor]
         return self.view.scale(reader, tensor)
 
+    def _scales_behind(self, tensor: str) -> set[float | None]:
+        """All scales by which a tensor, and what data movement makes of it, is read."""
+        scales: set[float | None] = set()
+        for reader in self.network.readers(tensor):
+            scales.add(self.view.scale(reader.name, tensor))
+            if reader.kind in COMMUTING:
+                scales |= self._scales_behind(reader.name)
+        return scales - {None}
+
+    def _convolution(self, tensor: str) -> str:
+        """The convolution whose result a tensor is, through batch normalization and the like."""
+        op = self.network[tensor]
+        while op.kind not in WEIGHTED:
+            op = self.network[op.inputs[0]]
+        return op.label
+
+    def _named(self, tensors: Collection[str]) -> str:
+        """``a is``, ``a and b are``, ``a, b, c and 4 more are``."""
+        labels = [self.network[tensor].label for tensor in tensors]
+        shown = labels if len(labels) <= 4 else [*labels[:3], f"{len(labels) - 3} more"]
+        return f"{', '.join(shown[:-1])} and {shown[-1]} are" if len(shown) > 1 else f"{shown[0]} is"
+
     def _finding(self, op: Op, rule: str, message: str, extra_bytes: int) -> Finding:
         return Finding(op.label, rule, message, "warning", extra_bytes)
-
-
-def sentence(rule: str) -> str:
-    """What a rule says, for people; '' of a hard rule, whose findings say all."""
-    return RULES[rule].sentence if rule in RULES else ""

@@ -1,49 +1,116 @@
-"""Reads an ONNX file for the lint and the quantizer: checked, with shapes inferred; a user's mistake is one line."""
+"""Reads an ONNX file for the lint and the quantizer: whole, with shapes inferred; a user's mistake is one line."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
-from onnx.checker import ValidationError
-from onnx.shape_inference import InferenceError
+import onnx_ir.passes.common as passes
 
+from export.onnx_network import constant
 from qat.artifact import UserError
-from qat.pixels import one_line
 
-OPSETS = range(7, 26)
+OPSETS = range(7, min(25, onnx.defs.onnx_opset_version()) + 1)
 """The versions of the default operator set that are understood."""
 
 
 def read_onnx(path: Path) -> ir.Model:
-    """The model of ``path`` with all shapes that can be inferred.
+    """The model of ``path``, its functions inlined, with all shapes that can be inferred.
 
-    Raises UserError when the file is missing or no ONNX, when data that it keeps outside are missing, or when its
-    operator set is none of ``OPSETS``.
+    Raises UserError when the file is missing or no ONNX, when data that it keeps outside are missing, when its operator
+    set is none of ``OPSETS``, or when a node reads what nothing makes.
     """
     if not path.is_file():
         raise UserError(f"no file {path}: check the path")
+    with _quiet():
+        model = _load(path)
+        _check_opset(path, model)
+        _load_data(path, model)
+        passes.InlinePass()(model)
+        _check_tensors(path, model)
+        # Not strict: what cannot be inferred stays unknown.
+        passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    return model
+
+
+def is_quantized(model: ir.Model) -> bool:
+    """Whether any node of ``model`` quantizes."""
+    return any(
+        "Quantize" in node.op_type or "QLinear" in node.op_type or node.op_type.endswith("Integer")
+        for node in model.graph.all_nodes()
+    )
+
+
+def _load(path: Path) -> ir.Model:
     try:
-        proto = onnx.load(path)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} keeps weights in {error.filename}, which is missing: put it beside the model") from error
+        model = ir.load(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except Exception as error:  # protobuf's DecodeError has no stable place
-        raise UserError(f"{path} is no ONNX model, or is truncated ({one_line(error)}): get it again") from error
-    if not proto.graph.node:
+        raise UserError(f"{path} is no ONNX model, or is truncated ({_short(error)}): get it again") from error
+    if not len(model.graph):
         raise UserError(f"{path} holds no network (an empty graph): is it an ONNX model?")
-    opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    return model
+
+
+def _check_opset(path: Path, model: ir.Model) -> None:
+    opset = model.opset_imports.setdefault("", model.opset_imports.get("ai.onnx", 0))
     if opset not in OPSETS:
         raise UserError(
             f"{path} has operator set {opset}; understood are {OPSETS.start} to {OPSETS.stop - 1}: convert it with "
             "onnx.version_converter, or export it again"
         )
+
+
+def _load_data(path: Path, model: ir.Model) -> None:
     try:
-        return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-    except (InferenceError, ValidationError, ValueError) as error:
-        raise UserError(f"{path} is inconsistent ({one_line(error)}): export it again") from error
+        ir.external_data.load_to_model(model)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path} keeps weights in {error.filename}, which is missing: put it beside the model"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} keeps weights in another file that cannot be read ({_short(error)}): get it again"
+        ) from error
 
 
-def is_quantized(model: ir.Model) -> bool:
-    """Whether any node of ``model`` quantizes."""
-    return any("Quantize" in node.op_type or "QLinear" in node.op_type for node in model.graph)
+def _check_tensors(path: Path, model: ir.Model) -> None:
+    """Initializers are whole, and tensors have a maker that comes before their readers; other orders are sorted."""
+    for name, initializer in model.graph.initializers.items():
+        try:
+            constant(initializer)
+        except ValueError as error:
+            raise UserError(f"{path} is inconsistent: initializer {name} ({_short(error)}): get it again") from error
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
+                raise UserError(
+                    f"{path} is inconsistent: {node.op_type} {node.name} reads {value.name}, which nothing makes: "
+                    "export it again"
+                )
+    try:
+        model.graph.sort()
+    except ValueError as error:
+        raise UserError(f"{path} is inconsistent ({_short(error)}): export it again") from error
+
+
+def _short(error: Exception) -> str:
+    from qat.pixels import one_line  # with torch, which takes a second and is needed for nothing else here
+
+    return one_line(error)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """onnx_ir logs what is odd about a file; what matters of it is said above."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

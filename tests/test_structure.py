@@ -19,7 +19,7 @@ COMMANDS = (
     "deploy.triton",
     "deploy.audit",
 )
-COMMANDS += ("deploy.benchmark", "deploy.evaluate")
+COMMANDS += ("deploy.benchmark", "deploy.evaluate", "export.lint", "export.quantize")
 HEAVY = (
     "torch",
     "torchvision",
