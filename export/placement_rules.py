@@ -22,6 +22,7 @@ _THROUGHOUT = {
     "pool_input": "the pool runs in FP16 between INT8 layers",
     "gate_product": "the gate multiplies in FP16, so the convolutions around it write and read FP16",
     "unfused_activation": "the activation's kernel reads FP16",
+    "unfused_add": "the addition, which fuses into no convolution, reads FP16",
 }
 
 
@@ -54,7 +55,7 @@ class _Comparison:
             yield from self._weighted(op, decision)
         elif not decision.quantized:
             return
-        elif decision.kind == "add":
+        elif decision.kind == "add" and decision.rule not in _THROUGHOUT:
             yield from self._add(op, decision)
         elif decision.kind == "concat":
             yield from self._concat(op, decision)

@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import onnxruntime
 
-
 # It merges a zero padding into the max pool behind it, which then pads with minus infinity.
 _WRONG_OPTIMIZERS = ("Pad_Fusion",)
 

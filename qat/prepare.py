@@ -167,7 +167,7 @@ def _check_modes_agree(evaluated: fx.Graph, trained: fx.Graph) -> None:
 
 
 def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
-    """Those who read a tensor after it was changed in place read the change: the graph would hide it from a quantizer."""
+    """Those who read a tensor after it was changed in place read the change, which the graph hides."""
     order = {node: position for position, node in enumerate(traced.graph.nodes)}
     for node in traced.graph.nodes:
         module = traced.get_submodule(node.target) if node.op == "call_module" else None

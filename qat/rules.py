@@ -29,6 +29,7 @@ from qat.sharing import ONE_QUANTIZER, Reads, all_quantized, read_quantized, set
 GUIDE = "TensorRT Developer Guide, Working with Quantized Types, Q/DQ Placement Recommendations"
 HEURISTICS = "heuristics of NVIDIA's ONNX quantizer"
 MEASURED = "benchmarks/gpu_placement.txt"
+BYTES = "bytes that TensorRT-RTX's layers write: benchmarks/placement_table.txt"
 POOLS = ("average_pool", "global_pool")
 _CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")
 
@@ -138,7 +139,7 @@ def _decide(network: Network, kept: _Kept, unfit: set[str]) -> tuple[dict[str, D
     quantized = {name for name, decision in decisions.items() if decision.quantized}
     reads: Reads = {(name, network[name].inputs[0]): weighted_input.__name__ for name in quantized}
     for op in network:
-        if op.kind == "add" and len(op.inputs) > 1:
+        if op.kind == "add" and len(op.inputs) > 1 and not unfused_add(network, op, quantized):
             decisions[op.name], tensors = residual_add(network, op, quantized, kept)
             reads |= {(op.name, tensor): decisions[op.name].rule for tensor in tensors}
         elif op.kind == "matrix_product":
@@ -149,10 +150,12 @@ def _decide(network: Network, kept: _Kept, unfit: set[str]) -> tuple[dict[str, D
         for rule in _THROUGHOUT:
             if rule(network, op, quantized):
                 why, reason = kept.why(op.name, op.inputs)
-                if not read_quantized(network, op.name, reads):
+                written = _made_by(network, op, decisions, reads) if op.kind == "add" else op.name
+                if not read_quantized(network, written, reads):
                     why, reason = rule.__name__, "nothing behind it reads INT8"
                 decisions[op.name] = Decision(op.name, op.label, op.kind, not why, why or rule.__name__, reason)
                 reads |= {(op.name, tensor): rule.__name__ for tensor in op.inputs if not why}
+    reads |= {(op.name, op.inputs[0]): norm_of_codes.__name__ for op in network if norm_of_codes(network, op, reads)}
     return decisions, reads
 
 
@@ -239,21 +242,13 @@ def residual_add(network: Network, add: Op, quantized: set[str], kept: _Kept) ->
 
     That convolution's own output must stay float between it and the addition. Returns the decision and the tensors.
     """
-
-    def decide(rule: str, tensors: list[str], reason: str = "") -> tuple[Decision, list[str]]:
-        return Decision(add.name, add.label, add.kind, bool(tensors), rule, reason), tensors
-
     fusing = [tensor for tensor in add.inputs if _fusing_convolution(network, tensor, quantized)]
-    if not fusing or len(set(add.inputs)) < 2:
-        return decide(float_add.__name__, [], RULES["float_add"].sentence)
-    if _broadcasts(network, add):
-        return decide(float_add.__name__, [], "its inputs differ in shape, so no convolution can take it in")
     inside = fusing[0] if len(fusing) == 1 else residual_add_of_convolutions(network, add, fusing)
     others = [tensor for tensor in dict.fromkeys(add.inputs) if tensor != inside]
-    rule, reason = kept.why(add.name, others)
-    if reason:
-        return decide(rule, [], reason)
-    return decide((residual_add if len(fusing) == 1 else residual_add_of_convolutions).__name__, others)
+    why, reason = kept.why(add.name, others)
+    rule = residual_add if len(fusing) == 1 else residual_add_of_convolutions
+    decision = Decision(add.name, add.label, add.kind, not why, why or rule.__name__, reason)
+    return decision, [] if why else others
 
 
 @_rule("of two convolutions that are added, the one on the shorter path is quantized", GUIDE)
@@ -263,11 +258,6 @@ def residual_add_of_convolutions(network: Network, add: Op, fusing: list[str]) -
     nearest = max(common, key=network.position) if common else None
     layers = {tensor: network.most_layers(nearest, tensor) if nearest else 0 for tensor in fusing}
     return max(fusing, key=lambda tensor: (layers[tensor], network.position(tensor)))
-
-
-@_rule("no INT8 convolution ends in this addition, so none can take it in", GUIDE)
-def float_add(network: Network, add: Op) -> None:
-    """Named in decisions of ``residual_add``."""
 
 
 @_throughout("an average pool runs in INT8 when its input and its output are quantized", GUIDE)
@@ -286,6 +276,26 @@ def shared_concat_scale(network: Network, op: Op, quantized: set[str]) -> bool:
 def gate_product(network: Network, op: Op, quantized: set[str]) -> bool:
     """A tensor times a function of its own global pool: squeeze-and-excite. Both factors are quantized."""
     return op.name in _gate_products(network)
+
+
+@_throughout("an addition that no convolution can take in reads and writes INT8 codes", BYTES)
+def unfused_add(network: Network, op: Op, quantized: set[str]) -> bool:
+    """Of tensors none of which an INT8 convolution has just made, or that differ in shape, or are the same."""
+    if op.kind != "add" or len(op.inputs) < 2:
+        return False
+    odd = _broadcasts(network, op) or len(set(op.inputs)) < 2
+    return odd or not any(_fusing_convolution(network, tensor, quantized) for tensor in op.inputs)
+
+
+@_rule(
+    "a normalization that stands alone reads the codes that all others read, so that no float copy is written", BYTES
+)
+def norm_of_codes(network: Network, op: Op, reads: Reads) -> bool:
+    """A batch normalization that folds into no convolution, beside readers of the same tensor that all read codes."""
+    if op.kind != "batch_norm" or network[op.inputs[0]].kind in WEIGHTED:
+        return False
+    others = [reader for reader in network.readers(op.inputs[0]) if reader.kind != "batch_norm"]
+    return bool(others) and all((reader.name, op.inputs[0]) in reads for reader in others)
 
 
 @_throughout("an activation that takes a kernel of its own reads and writes INT8 codes", MEASURED)
@@ -319,7 +329,7 @@ def _matched(network: Network, patterns: tuple[str, ...]) -> set[str]:
 
 
 def _is_meant(op: Op, pattern: str) -> bool:
-    """Whether ``pattern`` names ``op``; one that could not be INT8 only by its very name, for it stands for its tensor."""
+    """Whether ``pattern`` names ``op``. What could not be INT8 stands for its tensor, and is meant by its very name."""
     if op.kind not in _CHOOSABLE:
         return pattern in (op.name, op.label)
     return any(fnmatchcase(name, form) for name in (op.name, op.label) for form in (pattern, f"{pattern}.*"))

@@ -1,4 +1,4 @@
-"""Every network of the zoo through the whole pipeline: placed, exported, linted, in ONNX Runtime and in TensorRT-RTX."""
+"""Every network of the zoo through the pipeline: placed, exported, linted, in ONNX Runtime and in TensorRT-RTX."""
 
 from __future__ import annotations
 

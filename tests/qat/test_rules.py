@@ -89,13 +89,26 @@ def test_of_two_convolution_branches_the_shorter_is_quantized():
         assert reads(model)[shorter] == [("add", "residual_add_of_convolutions")]
 
 
-def test_an_add_without_a_convolution_stays_float():
+def test_an_add_that_no_convolution_can_take_in_works_on_codes():
     model = Residual(nn.Sequential(conv(), nn.ReLU()), nn.Identity())
     (decision,) = placement(model).of("add")
-    assert not decision.quantized
-    assert decision.rule == "float_add"
-    assert decision.reason
-    assert all(reader != decision.op for found in reads(model).values() for reader, _ in found)
+    assert (decision.quantized, decision.rule) == (True, "unfused_add")
+    assert reads(model) == {
+        "x": [("stem_0", "weighted_input")],
+        "relu": [("body_0_0", "weighted_input"), ("add", "unfused_add")],
+        "body_1": [("add", "unfused_add")],
+        "relu_1": [("head_0", "weighted_input")],
+    }
+
+
+def test_an_add_that_nobody_reads_quantized_stays_float():
+    class Last(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.relu() + x.sigmoid()
+
+    (decision,) = placement(Last()).decisions
+    assert (decision.quantized, decision.rule) == (False, "unfused_add")
+    assert decision.reason == "nothing behind it reads INT8"
 
 
 def test_max_pool_adds_nothing_and_average_pool_is_quantized_before_a_quantized_layer():
@@ -412,8 +425,7 @@ def test_additions_that_broadcast_or_double_take_no_convolution():
             return y + self.pooled(F.adaptive_avg_pool2d(x, 1))
 
     found = place(network_from_fx(trace(Broadcast()), (16, 8, 8)))
-    assert [(d.quantized, d.rule) for d in found.of("add")] == [(False, "float_add")]
-    assert "differ in shape" in found.of("add")[0].reason
+    assert [(d.quantized, d.rule) for d in found.of("add")] == [(False, "unfused_add")]
 
     class Double(nn.Module):
         def __init__(self):
@@ -441,3 +453,23 @@ def test_a_concatenation_of_a_tensor_with_itself_and_one_that_feeds_an_addition(
     found = placement(Joined())
     assert {t.tensor: t.quantizer for t in found.tensors} == {"x": "x", "relu": "cat", "cat": "cat"}
     assert reads(Joined())["cat"] == [("head_0", "weighted_input"), ("add", "residual_add")]
+
+
+def test_a_normalization_beside_convolutions_reads_their_codes():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.body, self.norm, self.head = conv(), conv(), nn.BatchNorm2d(16), conv()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            return self.head(self.body(x) + self.norm(x))
+
+    assert reads(Branches()) == {
+        "x": [("first_0", "weighted_input")],
+        "relu": [("body_0", "weighted_input"), ("norm", "norm_of_codes")],
+        "norm": [("add", "residual_add")],
+        "add": [("head_0", "weighted_input")],
+    }
+    alone = nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(16), conv())
+    assert "_1" not in reads(alone)
