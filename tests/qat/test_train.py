@@ -265,7 +265,7 @@ def test_what_is_kept_in_float_is_said_before_training_and_recorded(
 ) -> None:
     train(trained, output, keep_float=("conv2",), float_epochs=0, qat_epochs=0)
     said = capsys.readouterr().out
-    assert "placement: INT8: 2 of 3 convolutions and linear layers, 0 of 1 additions" in said
+    assert "placement: INT8: 2 of 3 convolutions and linear layers, 1 of 1 additions" in said
     assert "; kept in float on request: --keep-float conv2\n  float: conv2: kept in float\n" in said
     placement = read_sidecar(output, "checkpoint").details["placement"]
     assert placement["keep_float"] == ["conv2"]
