@@ -207,7 +207,7 @@ def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
             continue
         layer, name = modules[source.target], str(source.target)
         # Behind a linear layer normalization may run over another axis than the layer's channels.
-        if calls[name] != 1 or not isinstance(layer, nn.modules.conv._ConvNd):
+        if calls[name] != 1 or not isinstance(layer, nn.modules.conv._ConvNd) or "weight" not in layer._parameters:
             continue
         if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
             continue  # its weight has one channel of axis 1 for several output channels
@@ -252,6 +252,6 @@ def _affine(norm: _Norm) -> tuple[Tensor, Tensor]:
     assert norm.running_var is not None
     assert norm.running_mean is not None
     deviation = (norm.running_var.double() + norm.eps).sqrt()
-    factor = (norm.weight.double() if norm.affine else 1.0) / deviation
-    shift = (norm.bias.double() if norm.affine else 0.0) - norm.running_mean.double() * factor
+    factor = (1.0 if norm.weight is None else norm.weight.double()) / deviation
+    shift = (0.0 if norm.bias is None else norm.bias.double()) - norm.running_mean.double() * factor
     return factor.float(), shift.float()

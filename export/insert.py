@@ -131,7 +131,11 @@ def _append(
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+    serial, unique = 0, name
+    while unique in graph.initializers:
+        serial += 1
+        unique = f"{name}_{serial}"
+    value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique))
     value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape(array.shape)
     graph.register_initializer(value)
     return value

@@ -59,8 +59,10 @@ class BatchNorm(nn.Module):
         assert norm.running_var is not None
         self.register_buffer("mean", norm.running_mean.clone())
         self.register_buffer("variance", norm.running_var.clone())
-        self.register_buffer("scale", norm.weight.detach().clone() if norm.affine else torch.ones_like(self.mean))
-        self.register_buffer("bias", norm.bias.detach().clone() if norm.affine else torch.zeros_like(self.mean))
+        self.register_buffer(
+            "scale", torch.ones_like(self.mean) if norm.weight is None else norm.weight.detach().clone()
+        )
+        self.register_buffer("bias", torch.zeros_like(self.mean) if norm.bias is None else norm.bias.detach().clone())
         self.epsilon = norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,9 +89,9 @@ def lower(folded: fx.GraphModule) -> None:
         if _flattens_all_but_batch(node, modules):
             node.op, node.target, node.args, node.kwargs = "call_function", FLATTEN, (node.args[0],), {}
         elif node.op == "call_module":
-            if kind_of(node, modules) == "global_pool":
+            if kind_of(node, modules) == "global_pool" and isinstance(modules[str(node.target)], nn.AdaptiveAvgPool2d):
                 folded.set_submodule(str(node.target), GlobalAveragePool())
-        elif kind_of(node, modules) == "global_pool":
+        elif kind_of(node, modules) == "global_pool" and function_name(node) in ("adaptive_avg_pool2d", "mean"):
             _pool(folded, node)
         elif (bounds := _bounds(node)) is not None:
             path = unused_path(folded, node.name)
@@ -137,6 +139,8 @@ def _bounds(node: fx.Node) -> tuple[float, float] | None:
             low, high = given.get("min_val", -1.0), given.get("max_val", 1.0)
         case "clamp" | "clip":
             low, high = given.get("min"), given.get("max")
+            if isinstance(low, int) and isinstance(high, int):
+                return None  # perhaps of integers, which are no matter of quantization
         case _:
             return None
     bounds = [value for value in (low, high) if isinstance(value, (int, float)) and math.isfinite(value)]

@@ -106,7 +106,7 @@ class _Reader:
 
     def add_input(self, value: ir.Value) -> None:
         if value.name and value not in self.constants:
-            self.ops[value.name] = Op(value.name, "input", (), value.name, shape=_shape(value))
+            self.ops[value.name] = Op(value.name, "input", (), value.name, None, _shape(value), _floating(value))
 
     def add_output(self, value: ir.Value) -> None:
         name = f"output {value.name}"
@@ -131,7 +131,12 @@ class _Reader:
             return
         if dequantize is not None:
             self.weights[name] = dequantize
-        self._put(Op(name, kind, self._read(name, live), node.name or name, weight, _shape(outputs[0])), node)
+        self._put(
+            Op(
+                name, kind, self._read(name, live), node.name or name, weight, _shape(outputs[0]), _floating(outputs[0])
+            ),
+            node,
+        )
         for value in outputs[1:]:
             other = value.name or ""
             self._put(Op(other, "other", self._read(other, live), node.name or other, shape=_shape(value)), node)
@@ -139,7 +144,7 @@ class _Reader:
     def _add_split(self, node: ir.Node, live: list[ir.Value], outputs: list[ir.Value]) -> None:
         label = node.name or outputs[0].name or ""
         whole = f"{label} (all parts)"
-        self._put(Op(whole, "split", self._read(whole, live), label), node)
+        self._put(Op(whole, "split", self._read(whole, live), label, floating=False), node)
         for part in outputs:
             self._put(Op(part.name or "", "data_movement", (whole,), label, shape=_shape(part)), node)
 
@@ -238,13 +243,21 @@ def _attributes(node: ir.Node) -> dict[str, Any]:
         array = constant(node.inputs[position]) if len(node.inputs) > position else None
         if array is not None:
             found[name] = array.tolist()
+    rank = None if node.inputs[0] is None or node.inputs[0].shape is None else node.inputs[0].shape.rank()
+    if rank and isinstance(found.get("axes"), (list, tuple)):
+        found |= {"rank": rank, "axes": [axis % rank for axis in found["axes"]]}
     return found
 
 
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    """The shape with 1 for an unknown batch; () where more is unknown."""
+def _shape(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape with 1 for an unknown batch; None where more is unknown."""
     if value.shape is None or not value.shape.rank():
-        return ()
+        return None
     batch, *rest = value.shape.dims
     known = [extent for extent in rest if isinstance(extent, int)]
     return (batch if isinstance(batch, int) else 1, *known) if len(known) == len(rest) else ()
+
+
+def _floating(value: ir.Value) -> bool:
+    """Whether a tensor holds floating-point numbers, as far as its type is known. Codes of INT8 stand for such."""
+    return value.dtype is None or value.dtype.is_floating_point() or value.dtype == ir.DataType.INT8

@@ -124,7 +124,8 @@ class _Picture:
     def box(self, op: Op, centre: Point) -> _Box:
         """The box of ``op``."""
         decision, (width, height) = self.decisions.get(op.name), self.size(op)
-        shape = f", makes {'x'.join(map(str, op.shape[1:]))}" if len(op.shape) > 1 else ""
+        extents = (op.shape or ())[1:]
+        shape = f", makes {'x'.join(map(str, extents))}" if extents else ""
         tip = f"{op.label} ({op.name})\n{op.kind.replace('_', ' ')}{shape}"
         if decision is not None:
             computes = "INT8" if decision.quantized else "float"

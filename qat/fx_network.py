@@ -19,13 +19,14 @@ _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding",
 _ARGUMENTS: dict[str, Sequence[str]] = {
     **dict.fromkeys(("matmul", "mm", "bmm"), ("input", "other")),
     "mean": ("input", "dim", "keepdim"),
+    "getattr": ("input", "name"),
     "flatten": ("input", "start_dim", "end_dim"),
     **dict.fromkeys(("clamp", "clip", "clamp_", "clip_"), ("input", "min", "max")),
     "linear": ("input", "weight", "bias"),
     **{f"conv{space}d": _CONVOLUTION for space in (1, 2, 3)},
     **{f"conv_transpose{space}d": _TRANSPOSED for space in (1, 2, 3)},
 }
-_FROM_TORCH = ("torch", "_operator", "builtins")  # packages whose functions are known by name
+_FROM_TORCH = ("torch", "torchvision", "_operator", "builtins")  # packages whose functions are known by name
 
 
 def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = None) -> Network:
@@ -49,7 +50,9 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
         weight = constant_weight(node, traced)
         if kind == "matrix_product" and weight is not None:
             kind = "linear"
-        ops[node.name] = Op(node.name, kind, inputs, label(node), weight, shapes.get(node.name, ()))
+        made = shapes.get(node.name)
+        floating = made is not None if shapes else kind != "split"
+        ops[node.name] = Op(node.name, kind, inputs, label(node), weight, made, floating or kind == "output")
     return Network(ops)
 
 
@@ -89,7 +92,7 @@ def constant_weight(node: fx.Node, traced: fx.GraphModule) -> ConstantWeight | N
 def weight_source(node: fx.Node) -> fx.Node | None:
     """The get_attr node that a functional convolution or matrix product reads its weight from."""
     given = arguments(node)
-    found = given.get("weight", node.args[1] if len(node.args) > 1 else None)
+    found = given.get("weight", given.get("other"))
     return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
 
 
@@ -104,11 +107,13 @@ def layer_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module:
     The weight may be read through one module, its quantizer.
     """
     given = arguments(node)
-    tensors: list[Any] = []
-    for source in [value for value in given.values() if isinstance(value, fx.Node)][1:]:
+
+    def tensor(source: Any) -> Any:
         constant = source.all_input_nodes[0] if source.op == "call_module" else source
-        tensors.append(_attribute(traced, str(constant.target)))
-    weight, bias = tensors[0], tensors[1] if len(tensors) > 1 else None
+        return _attribute(traced, str(constant.target))
+
+    weight = tensor(given.get("weight", given.get("other")))
+    bias = None if given.get("bias") is None else tensor(given["bias"])
     kind, function = kind_of(node, {}), function_name(node)
     layer: Any
     if kind in ("linear", "matrix_product"):
@@ -143,7 +148,7 @@ def function_name(node: fx.Node) -> str:
     if isinstance(node.target, str):
         return node.target
     package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
-    return getattr(node.target, "__name__", "") if package in _FROM_TORCH or package.startswith("torch") else ""
+    return getattr(node.target, "__name__", "") if package in _FROM_TORCH else ""
 
 
 def label(node: fx.Node) -> str:
@@ -193,7 +198,7 @@ def _attribute(traced: fx.GraphModule, path: str) -> Any:
 
 
 class _ShapeRecorder(fx.Interpreter):
-    """Runs a module on tensors without data and notes what shape each node makes."""
+    """Runs a module on tensors without data and notes the shape of each tensor of floating-point numbers."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -202,7 +207,7 @@ class _ShapeRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
         result = super().run_node(n)
-        if isinstance(result, Tensor):
+        if isinstance(result, Tensor) and result.is_floating_point():
             self.shapes[n.name] = tuple(result.shape)
         return result
 

@@ -32,7 +32,8 @@ class ConstantWeight:
 class Op:
     """One operation. ``inputs`` names the operations whose tensors it reads, constants and sizes left out.
 
-    ``shape`` is that of the tensor it makes, batch first, () where it is not known.
+    ``shape`` is that of the tensor it makes, batch first, None where it is not known. ``floating`` says whether it
+    makes one tensor of floating-point numbers: nothing else can be quantized.
     """
 
     name: str
@@ -40,7 +41,8 @@ class Op:
     inputs: tuple[str, ...]
     label: str  # for people: the module's path, or the function's name
     weight: ConstantWeight | None = None
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] | None = None
+    floating: bool = True
 
     @property
     def elements(self) -> int:

@@ -70,9 +70,17 @@ def _between_floats(attributes: dict[str, Any]) -> bool:
 
 
 def _over_space(attributes: dict[str, Any]) -> bool:
-    """A mean over exactly the last two of four dimensions."""
+    """A mean over height and width of [N, C, H, W]; counted from the end, the dimensions could be others."""
     axes = attributes.get("dim", attributes.get("axes"))
-    return isinstance(axes, (tuple, list)) and sorted(axes) in ([2, 3], [-2, -1])
+    return isinstance(axes, (tuple, list)) and sorted(axes) == [2, 3] and attributes.get("rank", 4) == 4
+
+
+def _plain_sum(attributes: dict[str, Any]) -> bool:
+    return attributes.get("alpha", 1) == 1
+
+
+def _states_a_size(attributes: dict[str, Any]) -> bool:
+    return attributes.get("name") in ("shape", "ndim", "dtype", "device", "is_cuda")
 
 
 def _to_one_pixel(attributes: dict[str, Any]) -> bool:
@@ -101,7 +109,7 @@ OPERATIONS = (
     Operation("activation", ("Sigmoid", "Hardsigmoid"), ("sigmoid", "hardsigmoid"), ("Sigmoid", "HardSigmoid")),
     Operation("activation", ("GELU", "Tanh", "ELU"), ("gelu", "tanh", "elu"), ("Gelu", "Erf", "Tanh", "Elu")),
     Operation("activation", ("Softplus", "SELU", "CELU"), ("softplus", "selu", "celu"), ("Softplus", "Selu", "Celu")),
-    Operation("add", (), ("add", "iadd"), ("Add", "Sum")),
+    Operation("add", (), ("add", "iadd"), ("Add", "Sum"), _plain_sum),
     Operation("multiply", (), ("mul", "imul", "multiply"), ("Mul",)),
     Operation("concat", (), ("cat", "concat", "concatenate"), ("Concat",)),
     Operation("max_pool", ("MaxPool1d", "MaxPool2d", "MaxPool3d"), ("max_pool1d", "max_pool2d"), ("MaxPool",)),
@@ -139,7 +147,12 @@ OPERATIONS = (
         "data_movement", ("ZeroPad1d", "ZeroPad2d", "ConstantPad2d"), ("pad",), ("Pad",), _pads_with_known_values
     ),
     Operation("data_movement", ("ReflectionPad2d", "ReplicationPad2d"), (), ()),
-    Operation("shape", (), ("size", "dim", "numel", "getattr"), ("Shape", "Size")),
+    Operation(
+        "data_movement", (), ("clone", "detach", "float", "view_as", "reshape_as", "expand_as", "select", "t"), ()
+    ),
+    Operation("shape", (), ("size", "dim", "numel"), ("Shape", "Size")),
+    Operation("shape", (), ("getattr",), (), _states_a_size),
+    Operation("data_movement", (), ("getattr",), (), lambda attributes: attributes.get("name") in ("T", "mT", "data")),
 )
 
 

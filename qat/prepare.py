@@ -8,11 +8,14 @@ The result is a torch.fx GraphModule. Its state dict has the keys of the float m
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
+import operator
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +24,22 @@ from torch import fx, nn
 
 from qat.artifact import UserError
 from qat.decisions import Placement
-from qat.fx_network import function_name, network_from_fx, weight_axis, weight_source
+from qat.fx_network import arguments, function_name, network_from_fx, weight_axis, weight_source
 from qat.layers import quantized_layer
 from qat.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.rules import place
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv")
+_DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
+    F.dropout: nn.Dropout,
+    F.dropout1d: nn.Dropout1d,
+    F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d,
+    F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior")
 WEIGHT_QUANTIZERS = "weight_quantizers"  # of weights that a function reads; a module has its own
 
 
@@ -58,8 +69,9 @@ def trace(model: nn.Module) -> fx.GraphModule:
     ) as error:
         raise UserError(_why_untraceable(error)) from error
     _check_modes_agree(evaluated, traced.graph)
+    _keep_dropout_modes(traced, evaluated)
+    _order_arguments(traced)
     _read_what_in_place_operations_leave(traced)
-    _keep_dropout_modes(traced)
     _part_fused_norms(traced)
     _drop_identities(traced)
     for node in traced.graph.nodes:
@@ -152,18 +164,32 @@ def _check_fits(placement: Placement, nodes: dict[str, fx.Node]) -> None:
 
 def _check_modes_agree(evaluated: fx.Graph, trained: fx.Graph) -> None:
     """A trace follows one branch of ``if self.training``, which would then be taken in both modes."""
-    # fx numbers the constants that it finds on and on.
-    sequences = [
-        [(node.op, re.sub(r"^_tensor_constant\d+$", "constant", str(node.target))) for node in graph.nodes]
-        for graph in (evaluated, trained)
-    ]
-    for evaluation, training in itertools.zip_longest(*sequences, fillvalue=("", "nothing")):
+    for evaluation, training in itertools.zip_longest(map(_shown, evaluated.nodes), map(_shown, trained.nodes)):
         if evaluation != training:
             raise UserError(
-                f"the model computes {evaluation[1]} in evaluation where it computes {training[1]} in training, and "
-                "torch.fx can keep only one: put what depends on self.training into torch.nn.Dropout or "
-                "torchvision.ops.StochasticDepth, or switch it off"
+                f"the model computes {evaluation or 'nothing'} in evaluation where it computes {training or 'nothing'} "
+                "in training, and torch.fx can keep only one: put what depends on self.training into torch.nn.Dropout "
+                "or torchvision.ops.StochasticDepth, or switch it off"
             )
+
+
+def _shown(node: fx.Node) -> str:
+    """What a node computes, its constant arguments included. fx numbers the constants that it finds on and on."""
+    target = re.sub(r"^_tensor_constant\d+$", "constant", str(node.target))
+    if node.op != "call_function" or node.target in _DROPOUTS:
+        return target
+    constants = [value for value in (*node.args, *node.kwargs.items()) if not isinstance(value, fx.Node)]
+    return f"{target}{fx.node.map_arg(constants, lambda source: None)}"
+
+
+def _order_arguments(traced: fx.GraphModule) -> None:
+    """The tensor that an operation works on comes first and without a name, whoever wrote the call."""
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and node.kwargs:
+            bound = inspect.signature(traced.get_submodule(node.target).forward).bind(*node.args, **node.kwargs)
+            node.args, node.kwargs = bound.args, bound.kwargs
+        elif node.op == "call_function" and not node.args and "input" in node.kwargs:
+            node.args, node.kwargs = (node.kwargs["input"],), {k: v for k, v in node.kwargs.items() if k != "input"}
 
 
 def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
@@ -172,24 +198,27 @@ def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
     for node in traced.graph.nodes:
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
         called = function_name(node) if node.op in ("call_function", "call_method") else ""
+        own = getattr(node.target, "__module__", "") != "_operator"  # whose and_ and or_ change nothing
         in_place = getattr(module, "inplace", False) or node.kwargs.get("inplace", False) or called in _IN_PLACE
-        if (in_place or called.endswith("_")) and node.args and isinstance(node.args[0], fx.Node):
+        if (in_place or (own and called.endswith("_"))) and node.args and isinstance(node.args[0], fx.Node):
             later = [user for user in node.args[0].users if order[user] > order[node]]
             for user in later:
                 user.replace_input_with(node.args[0], node)
 
 
-def _keep_dropout_modes(traced: fx.GraphModule) -> None:
-    """Turns F.dropout(x, p, training=<baked in>) into a module, which follows train() and eval()."""
-    for node in list(traced.graph.nodes):
-        if node.op == "call_function" and node.target is F.dropout:
-            probability = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
-            traced.add_submodule(f"{node.name}_module", nn.Dropout(float(probability)))
-            with traced.graph.inserting_before(node):
-                replacement = traced.graph.call_module(f"{node.name}_module", (node.args[0],))
-            node.replace_all_uses_with(replacement)
-            traced.graph.erase_node(node)
-            replacement.name = node.name
+def _keep_dropout_modes(traced: fx.GraphModule, evaluated: fx.Graph) -> None:
+    """Turns F.dropout(x, p, training=self.training) into a module, which follows train() and eval()."""
+    for node, same in zip(list(traced.graph.nodes), list(evaluated.nodes), strict=True):
+        make = _DROPOUTS.get(node.target) if node.op == "call_function" else None
+        if make is None or arguments(node).get("training", True) == arguments(same).get("training", True):
+            continue  # always on, or always off: the author's wish
+        path = f"{node.name}_module"
+        traced.add_submodule(path, make(float(arguments(node).get("p", 0.5))).train(traced.training))
+        with traced.graph.inserting_before(node):
+            replacement = traced.graph.call_module(path, (node.args[0],))
+        node.replace_all_uses_with(replacement)
+        traced.graph.erase_node(node)
+        replacement.name = node.name
 
 
 def _part_fused_norms(traced: fx.GraphModule) -> None:
@@ -225,6 +254,8 @@ def _drop_identities(traced: fx.GraphModule) -> None:
             same = given
         elif node.target in (torch.cat, torch.concat) and isinstance(given, (list, tuple)) and len(given) == 1:
             same = given[0]
+        elif node.target is operator.add and isinstance(given, int) and given == 0:  # as sum() starts
+            same = node.args[1]
         else:
             continue
         node.replace_all_uses_with(same)

@@ -121,7 +121,8 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
     patterns = tuple(keep_float)
     named = _matched(network, patterns)
     ops = frozenset(name for name in named if network[name].kind in _CHOOSABLE)
-    kept = _Kept(ops, frozenset(named - ops), frozenset(unknown))
+    never = {op.name for op in network if not op.floating}
+    kept = _Kept(ops, frozenset(named - ops), frozenset(unknown) | never)
     unfit: set[str] = set()
     while True:  # what one layer does without, another may have relied on
         decisions, reads = _decide(network, kept, unfit)
@@ -332,7 +333,8 @@ def _is_meant(op: Op, pattern: str) -> bool:
     """Whether ``pattern`` names ``op``. What could not be INT8 stands for its tensor, and is meant by its very name."""
     if op.kind not in _CHOOSABLE:
         return pattern in (op.name, op.label)
-    return any(fnmatchcase(name, form) for name in (op.name, op.label) for form in (pattern, f"{pattern}.*"))
+    forms = (pattern, f"{pattern}.*", pattern.removesuffix(".*"))
+    return any(fnmatchcase(name, form) for name in (op.name, op.label) for form in forms)
 
 
 def _weight_decisions(network: Network, kept: _Kept, unfit: set[str]) -> dict[str, Decision]:
@@ -370,7 +372,7 @@ def _fusing_convolution(network: Network, tensor: str, quantized: set[str]) -> s
 
 def _broadcasts(network: Network, op: Op) -> bool:
     shapes = {network[tensor].shape for tensor in op.inputs}
-    return len(shapes) > 1 and () not in shapes
+    return len(shapes) > 1 and None not in shapes
 
 
 @functools.lru_cache(maxsize=2)
@@ -404,4 +406,9 @@ def _made_by(network: Network, op: Op, decisions: dict[str, Decision], reads: Re
 def _is_swish(network: Network, tensor: str, product: Op) -> bool:
     """Whether ``product`` is ``tensor`` times an activation of it."""
     others = [name for name in product.inputs if name != tensor]
-    return product.kind == "multiply" and len(others) == 1 and network[others[0]].inputs == (tensor,)
+    return (
+        product.kind == "multiply"
+        and len(others) == 1
+        and network[others[0]].inputs == (tensor,)
+        and network[others[0]].kind in ("activation", "unfused_activation")
+    )

@@ -58,7 +58,7 @@ def _place(network: Network, tensor: str, reads: Reads, settled: Reads) -> None:
     for op in moving:
         rules = _rules(network, op.name, reads)
         parts = len(direct) + len(moving) > 1 or (op.kind == "split" and _parts(network, op, reads))
-        if network[tensor].kind == "split":  # no tensor, but several
+        if not network[tensor].floating:  # no tensor, but several
             _place(network, op.name, reads, settled)
         elif op.kind == "dropout":
             # Behind a dropout, which scales up what it keeps, values in training exceed what calibration found.

@@ -190,3 +190,91 @@ def test_what_nobody_uses_is_not_quantized():
             return self.conv(x)
 
     assert [decision.op for decision in placement_of(prepare(Dead())).decisions] == ["conv"]
+
+
+def same_without_quantizers(model: nn.Module, *shape: int) -> bool:
+    """Whether the prepared model, its quantizers switched off, computes what the model does in evaluation."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    prepared = prepare(model.eval(), input_shape=shape[1:])
+    for module in prepared.modules():
+        if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
+            module.enabled = False
+    return torch.allclose(prepared.eval()(x), model(x), atol=1e-5)
+
+
+class Masks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        positive = x > 0
+        small = positive & (x < 0.5)
+        return self.conv(torch.where(small, x, -x) + torch.where(positive, x, 3 * x))
+
+
+class Named(nn.Module):
+    """Arguments by their names, in an order of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 16, 1, 1)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(input=self.conv(input=x))
+        return torch.flatten(input=F.conv2d(bias=self.bias, weight=self.weight, input=x), start_dim=1)
+
+
+class Swapped(nn.Module):
+    """Halves of the channels change places; their order comes from a tuple that is never taken apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(torch.cat(self.conv(x).chunk(2, 1)[::-1], 1))
+
+
+class Indices(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.conv(x) + (x.argmax(1, keepdim=True) + x.argmin(1, keepdim=True)))
+
+
+class Turned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(sum([self.first(x.flatten(2).mT).mean(1), x.mean((2, 3))]))
+
+
+@pytest.mark.parametrize("make", [Masks, Named, Swapped, Indices, Turned])
+def test_odd_ways_to_write_a_network(make):
+    model = make()
+    assert same_without_quantizers(model, 2, 16, 4, 4)
+    assert any(decision.quantized for decision in placement_of(prepare(model, input_shape=(16, 4, 4))).weights)
+
+
+def test_a_functional_dropout_of_channels_follows_the_mode():
+    class Dropped(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout2d(x, 0.5, training=self.training)
+
+    assert same_without_quantizers(Dropped(), 2, 16, 4, 4)
+
+
+def test_arguments_that_depend_on_the_mode_are_refused():
+    class Mode(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, torch.zeros(16), torch.ones(16), training=self.training)
+
+    with pytest.raises(UserError, match="torch.fx can keep only one"):
+        prepare(Mode())
