@@ -276,5 +276,5 @@ def test_arguments_that_depend_on_the_mode_are_refused():
         def forward(self, x: Tensor) -> Tensor:
             return F.batch_norm(x, torch.zeros(16), torch.ones(16), training=self.training)
 
-    with pytest.raises(UserError, match="torch.fx can keep only one"):
+    with pytest.raises(UserError, match=r"torch\.fx can keep only one"):
         prepare(Mode())
