@@ -74,8 +74,7 @@ def main() -> None:
     for name in names or zoo.NAMES:
         folder = Path(root) / name.replace("/", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        size = 299 if name == "inception_v3" else 224
-        x = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(1))
+        x = zoo.full_images(name, 8)
         for make in (from_onnx, from_torch):
             try:
                 make(name, x, folder)

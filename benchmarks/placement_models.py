@@ -28,8 +28,7 @@ def main() -> None:
     for name in names or zoo.NAMES:
         folder = Path(root) / name.replace("/", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        size = 299 if name == "inception_v3" else 224
-        model, x = zoo.build(name), torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+        model, x = zoo.build(name), zoo.full_images(name, 4)
         prepared = prepare(model, input_shape=x.shape[1:])
         with torch.no_grad():
             calibrate(prepared, [x], "max")

@@ -131,12 +131,9 @@ class _Reader:
             return
         if dequantize is not None:
             self.weights[name] = dequantize
-        self._put(
-            Op(
-                name, kind, self._read(name, live), node.name or name, weight, _shape(outputs[0]), _floating(outputs[0])
-            ),
-            node,
-        )
+        made = outputs[0]
+        label = node.name or name
+        self._put(Op(name, kind, self._read(name, live), label, weight, _shape(made), _floating(made)), node)
         for value in outputs[1:]:
             other = value.name or ""
             self._put(Op(other, "other", self._read(other, live), node.name or other, shape=_shape(value)), node)
@@ -255,7 +252,7 @@ def _shape(value: ir.Value) -> tuple[int, ...] | None:
         return None
     batch, *rest = value.shape.dims
     known = [extent for extent in rest if isinstance(extent, int)]
-    return (batch if isinstance(batch, int) else 1, *known) if len(known) == len(rest) else ()
+    return (batch if isinstance(batch, int) else 1, *known) if len(known) == len(rest) else None
 
 
 def _floating(value: ir.Value) -> bool:

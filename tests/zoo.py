@@ -70,13 +70,21 @@ def build(name: str) -> nn.Module:
 
 def images(name: str, count: int, seed: int = 0) -> Tensor:
     """Random images of the size for ``name``: float32 [count, 3, S, S]."""
-    size = image_size(name)
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return _random(count, image_size(name), seed)
+
+
+def full_images(name: str, count: int) -> Tensor:
+    """The same of the size that the network was made for: 224 px, or 299."""
+    return _random(count, 299 if name == "inception_v3" else 224, seed=1)
 
 
 def image_size(name: str) -> int:
     """Height and width in pixels."""
     return _SMALLEST.get(name, 64)
+
+
+def _random(count: int, size: int, seed: int) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 def _network(name: str) -> nn.Module:

@@ -315,3 +315,9 @@ def test_onnx_is_placed_as_torch_fx_is(name, tmp_path):
     from_fx = network_from_fx(trace(model), (3, side, side))
     from_onnx = network_from_onnx(read_onnx(exported(model, tmp_path / "m.onnx", side))).network
     assert decided(from_onnx) == decided(from_fx)
+
+
+def test_a_shape_that_is_not_known_is_none_and_no_reason_to_see_a_broadcast(view):
+    graph = Graph()
+    graph.node("Relu", ["x"], "relu")
+    assert view(graph.model(("N", 8, "H", "W"))).network["relu"].shape is None
