@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qat.network import ConstantWeight, Network, Op
-from qat.operations import COMMUTING, Kind, kind_of_onnx
+from qat.network import ConstantWeight, Network, Op, exact_kind
+from qat.operations import Kind, kind_of_onnx
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -123,7 +123,9 @@ class _Reader:
             self._sizes.update(node.outputs)
             return
         weight, dequantize = self._weight(node, kind)
-        kind = _exact_kind(node, kind, weight, live)
+        kind = exact_kind(kind, weight, node.inputs[0] not in live)
+        if node.op_type == "Gemm" and weight is None:
+            kind = "matrix_product"
         outputs = [value for value in node.outputs if value.name]
         name = outputs[0].name or ""
         if kind == "split" and len(outputs) > 1:
@@ -221,15 +223,6 @@ def _weight_shape(value: ir.Value) -> tuple[int, ...]:
 def permutation(transpose: ir.Node, rank: int) -> list[int]:
     """Which axis of its input each axis of a Transpose's output is."""
     return list(transpose.attributes.get_ints("perm", tuple(reversed(range(rank)))))
-
-
-def _exact_kind(node: ir.Node, kind: Kind, weight: ConstantWeight | None, live: list[ir.Value]) -> Kind:
-    """What only the inputs tell: a constant matrix, a table to look up in."""
-    if node.op_type == "MatMul" and weight is not None:
-        return "linear"
-    if node.op_type == "Gemm" and weight is None:
-        return "matrix_product"
-    return "other" if kind in COMMUTING and node.inputs[0] not in live else kind
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:

@@ -128,11 +128,16 @@ class _Comparison:
 
     def _in_int8(self, reader: str, tensor: str, reads: Reads) -> bool:
         """Whether ``reader`` gets codes of ``tensor``, by itself or out of what moves data."""
-        if (reader, tensor) in reads:
-            return True
-        made = self.network[tensor]
-        moved = made.kind in COMMUTING or made.kind == "concat"
-        return moved and all(self._in_int8(made.name, given, reads) for given in made.inputs)
+        waiting = [(reader, tensor)]
+        while waiting:
+            read = waiting.pop()
+            made = self.network[read[1]]
+            if read in reads:
+                continue
+            if made.kind not in (*COMMUTING, "concat"):
+                return False
+            waiting += [(made.name, given) for given in made.inputs]
+        return True
 
     def _scale(self, reader: str, tensor: str) -> float | None:
         """The scale of the codes that ``reader`` gets of ``tensor``, looked for behind data movement."""
@@ -145,10 +150,12 @@ class _Comparison:
     def _scales_behind(self, tensor: str) -> set[float | None]:
         """All scales by which a tensor, and what data movement makes of it, is read."""
         scales: set[float | None] = set()
-        for reader in self.network.readers(tensor):
-            scales.add(self.view.scale(reader.name, tensor))
-            if reader.kind in COMMUTING:
-                scales |= self._scales_behind(reader.name)
+        waiting = [tensor]
+        while waiting:
+            current = waiting.pop()
+            readers = self.network.readers(current)
+            scales |= {self.view.scale(reader.name, current) for reader in readers}
+            waiting += [reader.name for reader in readers if reader.kind in COMMUTING]
         return scales - {None}
 
     def _convolution(self, tensor: str) -> str:

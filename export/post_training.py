@@ -38,6 +38,7 @@ from qat.calibrate import HistogramObserver, choose_amax
 from qat.console import progress, say, warn
 from qat.data import Data, batches, load_data
 from qat.decisions import Placement
+from qat.placement import say_placement
 from qat.preprocessing import Preprocessing
 from qat.rules import place
 
@@ -75,7 +76,7 @@ def quantize_file(options: QuantizeOptions) -> Sidecar:
         placement, amax = place(view.network, options.keep_float), {}
     if inputs is not None:
         amax |= _calibrated(model, view, placement, inputs, options, set(amax))
-    _say_placement(placement)
+    say_placement(placement)
     plain = ir.to_proto(model).SerializeToString()
     dead = insert(model, view, placement, amax, options.weights)
     if dead:
@@ -308,12 +309,3 @@ def _compared(
 def _spec(value: ir.Value) -> TensorSpec:
     shape = tuple(extent if isinstance(extent, int) else -1 for extent in (value.shape or ()))
     return TensorSpec(value.name or "", shape, "float32" if value.dtype is None else str(value.dtype.numpy()))
-
-
-def _say_placement(placement: Placement) -> None:
-    weights = placement.weights
-    quantized = sum(decision.quantized for decision in weights)
-    say(f"placement: {quantized} of {len(weights)} convolutions and matrix products, {len(placement.tensors)} tensors")
-    for decision in weights:
-        if not decision.quantized:
-            say(f"  float: {decision.label}: {decision.reason}")

@@ -48,6 +48,12 @@ class UserError(Exception):
     """A mistake that the user can mend: one line that says what was wrong, what was found and what to do."""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of ``error`` as one short line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
 class WrongKindError(UserError):
     """An artifact, but not of the kind that is needed."""
 

@@ -5,11 +5,22 @@ It is made by qat.rules.place, saved in every checkpoint, and applied by qat.pre
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qat.operations import WEIGHTED, Kind
+
+_COUNTED: tuple[tuple[str, tuple[Kind, ...]], ...] = (
+    ("convolutions and linear layers", WEIGHTED),
+    ("additions", ("add",)),
+    ("concatenations", ("concat",)),
+    ("average pools", ("average_pool", "global_pool")),
+    ("gates", ("multiply",)),
+    ("unfused activations", ("unfused_activation",)),
+    ("products of activations", ("matrix_product",)),
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,19 @@ class Placement:
         for tensor in self.tensors:
             groups.setdefault(tensor.quantizer, []).append(tensor.tensor)
         return {quantizer: tensors for quantizer, tensors in groups.items() if len(tensors) > 1}
+
+    def summary(self) -> list[str]:
+        """A line that says how much of each kind is INT8, and one of what a user kept in float."""
+        counts = []
+        for name, kinds in _COUNTED:
+            if decisions := self.of(*kinds):
+                counts.append(f"{sum(decision.quantized for decision in decisions)} of {len(decisions)} {name}")
+        tensors, groups = len(self.tensors), len(self.scale_groups())
+        sharing = f"{tensors} tensors quantized, {groups} groups that share a scale"
+        lines = [f"INT8: {', '.join(counts) or 'nothing'}; {sharing}"]
+        if self.keep_float:
+            lines.append(f"kept in float on request: --keep-float {shlex.join(self.keep_float)}")
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """As plain dictionaries and lists, for a sidecar."""

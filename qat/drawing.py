@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qat.decisions import Decision, Placement
+from qat.kept import KEPT_FLOAT
 from qat.layout import Point, Wire, lay_out
 from qat.network import Network, Op
 from qat.operations import COMMUTING
-from qat.rules import Rule, kept_float
+from qat.rules import Rule
 
 UNKNOWN = "no rule knows such an operation"
 TEMPLATE = Path(__file__).with_name("placement.svg.j2")
@@ -172,7 +173,7 @@ def _state(op: Op, decision: Decision | None) -> str:
         return "float" if op.kind == "other" else "neutral"
     if decision.quantized:
         return "int8"
-    return "kept" if decision.rule == kept_float.__name__ else "float"
+    return "kept" if decision.rule == KEPT_FLOAT else "float"
 
 
 def _kind(op: Op) -> str:

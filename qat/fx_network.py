@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qat.network import ConstantWeight, Network, Op
+from qat.artifact import UserError, one_line
+from qat.network import ConstantWeight, Network, Op, exact_kind
 from qat.operations import WEIGHTED, Kind, kind_of_function, kind_of_module
 
 # Names of the positional arguments of builtins and methods, of which inspect.signature knows nothing.
@@ -23,6 +25,7 @@ _ARGUMENTS: dict[str, Sequence[str]] = {
     "flatten": ("input", "start_dim", "end_dim"),
     **dict.fromkeys(("clamp", "clip", "clamp_", "clip_"), ("input", "min", "max")),
     "linear": ("input", "weight", "bias"),
+    "to": ("input", "dtype"),
     **{f"conv{space}d": _CONVOLUTION for space in (1, 2, 3)},
     **{f"conv_transpose{space}d": _TRANSPOSED for space in (1, 2, 3)},
 }
@@ -33,10 +36,14 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
     """The neutral view of a traced module.
 
     Args:
-        traced: what qat.prepare.trace returned.
+        traced: what qat.tracing.trace returned.
         input_shape: [C, H, W] of its one input; without it, shapes stay unknown.
+
+    Raises:
+        UserError: the module does not take an input of that shape.
     """
     modules = dict(traced.named_modules())
+    weight_names = _weight_names(traced)
     shapes = _shapes(traced, input_shape) if input_shape is not None else {}
     needed = _needed(traced)
     ops: dict[str, Op] = {}
@@ -48,8 +55,10 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
         if kind == "shape" or (not inputs and kind not in ("input", "output")):
             continue  # sizes, and what is computed from sizes and constants alone
         weight = constant_weight(node, traced)
-        if kind == "matrix_product" and weight is not None:
-            kind = "linear"
+        if weight is not None:
+            weight = replace(weight, tensor=weight_names.get(weight.tensor, weight.tensor))
+        first = node.args[0] if node.args else None
+        kind = exact_kind(kind, weight, isinstance(first, fx.Node) and first.name not in ops)
         made = shapes.get(node.name)
         floating = made is not None if shapes else kind != "split"
         ops[node.name] = Op(node.name, kind, inputs, label(node), weight, made, floating or kind == "output")
@@ -176,6 +185,14 @@ def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Kind:
     return kind_of_function(function_name(node), arguments(node))
 
 
+def _weight_names(traced: fx.GraphModule) -> dict[str, str]:
+    """Every name of a parameter -> its first name: one parameter may be the weight of several modules."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(tensor), name) for name, tensor in traced.named_parameters(remove_duplicate=False)
+    }
+
+
 def _tensors_read(node: fx.Node) -> list[fx.Node]:
     """The nodes that ``node`` reads, one that is read twice twice."""
     found: list[fx.Node] = []
@@ -217,6 +234,12 @@ def _shapes(traced: fx.GraphModule, input_shape: Sequence[int]) -> dict[str, tup
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             recorder.run(mode.from_tensor(torch.zeros(1, *input_shape)))
+    except Exception as error:  # whatever the model raises
+        shown = "x".join(map(str, input_shape))
+        raise UserError(
+            f"the model does not take one image of {shown} ({type(error).__name__}: {one_line(error)}): "
+            "give another --image-size (input_shape), or a model of one input"
+        ) from error
     finally:
         traced.train(training)
     return recorder.shapes

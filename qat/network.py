@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from qat.operations import WEIGHTED, Kind
+from qat.operations import COMMUTING, WEIGHTED, Kind
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,17 @@ class Op:
     def elements(self) -> int:
         """Values that the tensor holds for one image; 0 where the shape is not known."""
         return math.prod(self.shape[1:]) if self.shape else 0
+
+
+def exact_kind(kind: Kind, weight: ConstantWeight | None, constant_data: bool) -> Kind:
+    """The kind of an operation that the table gives ``kind`` to, once its inputs are known.
+
+    A product with a constant matrix is a linear layer, and what moves constants to places that a tensor says looks up
+    in a table.
+    """
+    if kind == "matrix_product" and weight is not None:
+        return "linear"
+    return "other" if kind in COMMUTING and constant_data else kind
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ Kind = Literal[
 ]
 
 WEIGHTED: tuple[Kind, ...] = ("convolution", "transposed_convolution", "linear")
+POOLS: tuple[Kind, ...] = ("average_pool", "global_pool")
 # TensorRT moves Q and DQ across these: the codes of what goes in are the codes of what comes out.
 COMMUTING: tuple[Kind, ...] = ("max_pool", "dropout", "data_movement", "split")
 
@@ -67,6 +68,12 @@ def _pads_with_known_values(attributes: dict[str, Any]) -> bool:
 def _between_floats(attributes: dict[str, Any]) -> bool:
     """A cast between float types keeps values, but for rounding that quantization outdoes; codes 1, 10, 16 of ONNX."""
     return {attributes.get("from"), attributes.get("to")} <= {1, 10, 16}
+
+
+def _keeps_floats(attributes: dict[str, Any]) -> bool:
+    """x.to(...) of another floating-point type or device; of a type that is computed, nothing is known."""
+    target = str(attributes.get("dtype", attributes.get("device", ""))).removeprefix("torch.").partition(":")[0]
+    return target in ("float16", "bfloat16", "float32", "float64", "cpu", "cuda")
 
 
 def _over_space(attributes: dict[str, Any]) -> bool:
@@ -150,6 +157,7 @@ OPERATIONS = (
     Operation(
         "data_movement", (), ("clone", "detach", "float", "view_as", "reshape_as", "expand_as", "select", "t"), ()
     ),
+    Operation("data_movement", (), ("to",), (), _keeps_floats),
     Operation("shape", (), ("size", "dim", "numel"), ("Shape", "Size")),
     Operation("shape", (), ("getattr",), (), _states_a_size),
     Operation("data_movement", (), ("getattr",), (), lambda attributes: attributes.get("name") in ("T", "mT", "data")),

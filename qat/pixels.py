@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qat.artifact import UserError
+from qat.artifact import UserError, one_line
 from qat.console import progress
 
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are kept
@@ -132,9 +132,3 @@ def _rgb(image: Image.Image) -> Tensor:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of ``error`` as one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

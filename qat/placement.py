@@ -11,37 +11,25 @@ choose with the same options.
 from __future__ import annotations
 
 import itertools
-import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from qat.artifact import UserError, atomic_write, check_writable, sidecar_path, write_json
 from qat.console import Command, console, run_command, say
 from qat.decisions import Decision, Placement
+from qat.kept import KEPT_FLOAT
 from qat.network import Network
-from qat.operations import Kind
+from qat.operations import WEIGHTED
 from qat.rules import RULES, Rule, place
-
-if TYPE_CHECKING:
-    from torch import nn
 
 IMAGE_SIZE, CLASSES = 224, 1000
 TOGETHER = 40  # operations of one module that are listed under its name; those of a larger one by its parts
-COUNTED: tuple[tuple[str, tuple[Kind, ...]], ...] = (
-    ("convolutions and linear layers", ("convolution", "transposed_convolution", "linear")),
-    ("additions", ("add",)),
-    ("concatenations", ("concat",)),
-    ("average pools", ("average_pool", "global_pool")),
-    ("gates", ("multiply",)),
-    ("unfused activations", ("unfused_activation",)),
-    ("products of activations", ("matrix_product",)),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +76,7 @@ def main(options: PlacementOptions) -> None:
     if options.svg is not None:
         from qat.drawing import draw
 
-        picture = draw(shown.network, shown.placement, shown.rules, shown.title, summary(shown.placement))
+        picture = draw(shown.network, shown.placement, shown.rules, shown.title, shown.placement.summary())
         with atomic_write(options.svg) as temporary:
             temporary.write_text(picture, encoding="utf-8")
         say(f"picture: {options.svg}")
@@ -97,6 +85,7 @@ def main(options: PlacementOptions) -> None:
 def of_model(options: PlacementOptions) -> Shown:
     """The placement of a model by name, as it would be trained."""
     from qat.models import ModelSpec, build_model
+    from qat.tracing import network_of
 
     size = IMAGE_SIZE if options.image_size is None else options.image_size
     classes = CLASSES if options.num_classes is None else options.num_classes
@@ -115,6 +104,7 @@ def of_checkpoint(options: PlacementOptions, path: Path) -> Shown:
     from qat.checkpoint import load_checkpoint
     from qat.models import ModelSpec, build_model
     from qat.prepare import placement_of
+    from qat.tracing import network_of
 
     checkpoint = load_checkpoint(path)
     details, preprocessing = checkpoint.sidecar.details, checkpoint.preprocessing
@@ -124,38 +114,12 @@ def of_checkpoint(options: PlacementOptions, path: Path) -> Shown:
     return Shown(f"{path} ({details['model']['name']})", shape, network, placement, _rules(placement, details["rules"]))
 
 
-def network_of(model: nn.Module, input_shape: Sequence[int]) -> Network:
-    """The view of ``model`` that the rules work on, with shapes.
-
-    Raises UserError naming the line that stops torch.fx, or when the model does not take images of ``input_shape``.
-    """
-    from qat.fx_network import network_from_fx
-    from qat.pixels import one_line
-    from qat.prepare import trace
-
-    traced = trace(model)
-    try:
-        return network_from_fx(traced, input_shape)
-    except Exception as error:  # whatever the model raises
-        shown = "x".join(map(str, input_shape))
-        raise UserError(
-            f"the model does not take one image of {shown} ({type(error).__name__}: {one_line(error)}): "
-            "give another --image-size, or a model of one input"
-        ) from error
-
-
-def summary(placement: Placement) -> list[str]:
-    """A line that says how much of each kind is INT8, and one of what a user kept in float."""
-    counts = []
-    for name, kinds in COUNTED:
-        decisions = placement.of(*kinds)
-        if decisions:
-            counts.append(f"{sum(decision.quantized for decision in decisions)} of {len(decisions)} {name}")
-    tensors, groups = len(placement.tensors), len(placement.scale_groups())
-    lines = [f"INT8: {', '.join(counts) or 'nothing'}; {tensors} tensors quantized, {groups} groups that share a scale"]
-    if placement.keep_float:
-        lines.append(f"kept in float on request: --keep-float {shlex.join(placement.keep_float)}")
-    return lines
+def say_placement(placement: Placement) -> None:
+    """Prints what a run needs to be told: the summary, the layers that stay in float, and what was kept so."""
+    say(f"placement: {'; '.join(placement.summary())}")
+    for decision in placement.decisions:
+        if not decision.quantized and (decision.kind in WEIGHTED or decision.rule == KEPT_FLOAT):
+            say(f"  float: {decision.label}: {decision.reason}")
 
 
 def as_json(shown: Shown) -> dict[str, object]:
@@ -163,7 +127,7 @@ def as_json(shown: Shown) -> dict[str, object]:
     return {
         "model": shown.title,
         "input_shape": list(shown.input_shape),
-        "summary": summary(shown.placement),
+        "summary": shown.placement.summary(),
         "placement": shown.placement.to_json(),
         "scale_groups": shown.placement.scale_groups(),
         "rules": {name: asdict(rule) for name, rule in shown.rules.items()},
@@ -184,7 +148,7 @@ def _rules(placement: Placement, recorded: Mapping[str, str]) -> dict[str, Rule]
 def _print(shown: Shown) -> None:
     names = _names(shown.network)
     say(f"{shown.title}, input {'x'.join(map(str, shown.input_shape))}")
-    for line in summary(shown.placement):
+    for line in shown.placement.summary():
         say(line)
     decisions = shown.placement.decisions
     _print_decisions("INT8", names, [decision for decision in decisions if decision.quantized])

@@ -13,25 +13,21 @@ Where quantized tensors are one tensor but for data movement, qat/sharing.py giv
 
 from __future__ import annotations
 
-import difflib
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-from qat.artifact import UserError
 from qat.decisions import Decision, Placement
+from qat.kept import INTEGERS, KEPT_FLOAT, NO_RANGE, Kept
 from qat.network import Network, Op
-from qat.operations import WEIGHTED
+from qat.operations import POOLS, WEIGHTED
+from qat.patterns import broadcasts, fusing_convolution, gate_products, written_by
 from qat.sharing import ONE_QUANTIZER, Reads, all_quantized, read_quantized, settle
 
 GUIDE = "TensorRT Developer Guide, Working with Quantized Types, Q/DQ Placement Recommendations"
 HEURISTICS = "heuristics of NVIDIA's ONNX quantizer"
 MEASURED = "benchmarks/gpu_placement.txt"
 BYTES = "bytes that TensorRT-RTX's layers write: benchmarks/placement_table.txt"
-POOLS = ("average_pool", "global_pool")
-_CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")
 
 
 @dataclass(frozen=True)
@@ -43,6 +39,9 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {
+    KEPT_FLOAT: Rule("kept in float on request", "the user"),
+    NO_RANGE: Rule("no calibration gave a range of the tensor that it reads", "without a range there is no scale"),
+    INTEGERS: Rule("integers are not quantized", "they have no scale"),
     ONE_QUANTIZER: Rule("one quantizer before data movement serves all that read the data (qat/sharing.py)", GUIDE),
 }
 Exemption = Callable[[Network, Op], str]
@@ -84,26 +83,6 @@ def _throughout(sentence: str, source: str) -> Callable[[Throughout], Throughout
     return record
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What stays in float whatever the network is: operations by a user's wish, tensors also without a range."""
-
-    ops: frozenset[str]
-    tensors: frozenset[str]
-    unknown: frozenset[str]
-
-    def why(self, op: str, tensors: Iterable[str]) -> tuple[str, str]:
-        """The rule by which ``op`` cannot read ``tensors`` quantized, and the reason; ('', '') when it can."""
-        if op in self.ops:
-            return kept_float.__name__, "kept in float"
-        for tensor in tensors:
-            if tensor in self.tensors:
-                return kept_float.__name__, f"its input {tensor} is kept in float"
-            if tensor in self.unknown:
-                return no_range.__name__, f"no range is known of its input {tensor}"
-        return "", ""
-
-
 def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[str] = ()) -> Placement:
     """Applies the rules to ``network``.
 
@@ -119,10 +98,7 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
         UserError: a pattern matches nothing.
     """
     patterns = tuple(keep_float)
-    named = _matched(network, patterns)
-    ops = frozenset(name for name in named if network[name].kind in _CHOOSABLE)
-    never = {op.name for op in network if not op.floating}
-    kept = _Kept(ops, frozenset(named - ops), frozenset(unknown) | never)
+    kept = Kept.of(network, patterns, unknown)
     unfit: set[str] = set()
     while True:  # what one layer does without, another may have relied on
         decisions, reads = _decide(network, kept, unfit)
@@ -134,7 +110,7 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
     return Placement(settle(network, reads), in_order, patterns)
 
 
-def _decide(network: Network, kept: _Kept, unfit: set[str]) -> tuple[dict[str, Decision], Reads]:
+def _decide(network: Network, kept: Kept, unfit: set[str]) -> tuple[dict[str, Decision], Reads]:
     """The decisions by operation, and the reads that follow from them; ``unfit`` layers stay in float."""
     decisions = _weight_decisions(network, kept, unfit)
     quantized = {name for name, decision in decisions.items() if decision.quantized}
@@ -151,7 +127,7 @@ def _decide(network: Network, kept: _Kept, unfit: set[str]) -> tuple[dict[str, D
         for rule in _THROUGHOUT:
             if rule(network, op, quantized):
                 why, reason = kept.why(op.name, op.inputs)
-                written = _made_by(network, op, decisions, reads) if op.kind == "add" else op.name
+                written = _written_by(network, op, decisions, reads) if op.kind == "add" else op.name
                 if not read_quantized(network, written, reads):
                     why, reason = rule.__name__, "nothing behind it reads INT8"
                 decisions[op.name] = Decision(op.name, op.label, op.kind, not why, why or rule.__name__, reason)
@@ -160,17 +136,38 @@ def _decide(network: Network, kept: _Kept, unfit: set[str]) -> tuple[dict[str, D
     return decisions, reads
 
 
+def _weight_decisions(network: Network, kept: Kept, unfit: set[str]) -> dict[str, Decision]:
+    decisions = {}
+    for op in network:
+        if op.kind in WEIGHTED:
+            rule, reason = weighted_input(network, op, kept)
+            if op.name in unfit and not reason:
+                rule, reason = grouped_float_output.__name__, "what it makes is read in float"
+            decisions[op.name] = Decision(op.name, op.label, op.kind, not reason, rule, reason)
+    owners: dict[str, list[str]] = {}
+    for name in decisions:
+        if (weight := network[name].weight) is not None:
+            owners.setdefault(weight.tensor, []).append(name)
+    for names in owners.values():
+        floats = [name for name in names if not decisions[name].quantized]
+        for name in names if floats else ():
+            if decisions[name].quantized:
+                op, reason = network[name], f"shares its weight with {floats[0]}, which stays in float"
+                decisions[name] = Decision(name, op.label, op.kind, False, shared_weight.__name__, reason)
+    return decisions
+
+
+def _written_by(network: Network, op: Op, decisions: dict[str, Decision], reads: Reads) -> str:
+    """The tensor that the kernel of a convolution, or of what it takes in, writes."""
+
+    def takes_in(following: Op, tensor: str) -> bool:
+        takes_sum = following.kind == "add" and following.name in decisions and decisions[following.name].quantized
+        return (following.name, tensor) not in reads and (following.kind in ("batch_norm", "activation") or takes_sum)
+
+    return written_by(network, op, takes_in)
+
+
 # --- exemptions: why a convolution or linear layer stays in float -----------------------------------------------------
-
-
-@_rule("kept in float on request", "the user")
-def kept_float(network: Network, op: Op) -> None:
-    """Comes before all others (see ``_Kept``)."""
-
-
-@_rule("no calibration gave a range of the tensor that it reads", "without a range there is no scale")
-def no_range(network: Network, op: Op) -> None:
-    """Comes next (see ``_Kept``)."""
 
 
 @_exemption("a weight that is computed anew at each step is no constant that could be stored as INT8", GUIDE)
@@ -213,7 +210,7 @@ def grouped_float_output(network: Network, op: Op, decisions: dict[str, Decision
     """Whether a quantized grouped convolution makes a tensor that somebody reads in float."""
     if op.weight is None or op.weight.groups == 1 or not decisions[op.name].quantized:
         return False
-    tensor = _made_by(network, op, decisions, reads)
+    tensor = _written_by(network, op, decisions, reads)
     return not all_quantized(network, tensor, reads)
 
 
@@ -226,7 +223,7 @@ def shared_weight(network: Network, op: Op) -> None:
 
 
 @_rule("a convolution or linear layer runs in INT8 when its input and its weight are quantized", GUIDE)
-def weighted_input(network: Network, op: Op, kept: _Kept) -> tuple[str, str]:
+def weighted_input(network: Network, op: Op, kept: Kept) -> tuple[str, str]:
     """The exemption that applies to a layer and its reason, or this rule and ''."""
     rule, reason = kept.why(op.name, op.inputs[:1])
     if reason:
@@ -238,12 +235,12 @@ def weighted_input(network: Network, op: Op, kept: _Kept) -> tuple[str, str]:
 
 
 @_rule("one input of a residual addition is quantized, so that it fuses into the other's convolution", GUIDE)
-def residual_add(network: Network, add: Op, quantized: set[str], kept: _Kept) -> tuple[Decision, list[str]]:
+def residual_add(network: Network, add: Op, quantized: set[str], kept: Kept) -> tuple[Decision, list[str]]:
     """Quantize all inputs of an addition but one: the one whose convolution can take the sum in.
 
     That convolution's own output must stay float between it and the addition. Returns the decision and the tensors.
     """
-    fusing = [tensor for tensor in add.inputs if _fusing_convolution(network, tensor, quantized)]
+    fusing = [tensor for tensor in add.inputs if fusing_convolution(network, tensor, quantized)]
     inside = fusing[0] if len(fusing) == 1 else residual_add_of_convolutions(network, add, fusing)
     others = [tensor for tensor in dict.fromkeys(add.inputs) if tensor != inside]
     why, reason = kept.why(add.name, others)
@@ -276,7 +273,7 @@ def shared_concat_scale(network: Network, op: Op, quantized: set[str]) -> bool:
 @_throughout("a gate multiplies INT8 codes, so that the convolutions on both sides of it write and read them", MEASURED)
 def gate_product(network: Network, op: Op, quantized: set[str]) -> bool:
     """A tensor times a function of its own global pool: squeeze-and-excite. Both factors are quantized."""
-    return op.name in _gate_products(network)
+    return op.name in gate_products(network)
 
 
 @_throughout("an addition that no convolution can take in reads and writes INT8 codes", BYTES)
@@ -284,8 +281,8 @@ def unfused_add(network: Network, op: Op, quantized: set[str]) -> bool:
     """Of tensors none of which an INT8 convolution has just made, or that differ in shape, or are the same."""
     if op.kind != "add" or len(op.inputs) < 2:
         return False
-    odd = _broadcasts(network, op) or len(set(op.inputs)) < 2
-    return odd or not any(_fusing_convolution(network, tensor, quantized) for tensor in op.inputs)
+    odd = broadcasts(network, op) or len(set(op.inputs)) < 2
+    return odd or not any(fusing_convolution(network, tensor, quantized) for tensor in op.inputs)
 
 
 @_rule(
@@ -302,113 +299,9 @@ def norm_of_codes(network: Network, op: Op, reads: Reads) -> bool:
 @_throughout("an activation that takes a kernel of its own reads and writes INT8 codes", MEASURED)
 def unfused_activation(network: Network, op: Op, quantized: set[str]) -> bool:
     """Between INT8 convolutions that do not take it in, its input is quantized as well as its output."""
-    return op.kind == "unfused_activation" and _fusing_convolution(network, op.inputs[0], quantized) is not None
+    return op.kind == "unfused_activation" and fusing_convolution(network, op.inputs[0], quantized) is not None
 
 
 @_rule("a product of two activations stays in float", HEURISTICS)
 def product_of_activations(network: Network, op: Op) -> None:
     """No constant factor, so no weight."""
-
-
-# --- graph questions --------------------------------------------------------------------------------------------------
-
-
-def _matched(network: Network, patterns: tuple[str, ...]) -> set[str]:
-    """The operations that the patterns of ``place`` name."""
-    found: set[str] = set()
-    for pattern in patterns:
-        matched = {op.name for op in network if _is_meant(op, pattern)}
-        if not matched:
-            labels = sorted({op.label for op in network})
-            close = difflib.get_close_matches(pattern, labels, n=3) or labels[:3]
-            raise UserError(
-                f"--keep-float {pattern} matches none of the {len(network.ops)} operations; there are, for example, "
-                f"{', '.join(close)}"
-            )
-        found |= matched
-    return found
-
-
-def _is_meant(op: Op, pattern: str) -> bool:
-    """Whether ``pattern`` names ``op``. What could not be INT8 stands for its tensor, and is meant by its very name."""
-    if op.kind not in _CHOOSABLE:
-        return pattern in (op.name, op.label)
-    forms = (pattern, f"{pattern}.*", pattern.removesuffix(".*"))
-    return any(fnmatchcase(name, form) for name in (op.name, op.label) for form in forms)
-
-
-def _weight_decisions(network: Network, kept: _Kept, unfit: set[str]) -> dict[str, Decision]:
-    decisions = {}
-    for op in network:
-        if op.kind in WEIGHTED:
-            rule, reason = weighted_input(network, op, kept)
-            if op.name in unfit and not reason:
-                rule, reason = grouped_float_output.__name__, "what it makes is read in float"
-            decisions[op.name] = Decision(op.name, op.label, op.kind, not reason, rule, reason)
-    owners: dict[str, list[str]] = {}
-    for name in decisions:
-        if (weight := network[name].weight) is not None:
-            owners.setdefault(weight.tensor, []).append(name)
-    for names in owners.values():
-        floats = [name for name in names if not decisions[name].quantized]
-        for name in names if floats else ():
-            if decisions[name].quantized:
-                op, reason = network[name], f"shares its weight with {floats[0]}, which stays in float"
-                decisions[name] = Decision(name, op.label, op.kind, False, shared_weight.__name__, reason)
-    return decisions
-
-
-def _fusing_convolution(network: Network, tensor: str, quantized: set[str]) -> str | None:
-    """The INT8 convolution whose result ``tensor`` is, in the engine, through batch normalization at most."""
-    op = network[tensor]
-    while len(network.readers(op.name)) == 1:
-        if op.kind in WEIGHTED:
-            return op.name if op.name in quantized else None
-        if op.kind not in ("batch_norm", "dropout"):
-            return None
-        op = network[op.inputs[0]]
-    return None
-
-
-def _broadcasts(network: Network, op: Op) -> bool:
-    shapes = {network[tensor].shape for tensor in op.inputs}
-    return len(shapes) > 1 and None not in shapes
-
-
-@functools.lru_cache(maxsize=2)
-def _gate_products(network: Network) -> set[str]:
-    """The multiplications of a tensor by what is computed from its own global pool."""
-    found = set()
-    for op in network:
-        if op.kind == "multiply" and len(set(op.inputs)) == 2:
-            for value, gate in (op.inputs, op.inputs[::-1]):
-                before = network.ancestors(value)
-                between = [network[name] for name in network.ancestors(gate) - before]
-                if any(made.kind == "global_pool" and made.inputs[0] in before for made in between):
-                    found.add(op.name)
-    return found
-
-
-def _made_by(network: Network, op: Op, decisions: dict[str, Decision], reads: Reads) -> str:
-    """The tensor that the engine's layer of a convolution writes: behind what fuses into it."""
-    tensor = op.name
-    while True:
-        readers = network.readers(tensor)
-        following = readers[-1] if readers else op
-        alone = len(readers) == 1 and (following.name, tensor) not in reads
-        takes_sum = following.kind == "add" and following.name in decisions and decisions[following.name].quantized
-        fuses = alone and (following.kind in ("batch_norm", "activation") or takes_sum)
-        if not fuses and not (len(readers) == 2 and _is_swish(network, tensor, following)):
-            return tensor
-        tensor = following.name
-
-
-def _is_swish(network: Network, tensor: str, product: Op) -> bool:
-    """Whether ``product`` is ``tensor`` times an activation of it."""
-    others = [name for name in product.inputs if name != tensor]
-    return (
-        product.kind == "multiply"
-        and len(others) == 1
-        and network[others[0]].inputs == (tensor,)
-        and network[others[0]].kind in ("activation", "unfused_activation")
-    )

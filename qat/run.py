@@ -21,13 +21,12 @@ from qat.calibrate import calibrate
 from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.console import progress, say, table, warn
 from qat.data import Data, batch_count, batches, load_data
-from qat.decisions import Placement
 from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
-from qat.operations import WEIGHTED
-from qat.placement import network_of, summary
+from qat.placement import say_placement
 from qat.prepare import prepare
-from qat.rules import kept_float, place
+from qat.rules import place
+from qat.tracing import network_of
 from qat.trainer import Accuracy, FitState, Recipe, evaluate, fit, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def run(options: TrainOptions) -> int:
     network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width))
     _check_logits(options.model, network, len(data.class_names))
     placement = place(network, options.keep_float)
-    _say_placement(placement)
+    say_placement(placement)
     trainer = _Trainer(options, data, device, reached)
     try:
         if reached.phase == "float":
@@ -245,13 +244,6 @@ def _check_logits(name: str, network: Network, classes: int) -> None:
             f"model {name} makes {found} of one image; needed are logits of shape [1, {classes}], one for each class: "
             "give a classification model"
         )
-
-
-def _say_placement(placement: Placement) -> None:
-    say(f"placement: {'; '.join(summary(placement))}")
-    for decision in placement.decisions:
-        if not decision.quantized and (decision.kind in WEIGHTED or decision.rule == kept_float.__name__):
-            say(f"  float: {decision.label}: {decision.reason}")
 
 
 def _say_result(output: Path, figures: dict[str, Any]) -> None:

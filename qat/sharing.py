@@ -8,6 +8,8 @@ are read quantized.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from qat.decisions import QuantizedRead, QuantizedTensor
 from qat.network import Network, Op
 from qat.operations import COMMUTING
@@ -39,36 +41,51 @@ def settle(network: Network, reads: Reads) -> tuple[QuantizedTensor, ...]:
 
 def all_quantized(network: Network, tensor: str, reads: Reads) -> bool:
     """Whether nobody reads ``tensor``, or what is moved out of it, in float."""
-    return all(
-        (op.name, tensor) in reads or (op.kind in COMMUTING and all_quantized(network, op.name, reads))
-        for op in network.readers(tensor)
-    )
+    return all(read in reads for read in final_reads(network, tensor, reads))
 
 
 def read_quantized(network: Network, tensor: str, reads: Reads) -> bool:
     """Whether somebody reads ``tensor``, or what is moved out of it, quantized."""
-    return bool(_rules(network, tensor, reads))
+    return any(read in reads for read in final_reads(network, tensor, reads))
 
 
-def _place(network: Network, tensor: str, reads: Reads, settled: Reads) -> None:
-    """Places the quantizers of ``tensor`` and of all that is moved out of it; writes them to ``settled``."""
-    direct = [op for op in network.readers(tensor) if (op.name, tensor) in reads]
-    moving = [op for op in network.readers(tensor) if _moves_codes(network, op, reads)]
-    settled |= {(op.name, tensor): reads[op.name, tensor] for op in direct}
-    for op in moving:
-        rules = _rules(network, op.name, reads)
-        parts = len(direct) + len(moving) > 1 or (op.kind == "split" and _parts(network, op, reads))
-        if not network[tensor].floating:  # no tensor, but several
-            _place(network, op.name, reads, settled)
-        elif op.kind == "dropout":
-            # Behind a dropout, which scales up what it keeps, values in training exceed what calibration found.
-            settled[op.name, tensor] = rules[0] if len(rules) == 1 else ONE_QUANTIZER
-        elif parts and all_quantized(network, op.name, reads):
-            settled[op.name, tensor] = ONE_QUANTIZER
-            if op.kind == "max_pool":  # whose readers, if there are several, would each dequantize for themselves
-                _place(network, op.name, reads, settled)
-        else:
-            _place(network, op.name, reads, settled)
+def final_reads(network: Network, tensor: str, reads: Reads) -> Iterator[tuple[str, str]]:
+    """Every (reader, what it reads) of ``tensor`` and of what is moved out of it.
+
+    An operation that moves data counts as a reader only where it reads quantized; else those behind it do.
+    """
+    waiting = [tensor]
+    while waiting:
+        current = waiting.pop()
+        for op in network.readers(current):
+            if (op.name, current) in reads or op.kind not in COMMUTING:
+                yield op.name, current
+            else:
+                waiting.append(op.name)
+
+
+def _place(network: Network, root: str, reads: Reads, settled: Reads) -> None:
+    """Places the quantizers of ``root`` and of all that is moved out of it; writes them to ``settled``."""
+    waiting = [root]
+    while waiting:
+        tensor = waiting.pop()
+        direct = [op for op in network.readers(tensor) if (op.name, tensor) in reads]
+        moving = [op for op in network.readers(tensor) if _moves_codes(network, op, reads)]
+        settled |= {(op.name, tensor): reads[op.name, tensor] for op in direct}
+        for op in moving:
+            parts = len(direct) + len(moving) > 1 or (op.kind == "split" and _parts(network, op, reads))
+            if not network[tensor].floating:  # no tensor, but several
+                waiting.append(op.name)
+            elif op.kind == "dropout":
+                # Behind a dropout, which scales up what it keeps, values in training exceed what calibration found.
+                rules = [reads[read] for read in final_reads(network, op.name, reads) if read in reads]
+                settled[op.name, tensor] = rules[0] if len(rules) == 1 else ONE_QUANTIZER
+            elif parts and all_quantized(network, op.name, reads):
+                settled[op.name, tensor] = ONE_QUANTIZER
+                if op.kind == "max_pool":  # whose readers, if there are several, would each dequantize for themselves
+                    waiting.append(op.name)
+            else:
+                waiting.append(op.name)
 
 
 def _parts(network: Network, split: Op, reads: Reads) -> bool:
@@ -79,17 +96,6 @@ def _parts(network: Network, split: Op, reads: Reads) -> bool:
 def _moves_codes(network: Network, op: Op, reads: Reads) -> bool:
     """Whether ``op`` moves data to somebody who reads it quantized."""
     return op.kind in COMMUTING and read_quantized(network, op.name, reads)
-
-
-def _rules(network: Network, tensor: str, reads: Reads) -> list[str]:
-    """The rules of all quantized reads of ``tensor`` and of what is moved out of it."""
-    found = []
-    for op in network.readers(tensor):
-        if (op.name, tensor) in reads:
-            found.append(reads[op.name, tensor])
-        elif op.kind in COMMUTING:
-            found += _rules(network, op.name, reads)
-    return found
 
 
 def _root(network: Network, tensor: str) -> str:

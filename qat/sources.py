@@ -21,8 +21,8 @@ import torchvision
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from qat.artifact import UserError
-from qat.pixels import ArrayPixels, FilePixels, Pixels, TorchvisionPixels, decode_all, images_nchw, one_line
+from qat.artifact import UserError, one_line
+from qat.pixels import ArrayPixels, FilePixels, Pixels, TorchvisionPixels, decode_all, images_nchw
 
 FOLDER_SIZE = 224  # pixels: what networks for photographs are trained at
 

@@ -21,8 +21,9 @@ from export.parity import measure
 from export.read import read_onnx
 from qat.calibrate import calibrate
 from qat.fx_network import network_from_fx
-from qat.prepare import placement_of, prepare, trace
+from qat.prepare import placement_of, prepare
 from qat.rules import place
+from qat.tracing import trace
 
 # The five that differ most: residual, dense concatenation, gates, channel shuffle, transposed convolutions.
 DIFFERENT = ("resnet18", "densenet121", "mobilenet_v3_large", "shufflenet_v2_x1_0", "unet")

@@ -23,8 +23,8 @@ from export.onnx_network import OnnxNetwork, constant, network_from_onnx
 from export.read import read_onnx
 from qat.fx_network import network_from_fx
 from qat.network import ConstantWeight, Network
-from qat.prepare import trace
 from qat.rules import place
+from qat.tracing import trace
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from qat.drawing import draw
 from qat.layout import Wire, lay_out
 from qat.models import ModelSpec, build_model
 from qat.network import Network
-from qat.placement import PlacementOptions, main, network_of, of_model
+from qat.placement import PlacementOptions, main, of_model
 from qat.prepare import placement_of
 from qat.rules import RULES, place
+from qat.tracing import network_of
 
 NET = """
 import torch

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from qat.artifact import UserError
 from qat.decisions import Decision, Placement, QuantizedRead, QuantizedTensor
-from qat.prepare import placement_of, prepare, trace
+from qat.prepare import placement_of, prepare
 from qat.quantizer import ActivationQuantizer, WeightQuantizer, fake_quantize, fake_quantize_weight
+from qat.tracing import trace
 
 
 def set_ranges(model: nn.Module, amax: float) -> None:
@@ -278,3 +279,82 @@ def test_arguments_that_depend_on_the_mode_are_refused():
 
     with pytest.raises(UserError, match=r"torch\.fx can keep only one"):
         prepare(Mode())
+
+
+class ChangedThroughView(nn.Module):
+    """Writes to half of a tensor and reads the whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, :8].add_(1)
+        return y
+
+
+class ChangedBehindView(nn.Module):
+    """Takes half of a tensor, writes to the whole, and reads the half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        half = y.chunk(2, 1)[0]
+        return y.relu_() + torch.cat([half, half], 1)
+
+
+@pytest.mark.parametrize("make", [ChangedThroughView, ChangedBehindView])
+def test_what_a_view_hides_of_an_operation_in_place_is_refused(make):
+    with pytest.raises(UserError, match=r"in place, and .* then reads the same memory through .*: write it without"):
+        trace(make())
+
+
+class ViewsThatAreLeft(nn.Module):
+    """Changes a view whose owner is read before, or asked for its size only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        total = y.sum()
+        flat = y.flatten(1)
+        return (flat.relu_() + total).view(y.shape)
+
+
+def test_a_view_changed_in_place_after_its_owner_was_read_is_fine():
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.equal(trace(ViewsThatAreLeft())(x), ViewsThatAreLeft()(x))
+
+
+def test_a_parameter_that_two_modules_share_is_one_weight():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(F.relu(self.first(x)))
+
+    kept = placement_of(prepare(Tied(), keep_float=["second"]))
+    assert [(d.quantized, d.rule) for d in kept.weights] == [(False, "shared_weight"), (False, "kept_float")]
+    prepared = prepare(Tied())
+    assert prepared.first.weight is prepared.second.weight
+    assert [d.quantized for d in placement_of(prepared).weights] == [True, True]
+
+
+def test_an_image_that_the_model_does_not_take_is_one_line():
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    with pytest.raises(UserError, match="does not take one image of 3x8x8"):
+        prepare(Two(), input_shape=(3, 8, 8))
+
+
+def test_a_long_chain_of_data_movement():
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(1500):
+                x = x.transpose(2, 3)
+            return self.conv(x) + self.conv(F.dropout(x, training=True))
+
+    assert len(placement_of(prepare(Chain(), input_shape=(16, 8, 8))).weights) == 2

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from qat.artifact import UserError
 from qat.decisions import Placement
 from qat.fx_network import network_from_fx
-from qat.prepare import trace
 from qat.rules import place
+from qat.tracing import trace
 
 
 def placement(model: nn.Module) -> Placement:
@@ -473,3 +473,40 @@ def test_a_normalization_beside_convolutions_reads_their_codes():
     }
     alone = nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(16), conv())
     assert "_1" not in reads(alone)
+
+
+@pytest.mark.parametrize(
+    ("move", "rule"),
+    [
+        (lambda x: x.to(torch.float32), "residual_add"),
+        (lambda x: x.to(device="cpu"), "residual_add"),
+        (lambda x: x.to(torch.int32), "integers"),
+    ],
+)
+def test_conversion_between_floats_moves_data(move, rule):
+    class Converted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.next = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.next(self.conv(x) + move(x))
+
+    found = place(network_from_fx(trace(Converted()), (16, 8, 8)))
+    (add,) = found.of("add")
+    assert (add.quantized, add.rule) == (rule == "residual_add", rule)
+    assert [tensor.tensor for tensor in found.tensors] == ["x", "add"]
+
+
+def test_looking_up_in_a_table_moves_no_data():
+    class Lookup(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.rand(10, 16))
+            self.fc = nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.table[x.argmax(1)])
+
+    found = place(network_from_fx(trace(Lookup()), (10,)))
+    assert [tensor.tensor for tensor in found.tensors] == ["getitem"]
