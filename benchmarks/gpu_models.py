@@ -15,7 +15,7 @@ import torch
 from export_and_build import write_checkpoint
 
 from export.convert import export_checkpoint
-from export.onnx import ExportOptions
+from export.options import ExportOptions
 
 
 def main() -> None:

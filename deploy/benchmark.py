@@ -241,7 +241,7 @@ class Bench:
 
     def _note_build(self, column: Column, batch: int, sidecar: Sidecar, again: bool) -> None:
         """Keeps what the build said of the engine; ``again``: whether it was built in this run."""
-        from deploy.repeat import Repetition
+        from deploy.builder import Repetition
 
         layers = [EngineLayer.from_json(layer) for layer in sidecar.details["layers"]]
         figures, found = sidecar.figures, sidecar.details["repetition"]

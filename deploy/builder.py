@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,25 @@ from qat.console import progress
 if TYPE_CHECKING:
     import tensorrt as trt
 
-    from deploy.repeat import Repetition
+
+@dataclass(frozen=True)
+class Repetition:
+    """Several builds of one network: the median of each in milliseconds, measured at one batch."""
+
+    batch: int
+    milliseconds: Sequence[float]
+
+    @property
+    def spread_percent(self) -> float:
+        """How much longer the slowest takes than the fastest."""
+        return 100 * (max(self.milliseconds) / min(self.milliseconds) - 1)
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{median:.4f}" for median in self.milliseconds)
+        return (
+            f"{len(self.milliseconds)} builds, batch {self.batch}: {listed} ms; "
+            f"kept the fastest, the slowest is {self.spread_percent:.1f} % slower"
+        )
 
 
 @dataclass(frozen=True)

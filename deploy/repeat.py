@@ -7,37 +7,15 @@ network differ by 1 to 3 %.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.builder import Built, build
+from deploy.builder import Built, Repetition, build
 
 if TYPE_CHECKING:
     from deploy.settings import BuildSettings
     from deploy.trt import Toolkit
-
-
-@dataclass(frozen=True)
-class Repetition:
-    """Several builds of one network: the median of each in milliseconds, measured at one batch."""
-
-    batch: int
-    milliseconds: Sequence[float]
-
-    @property
-    def spread_percent(self) -> float:
-        """How much longer the slowest takes than the fastest."""
-        return 100 * (max(self.milliseconds) / min(self.milliseconds) - 1)
-
-    def __str__(self) -> str:
-        listed = ", ".join(f"{median:.4f}" for median in self.milliseconds)
-        return (
-            f"{len(self.milliseconds)} builds, batch {self.batch}: {listed} ms; "
-            f"kept the fastest, the slowest is {self.spread_percent:.1f} % slower"
-        )
 
 
 def build_fastest(toolkit: Toolkit, model: Path, settings: BuildSettings, repeat: int) -> Built:

@@ -28,7 +28,7 @@ from qat.preprocessing import Preprocessing
 from qat.quantizer import ACTIVATION, quantize
 
 if TYPE_CHECKING:
-    from export.onnx import ExportOptions
+    from export.options import ExportOptions
 
 _PARITY_BATCH = 32
 

@@ -11,40 +11,8 @@ Next: python -m deploy.build runs/model.onnx
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
-
-from qat.console import Command, run_command
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions(Command):
-    """The options of ``python -m export.onnx``."""
-
-    checkpoint: Annotated[Path, tyro.conf.Positional]
-    """The checkpoint that python -m qat.train wrote."""
-    output: Path | None = None
-    """The ONNX file to write; by default beside the checkpoint, ending in .onnx, .padded.onnx, .float32.onnx or
-    .float16.onnx."""
-    input: Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"] = "float32-nchw"
-    """float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes, preprocessing becomes part of the
-    network; int8-nchw: normalized images that the caller has quantized by the input_scale in the sidecar, which leaves
-    the least for the GPU to do."""
-    precision: Literal["int8", "float32", "float16"] = "int8"
-    """float32, float16: the same weights without any quantizer, as the baseline that INT8 is compared with."""
-    weights: Literal["int8", "float"] = "int8"
-    """float: the same codes as float weights in front of a QuantizeLinear, four times the size. TensorRT 8.6 needs them
-    where it refuses INT8 weights, as with uint8 input."""
-    pad_channels: bool = False
-    """Put zero channels into residual blocks that end with fewer than 128 input channels: the answers stay the same,
-    and some GPUs have a faster kernel for them (measure it: python -m deploy.benchmark --padded)."""
-    parity_images: int = 512
-    """Test images on which PyTorch and ONNX Runtime are compared, at most; they go into the reference file."""
-    layer_images: int = 8
-    """Images on which they are compared layer by layer."""
+from export.options import ExportOptions
+from qat.console import run_command
 
 
 def main(options: ExportOptions) -> None:

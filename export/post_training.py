@@ -43,7 +43,7 @@ from qat.preprocessing import Preprocessing
 from qat.rules import place
 
 if TYPE_CHECKING:
-    from export.quantize import QuantizeOptions
+    from export.options import QuantizeOptions
 
 OPSET = 17
 """Models of an older operator set are converted to this one: Q/DQ of single channels exist from 13 on."""

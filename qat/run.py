@@ -30,7 +30,7 @@ from qat.tracing import network_of
 from qat.trainer import Accuracy, FitState, Recipe, evaluate, fit, optimizer_tensors
 
 if TYPE_CHECKING:
-    from qat.train import TrainOptions
+    from qat.options import TrainOptions
 
 # Options that may differ between a run and its resumption: they do not change the result.
 _FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root")

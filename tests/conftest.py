@@ -66,8 +66,8 @@ def command(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model.qat, its sidecar, and the network and images that it was made from. Not to be changed."""
+    from qat.options import TrainOptions
     from qat.run import run
-    from qat.train import TrainOptions
 
     folder = tmp_path_factory.mktemp("trained")
     with one_thread():
@@ -88,7 +88,7 @@ def chain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model.qat, the ONNX file made of it, the engine made of that, and their sidecars. Not to change."""
     from deploy import build
     from export.convert import export_checkpoint
-    from export.onnx import ExportOptions
+    from export.options import ExportOptions
 
     folder = tmp_path_factory.mktemp("chain")
     for name in ("model.qat", "model.qat.json"):

@@ -10,8 +10,7 @@ from qdq_models import residual
 
 from deploy import cuda
 from deploy.benchmark import Bench, BenchmarkOptions, Column, _check_names, _columns, _named, main
-from deploy.builder import build
-from deploy.repeat import Repetition
+from deploy.builder import Repetition, build
 from deploy.trt import find_toolkit
 from qat.artifact import UserError
 

@@ -24,7 +24,7 @@ from qdq_models import (
 
 from deploy import cuda
 from deploy.build import EXIT_NOT_INT8, Options, _build, main
-from deploy.repeat import Repetition
+from deploy.builder import Repetition
 from deploy.trt import find_toolkit
 from export.session import session
 from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of, sidecar_path, write_artifact

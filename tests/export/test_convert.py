@@ -19,7 +19,7 @@ import torch
 from deploy.reference import network_input
 from export.convert import export_checkpoint
 from export.fold import fold
-from export.onnx import ExportOptions
+from export.options import ExportOptions
 from export.session import run, session, session_with_tensors
 from qat.artifact import Parent, Sidecar, TensorSpec, UserError, read_parent, read_sidecar, sha256_of
 from qat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

@@ -19,8 +19,8 @@ from deploy.settings import BuildSettings, Profile
 from deploy.trt import find_toolkit
 from export.calibration_cache import read_calibration_cache
 from export.lint import lint
+from export.options import QuantizeOptions
 from export.post_training import quantize_file
-from export.quantize import QuantizeOptions
 from export.read import read_onnx
 from export.session import run, session, sqnr_db
 from qat.artifact import UserError, read_sidecar

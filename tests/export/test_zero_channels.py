@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from deploy import build
 from export.convert import export_checkpoint
 from export.fold import fold
-from export.onnx import ExportOptions
+from export.options import ExportOptions
 from export.session import session
 from export.zero_channels import CHANNELS, pad_channels
 from qat.artifact import UserError, read_sidecar

@@ -26,9 +26,9 @@ from qat.artifact import UserError, read_sidecar, sha256_of
 from qat.checkpoint import load_checkpoint, load_state
 from qat.data import Data, ImageSet, Preprocessing, load_data
 from qat.models import ModelSpec, build_model
+from qat.options import TrainOptions
 from qat.pixels import ArrayPixels
 from qat.run import run
-from qat.train import TrainOptions
 from qat.trainer import FitState, Recipe, evaluate, fit
 
 CPU = torch.device("cpu")
