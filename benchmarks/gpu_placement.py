@@ -1,10 +1,12 @@
 """Speed of several placements of the same networks, each beside its FP16 engine, in one run.
 
     python -m benchmarks.gpu_placement FOLDER [--batch 32] [--models NAME ...] [--seconds N] [--output FILE]
+    python -m benchmarks.gpu_placement --table FILE
 
 FOLDER/NAME/ holds the ONNX files of one network: float32.onnx, of which the FP16 engine is built, and one file for each
 placement (benchmarks/placement_models.py writes ours; other tools' are put beside them). Engines of one network are
-measured interleaved. A network begins only within the first N seconds. Raw figures, with each layer's time, go to FILE.
+measured interleaved. A network begins only within the first N seconds. Raw figures, with each layer's time, go to FILE,
+from which --table prints the table again.
 """
 
 from __future__ import annotations
@@ -99,13 +101,19 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--table", type=Path)
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--output", type=Path, default=Path("placement.jsonl"))
     options = parser.parse_args()
+    if options.table is not None:
+        print(table([json.loads(line) for line in options.table.read_text(encoding="utf-8").splitlines()]))
+        return
+    if options.folder is None:
+        parser.error("a folder of ONNX files, or --table FILE")
     names = options.models or sorted(path.name for path in options.folder.iterdir() if path.is_dir())
     toolkit, entries, start = find_toolkit("tensorrt"), [], time.monotonic()
     with open(options.output, "w", encoding="utf-8") as file:
