@@ -67,7 +67,7 @@ class _Comparison:
         """What is wrong with how the tensor of ``op`` is quantized, whoever reads it."""
         fusing = [reader for reader in self.network.readers(op.name) if reader.kind in ("batch_norm", "activation")]
         for reader in fusing if op.kind in (*WEIGHTED, "batch_norm") else ():
-            if (reader.name, op.name) in self.found:
+            if (reader.name, op.name) in self.found.keys() - self.wanted.keys():
                 message = f"its output is quantized before {reader.label}, which then cannot fuse into it"
                 yield self._finding(op, "weighted_output", message, op.elements)
         if op.kind not in COMMUTING and len(scales := self._scales_behind(op.name)) > 1:

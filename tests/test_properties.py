@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -197,6 +197,7 @@ def check(chosen: list[Step]) -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(steps)
+@example([("norm", 0, 0, 0), ("norm", 1, 0, 0)])
 def test_twenty_random_networks(chosen: list[Step]) -> None:
     check(chosen)
 
