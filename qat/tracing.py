@@ -39,11 +39,40 @@ _VIEWS = (
     *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand"),
     *("expand_as", "permute", "transpose", "t", "swapaxes", "movedim", "contiguous", "type_as"),
 )
+_OUT_OF_PLACE: dict[Any, Callable[[Any, Any], Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior")
+
+
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` as what it is; torch.fx takes it for ``x = x + y``, as if no one else had x."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other, "add")
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other, "sub")
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other, "mul")
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other, "truediv")
+
+    def _in_place(self, function: Callable[[Any, Any], Any], other: Any, name: str) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {}, name)
 
 
 class Tracer(fx.Tracer):
     """Keeps whole what must not be inlined: what behaves differently in training and in evaluation."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for the result of ``node`` while the model is called."""
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """True for modules that become one node."""
@@ -124,10 +153,17 @@ def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
     Raises UserError where they read it through another view of the same memory.
     """
     order = {node: position for position, node in enumerate(traced.graph.nodes)}
+    modules = dict(traced.named_modules())
     owner: dict[fx.Node, fx.Node] = {}  # of a node's memory
+    sizes: set[fx.Node] = set()  # numbers, which have no memory to share
     for node in traced.graph.nodes:
         given = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         changes = given is not None and _is_in_place(node, traced)
+        if node.target in _OUT_OF_PLACE:  # from here on the graph says it
+            node.target = _OUT_OF_PLACE[node.target]
+        if kind_of(node, modules) == "shape" or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
+            sizes.add(node)
+            continue
         owner[node] = owner[given] if given is not None and (changes or _is_view(node, traced)) else node
         if not changes or given is None:
             continue
@@ -135,7 +171,7 @@ def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
             user.replace_input_with(given, node)
         for view in [view for view, memory in owner.items() if memory is owner[node] and view is not node]:
             for user in view.users:
-                if order[user] > order[node] and kind_of(user, dict(traced.named_modules())) != "shape":
+                if order[user] > order[node] and kind_of(user, modules) != "shape":
                     raise UserError(
                         f"{label(node)} changes {given.name} in place, and {label(user)} then reads the same memory "
                         f"through {view.name}, which a torch.fx graph does not tell: write it without in-place "

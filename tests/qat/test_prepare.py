@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qat.artifact import UserError
 from qat.decisions import Decision, Placement, QuantizedRead, QuantizedTensor
+from qat.fx_network import function_name
 from qat.prepare import placement_of, prepare
 from qat.quantizer import ActivationQuantizer, WeightQuantizer, fake_quantize, fake_quantize_weight
 from qat.tracing import trace
@@ -303,6 +304,27 @@ class ChangedBehindView(nn.Module):
 def test_what_a_view_hides_of_an_operation_in_place_is_refused(make):
     with pytest.raises(UserError, match=r"in place, and .* then reads the same memory through .*: write it without"):
         trace(make())
+
+
+class Accumulates(nn.Module):
+    """Another name for the same tensor sees ``+=``; another name for the same number does not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        skip, count = y, x.size(1)
+        channels = count
+        y += 1
+        y -= x
+        y *= skip
+        y /= 3
+        count += 1
+        return (skip + y).flatten(1)[:, : channels + count]
+
+
+def test_assignment_in_place_changes_every_name_of_a_tensor():
+    x, traced = torch.randn(2, 4, 3, 3), trace(Accumulates())
+    assert torch.equal(traced(x.clone()), Accumulates()(x.clone()))
+    assert not any(function_name(node) in ("iadd", "isub", "imul", "itruediv") for node in traced.graph.nodes)
 
 
 class ViewsThatAreLeft(nn.Module):
