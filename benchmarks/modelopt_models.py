@@ -71,9 +71,7 @@ def from_torch(name: str, x: Tensor, folder: Path) -> None:
 def main() -> None:
     warnings.simplefilter("ignore")
     root, *names = sys.argv[1:]
-    for name in names or zoo.NAMES:
-        folder = Path(root) / name.replace("/", "_")
-        folder.mkdir(parents=True, exist_ok=True)
+    for name, folder in zoo.folders(Path(root), names):
         x = zoo.full_images(name, 8)
         for make in (from_onnx, from_torch):
             try:

@@ -25,9 +25,7 @@ from qat.prepare import prepare
 def main() -> None:
     warnings.simplefilter("ignore")
     root, *names = sys.argv[1:]
-    for name in names or zoo.NAMES:
-        folder = Path(root) / name.replace("/", "_")
-        folder.mkdir(parents=True, exist_ok=True)
+    for name, folder in zoo.folders(Path(root), names):
         model, x = zoo.build(name), zoo.full_images(name, 4)
         prepared = prepare(model, input_shape=x.shape[1:])
         with torch.no_grad():

@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from export import ops
 from export.fold import DequantizeInput, QuantizeDequantize
+from export.names import unused_name
 from qat.artifact import UserError
 from qat.data import Preprocessing
 
@@ -201,10 +202,7 @@ def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
     outputs = set(graph.outputs)
     taken: set[str] = {value.name or "" for value in graph.inputs} | set(graph.initializers)
     for node in graph:
-        name = _node_name(node, layers)
-        serial = 0
-        while (unique := f"{name}_{serial}" if serial else name) in taken:
-            serial += 1
+        unique = unused_name(_node_name(node, layers), taken)
         taken.add(unique)
         node.name = unique
         for index, value in enumerate(node.outputs):

@@ -13,9 +13,12 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
 
-from export.onnx_network import DEQUANTIZE, QUANTIZE, OnnxNetwork
+from export.names import unused_name
+from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork
+from export.qdq import output_axis
+from qat import quantizer
 from qat.decisions import Placement
-from qat.quantizer import SCALE_FLOOR, WEIGHT, per_channel, quantize, scale_from_amax, weight_amax
+from qat.quantizer import SCALE_FLOOR, per_channel, quantize, scale_from_amax, weight_amax
 
 
 def insert(
@@ -49,13 +52,13 @@ def insert(
     for decision in placement.weights:
         if decision.quantized:
             node = view.nodes[decision.op]
-            weight, axis = node.inputs[1], _channel_axis(node)
+            weight, axis = node.inputs[WEIGHT], output_axis(node)
             assert weight is not None
             key = (weight.name or "", axis)
             if key not in stored:
                 stored[key], zeros = _quantized_weight(model.graph, weight, axis, weights)
                 dead += zeros
-            node.replace_input_with(1, stored[key])
+            node.replace_input_with(WEIGHT, stored[key])
     model.graph.sort()
     passes.RemoveUnusedNodesPass()(model)  # the float weights, too
     return dead
@@ -84,7 +87,7 @@ def _quantized_weight(
     given = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
     scale = scale_from_amax(weight_amax(given, axis))
     spread = per_channel(scale, given.ndim, axis)
-    codes = quantize(given, spread, WEIGHT)
+    codes = quantize(given, spread, quantizer.WEIGHT)
     name = weight.name or ""
     constants = [
         _initializer(graph, f"{name}.scale", scale.numpy()),
@@ -99,13 +102,6 @@ def _quantized_weight(
         graph, DEQUANTIZE, [data, *constants], f"{name}/dequantize", ir.DataType.FLOAT, weight, axis=axis
     )
     return dequantized, int((scale <= SCALE_FLOOR).sum())
-
-
-def _channel_axis(node: ir.Node) -> int:
-    """The axis of the output channels in a layer's weight."""
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1):
-        return 0
-    return 1
 
 
 def _reroute(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
@@ -131,10 +127,7 @@ def _append(
 
 
 def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    serial, unique = 0, name
-    while unique in graph.initializers:
-        serial += 1
-        unique = f"{name}_{serial}"
+    unique = unused_name(name, graph.initializers)
     value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique))
     value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape(array.shape)
     graph.register_initializer(value)

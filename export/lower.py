@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from export import ops
+from export.names import unused_name
 from qat.fx_network import arguments, function_name, kind_of
+from qat.tracing import PLAIN_NORMS
 
 FLATTEN = torch.ops.int8.flatten.default
 POOL = torch.ops.int8.global_average_pool.default
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class GlobalAveragePool(nn.Module):
@@ -75,7 +75,7 @@ def lower(folded: fx.GraphModule) -> None:
     called = [str(node.target) for node in folded.graph.nodes if node.op == "call_module"]
     for path in dict.fromkeys(called):
         module = folded.get_submodule(path)
-        if isinstance(module, _NORMS) and module.running_mean is not None:
+        if isinstance(module, PLAIN_NORMS) and module.running_mean is not None:
             folded.set_submodule(path, _with_children(BatchNorm(module), module))
         elif isinstance(module, nn.Hardtanh):  # and ReLU6
             folded.set_submodule(path, Clip(module.min_val, module.max_val))
@@ -107,12 +107,7 @@ def _with_children(module: nn.Module, other: nn.Module) -> nn.Module:
 
 def unused_path(module: nn.Module, path: str) -> str:
     """``path``, or with a number behind it, where ``module`` has no submodule yet."""
-    taken = {name for name, _ in module.named_modules()}
-    serial, unique = 0, path
-    while unique in taken:
-        serial += 1
-        unique = f"{path}_{serial}"
-    return unique
+    return unused_name(path, dict(module.named_modules()))
 
 
 def _pool(folded: fx.GraphModule, node: fx.Node) -> None:

@@ -18,12 +18,6 @@ from qat.rules import RULES, place
 from qat.sharing import Reads, all_quantized
 
 _FP16_BYTES = 2
-_THROUGHOUT = {
-    "pool_input": "the pool runs in FP16 between INT8 layers",
-    "gate_product": "the gate multiplies in FP16, so the convolutions around it write and read FP16",
-    "unfused_activation": "the activation's kernel reads FP16",
-    "unfused_add": "the addition, which fuses into no convolution, reads FP16",
-}
 
 
 def placement_findings(view: OnnxNetwork) -> list[Finding]:
@@ -55,12 +49,12 @@ class _Comparison:
             yield from self._weighted(op, decision)
         elif not decision.quantized:
             return
-        elif decision.kind == "add" and decision.rule not in _THROUGHOUT:
+        elif decision.kind == "add" and not RULES[decision.rule].cost:
             yield from self._add(op, decision)
         elif decision.kind == "concat":
             yield from self._concat(op, decision)
-        elif decision.rule in _THROUGHOUT and (missing := self._read_in_float(op)):
-            message = f"{self._named(missing)} read in float: {_THROUGHOUT[decision.rule]}"
+        elif (cost := RULES[decision.rule].cost) and (missing := self._read_in_float(op)):
+            message = f"{self._named(missing)} read in float: {cost}"
             yield self._finding(op, decision.rule, message, sum(self.network[tensor].elements for tensor in missing))
 
     def tensor(self, op: Op) -> Iterator[Finding]:

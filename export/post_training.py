@@ -22,7 +22,7 @@ from export.insert import insert
 from export.onnx_network import OnnxNetwork, network_from_onnx
 from export.read import is_quantized, read_onnx
 from export.reference import Sample, first_images, reference_path, write_reference
-from export.session import run, session, sqnr_db
+from export.session import run, session, session_with_tensors, sqnr_db
 from qat.artifact import (
     Parent,
     Sidecar,
@@ -268,10 +268,7 @@ def _calibrated(
     """The amax of every quantizer of ``placement`` that is not ``known``, from one pass of the float network."""
     wanted = {tensor.tensor: tensor.quantizer for tensor in placement.tensors if tensor.quantizer not in set(known)}
     observers = {quantizer: HistogramObserver(quantizer) for quantizer in wanted.values()}
-    proto = ir.to_proto(model)
-    there = {value.name for value in (*proto.graph.input, *proto.graph.output)}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted if name not in there)
-    network = session(proto.SerializeToString())
+    network = session_with_tensors(ir.to_proto(model), wanted)
     with progress("calibrating", math.ceil(inputs.count / inputs.batch)) as task:
         for batch in inputs.calibration():
             found = run(network, batch) | {inputs.name: batch}

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from export.onnx_network import constant
-from qat.artifact import UserError
+from qat.artifact import UserError, one_line
 
 OPSETS = range(7, min(25, onnx.defs.onnx_opset_version()) + 1)
 """The versions of the default operator set that are understood."""
@@ -51,7 +51,7 @@ def _load(path: Path) -> ir.Model:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except Exception as error:  # protobuf's DecodeError has no stable place
-        raise UserError(f"{path} is no ONNX model, or is truncated ({_short(error)}): get it again") from error
+        raise UserError(f"{path} is no ONNX model, or is truncated ({one_line(error)}): get it again") from error
     if not len(model.graph):
         raise UserError(f"{path} holds no network (an empty graph): is it an ONNX model?")
     return model
@@ -75,7 +75,7 @@ def _load_data(path: Path, model: ir.Model) -> None:
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} keeps weights in another file that cannot be read ({_short(error)}): get it again"
+            f"{path} keeps weights in another file that cannot be read ({one_line(error)}): get it again"
         ) from error
 
 
@@ -85,7 +85,7 @@ def _check_tensors(path: Path, model: ir.Model) -> None:
         try:
             constant(initializer)
         except ValueError as error:
-            raise UserError(f"{path} is inconsistent: initializer {name} ({_short(error)}): get it again") from error
+            raise UserError(f"{path} is inconsistent: initializer {name} ({one_line(error)}): get it again") from error
     for node in model.graph.all_nodes():
         for value in node.inputs:
             if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
@@ -96,13 +96,7 @@ def _check_tensors(path: Path, model: ir.Model) -> None:
     try:
         model.graph.sort()
     except ValueError as error:
-        raise UserError(f"{path} is inconsistent ({_short(error)}): export it again") from error
-
-
-def _short(error: Exception) -> str:
-    from qat.pixels import one_line  # with torch, which takes a second and is needed for nothing else here
-
-    return one_line(error)
+        raise UserError(f"{path} is inconsistent ({one_line(error)}): export it again") from error
 
 
 @contextlib.contextmanager

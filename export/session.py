@@ -29,9 +29,9 @@ def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
     )
 
 
-def session_with_tensors(model: Path, names: Iterable[str]) -> onnxruntime.InferenceSession:
-    """The same, where the tensors ``names`` inside the network are outputs too."""
-    proto = onnx.load(model)
+def session_with_tensors(model: Path | onnx.ModelProto, names: Iterable[str]) -> onnxruntime.InferenceSession:
+    """The same, where the tensors ``names`` inside the network are outputs too; a ModelProto is changed so."""
+    proto = onnx.load(model) if isinstance(model, Path) else model
     known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(names) - known))
     return session(proto.SerializeToString())

@@ -161,11 +161,13 @@ class _Picture:
 
     def _reads_codes(self, reader: Op, tensor: str) -> bool:
         """Whether ``reader`` reads ``tensor`` through its quantizer, or as codes that were moved into ``tensor``."""
-        if (reader.name, tensor) in self.reads:
-            return True
-        op, decision = self.network[tensor], self.decisions.get(reader.name)
-        computes = reader.kind in COMMUTING or (decision is not None and decision.quantized)
-        return computes and op.kind in COMMUTING and self._reads_codes(op, op.inputs[0])
+        while (reader.name, tensor) not in self.reads:
+            op, decision = self.network[tensor], self.decisions.get(reader.name)
+            computes = reader.kind in COMMUTING or (decision is not None and decision.quantized)
+            if not computes or op.kind not in COMMUTING:
+                return False
+            reader, tensor = op, op.inputs[0]
+        return True
 
 
 def _state(op: Op, decision: Decision | None) -> str:

@@ -28,8 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qat.artifact import UserError
-from qat.pixels import one_line
+from qat.artifact import UserError, one_line
 from qat.sources import did_you_mean
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files

@@ -14,7 +14,7 @@ import itertools
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -130,7 +130,7 @@ def as_json(shown: Shown) -> dict[str, object]:
         "summary": shown.placement.summary(),
         "placement": shown.placement.to_json(),
         "scale_groups": shown.placement.scale_groups(),
-        "rules": {name: asdict(rule) for name, rule in shown.rules.items()},
+        "rules": {name: {"sentence": rule.sentence, "source": rule.source} for name, rule in shown.rules.items()},
     }
 
 

@@ -32,10 +32,14 @@ BYTES = "bytes that TensorRT-RTX's layers write: benchmarks/placement_table.txt"
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule's sentence for people, shown wherever a decision is, and the source of its claim."""
+    """A rule's sentence for people, shown wherever a decision is, and the source of its claim.
+
+    ``cost``: what follows where an operation's inputs are not all quantized, though the rule wants them so.
+    """
 
     sentence: str
     source: str
+    cost: str = ""
 
 
 RULES: dict[str, Rule] = {
@@ -53,11 +57,11 @@ _THROUGHOUT: list[Throughout] = []
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _rule(sentence: str, source: str) -> Callable[[Function], Function]:
+def _rule(sentence: str, source: str, cost: str = "") -> Callable[[Function], Function]:
     """Records the decorated function as a rule of its name."""
 
     def record(function: Function) -> Function:
-        RULES[function.__name__] = Rule(sentence, source)
+        RULES[function.__name__] = Rule(sentence, source, cost)
         return function
 
     return record
@@ -73,12 +77,12 @@ def _exemption(sentence: str, source: str) -> Callable[[Exemption], Exemption]:
     return record
 
 
-def _throughout(sentence: str, source: str) -> Callable[[Throughout], Throughout]:
+def _throughout(sentence: str, source: str, cost: str = "") -> Callable[[Throughout], Throughout]:
     """Records it as a rule about operations whose inputs are all quantized wherever their output is read quantized."""
 
     def record(function: Throughout) -> Throughout:
         _THROUGHOUT.append(function)
-        return _rule(sentence, source)(function)
+        return _rule(sentence, source, cost)(function)
 
     return record
 
@@ -258,7 +262,11 @@ def residual_add_of_convolutions(network: Network, add: Op, fusing: list[str]) -
     return max(fusing, key=lambda tensor: (layers[tensor], network.position(tensor)))
 
 
-@_throughout("an average pool runs in INT8 when its input and its output are quantized", GUIDE)
+@_throughout(
+    "an average pool runs in INT8 when its input and its output are quantized",
+    GUIDE,
+    cost="the pool runs in FP16 between INT8 layers",
+)
 def pool_input(network: Network, op: Op, quantized: set[str]) -> bool:
     """Max pooling commutes with quantization and needs nothing."""
     return op.kind in POOLS
@@ -270,13 +278,21 @@ def shared_concat_scale(network: Network, op: Op, quantized: set[str]) -> bool:
     return op.kind == "concat"
 
 
-@_throughout("a gate multiplies INT8 codes, so that the convolutions on both sides of it write and read them", MEASURED)
+@_throughout(
+    "a gate multiplies INT8 codes, so that the convolutions on both sides of it write and read them",
+    MEASURED,
+    cost="the gate multiplies in FP16, so the convolutions around it write and read FP16",
+)
 def gate_product(network: Network, op: Op, quantized: set[str]) -> bool:
     """A tensor times a function of its own global pool: squeeze-and-excite. Both factors are quantized."""
     return op.name in gate_products(network)
 
 
-@_throughout("an addition that no convolution can take in reads and writes INT8 codes", BYTES)
+@_throughout(
+    "an addition that no convolution can take in reads and writes INT8 codes",
+    BYTES,
+    cost="the addition, which fuses into no convolution, reads FP16",
+)
 def unfused_add(network: Network, op: Op, quantized: set[str]) -> bool:
     """Of tensors none of which an INT8 convolution has just made, or that differ in shape, or are the same."""
     if op.kind != "add" or len(op.inputs) < 2:
@@ -296,7 +312,11 @@ def norm_of_codes(network: Network, op: Op, reads: Reads) -> bool:
     return bool(others) and all((reader.name, op.inputs[0]) in reads for reader in others)
 
 
-@_throughout("an activation that takes a kernel of its own reads and writes INT8 codes", MEASURED)
+@_throughout(
+    "an activation that takes a kernel of its own reads and writes INT8 codes",
+    MEASURED,
+    cost="the activation's kernel reads FP16",
+)
 def unfused_activation(network: Network, op: Op, quantized: set[str]) -> bool:
     """Between INT8 convolutions that do not take it in, its input is quantized as well as its output."""
     return op.kind == "unfused_activation" and fusing_convolution(network, op.inputs[0], quantized) is not None

@@ -25,7 +25,7 @@ from qat.artifact import UserError
 from qat.fx_network import arguments, function_name, kind_of, label, network_from_fx
 from qat.network import Network
 
-_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _DROPOUTS: dict[Any, Callable[[float], nn.Module]] = {
     F.dropout: nn.Dropout,
     F.dropout1d: nn.Dropout1d,
@@ -218,9 +218,9 @@ def _part_fused_norms(traced: fx.GraphModule) -> None:
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
         parts = [name for name in ("drop", "act") if isinstance(getattr(module, name, None), nn.Module)]
-        if type(module) in _PLAIN_NORMS or not isinstance(module, nn.modules.batchnorm._BatchNorm) or len(parts) < 2:
+        if type(module) in PLAIN_NORMS or not isinstance(module, nn.modules.batchnorm._BatchNorm) or len(parts) < 2:
             continue
-        plain_type = next(plain for plain in _PLAIN_NORMS if isinstance(module, plain))
+        plain_type = next(plain for plain in PLAIN_NORMS if isinstance(module, plain))
         plain = plain_type(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
         plain._parameters, plain._buffers = module._parameters, module._buffers
         for name in parts:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -66,6 +69,14 @@ def build(name: str) -> nn.Module:
     with torch.no_grad():
         model(images(name, 8))
     return model.eval()
+
+
+def folders(root: Path, names: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """The networks ``names``, all of them where none is named, each with a folder under ``root``, which is made."""
+    for name in names or NAMES:
+        folder = root / name.replace("/", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        yield name, folder
 
 
 def images(name: str, count: int, seed: int = 0) -> Tensor:

@@ -167,7 +167,8 @@ def test_json_is_what_the_rules_say(
     named = {d.rule for d in placement.decisions} | {rule for _, _, rule in placement.reads()}
     assert content["rules"].keys() == named
     assert ("kept_float" in named) is bool(keep_float)
-    assert content["rules"]["residual_add"] == vars(RULES["residual_add"])
+    rule = RULES["residual_add"]
+    assert content["rules"]["residual_add"] == {"sentence": rule.sentence, "source": rule.source}
     assert "\n".join(content["summary"]) in page
     assert content["input_shape"] == [3, 64, 64]
 
