@@ -15,7 +15,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,7 @@ from qat.data import Preprocessing
 InputKind = Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"]
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
+_LONGEST = np.iinfo(np.int64).max  # to the end, whatever the length
 _EXAMPLE_BATCH = 2  # any but 0 and 1, which torch.export would take for constants
 
 
@@ -144,6 +145,8 @@ def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir
     ):
         clean(model)
     _split_into_tensors(model.graph)
+    _plain_shapes(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
     # Sizes and bounds that the exporter computes in the graph; weights stay INT8 codes.
     fold_constants_ir(model, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None)
     _name_by_module(model.graph, _layers(network))
@@ -182,8 +185,7 @@ def _split_into_tensors(graph: ir.Graph) -> None:
         assert isinstance(extent, int), "only the batch is dynamic, and it is not split"
         if not parts.shape:
             parts = np.diff([*range(0, extent, int(parts)), extent])
-        lengths = ir.Value(name=f"{node.outputs[0].name}_lengths", const_value=ir.tensor(parts.astype(np.int64)))
-        graph.register_initializer(lengths)
+        lengths = _constant(graph, f"{node.outputs[0].name}_lengths", parts.tolist())
         split = ir.Node("", "Split", [given, lengths], [ir.AttrInt64("axis", axis)], num_outputs=len(parts))
         split.metadata_props.update(node.metadata_props)
         graph.insert_before(node, split)
@@ -195,6 +197,39 @@ def _split_into_tensors(graph: ir.Graph) -> None:
             part.shape, part.type = taker.outputs[0].shape, taker.outputs[0].type
             ir.convenience.replace_all_uses_with(taker.outputs[0], part)
         graph.remove([*takers, node], safe=True)
+
+
+def _plain_shapes(graph: ir.Graph) -> None:
+    """The shape of a Reshape becomes a constant, and a part of a shape is cut out by Slice.
+
+    The exporter computes the first in the graph and does the second by attributes of Shape, which TensorRT 8.6 does
+    not read: it takes the whole shape without a word.
+    """
+    for node in list(graph):
+        shape = node.outputs[0].shape
+        if node.op_type == "Reshape" and shape is not None:
+            lengths = [dim if isinstance(dim, int) else -1 for dim in shape]
+            if lengths.count(-1) <= 1:
+                node.replace_input_with(1, _constant(graph, f"{node.outputs[0].name}_shape", lengths))
+                node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+        elif node.op_type == "Shape" and {"start", "end"} & node.attributes.keys():
+            start = node.attributes.pop("start", ir.AttrInt64("start", 0)).as_int()
+            end = node.attributes.pop("end", ir.AttrInt64("end", _LONGEST)).as_int()
+            whole = node.outputs[0]
+            readers = whole.uses()
+            bounds = [_constant(graph, f"{whole.name}_{name}", [at]) for name, at in (("start", start), ("end", end))]
+            part = ir.Node("", "Slice", [whole, *bounds, _constant(graph, f"{whole.name}_axis", [0])])
+            part.metadata_props.update(node.metadata_props)
+            graph.insert_after(node, part)
+            for reader, index in readers:
+                reader.replace_input_with(index, part.outputs[0])
+
+
+def _constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
+    """A new int64 [len(values)] constant of ``graph``."""
+    constant = ir.Value(name=name, const_value=ir.tensor(np.array(values, np.int64)))
+    graph.register_initializer(constant)
+    return constant
 
 
 def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:

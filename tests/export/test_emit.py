@@ -1,5 +1,6 @@
 """What the ONNX file is made of, and that ONNX Runtime computes from it what PyTorch computes."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -230,3 +231,30 @@ def test_a_flatten_module_and_functional_pooling_stay_single_nodes():
     types = [node.op_type for node in emit(fold(prepared)[0], torch.zeros(2, 3, 8, 8), {}).graph]
     assert types.count("GlobalAveragePool") == types.count("Flatten") == 1
     assert not set(types) & {"ReduceMean", "Reshape", "Shape", "Identity", "Constant"}
+
+
+def test_shapes_need_no_arithmetic_that_some_versions_of_tensorrt_misread(tmp_path):
+    """A Reshape has a constant shape; the batch that a Resize needs is cut out by Slice, not by attributes of Shape."""
+
+    class Shuffled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+        def forward(self, x):
+            x = self.conv(x)
+            batch, channels, height, width = x.shape
+            x = x.reshape(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, -1, height, width)
+            return nn.functional.interpolate(x, size=(7, 9), mode="bilinear")
+
+    x = torch.rand(3, 3, 8, 8)
+    folded = fold_float(prepare(Shuffled().eval(), input_shape=x.shape[1:]))
+    model = emit(folded, x[:2], {})
+    kinds = Counter(node.op_type for node in model.graph)
+    assert kinds == {"Conv": 1, "Reshape": 2, "Transpose": 1, "Shape": 1, "Slice": 1, "Concat": 1, "Resize": 1}
+    assert not next(node for node in model.graph if node.op_type == "Shape").attributes
+    for node in model.graph:
+        assert node.op_type != "Reshape" or node.inputs[1].const_value.numpy()[0] == -1
+    ir.save(model, tmp_path / "shuffled.onnx")
+    (got,) = session(tmp_path / "shuffled.onnx").run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(got, folded(x).detach().numpy(), atol=1e-5)
