@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.builder import Built, build
-from deploy.layers import layers_from_inspector
-from deploy.measure import latencies
+from deploy.measure import latencies, layer_times
 from deploy.runtime import Engine
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import Toolkit, find_toolkit
@@ -68,17 +67,9 @@ def _counts(built: Built) -> dict[str, Any]:
 
 
 def _layer_times(engine: Engine, batch: int) -> list[dict[str, Any]]:
-    layers = layers_from_inspector(engine.toolkit.inspect(engine.plan))
-    with engine.all_lanes() as lanes:
-        times = lanes[0].bind(batch).layer_milliseconds(20)
     return [
-        {
-            "name": layer.name,
-            "precision": layer.product_precision,
-            "format": layer.short_format,
-            "ms": times.get(layer.name, 0),
-        }
-        for layer in layers
+        {"name": layer.name, "precision": layer.product_precision, "format": layer.short_format, "ms": milliseconds}
+        for layer, milliseconds in layer_times(engine, batch, 20)
     ]
 
 

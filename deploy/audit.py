@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from deploy.layers import EngineLayer, layers_from_inspector
+from deploy.layers import EngineLayer
 from deploy.precision import Finding
 from qat.artifact import Sidecar, UserError, check_writable, read_sidecar, write_json
 from qat.console import Command, run_command, say, table, warn
@@ -98,16 +98,13 @@ def main(options: AuditOptions) -> None:
 
 def audit_engine(path: Path, sidecar: Sidecar, batch: int | None, runs: int, *, trust: bool = False) -> EngineAudit:
     """Loads an engine, lists its layers and measures them. Raises UserError when it cannot be loaded here."""
+    from deploy.measure import layer_times
     from deploy.runtime import Engine
 
     with Engine.load(path, contexts=1, trust=trust) as engine:
-        layers = tuple(layers_from_inspector(engine.toolkit.inspect(engine.plan)))
         batch = batch or engine.profiles[0].opt
-        profile = engine.profile_for(batch)
-        layers = tuple(layer for layer in layers if layer.profile == profile)
-        with engine.all_lanes() as lanes:
-            times = lanes[0].bind(batch).layer_milliseconds(runs)
-    milliseconds = tuple(times.get(layer.name, 0.0) for layer in layers)
+        times = layer_times(engine, batch, runs)
+    layers, milliseconds = tuple(layer for layer, _ in times), tuple(spent for _, spent in times)
     return EngineAudit(layers, _findings(sidecar), milliseconds, batch, runs)
 
 

@@ -12,6 +12,7 @@ runs are faster than the fast runs of FP16.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -35,11 +36,14 @@ from qat.artifact import (
 from qat.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
+    from deploy.layer_costs import Slower
     from deploy.measure import Latency
     from deploy.trt import Toolkit
 
 MODEL, PADDED = "INT8 (QAT)", "INT8 (QAT), zero channels"
 FP16, IMPLICIT = "FP16", "implicit INT8"
+LAYER_RUNS = 50
+"""Runs that the times of single layers are averaged over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +141,8 @@ def main(options: BenchmarkOptions) -> None:
     for batch in dict.fromkeys((*options.full_batches, *options.batches)):
         full = batch in options.full_batches
         chosen = [column for column in columns if full or column.name in (FP16, IMPLICIT, MODEL, PADDED)]
-        add("latency", bench.compare(chosen + (peers if full else []), batch))
+        for kind, entries in bench.compare(chosen + (peers if full else []), batch).items():
+            add(kind, entries)
     for batch in options.host_to_host:
         for column in inputs:
             add("host_to_host", bench.host_to_host(column, batch))
@@ -156,9 +161,10 @@ class Bench:
         self.builds: list[dict[str, Any]] = []
         self._timings = b""
 
-    def compare(self, columns: list[Column], batch: int) -> list[dict[str, Any]]:
-        """Latencies of all columns at one batch size, printed with the verdict."""
-        from deploy.measure import latencies
+    def compare(self, columns: list[Column], batch: int) -> dict[str, list[dict[str, Any]]]:
+        """Latencies of all columns at one batch size, printed with the verdict, and layers that FP16 makes faster."""
+        from deploy.layer_costs import LayerCosts
+        from deploy.measure import latencies, layer_times
         from deploy.runtime import Engine
 
         plans = {column.name: self.engine(column, batch) for column in columns}
@@ -167,11 +173,19 @@ class Bench:
                 name: stack.enter_context(Engine(plan, self.toolkit, contexts=1)) for name, plan in plans.items()
             }
             found = latencies(engines, batch, self.options.runs)
+            slower = []
+            if FP16 in engines:
+                int8, fp16 = (layer_times(engines[name], batch, LAYER_RUNS) for name in (MODEL, FP16))
+                slower = LayerCosts.of(self.toolkit, self.options.model).slower_in_int8(int8, fp16)
         for name, latency in found.items():
             if not latency.graph:
                 warn(f"{name} cannot be captured as a CUDA graph: its time includes launching every kernel")
         _print_latencies(found, batch)
-        return [{"name": name, **latency.to_json()} for name, latency in found.items()]
+        _print_slower(slower, batch)
+        return {
+            "latency": [{"name": name, **latency.to_json()} for name, latency in found.items()],
+            "slower_in_int8": [{"batch": batch, **asdict(one)} for one in slower],
+        }
 
     def throughput(self, column: Column, batch: int) -> list[dict[str, Any]]:
         """Images a second, engine only, by the number of contexts."""
@@ -359,6 +373,17 @@ def _print_latencies(found: dict[str, Latency], batch: int) -> None:
     table(f"Batch {batch}, {found[MODEL].runs} runs", heads, rows)
     if base:
         say(verdict(found[MODEL], base))
+
+
+def _print_slower(slower: Sequence[Slower], batch: int) -> None:
+    if slower:
+        rows = [(one.node, f"{one.int8:.3f}", f"{one.fp16:.3f}") for one in slower]
+        table(f"Layers that take longer in INT8, batch {batch}", ("layer", "INT8, ms", "FP16, ms"), rows)
+        names = " ".join(one.node for one in slower)
+        say(
+            f"in float they may be faster, if the conversions that this takes cost less: qat.train and export.quantize "
+            f"have --keep-float {names}"
+        )
 
 
 def verdict(model: Latency, base: Latency) -> str:

@@ -43,6 +43,8 @@ _SHORT_TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
 _BYTES = {"INT8": 1, "UINT8": 1, "BOOL": 1, "FP8": 1, "FP16": 2, "BF16": 2, "INT64": 8}  # all others have 4
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
 _FOREIGN = re.compile(r"\{ForeignNode\[(.*)\]\}")
+_POINTWISE = "PWN("
+_BETWEEN_NAMES = re.compile(r" \+ | \|\| ")
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
 
 
@@ -87,7 +89,7 @@ class EngineLayer:
     @property
     def own_nodes(self) -> list[str]:
         """The ONNX nodes that the layer is called after; a generated name has none."""
-        return _own_names(self.name)
+        return node_names(self.name)
 
     @property
     def short_format(self) -> str:
@@ -216,12 +218,19 @@ def _short_type(words: str) -> str:
 
 def _onnx_nodes(name: str, metadata: str) -> tuple[str, ...]:
     """The ONNX nodes of an engine layer, the one that it is called after first."""
-    return tuple(dict.fromkeys([*_own_names(name), *_METADATA_NODE.findall(metadata)]))
+    return tuple(dict.fromkeys([*node_names(name), *_METADATA_NODE.findall(metadata)]))
 
 
-def _own_names(name: str) -> list[str]:
-    """The nodes that a layer is called after; a generated name has none."""
-    return [] if _is_generated(name) else re.split(r" \+ | \|\| ", _NUMBERING.sub("", _PROFILE.sub("", name)))
+def node_names(name: str) -> list[str]:
+    """The nodes that a layer of this name is called after; a generated name has none."""
+    if _is_generated(name):
+        return []
+    plain = _NUMBERING.sub("", _PROFILE.sub("", name))
+    if _POINTWISE not in plain:
+        return _BETWEEN_NAMES.split(plain)
+    # Kernels of several pointwise operations, which may be inside each other: PWN(PWN(a, b), c)
+    names = _BETWEEN_NAMES.split(plain.replace(_POINTWISE, "").replace(", ", " + "))
+    return [found.rstrip(")") for found in names]
 
 
 def _is_generated(name: str) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 
 from deploy import cuda
 from deploy.lane import Bound
+from deploy.layers import EngineLayer, layers_from_inspector
 from deploy.runtime import Engine
 
 BLOCK = 20
@@ -75,6 +76,15 @@ def latencies(engines: Mapping[str, Engine], batch: int, runs: int = 200) -> dic
                 found[name] += _block(bound, events)
         graphs = {name: bound.uses_graph for name, bound in bounds.items()}
     return {name: Latency.of(batch, milliseconds, graphs[name]) for name, milliseconds in found.items()}
+
+
+def layer_times(engine: Engine, batch: int, runs: int) -> list[tuple[EngineLayer, float]]:
+    """The engine's layers at one batch size, each with its mean milliseconds over ``runs`` by TensorRT's profiler."""
+    profile = engine.profile_for(batch)
+    layers = [one for one in layers_from_inspector(engine.toolkit.inspect(engine.plan)) if one.profile == profile]
+    with engine.all_lanes() as lanes:
+        times = lanes[0].bind(batch).layer_milliseconds(runs)
+    return [(layer, times.get(layer.name, 0.0)) for layer in layers]
 
 
 def throughput(engine: Engine, batch: int, seconds: float = 1.0) -> float:

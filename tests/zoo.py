@@ -63,8 +63,9 @@ def build(name: str) -> nn.Module:
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = None  # the plain mean over what is seen
-        if norm.affine and not norm.weight.any():  # as the last of a residual branch starts: it would hide the branch
-            nn.init.ones_(norm.weight)
+        if norm.affine:  # as training leaves them: no branch is hidden by zeros, and no two tensors are one
+            nn.init.uniform_(norm.weight, 0.8, 1.2)
+            nn.init.uniform_(norm.bias, -0.1, 0.1)
     model.train()
     with torch.no_grad():
         model(images(name, 8))

@@ -204,7 +204,10 @@ def test_benchmark_compares_and_builds_once(model, tmp_path, capfd):
     precisions = {entry["name"]: entry["convolutions_int8"] for entry in found["builds"] if entry["batch"] == 4}
     assert precisions["FP32"] == precisions["TF32"] == precisions["FP16"] == 0
     assert precisions["INT8 (QAT)"] == precisions["twin"] == 3
-    assert "batch 4: " in capfd.readouterr().out
+    assert all(entry["batch"] in (1, 4) and entry["int8"] > entry["fp16"] for entry in found["slower_in_int8"])
+    printed = capfd.readouterr().out
+    assert "batch 4: " in printed
+    assert ("--keep-float" in printed) is bool(found["slower_in_int8"])
     benchmark.main(options)
     again = json.loads((tmp_path / "benchmark.json").read_text())["builds"]
     assert len(again) == 11
