@@ -6,8 +6,8 @@
 #
 # PYTHON has torch and exports; DEPLOY_PYTHON has TensorRT. The tables are printed, raw results are in benchmark.json.
 # Every engine is built REPEAT times (2) and the fastest is kept. Nearly all of the time goes into builds, which several
-# GPUS of one kind share; the first of them (0) measures everything. By the build times of gpu_benchmark.txt it takes 12
-# minutes with REPEAT=1 on one GPU or REPEAT=2 on four, and half an hour with REPEAT=2 on one.
+# GPUS of one kind share; the first of them (0) measures everything. By the build times of gpu_benchmark.txt the builds
+# take 18 minutes with REPEAT=1 on one GPU.
 set -euo pipefail
 out=$1 python=${PYTHON:-python3} deploy=${DEPLOY_PYTHON:-${PYTHON:-python3}}
 shift
@@ -18,28 +18,25 @@ read -ra gpus <<<"${GPUS:-0}"
 compare() {
     $deploy -m deploy.benchmark "$out/resnet50.onnx" --padded "$out/resnet50.padded.onnx" --ptq "$out/resnet50_ptq.onnx" \
         --peers "${peers[@]}" --inputs "uint8 input=$out/resnet50_uint8-nchw.onnx" "INT8 input=$out/resnet50_int8-nchw.onnx" \
-        --repeat "${REPEAT:-2}" "$@"
+        --full-batches 32 --batches 128 1 --host-to-host 128 --contexts 2 3 \
+        --repeat "${REPEAT:-2}" --output "$out/benchmark.json" "$@"
 }
 # The most images a second: input that the host has quantized, the largest batch, several contexts.
 most_images() {
     $deploy -m deploy.benchmark "$out/resnet50_int8-nchw.onnx" --padded "$out/resnet50_int8-nchw.padded.onnx" \
-        --precisions --batches --full-batches --sweep 2048 --repeat "${REPEAT:-2}" "$@"
+        --precisions --batches --full-batches --sweep 2048 --contexts 1 2 3 \
+        --repeat "${REPEAT:-2}" --output "$out/throughput.json" "$@"
 }
 
 if ((${#gpus[@]} > 1)); then # what the GPUs build here, the two commands at the end find
-    parts=(
-        "compare --full-batches 32 --batches"
-        "compare --full-batches --batches 128 --host-to-host 128 --contexts 1"
-        "compare --full-batches --batches 1"
-        "most_images --contexts 1"
-    )
-    for gpu in "${!gpus[@]}"; do
-        for ((part = gpu; part < ${#parts[@]}; part += ${#gpus[@]})); do
-            CUDA_VISIBLE_DEVICES=${gpus[gpu]} ${parts[part]} --runs 1 --output "$out/part$part.json"
-        done >"$out/gpu${gpus[gpu]}.log" 2>&1 &
+    for gpu in "${gpus[@]}"; do
+        (
+            export CUDA_VISIBLE_DEVICES=$gpu
+            compare --build-only && most_images --build-only
+        ) >"$out/gpu$gpu.log" 2>&1 &
     done
     wait
 fi
 export CUDA_VISIBLE_DEVICES=${gpus[0]}
-compare --full-batches 32 --batches 128 1 --host-to-host 128 --contexts 2 3 --output "$out/benchmark.json"
-most_images --contexts 1 2 3 --output "$out/throughput.json"
+compare
+most_images

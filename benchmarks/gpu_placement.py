@@ -1,83 +1,74 @@
-"""Speed of several placements of the same networks, each beside its FP16 engine, in one run.
+"""Speed of several placements of the same networks, each beside its FP16 engine, by deploy.benchmark.
 
-    python -m benchmarks.gpu_placement FOLDER [--batch 32] [--models NAME ...] [--seconds N] [--output FILE]
+    python -m benchmarks.gpu_placement FOLDER --output OUTPUT [--models NAME ...] [--batch 32] [--build-only]
     python -m benchmarks.gpu_placement --table FILE
 
-FOLDER/NAME/ holds the ONNX files of one network: float32.onnx, of which the FP16 engine is built, and one file for each
-placement (benchmarks/placement_models.py writes ours; other tools' are put beside them). Engines of one network are
-measured interleaved. A network begins only within the first N seconds. Raw figures, with each layer's time, go to FILE,
-from which --table prints the table again.
+FOLDER/NAME/ holds the ONNX files of one network: float32.onnx, of which the FP16 engine is built, ours.onnx, and one
+for each other placement (benchmarks/placement_models.py writes ours; other tools' are put beside them). Engines of one
+network are measured interleaved. OUTPUT/NAME/ gets the engines, benchmark.json, and placement.jsonl with a line for
+each engine, from which --table prints the table; with --build-only the engines alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deploy.builder import Built, build
-from deploy.measure import latencies, layer_times
-from deploy.runtime import Engine
-from deploy.settings import BuildSettings, Profile
-from deploy.trt import Toolkit, find_toolkit
+from deploy.benchmark import FP16, MODEL, BenchmarkOptions
+from deploy.benchmark import main as benchmark
 from qat.artifact import UserError
 
-FLOAT = "float32"
+OURS, FLOAT = "ours", "float32"
+_PLACEMENTS = {FP16: FLOAT, MODEL: OURS}  # as deploy.benchmark calls them
 
 
-def compare(toolkit: Toolkit, folder: Path, batch: int, runs: int) -> list[dict[str, Any]]:
-    """Builds and measures every ONNX file of ``folder``; the FP16 engine comes first."""
-    files = sorted(folder.glob("*.onnx"), key=lambda path: (path.stem != FLOAT, path.stem))
-    entries: dict[str, dict[str, Any]] = {}
-    with ExitStack() as stack:
-        engines = {}
-        cache = b""
-        for path in files:
-            entry = entries[path.stem] = {"model": folder.name, "placement": path.stem, "batch": batch}
-            precision: Any = "fp16" if path.stem == FLOAT else "explicit"
-            settings = BuildSettings(profiles=(Profile(batch, batch, batch),), precision=precision)
-            try:
-                built = build(toolkit, path, settings, cache)
-                cache = built.timing_cache_content or cache
-                engines[path.stem] = stack.enter_context(Engine.of(built.plan, toolkit, settings))
-                entry |= _counts(built)
-            except (UserError, RuntimeError) as error:
-                entry["error"] = str(error)
-        for name, latency in latencies(engines, batch, runs).items() if engines else ():
-            entries[name] |= latency.to_json()
-        for name, engine in engines.items():
-            entries[name]["layer_times"] = _layer_times(engine, batch)
-    return list(entries.values())
+def compare(folder: Path, output: Path, batch: int, build_only: bool) -> None:
+    """Builds the engine of every ONNX file of ``folder`` and measures them against each other."""
+    others = sorted(path for path in folder.glob("*.onnx") if path.stem not in _PLACEMENTS.values())
+    options = BenchmarkOptions(
+        model=folder / f"{OURS}.onnx",
+        float32=folder / f"{FLOAT}.onnx",
+        precisions=("fp16",),
+        peers=tuple(f"{path.stem}={path}" for path in others),
+        batches=(),
+        full_batches=(batch,),
+        engines=output / "engines",
+        output=output / "benchmark.json",
+        build_only=build_only,
+    )
+    benchmark(options)
+    if not build_only:
+        found = json.loads((output / "benchmark.json").read_text(encoding="utf-8"))
+        lines = [json.dumps({"model": folder.name, **entry}) for entry in entries(found)]
+        (output / "placement.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
-def _counts(built: Built) -> dict[str, Any]:
-    layers, weighted = built.audit.layers, built.audit.findings
-    return {
-        "build_seconds": round(built.seconds, 1),
-        "layers": len(layers),
-        "reformats": sum(layer.is_reformat for layer in layers),
-        "quantizations": sum(layer.is_quantization for layer in layers),
-        "convolutions": dict(zip(("int8", "all"), built.audit.count("convolution"), strict=True)),
-        "float": [asdict(finding) for finding in weighted if finding.precision != "INT8"],
-    }
-
-
-def _layer_times(engine: Engine, batch: int) -> list[dict[str, Any]]:
-    return [
-        {"name": layer.name, "precision": layer.product_precision, "format": layer.short_format, "ms": milliseconds}
-        for layer, milliseconds in layer_times(engine, batch, 20)
+def entries(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """One for each engine: its latency and what it is made of; those that could not be built have an error."""
+    builds = {build["name"]: build for build in found["builds"]}
+    measured = [
+        {
+            "placement": _PLACEMENTS.get(latency["name"], latency["name"]),
+            **{key: value for key, value in latency.items() if key != "name"},
+            **{key: builds[latency["name"]][key] for key in ("seconds", "layers", "reformats")},
+            "convolutions": {"int8": builds[latency["name"]]["convolutions_int8"]}
+            | {"all": builds[latency["name"]]["convolutions"]},
+        }
+        for latency in found["latency"]
     ]
+    for entry in measured:
+        if entry["placement"] == OURS:
+            entry["slower_in_int8"] = found["slower_in_int8"]
+    return measured + [{"placement": entry["name"], "error": entry["error"]} for entry in found["left_out"]]
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]]) -> str:
     """The entries for people: a line for each engine, speed relative to its network's FP16 engine."""
-    base = {entry["model"]: entry.get("median") for entry in entries if entry["placement"] == FLOAT}
+    base = {entry["model"]: entry.get("median") for entry in found if entry["placement"] == FLOAT}
     lines = [f"{'network':22} {'placement':24} {'ms':>8} {'x FP16':>7} {'layers':>6} {'reform.':>7} {'INT8 conv':>10}"]
-    for entry in entries:
+    for entry in found:
         if "median" not in entry:
             lines.append(f"{entry['model']:22} {entry['placement']:24} {entry.get('error', 'not measured')[:80]}")
             continue
@@ -96,27 +87,19 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=3600)
-    parser.add_argument("--output", type=Path, default=Path("placement.jsonl"))
+    parser.add_argument("--output", type=Path, default=Path("placement"))
+    parser.add_argument("--build-only", action="store_true")
     options = parser.parse_args()
     if options.table is not None:
         print(table([json.loads(line) for line in options.table.read_text(encoding="utf-8").splitlines()]))
         return
     if options.folder is None:
         parser.error("a folder of ONNX files, or --table FILE")
-    names = options.models or sorted(path.name for path in options.folder.iterdir() if path.is_dir())
-    toolkit, entries, start = find_toolkit("tensorrt"), [], time.monotonic()
-    with open(options.output, "w", encoding="utf-8") as file:
-        for name in names:
-            if time.monotonic() - start > options.seconds:
-                print(f"{name}: not measured, out of time", flush=True)
-                continue
-            for entry in compare(toolkit, options.folder / name, options.batch, options.runs):
-                entries.append(entry)
-                print(json.dumps(entry), file=file, flush=True)
-            print(table(entries[-9:]), flush=True)
-    print(table(entries))
+    for name in options.models or sorted(path.name for path in options.folder.iterdir() if path.is_dir()):
+        try:
+            compare(options.folder / name, options.output / name, options.batch, options.build_only)
+        except UserError as error:  # a network that TensorRT refuses is a result, not the end
+            print(f"{name}: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ runs are faster than the fast runs of FP16.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,18 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
-from deploy.layers import EngineLayer
-from deploy.settings import BuildSettings, Precision, Profile
-from qat.artifact import (
-    Parent,
-    Sidecar,
-    UserError,
-    check_writable,
-    read_sidecar,
-    sha256_of,
-    write_artifact,
-    write_json,
-)
+from deploy.contenders import Column, Contenders
+from deploy.settings import Precision
+from qat.artifact import UserError, check_writable, sha256_of, write_json
 from qat.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
@@ -86,19 +76,12 @@ class BenchmarkOptions(Command):
     """As for deploy.build."""
     timing_iterations: int | None = None
     """As for deploy.build."""
+    build_only: bool = False
+    """Build what is missing and measure nothing. Several such runs, each on a GPU of its own, share the builds."""
     engines: Path | None = None
     """Folder that keeps the engines; by default engines/ beside the model."""
     output: Path | None = None
     """The results as JSON; by default benchmark.json beside the model."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One engine for each batch size: a name, the ONNX file and the precision that it is built with."""
-
-    name: str
-    model: Path
-    precision: Precision
 
 
 def main(options: BenchmarkOptions) -> None:
@@ -119,18 +102,29 @@ def main(options: BenchmarkOptions) -> None:
     peers = [Column(name, path, "explicit") for name, path in map(_named, options.peers)]
     inputs = [column for column in columns if column.name in (MODEL, PADDED)]
     inputs += [Column(name, path, "explicit") for name, path in map(_named, options.inputs)]
-    _check_names([column.name for column in {*columns, *peers, *inputs}])
-    bench = Bench(toolkit, options)
+    everything = dict.fromkeys((*columns, *peers, *inputs))
+    _check_names(everything)
+    bench = Bench(toolkit, options, peers)
     say(f"{toolkit.title} on {toolkit.device.name}, driver {toolkit.device.driver}; batches {options.batches}")
 
-    models = {column.name: column.model for column in (*columns, *peers, *inputs)}
+    compared: dict[int, list[Column]] = {}
+    for batch in dict.fromkeys((*options.full_batches, *options.batches)):
+        full = batch in options.full_batches
+        chosen = [column for column in columns if full or column.name in (FP16, IMPLICIT, MODEL, PADDED)]
+        compared[batch] = chosen + (peers if full else [])
+    if options.build_only:
+        alone = [(column, batch) for batch in (*options.host_to_host, *options.sweep) for column in inputs]
+        bench.build([*((column, batch) for batch, chosen in compared.items() for column in chosen), *alone])
+        return
+    files = {column.name: column.model for column in everything}
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": asdict(toolkit.device),
         "tensorrt": toolkit.version,
         "repeat": options.repeat,
-        "models": {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in models.items()},
-        "builds": bench.builds,
+        "models": {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in files.items()},
+        "builds": bench.contenders.builds,
+        "left_out": bench.left_out,
     }
 
     def add(kind: str, entries: list[dict[str, Any]]) -> None:
@@ -138,10 +132,8 @@ def main(options: BenchmarkOptions) -> None:
         results.setdefault(kind, []).extend(entries)
         write_json(output, results)
 
-    for batch in dict.fromkeys((*options.full_batches, *options.batches)):
-        full = batch in options.full_batches
-        chosen = [column for column in columns if full or column.name in (FP16, IMPLICIT, MODEL, PADDED)]
-        for kind, entries in bench.compare(chosen + (peers if full else []), batch).items():
+    for batch, chosen in compared.items():
+        for kind, entries in bench.compare(chosen, batch).items():
             add(kind, entries)
     for batch in options.host_to_host:
         for column in inputs:
@@ -153,13 +145,31 @@ def main(options: BenchmarkOptions) -> None:
 
 
 class Bench:
-    """Builds engines, or takes those of an earlier run, and measures them."""
+    """Measures engines against each other. One of ``peers`` that TensorRT refuses is left out."""
 
-    def __init__(self, toolkit: Toolkit, options: BenchmarkOptions) -> None:
-        self.toolkit, self.options = toolkit, options
-        self.folder = options.engines or options.model.with_name("engines")
-        self.builds: list[dict[str, Any]] = []
-        self._timings = b""
+    def __init__(self, toolkit: Toolkit, options: BenchmarkOptions, peers: Sequence[Column] = ()) -> None:
+        self.toolkit, self.options, self.peers = toolkit, options, peers
+        folder = options.engines or options.model.with_name("engines")
+        self.contenders = Contenders(
+            toolkit, folder, options.repeat, options.optimization_level, options.timing_iterations
+        )
+        self.left_out: list[dict[str, Any]] = []
+
+    def build(self, wanted: Iterable[tuple[Column, int]]) -> None:
+        """Builds the engines that are missing and that no other run is building."""
+        for column, batch in dict.fromkeys(wanted):
+            with self._unless_refused(column, batch):
+                self.contenders.build_if_free(column, batch)
+
+    @contextmanager
+    def _unless_refused(self, column: Column, batch: int) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            if column not in self.peers:
+                raise
+            warn(f"{column.name} is left out: {error}")
+            self.left_out.append({"name": column.name, "batch": batch, "error": str(error)})
 
     def compare(self, columns: list[Column], batch: int) -> dict[str, list[dict[str, Any]]]:
         """Latencies of all columns at one batch size, printed with the verdict, and layers that FP16 makes faster."""
@@ -167,7 +177,10 @@ class Bench:
         from deploy.measure import latencies, layer_times
         from deploy.runtime import Engine
 
-        plans = {column.name: self.engine(column, batch) for column in columns}
+        plans = {}
+        for column in columns:
+            with self._unless_refused(column, batch):
+                plans[column.name] = self.contenders.engine(column, batch)
         with ExitStack() as stack:
             engines = {
                 name: stack.enter_context(Engine(plan, self.toolkit, contexts=1)) for name, plan in plans.items()
@@ -192,7 +205,7 @@ class Bench:
         from deploy.measure import throughput
         from deploy.runtime import Engine
 
-        plan = self.engine(column, batch)
+        plan = self.contenders.engine(column, batch)
         entries = []
         for contexts in self.options.contexts:
             with Engine(plan, self.toolkit, contexts=contexts) as engine:
@@ -208,7 +221,7 @@ class Bench:
         from deploy.measure import host_to_host, throughput
         from deploy.runtime import Engine
 
-        plan = self.engine(column, batch)
+        plan = self.contenders.engine(column, batch)
         entries = []
         for contexts in self.options.contexts:
             with Engine(plan, self.toolkit, contexts=contexts) as engine:
@@ -223,81 +236,6 @@ class Bench:
                 f"memory ({100 * pinned / alone:.0f} % of the engine alone), {pageable:,.0f} from pageable"
             )
         return entries
-
-    def engine(self, column: Column, batch: int) -> bytes:
-        """The engine of a column for a fixed batch: built, or taken from the folder where it is just that one."""
-        from deploy.build import engine_sidecar, write_plan
-        from deploy.builder import build
-        from deploy.repeat import build_fastest
-
-        settings = BuildSettings(
-            precision=column.precision,
-            profiles=(Profile(batch, batch, batch),),
-            optimization_level=self.options.optimization_level,
-            timing_iterations=self.options.timing_iterations,
-        )
-        path = self.folder / f"{_file_name(column.name)}-{batch}.engine"
-        digest = sha256_of(column.model)
-        if (kept := self._kept(path, settings, digest)) is not None:
-            self._note_build(column, batch, kept, again=False)
-            return path.read_bytes()
-        say(f"building {column.name} for batch {batch}")
-        if self.options.repeat == 1:
-            built = build(self.toolkit, column.model, settings, self._timings)
-            self._timings = built.timing_cache_content
-        else:
-            built = build_fastest(self.toolkit, column.model, settings, self.options.repeat)
-        parent = Parent.of(path, column.model, digest)
-        sidecar = engine_sidecar(built, self.toolkit, settings, None, parent)
-        sidecar = write_artifact(path, sidecar, lambda temporary: write_plan(temporary, built.plan))
-        self._note_build(column, batch, sidecar, again=True)
-        return bytes(built.plan)
-
-    def _note_build(self, column: Column, batch: int, sidecar: Sidecar, again: bool) -> None:
-        """Keeps what the build said of the engine; ``again``: whether it was built in this run."""
-        from deploy.builder import Repetition
-
-        layers = [EngineLayer.from_json(layer) for layer in sidecar.details["layers"]]
-        figures, found = sidecar.figures, sidecar.details["repetition"]
-        repetition = Repetition(**found) if found else None
-        entry = {
-            "name": column.name,
-            "batch": batch,
-            "seconds": figures["build_seconds"],
-            "bytes": figures["engine_bytes"],
-            "layers": len(layers),
-            "reformats": sum(layer.is_reformat for layer in layers),
-            "convolutions": figures["convolutions"],
-            "convolutions_int8": figures["convolutions_int8"],
-            "built_in_this_run": again,
-            "repetition": {**found, "spread_percent": round(repetition.spread_percent, 2)} if repetition else None,
-        }
-        if not any((known["name"], known["batch"]) == (column.name, batch) for known in self.builds):
-            self.builds.append(entry)
-        when = "" if again else " in an earlier run"
-        say(
-            f"  {column.name}, batch {batch}: built in {entry['seconds']:.1f} s{when}, "
-            f"{entry['layers']} layers, {entry['reformats']} reformats, "
-            f"{entry['convolutions_int8']} of {entry['convolutions']} convolutions INT8"
-        )
-        if repetition:
-            say(f"  {repetition}")
-
-    def _kept(self, path: Path, settings: BuildSettings, digest: str) -> Sidecar | None:
-        """The sidecar of an engine of an earlier run, where it is just the one that would be built."""
-        try:
-            sidecar = read_sidecar(path, "engine")
-        except UserError:
-            return None
-        same_builder = sidecar.details["builder"]["version"] == self.toolkit.version
-        same_gpu = self.toolkit.device is not None and sidecar.details["gpu"] == self.toolkit.device.name
-        same_settings = sidecar.details["settings"] == json.loads(json.dumps(asdict(settings)))
-        same_model = sidecar.parent is not None and sidecar.parent.sha256 == digest
-        if not (same_builder and same_gpu and same_model and same_settings):
-            return None
-        repetition = sidecar.details["repetition"]
-        built = len(repetition["milliseconds"]) if repetition else 1
-        return sidecar if built == self.options.repeat else None
 
 
 def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
@@ -332,13 +270,9 @@ def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
     return columns
 
 
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
-
-
-def _check_names(names: list[str]) -> None:
+def _check_names(columns: Iterable[Column]) -> None:
     """Raises UserError when two columns would be taken for each other."""
-    found = [_file_name(name) for name in names]
+    found = [column.file_name for column in columns]
     doubled = sorted({name for name in found if found.count(name) > 1})
     if doubled:
         raise UserError(

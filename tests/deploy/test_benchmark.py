@@ -9,9 +9,10 @@ import pytest
 from qdq_models import residual
 
 from deploy import cuda
-from deploy.benchmark import Bench, BenchmarkOptions, Column, _check_names, _columns, _named, main
+from deploy.benchmark import Bench, BenchmarkOptions, _check_names, _columns, _named, main
 from deploy.builder import Repetition, build
-from deploy.trt import find_toolkit
+from deploy.contenders import Column, Contenders
+from deploy.trt import Toolkit, find_toolkit
 from qat.artifact import UserError
 
 
@@ -67,30 +68,73 @@ def test_options_that_measure_nothing(model):
         main(BenchmarkOptions(model=model.with_name("none.onnx")))
 
 
-def test_names_that_would_be_taken_for_each_other():
-    _check_names(["FP16", "INT8 (QAT)", "INT8 (QAT), zero channels", "peer", "uint8 input"])
+def test_names_that_would_be_taken_for_each_other(model):
+    def check(*names: str) -> None:
+        _check_names([Column(name, model, "explicit") for name in names])
+
+    check("FP16", "INT8 (QAT)", "INT8 (QAT), zero channels", "peer", "uint8 input")
     for names in (["FP16", "FP16"], ["a b", "a-b"], ["INT8--QAT-"]):
         with pytest.raises(UserError, match="several engines would be called"):
-            _check_names(["INT8 (QAT)", *names])
+            check("INT8 (QAT)", *names)
 
 
-def test_an_engine_is_kept_for_runs_of_the_same_repetition(model, monkeypatch, capfd):
-    def build_fastest(toolkit, path, settings, repeat):  # without a GPU there is nothing to time
+@pytest.fixture
+def toolkit(monkeypatch) -> Toolkit:
+    """TensorRT-RTX, as if there were a GPU, on which nothing can be timed."""
+
+    def build_fastest(toolkit, path, settings, repeat):
         built = build(toolkit, path, dataclasses.replace(settings, capabilities=("8.9",)))
         return dataclasses.replace(built, repetition=Repetition(4, [0.5 + 0.01 * index for index in range(repeat)]))
 
     monkeypatch.setattr("deploy.repeat.build_fastest", build_fastest)
-    toolkit = dataclasses.replace(find_toolkit("tensorrt-rtx"), device=cuda.Device("GPU", "8.9", "1", "13.0", 1.0))
+    return dataclasses.replace(find_toolkit("tensorrt-rtx"), device=cuda.Device("GPU", "8.9", "1", "13.0", 1.0))
+
+
+def test_an_engine_is_kept_for_runs_of_the_same_repetition(model, toolkit, capfd):
     column = Column("INT8 (QAT)", model, "explicit")
     for repeat, built_anew in ((2, True), (2, False), (3, True), (2, True)):
-        bench = Bench(toolkit, BenchmarkOptions(model=model, repeat=repeat))
-        plan = bench.engine(column, 4)
+        contenders = Contenders(toolkit, model.parent / "engines", repeat, 3, None)
+        plan = contenders.engine(column, 4)
         assert plan == (model.parent / "engines" / "INT8--QAT--4.engine").read_bytes()
-        (entry,) = bench.builds
+        (entry,) = contenders.builds
         assert entry["built_in_this_run"] == built_anew
         assert len(entry["repetition"]["milliseconds"]) == repeat
         assert entry["repetition"]["spread_percent"] == 2 * (repeat - 1)
         assert f"{repeat} builds, batch 4: 0.5000, 0.5100" in capfd.readouterr().out
+
+
+def test_runs_share_the_builds(model, toolkit, capfd):
+    """What another run has claimed is left to it; a claim ends with the build, also where that fails."""
+    contenders = Contenders(toolkit, model.parent / "engines", 2, 3, None)
+    engine = contenders.folder / "a-4.engine"
+    claim = contenders.folder / "a-4.engine.claim"
+    claim.parent.mkdir()
+    claim.touch()
+    contenders.build_if_free(Column("a", model, "explicit"), 4)
+    assert not engine.exists()
+    assert claim.exists()
+    assert f"a for batch 4 is left to the run that made {claim}" in " ".join(capfd.readouterr().out.split())
+    claim.unlink()
+    contenders.build_if_free(Column("a", model, "explicit"), 4)
+    assert engine.exists()
+    assert not claim.exists()
+    with pytest.raises(UserError, match="cannot parse"):
+        contenders.build_if_free(Column("b", model.parent / "engines" / "a-4.engine", "explicit"), 4)
+    assert not list(contenders.folder.glob("*.claim"))
+
+
+def test_a_peer_that_is_refused_is_left_out(model, toolkit, tmp_path, capfd):
+    (tmp_path / "broken.onnx").write_bytes(b"no network")
+    broken, ours = Column("peer", tmp_path / "broken.onnx", "explicit"), Column("INT8 (QAT)", model, "explicit")
+    bench = Bench(toolkit, BenchmarkOptions(model=model, repeat=2), [broken])
+    bench.build([(broken, 4), (ours, 4), (ours, 4)])
+    assert [entry["name"] for entry in bench.contenders.builds] == ["INT8 (QAT)"]
+    ((name, batch, error),) = [tuple(entry.values()) for entry in bench.left_out]
+    assert (name, batch) == ("peer", 4)
+    assert "broken.onnx" in error
+    assert "warning: peer is left out: " in capfd.readouterr().err
+    with pytest.raises(UserError, match="broken"):
+        Bench(toolkit, BenchmarkOptions(model=model, repeat=2)).build([(broken, 4)])
 
 
 def test_zero_channels_are_a_column_of_their_own(model):
