@@ -41,12 +41,16 @@ def compare(folder: Path, output: Path, batch: int, build_only: bool) -> None:
     benchmark(options)
     if not build_only:
         found = json.loads((output / "benchmark.json").read_text(encoding="utf-8"))
-        lines = [json.dumps({"model": folder.name, **entry}) for entry in entries(found)]
-        (output / "placement.jsonl").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        _write(output, [{"model": folder.name, **entry} for entry in entries(found)])
+
+
+def _write(output: Path, found: list[dict[str, Any]]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "placement.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in found), encoding="utf-8")
 
 
 def entries(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """One for each engine: its latency and what it is made of; those that could not be built have an error."""
+    """One for each engine: its latency and what it is made of; other tools' that could not be built have an error."""
     builds = {build["name"]: build for build in found["builds"]}
     measured = [
         {
@@ -100,6 +104,8 @@ def main() -> None:
             compare(options.folder / name, options.output / name, options.batch, options.build_only)
         except UserError as error:  # a network that TensorRT refuses is a result, not the end
             print(f"{name}: {error}", flush=True)
+            if not options.build_only:
+                _write(options.output / name, [{"model": name, "placement": OURS, "error": str(error)}])
 
 
 if __name__ == "__main__":

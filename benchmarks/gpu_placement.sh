@@ -12,7 +12,7 @@ mkdir -p "$out"
 read -ra gpus <<<"${GPUS:-0}"
 each() { # runs it on all GPUs at the same time, with the GPU's index as the last argument
     for index in "${!gpus[@]}"; do
-        CUDA_VISIBLE_DEVICES=${gpus[index]} "$@" "$index" >>"$out/gpu$index.log" 2>&1 &
+        CUDA_VISIBLE_DEVICES=${gpus[index]} "$@" "$index" >"$out/gpu$index.$1.log" 2>&1 &
     done
     wait
 }
@@ -20,10 +20,13 @@ names=("$@")
 builds() { $python -m benchmarks.gpu_placement "$folder" --output "$out" --models "${names[@]}" --build-only; }
 measures() {
     for ((i = $1; i < ${#names[@]}; i += ${#gpus[@]})); do
-        $python -m benchmarks.gpu_placement "$folder" --output "$out" --models "${names[i]}"
+        $python -m benchmarks.gpu_placement "$folder" --output "$out" --models "${names[i]}" ||
+            echo "${names[i]}: failed"
     done
 }
+rm -f "$out"/*/placement.jsonl
 each builds
 each measures
 cat "$out"/*/placement.jsonl >"$out/gpu_placement.jsonl"
 $python -m benchmarks.gpu_placement --table "$out/gpu_placement.jsonl"
+if grep -h ": failed$" "$out"/gpu*.log; then exit 1; fi

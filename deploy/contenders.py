@@ -1,7 +1,7 @@
 """The engines that a benchmark compares: each is built once, for one fixed batch size, and kept in a folder.
 
-Nearly all of a benchmark's time goes into builds, so several runs, each on a GPU of its own, can share them: a run
-claims an engine before it builds it, and leaves alone what another has claimed.
+Nearly all of a benchmark's time goes into builds, so several runs that do nothing else, each on a GPU of its own, can
+share them (``build_if_free``): a run claims an engine before it builds it, and leaves alone what another has claimed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which layers of a network take longer in INT8 than in FP16, by the times of the layers of both engines.
 
 All of an engine's time is charged to the network's convolutions and matrix products, so that two engines that fuse
-differently can be compared: a layer that computes some of them is charged to these; a change of type or layout, to
-those that read what it writes; anything else, to those whose output it works on.
+differently can be compared: a layer that computes some of them is charged to these; a Q or DQ, to those that read what
+it writes; a reformat, as the layer that it is for; anything else, to those whose output it works on.
 """
 
 from __future__ import annotations
@@ -82,12 +82,21 @@ class LayerCosts:
     def slower_in_int8(
         self, int8: Sequence[tuple[EngineLayer, float]], fp16: Sequence[tuple[EngineLayer, float]]
     ) -> list[Slower]:
-        """The nodes that run in INT8 and take longer there by a notable share of the whole, worst first."""
-        inside = {node for layer, _ in int8 if layer.product_precision == "INT8" for node in layer.own_nodes}
+        """The nodes that run in INT8 and take longer there by a notable share of the whole, worst first.
+
+        How the time of a kernel that computes several nodes at once is shared by them is not known, so that such nodes
+        count only where all of them together take longer.
+        """
+        kernels = [layer for layer, _ in int8 if not _REFORMAT.match(layer.name)]
+        inside = {node for layer in kernels if layer.product_precision == "INT8" for node in layer.own_nodes}
         ours, theirs = self.charge(int8), self.charge(fp16)
         least = LEAST_SHARE * sum(ours.values())
-        found = [Slower(node, ours[node], theirs[node]) for node in ours if node in inside and node in theirs]
-        return sorted((one for one in found if one.lost > least), key=lambda one: -one.lost)
+        found = []
+        for node in inside & ours.keys() & theirs.keys():
+            together = {node}.union(*(owners for layer, _ in (*int8, *fp16) if node in (owners := self._owners(layer))))
+            if sum(ours.get(one, 0.0) for one in together) - sum(theirs.get(one, 0.0) for one in together) > least:
+                found.append(Slower(node, ours[node], theirs[node]))
+        return sorted((one for one in found if one.lost > least), key=lambda one: (-one.lost, one.node))
 
     def _owners(self, layer: EngineLayer) -> list[str]:
         reformatted = _REFORMAT.match(layer.name)

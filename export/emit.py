@@ -34,6 +34,7 @@ from qat.data import Preprocessing
 InputKind = Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"]
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LONGEST = np.iinfo(np.int64).max  # to the end, whatever the length
 _EXAMPLE_BATCH = 2  # any but 0 and 1, which torch.export would take for constants
 
@@ -145,10 +146,10 @@ def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir
     ):
         clean(model)
     _split_into_tensors(model.graph)
-    _plain_shapes(model.graph)
-    passes.RemoveUnusedNodesPass()(model)
     # Sizes and bounds that the exporter computes in the graph; weights stay INT8 codes.
     fold_constants_ir(model, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None)
+    _plain_shapes(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
     _name_by_module(model.graph, _layers(network))
     _drop_exporter_notes(model)
     model.producer_name, model.producer_version = "int8-qat-pipeline", None
@@ -209,7 +210,7 @@ def _plain_shapes(graph: ir.Graph) -> None:
         shape = node.outputs[0].shape
         if node.op_type == "Reshape" and shape is not None:
             lengths = [dim if isinstance(dim, int) else -1 for dim in shape]
-            if lengths.count(-1) <= 1:
+            if lengths.count(-1) <= 1 and 0 not in lengths:
                 node.replace_input_with(1, _constant(graph, f"{node.outputs[0].name}_shape", lengths))
                 node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         elif node.op_type == "Shape" and {"start", "end"} & node.attributes.keys():
@@ -227,7 +228,7 @@ def _plain_shapes(graph: ir.Graph) -> None:
 
 def _constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
     """A new int64 [len(values)] constant of ``graph``."""
-    constant = ir.Value(name=name, const_value=ir.tensor(np.array(values, np.int64)))
+    constant = ir.Value(name=unused_name(name, graph.initializers), const_value=ir.tensor(np.array(values, np.int64)))
     graph.register_initializer(constant)
     return constant
 
@@ -236,7 +237,8 @@ def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
     """Names each node, and what it computes, by its module's path; a Q or DQ by the tensor that it quantizes."""
     outputs = set(graph.outputs)
     taken: set[str] = {value.name or "" for value in graph.inputs} | set(graph.initializers)
-    for node in graph:
+    # A linear layer may be several nodes, of which the product bears its name.
+    for node in sorted(graph, key=lambda node: node.op_type not in _PRODUCTS):
         unique = unused_name(_node_name(node, layers), taken)
         taken.add(unique)
         node.name = unique

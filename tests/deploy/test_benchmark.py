@@ -79,10 +79,17 @@ def test_names_that_would_be_taken_for_each_other(model):
 
 
 @pytest.fixture
-def toolkit(monkeypatch) -> Toolkit:
+def claims() -> list[int]:
+    """How many engines are claimed while one is built, for each build."""
+    return []
+
+
+@pytest.fixture
+def toolkit(model, claims, monkeypatch) -> Toolkit:
     """TensorRT-RTX, as if there were a GPU, on which nothing can be timed."""
 
     def build_fastest(toolkit, path, settings, repeat):
+        claims.append(len(list(model.parent.glob("engines/*.claim"))))
         built = build(toolkit, path, dataclasses.replace(settings, capabilities=("8.9",)))
         return dataclasses.replace(built, repetition=Repetition(4, [0.5 + 0.01 * index for index in range(repeat)]))
 
@@ -103,7 +110,7 @@ def test_an_engine_is_kept_for_runs_of_the_same_repetition(model, toolkit, capfd
         assert f"{repeat} builds, batch 4: 0.5000, 0.5100" in capfd.readouterr().out
 
 
-def test_runs_share_the_builds(model, toolkit, capfd):
+def test_runs_share_the_builds(model, toolkit, claims, capfd):
     """What another run has claimed is left to it; a claim ends with the build, also where that fails."""
     contenders = Contenders(toolkit, model.parent / "engines", 2, 3, None)
     engine = contenders.folder / "a-4.engine"
@@ -118,6 +125,7 @@ def test_runs_share_the_builds(model, toolkit, capfd):
     contenders.build_if_free(Column("a", model, "explicit"), 4)
     assert engine.exists()
     assert not claim.exists()
+    assert claims == [1]
     with pytest.raises(UserError, match="cannot parse"):
         contenders.build_if_free(Column("b", model.parent / "engines" / "a-4.engine", "explicit"), 4)
     assert not list(contenders.folder.glob("*.claim"))

@@ -102,6 +102,28 @@ def test_small_differences_are_noise():
     assert costs().slower_in_int8(int8, [(layer("head", "FP16"), 0.985)])
 
 
+def test_a_layer_of_several_nodes_that_are_no_products():
+    """Its time goes to what makes its first node's input; of Q nodes alone, to what reads behind the last."""
+    assert costs().charge([(layer("pool + cat/quantize_1"), 1.0)]) == {"down": 1.0}
+    assert costs().charge([(layer("x/quantize + activation/quantize"), 1.0)]) == {"head": 1.0}
+
+
+def test_a_reformat_into_a_float_layer_does_not_make_it_int8():
+    int8 = [(layer("Reformatting CopyNode for Input Tensor 0 to head || up"), 0.5), (layer("head || up", "FP16"), 0.5)]
+    assert not costs().slower_in_int8(int8, [(layer("head", "FP16"), 0.1), (layer("up", "FP16"), 0.1)])
+
+
+def test_nodes_of_one_kernel_count_together():
+    """Half of what both took is more than one of them takes alone; together they are not slower."""
+    int8 = [(layer("join"), 0.25), (layer("head"), 0.05)]
+    assert not costs().slower_in_int8(int8, [(layer("join || head", "FP16"), 0.40)])
+    assert [one.node for one in costs().slower_in_int8(int8, [(layer("join || head", "FP16"), 0.20)])] == ["join"]
+
+
+def test_nodes_that_the_other_engine_does_not_name_are_not_compared():
+    assert not costs().slower_in_int8([(layer("head"), 1.0)], [(layer("{ForeignNode[join...head]}", "FP16"), 0.5)])
+
+
 @pytest.mark.parametrize(
     ("name", "nodes"),
     [

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from export import parity
-from export.emit import emit, example_input, with_ends
+from export.emit import _plain_shapes, emit, example_input, with_ends
 from export.fold import fold, fold_float
 from export.hard_rules import hard_findings
 from export.session import session, sqnr_db
@@ -254,7 +254,80 @@ def test_shapes_need_no_arithmetic_that_some_versions_of_tensorrt_misread(tmp_pa
     assert kinds == {"Conv": 1, "Reshape": 2, "Transpose": 1, "Shape": 1, "Slice": 1, "Concat": 1, "Resize": 1}
     assert not next(node for node in model.graph if node.op_type == "Shape").attributes
     for node in model.graph:
-        assert node.op_type != "Reshape" or node.inputs[1].const_value.numpy()[0] == -1
+        if node.op_type == "Reshape":
+            assert node.inputs[1].const_value.numpy()[0] == -1
+            assert node.attributes["allowzero"].value == 0
     ir.save(model, tmp_path / "shuffled.onnx")
     (got,) = session(tmp_path / "shuffled.onnx").run(None, {"input": x.numpy()})
     np.testing.assert_allclose(got, folded(x).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.cat([x[:, :, :0].reshape(x.shape[0], 0), x.flatten(1)], 1),  # 0 would stand for the 8 channels
+        lambda x: x.flatten(1)[:, None] * x.flatten(1)[:, :1, None].reshape(1, -1).reshape(-1, x.shape[0], 1).sum(),
+        lambda x: (x.mean((1, 2, 3))[:, None] * x.mean((1, 2, 3))[None]).reshape(x.shape[0], x.shape[0], 1),
+        lambda x: nn.functional.pixel_unshuffle(x, 2),
+        lambda x: x.view(-1, x.shape[1]),
+    ],
+    ids=["empty", "batch inside", "two batches", "pixel unshuffle", "batch into rows"],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_odd_shapes_at_any_batch(function, batch, tmp_path):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.view_shape = nn.Parameter(torch.ones(1))  # a name that a constant may want
+
+        def forward(self, x):
+            return function(self.conv(x) * self.view_shape)
+
+    folded = fold_float(prepare(Odd().eval(), input_shape=(3, 8, 8)))
+    ir.save(emit(folded, torch.rand(2, 3, 8, 8), {}), tmp_path / "odd.onnx")
+    x = torch.rand(batch, 3, 8, 8)
+    (got,) = session(tmp_path / "odd.onnx").run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(got, folded(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_that_do_not_depend_on_the_batch_stay_constants():
+    class Normalized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return nn.functional.instance_norm(self.conv(x))
+
+    model = emit(fold_float(prepare(Normalized().eval(), input_shape=(3, 8, 8))), torch.rand(2, 3, 8, 8), {})
+    assert [node.op_type for node in model.graph] == ["Conv", "InstanceNormalization"]
+
+
+def test_the_product_of_a_linear_layer_bears_its_name():
+    """On three dimensions it is a transpose, a product and an addition; --keep-float and the audit go by the name."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.token = nn.Conv2d(3, 8, 3), nn.Linear(8, 16)
+
+        def forward(self, x):
+            return self.token(self.conv(x).flatten(2).transpose(1, 2))
+
+    model = emit(fold_float(prepare(Tokens().eval(), input_shape=(3, 8, 8))), torch.rand(2, 3, 8, 8), {})
+    assert {"conv", "token"} == {node.name for node in model.graph if node.op_type in ("Conv", "MatMul", "Gemm")}
+
+
+@pytest.mark.parametrize(("bounds", "expected"), [({"start": 1}, [4, 5]), ({"end": -1}, [3, 4]), ({}, [3, 4, 5])])
+def test_a_part_of_a_shape_is_what_its_bounds_said(bounds, expected):
+    nodes = [onnx.helper.make_node("Shape", ["x"], ["s"], **bounds), onnx.helper.make_node("Abs", ["s"], ["part"])]
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [None, None, None])
+    part = onnx.helper.make_tensor_value_info("part", onnx.TensorProto.INT64, [None])
+    graph = onnx.helper.make_graph(nodes, "graph", [x], [part])
+    opset = onnx.helper.make_opsetid("", 20)
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10))
+    _plain_shapes(model.graph)
+    assert not model.graph[0].attributes
+    (got,) = session(ir.to_proto(model).SerializeToString()).run(None, {"x": np.zeros((3, 4, 5), np.float32)})
+    assert got.tolist() == expected
