@@ -265,7 +265,7 @@ def test_shapes_need_no_arithmetic_that_some_versions_of_tensorrt_misread(tmp_pa
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: torch.cat([x[:, :, :0].reshape(x.shape[0], 0), x.flatten(1)], 1),  # 0 would stand for the 8 channels
+        lambda x: x[:, :, :0].reshape(0, x.shape[0]).sum(0) + x.flatten(1).sum(1),  # 0 would stand for the batch
         lambda x: x.flatten(1)[:, None] * x.flatten(1)[:, :1, None].reshape(1, -1).reshape(-1, x.shape[0], 1).sum(),
         lambda x: (x.mean((1, 2, 3))[:, None] * x.mean((1, 2, 3))[None]).reshape(x.shape[0], x.shape[0], 1),
         lambda x: nn.functional.pixel_unshuffle(x, 2),
