@@ -52,19 +52,16 @@ def _write(output: Path, found: list[dict[str, Any]]) -> None:
 def entries(found: dict[str, Any]) -> list[dict[str, Any]]:
     """One for each engine: its latency and what it is made of; other tools' that could not be built have an error."""
     builds = {build["name"]: build for build in found["builds"]}
-    measured = [
-        {
-            "placement": _PLACEMENTS.get(latency["name"], latency["name"]),
-            **{key: value for key, value in latency.items() if key != "name"},
-            **{key: builds[latency["name"]][key] for key in ("seconds", "layers", "reformats")},
-            "convolutions": {"int8": builds[latency["name"]]["convolutions_int8"]}
-            | {"all": builds[latency["name"]]["convolutions"]},
-        }
-        for latency in found["latency"]
-    ]
-    for entry in measured:
-        if entry["placement"] == OURS:
+    measured = []
+    for latency in found["latency"]:
+        name, build = latency["name"], builds[latency["name"]]
+        entry = {"placement": _PLACEMENTS.get(name, name), **latency}
+        entry |= {key: build[key] for key in ("seconds", "layers", "reformats")}
+        entry["convolutions"] = {"int8": build["convolutions_int8"], "all": build["convolutions"]}
+        if name == MODEL:
             entry["slower_in_int8"] = found["slower_in_int8"]
+        del entry["name"]
+        measured.append(entry)
     return measured + [{"placement": entry["name"], "error": entry["error"]} for entry in found["left_out"]]
 
 

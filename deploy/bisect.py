@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deploy.graph import Graph
 from deploy.settings import BuildSettings, Profile
 
 if TYPE_CHECKING:
-    import tensorrt as trt
-
     from deploy.trt import Toolkit
 
 
@@ -111,13 +108,9 @@ def telling_tensors(toolkit: Toolkit, model: Path, settings: BuildSettings) -> t
 
     Also returns the names of the outputs.
     """
-    from deploy.builder import parse
-    from deploy.buildlog import BuildLog
+    from deploy.builder import parsed
 
-    log = BuildLog()
-    builder = toolkit.module.Builder(toolkit.logger(log))
-    network: trt.INetworkDefinition = parse(toolkit, builder, model, log, settings)
-    graph = Graph(network)
-    read = [layer.get_input(0).name for layer in graph.layers if layer.type.name == "QUANTIZE"]
-    makers = {name: graph.makers[name] for name in (*read, *graph.outputs) if name in graph.makers}
-    return {name: maker.name for name, maker in makers.items() if maker.type.name != "CONSTANT"}, graph.outputs
+    with parsed(toolkit, model, settings) as graph:
+        read = [layer.get_input(0).name for layer in graph.layers if layer.type.name == "QUANTIZE"]
+        makers = {name: graph.makers[name] for name in (*read, *graph.outputs) if name in graph.makers}
+        return {name: maker.name for name, maker in makers.items() if maker.type.name != "CONSTANT"}, graph.outputs

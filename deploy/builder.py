@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy import diagnose, implicit
 from deploy.buildlog import BuildLog
+from deploy.graph import Graph
 from deploy.layers import layers_from_inspector, layers_from_log
 from deploy.precision import Audit, audit, declared_layers
 from deploy.settings import BuildSettings, Profile
@@ -142,6 +143,15 @@ def parse(
     if network.num_outputs == 0:  # the parser takes an empty file, and text too, for a network without nodes
         raise UserError(f"{model} holds no network: it is empty or not an ONNX file; make or copy it again")
     return network
+
+
+@contextmanager
+def parsed(toolkit: Toolkit, model: Path, settings: BuildSettings) -> Iterator[Graph]:
+    """The graph of an ONNX file, for as long as the block runs. Raises UserError as ``parse`` does."""
+    log = BuildLog()
+    builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
+    network = parse(toolkit, builder, model, log, settings)
+    yield Graph(network)
 
 
 def _set_batch(

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from deploy.builder import parse
-from deploy.buildlog import BuildLog
+from deploy.builder import parsed
 from deploy.graph import Graph
 from deploy.layers import EngineLayer, node_names
 from deploy.precision import CONVOLUTION_TYPES, MATRIX_TYPES
@@ -66,9 +65,8 @@ class LayerCosts:
     @classmethod
     def of(cls, toolkit: Toolkit, model: Path) -> LayerCosts:
         """Of a Q/DQ file, which has all nodes of the float file too. Raises UserError when it is refused."""
-        log = BuildLog()
-        builder = toolkit.module.Builder(toolkit.logger(log))
-        return cls(_nodes(Graph(parse(toolkit, builder, model, log, BuildSettings()))))
+        with parsed(toolkit, model, BuildSettings()) as graph:
+            return cls(_nodes(graph))
 
     def charge(self, times: Iterable[tuple[EngineLayer, float]]) -> dict[str, float]:
         """From the times of an engine's layers to those of nodes; what can be charged to nobody is under ''."""
@@ -87,23 +85,29 @@ class LayerCosts:
         How the time of a kernel that computes several nodes at once is shared by them is not known, so that such nodes
         count only where all of them together take longer.
         """
-        kernels = [layer for layer, _ in int8 if not _REFORMAT.match(layer.name)]
-        inside = {node for layer in kernels if layer.product_precision == "INT8" for node in layer.own_nodes}
+        inside = {node for layer, _ in int8 if layer.product_precision == "INT8" for node in self._products(layer)}
+        at_once = [self._products(layer) for layer, _ in (*int8, *fp16)]
         ours, theirs = self.charge(int8), self.charge(fp16)
         least = LEAST_SHARE * sum(ours.values())
         found = []
         for node in inside & ours.keys() & theirs.keys():
-            together = {node}.union(*(owners for layer, _ in (*int8, *fp16) if node in (owners := self._owners(layer))))
+            together = {node}.union(*(nodes for nodes in at_once if node in nodes))
             if sum(ours.get(one, 0.0) for one in together) - sum(theirs.get(one, 0.0) for one in together) > least:
                 found.append(Slower(node, ours[node], theirs[node]))
         return sorted((one for one in found if one.lost > least), key=lambda one: (-one.lost, one.node))
+
+    def _products(self, layer: EngineLayer) -> list[str]:
+        """The convolutions and matrix products that ``layer`` computes."""
+        return [] if _REFORMAT.match(layer.name) else self._products_of(layer.own_nodes)
+
+    def _products_of(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if name in self._nodes and self._nodes[name].kind == "product"]
 
     def _owners(self, layer: EngineLayer) -> list[str]:
         reformatted = _REFORMAT.match(layer.name)
         names = node_names(reformatted[1]) if reformatted else layer.own_nodes
         known = [name for name in names if name in self._nodes]
-        products = [name for name in known if self._nodes[name].kind == "product"]
-        if products or not known:
+        if (products := self._products_of(known)) or not known:
             return products
         converts = all(self._nodes[name].kind == "conversion" for name in known)
         before = [] if converts else self._nearest(known[0], self._preceding)

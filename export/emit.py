@@ -28,13 +28,13 @@ from torch import Tensor, fx, nn
 from export import ops
 from export.fold import DequantizeInput, QuantizeDequantize
 from export.names import unused_name
+from export.onnx_network import WEIGHTED
 from qat.artifact import UserError
 from qat.data import Preprocessing
 
 InputKind = Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"]
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
-_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _LONGEST = np.iinfo(np.int64).max  # to the end, whatever the length
 _EXAMPLE_BATCH = 2  # any but 0 and 1, which torch.export would take for constants
 
@@ -238,7 +238,7 @@ def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
     outputs = set(graph.outputs)
     taken: set[str] = {value.name or "" for value in graph.inputs} | set(graph.initializers)
     # A linear layer may be several nodes, of which the product bears its name.
-    for node in sorted(graph, key=lambda node: node.op_type not in _PRODUCTS):
+    for node in sorted(graph, key=lambda node: node.op_type not in WEIGHTED):
         unique = unused_name(_node_name(node, layers), taken)
         taken.add(unique)
         node.name = unique
