@@ -220,6 +220,7 @@ def engine_sidecar(
         "profiles": [asdict(profile) for profile in built.profiles],
         "settings": asdict(settings),
         "timing_cache": built.timing_cache,
+        "float_weights": built.float_weights,
         "repetition": asdict(built.repetition) if built.repetition else None,
         "hardware_compatible": settings.hardware_compatible,
         "version_compatible": settings.version_compatible,

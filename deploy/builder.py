@@ -18,7 +18,7 @@ from deploy.precision import Audit, audit, declared_layers
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
 from qat.artifact import TensorSpec, UserError
-from qat.console import progress
+from qat.console import progress, say
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -58,6 +58,8 @@ class Built:
     log: BuildLog
     timing_cache: TimingCache | None
     timing_cache_content: bytes
+    float_weights: bool = False
+    """Whether the builder got float weights, having refused the file's INT8 ones."""
     repetition: Repetition | None = None
     """The builds of which this one is the fastest."""
 
@@ -77,15 +79,34 @@ def build(
     """Parses ``model``, builds its engine and audits it; nothing is written.
 
     ``timing_cache`` is what an earlier build left (``Built.timing_cache_content``), b"" to make one, None for none.
-    ``extra_outputs`` names tensors inside the network that become outputs. Raises UserError when the parser or the
+    ``extra_outputs`` names tensors inside the network that become outputs. Where the builder refuses the network only
+    because its weights are INT8, it gets the same codes as float weights. Raises UserError when the parser or the
     builder refuses the model, naming the node, or when this version of TensorRT lacks something that ``settings`` ask
     for.
     """
+    built = _build(toolkit, model, settings, timing_cache, extra_outputs, float_weights=False)
+    if built is None:
+        say(f"{toolkit.title} refuses INT8 weights in this network: it gets the same codes as float weights")
+        built = _build(toolkit, model, settings, timing_cache, extra_outputs, float_weights=True)
+    assert built is not None
+    return built
+
+
+def _build(
+    toolkit: Toolkit,
+    model: Path,
+    settings: BuildSettings,
+    timing_cache: bytes | None,
+    extra_outputs: tuple[str, ...],
+    *,
+    float_weights: bool,
+) -> Built | None:
+    """What ``build`` does, with the weights as they are or as float; None where they have to be float."""
     log = BuildLog()
     builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
     config = toolkit.create_config(builder, settings)
     outcome = None if timing_cache is None else toolkit.use_timing_cache(config, timing_cache)
-    network = parse(toolkit, builder, model, log, settings)
+    network = parse(toolkit, builder, model, log, settings, float_weights=float_weights)
     for name in extra_outputs:
         network.mark_output(_tensor(network, name))
     if settings.precision == "implicit":
@@ -98,11 +119,8 @@ def build(
         plan = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - start
     if plan is None:
-        if toolkit.refuses_int8_weights(log):
-            raise UserError(
-                f"{toolkit.title} refuses INT8 weights in {model}, because of an operator that it hands to another "
-                "compiler, such as a cast of uint8 input: export again with --weights float"
-            )
+        if not float_weights and toolkit.refuses_int8_weights(log):
+            return None
         raise UserError(
             f"{toolkit.title} could not build {model}: {diagnose.build_failure(log)}; "
             "change the model there, or try the other --builder"
@@ -123,16 +141,31 @@ def build(
         log=log,
         timing_cache=outcome,
         timing_cache_content=bytes(config.get_timing_cache().serialize()) if outcome else b"",
+        float_weights=float_weights,
     )
 
 
 def parse(
-    toolkit: Toolkit, builder: trt.Builder, model: Path, log: BuildLog, settings: BuildSettings
+    toolkit: Toolkit,
+    builder: trt.Builder,
+    model: Path,
+    log: BuildLog,
+    settings: BuildSettings,
+    *,
+    float_weights: bool = False,
 ) -> trt.INetworkDefinition:
-    """The network of an ONNX file. Raises UserError that names the node that is refused."""
+    """The network of an ONNX file, or of its twin with float weights. Raises UserError that names the refused node."""
     network = toolkit.create_network(builder, settings.precision)
     parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
-    if not parser.parse_from_file(str(model)):
+    if float_weights:
+        try:
+            from deploy.float_weights import with_float_weights
+        except ImportError as error:
+            raise UserError(f"float weights need another package: pip install {error.name}") from error
+        taken = parser.parse(with_float_weights(model))
+    else:
+        taken = parser.parse_from_file(str(model))
+    if not taken:
         failures = diagnose.parser_failures(parser, log)
         raise UserError(f"{toolkit.title} cannot parse {model}: {diagnose.explain(failures, log)}")
     if nodes := diagnose.uint8_nodes(log):

@@ -157,8 +157,12 @@ class Toolkit:
         return config
 
     def refuses_int8_weights(self, log: BuildLog) -> bool:
-        """Whether a build failed because 8.6 hands a part of the network to what knows no INT8 constants (Myelin)."""
-        return any("convertMyelinWeightsToFp32" in text for text in log.errors())
+        """Whether a build failed by one of 8.6's faults with INT8 constants (deploy/float_weights.py).
+
+        The first function names merging convolutions of one input, the second handing a part to the compiler Myelin.
+        """
+        faults = ("graphOptimizer.cpp::chooseHigherPrecision", "graphOptimizer.cpp::convertMyelinWeightsToFp32")
+        return any(fault in text for text in log.errors() for fault in faults)
 
     def use_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> TimingCache:
         """Gives the build the tactic timings of earlier ones; b"" begins a cache.

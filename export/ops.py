@@ -8,6 +8,7 @@ network can be compared with the module that it came from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,21 @@ def _onnx_batch_norm(x: Any, scale: Any, bias: Any, mean: Any, variance: Any, ep
     return op.BatchNormalization(x, scale, bias, mean, variance, epsilon=epsilon)
 
 
+def _onnx_gelu(x: Any, approximate: str = "none") -> Any:
+    """In operators of any operator set: TensorRT 8.6 knows no Gelu."""
+
+    def constant(value: float) -> Any:
+        made: Any = op.Constant(value_float=value)
+        return op.CastLike(made, x)
+
+    if approximate == "tanh":
+        cube = op.Mul(constant(0.044715), op.Mul(x, op.Mul(x, x)))
+        bent = op.Tanh(op.Mul(constant(math.sqrt(2 / math.pi)), op.Add(x, cube)))
+    else:
+        bent = op.Erf(op.Mul(constant(math.sqrt(0.5)), x))
+    return op.Mul(op.Mul(constant(0.5), x), op.Add(bent, constant(1.0)))
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.int8.quantize_dequantize.default: _onnx_quantize_dequantize,
     torch.ops.int8.dequantize.default: _onnx_dequantize,
@@ -150,5 +166,6 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.int8.flatten.default: _onnx_flatten,
     torch.ops.int8.clip.default: _onnx_clip,
     torch.ops.int8.batch_norm.default: _onnx_batch_norm,
+    torch.ops.aten.gelu.default: _onnx_gelu,
 }
 OPSET = 20

@@ -27,8 +27,8 @@ class ExportOptions(Command):
     precision: Literal["int8", "float32", "float16"] = "int8"
     """float32, float16: the same weights without any quantizer, as the baseline that INT8 is compared with."""
     weights: Literal["int8", "float"] = "int8"
-    """float: the same codes as float weights in front of a QuantizeLinear, four times the size. TensorRT 8.6 needs them
-    where it refuses INT8 weights, as with uint8 input."""
+    """float: the same codes as float weights in front of a QuantizeLinear, four times the size, for tools that refuse
+    INT8 weights; deploy.build makes them by itself where TensorRT 8.6 does."""
     pad_channels: bool = False
     """Put zero channels into residual blocks that end with fewer than 128 input channels: the answers stay the same,
     and some GPUs have a faster kernel for them (measure it: python -m deploy.benchmark --padded)."""
@@ -58,7 +58,7 @@ class QuantizeOptions(Command):
     percentile: float = 99.99
     """Share of the values, in percent, that the percentile calibrator keeps unclipped."""
     weights: Literal["int8", "float"] = "int8"
-    """float: the same codes as float weights in front of a QuantizeLinear, for TensorRT 8.6 where it refuses INT8."""
+    """float: the same codes as float weights in front of a QuantizeLinear, for tools that refuse INT8 weights."""
     images: int = 512
     """Images to calibrate on, at most."""
     mean: tuple[float, float, float] | None = None

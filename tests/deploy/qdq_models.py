@@ -180,6 +180,24 @@ def bottleneck(path: Path, *, zeros: int = 0) -> Path:
     return graph.save(path, ("N", 32, 8, 8), ("N", 32, 8, 8))
 
 
+def siblings(path: Path) -> Path:
+    """Three convolutions 1x1 of one tensor, each with Relu and Q/DQ of its own, then concatenated: an inception block,
+    whose three convolutions TensorRT merges into one."""
+    graph = Graph()
+    x = graph.quantized("input", "x")
+    branches = []
+    for index, channels in enumerate((32, 64, 32)):
+        inputs = [x, graph.weights(f"w{index}", (channels, 32, 1, 1)), graph.float_weights(f"b{index}", (channels,))]
+        relu = graph.node("Relu", [graph.node("Conv", inputs, f"branch{index}", kernel_shape=[1, 1])], f"relu{index}")
+        branches.append(graph.quantized(relu, f"y{index}", 0.05 * (index + 1)))
+    inputs = [
+        graph.quantized(graph.node("Concat", branches, "cat", axis=1), "z", 0.1),
+        graph.weights("w", (32, 128, 1, 1)),
+    ]
+    graph.node("Conv", inputs, "last", kernel_shape=[1, 1])
+    return graph.save(path, ("N", 32, 8, 8), ("N", 32, 8, 8))
+
+
 def transposed_convolution(path: Path) -> Path:
     """input -> Q/DQ -> ConvTranspose 2x2 with INT8 weights, which TensorRT-RTX 1.7 runs in float."""
     graph = Graph()

@@ -55,11 +55,18 @@ def test_no_builder_usable_says_what_was_tried_and_what_to_install():
     assert "NVIDIA GPU" in line
 
 
-def test_a_refusal_of_int8_weights_is_told_from_other_failures(toolkit):
-    text = (
-        "2: [graphOptimizer.cpp::convertMyelinWeightsToFp32::7903] Error Code 2: Internal Error "
-        "(Assertion params.weights.type() != DataType::kINT8 failed. )"
-    )
+MYELIN = (
+    "2: [graphOptimizer.cpp::convertMyelinWeightsToFp32::7903] Error Code 2: Internal Error "
+    "(Assertion params.weights.type() != DataType::kINT8 failed. )"
+)
+SIBLINGS = (
+    "2: [graphOptimizer.cpp::chooseHigherPrecision::7079] Error Code 2: Internal Error "
+    "(Assertion dt1 == DataType::kFLOAT || dt1 == DataType::kHALF failed. )"
+)
+
+
+@pytest.mark.parametrize("text", [MYELIN, SIBLINGS])
+def test_a_refusal_of_int8_weights_is_told_from_other_failures(toolkit, text):
     assert toolkit.refuses_int8_weights(BuildLog([("ERROR", text)]))
     assert not toolkit.refuses_int8_weights(BuildLog([("ERROR", "2: no tactic"), ("VERBOSE", text)]))
 

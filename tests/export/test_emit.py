@@ -304,6 +304,20 @@ def test_shapes_that_do_not_depend_on_the_batch_stay_constants():
     assert [node.op_type for node in model.graph] == ["Conv", "InstanceNormalization"]
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("half", [False, True])
+def test_gelu_takes_operators_that_every_version_of_tensorrt_knows(approximate, half, tmp_path):
+    layers = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.GELU(approximate)).eval())
+    network = with_ends(layers, preprocessing(), "float32-nchw", torch.float16) if half else layers
+    x = torch.randn(4, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
+    exported = emit(network, x[:2], {})
+    assert {node.op_type for node in exported.graph} <= {"Cast", "Conv", "Erf", "Tanh", "Mul", "Add"}
+    ir.save(exported, tmp_path / "m.onnx")
+    (found,) = session(tmp_path / "m.onnx").run(None, {"input": x.numpy()})
+    expected = layers(x).detach().numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-3 if half else 1e-6)
+
+
 def test_the_product_of_a_linear_layer_bears_its_name():
     """On three dimensions it is a transpose, a product and an addition; --keep-float and the audit go by the name."""
 

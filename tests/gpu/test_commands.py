@@ -51,21 +51,14 @@ def test_float_weights_answer_as_int8_weights_do(model, images, expected):
 
 @pytest.mark.parametrize("float_weights", [True, False])
 def test_uint8_input_builds_and_answers(tmp_path, float_weights):
-    """TensorRT 8.6 refuses the INT8 weights of such a network, and hands the last layer to what computes in float."""
+    """TensorRT 8.6 wants float weights in such a network, and hands the last layer to what computes in float."""
     from export.session import session
 
     model = qdq_models.residual(tmp_path / "bytes.onnx", from_bytes=True, float_weights=float_weights)
     images = np.random.default_rng(3).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     expected = session(model).run(None, {"input": images})[0]
     path = tmp_path / "bytes.engine"
-    try:
-        code = build.main(build.Options(model=model, output=path, builder="tensorrt", profiles=("8",)))
-    except UserError as error:
-        assert not float_weights
-        assert "\n" not in str(error)  # noqa: PT017
-        assert str(error).endswith("export again with --weights float")  # noqa: PT017
-        assert not path.exists()
-        return
+    code = build.main(build.Options(model=model, output=path, builder="tensorrt", profiles=("8",)))
     sidecar = read_sidecar(path, "engine")
     assert sidecar.figures["convolutions_int8"] == 3
     last = sidecar.details["findings"][-1]
@@ -73,6 +66,20 @@ def test_uint8_input_builds_and_answers(tmp_path, float_weights):
     assert last["precision"] == "INT8" or "handed over as a whole" in last["cause"]
     with Engine.load(path) as engine:
         assert engine.inputs[0].dtype == "uint8"
+        assert np.abs(engine(images) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_convolutions_that_are_merged_into_one(tmp_path):
+    """TensorRT 8.6 refuses their INT8 weights and gets float ones."""
+    from export.session import session
+
+    model = qdq_models.siblings(tmp_path / "siblings.onnx")
+    images = np.random.default_rng(3).standard_normal((8, 32, 8, 8)).astype(np.float32)
+    expected = session(model).run(None, {"input": images})[0]
+    path = built(model, "siblings.engine", profiles=("8",))
+    sidecar = read_sidecar(path, "engine")
+    assert sidecar.figures["convolutions_int8"] == sidecar.figures["convolutions"] == 4
+    with Engine.load(path) as engine:
         assert np.abs(engine(images) - expected).max() < 0.05 * np.abs(expected).max()
 
 
