@@ -157,15 +157,7 @@ def parse(
     """The network of an ONNX file, or of its twin with float weights. Raises UserError that names the refused node."""
     network = toolkit.create_network(builder, settings.precision)
     parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
-    if float_weights:
-        try:
-            from deploy.float_weights import with_float_weights
-        except ImportError as error:
-            raise UserError(f"float weights need another package: pip install {error.name}") from error
-        taken = parser.parse(with_float_weights(model))
-    else:
-        taken = parser.parse_from_file(str(model))
-    if not taken:
+    if not (parser.parse(_float_weights(model)) if float_weights else parser.parse_from_file(str(model))):
         failures = diagnose.parser_failures(parser, log)
         raise UserError(f"{toolkit.title} cannot parse {model}: {diagnose.explain(failures, log)}")
     if nodes := diagnose.uint8_nodes(log):
@@ -176,6 +168,14 @@ def parse(
     if network.num_outputs == 0:  # the parser takes an empty file, and text too, for a network without nodes
         raise UserError(f"{model} holds no network: it is empty or not an ONNX file; make or copy it again")
     return network
+
+
+def _float_weights(model: Path) -> bytes:
+    try:
+        from export.float_weights import with_float_weights
+    except ImportError as error:
+        raise UserError(f"float weights take another package: pip install {error.name}") from error
+    return with_float_weights(model)
 
 
 @contextmanager

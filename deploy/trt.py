@@ -157,7 +157,7 @@ class Toolkit:
         return config
 
     def refuses_int8_weights(self, log: BuildLog) -> bool:
-        """Whether a build failed by one of 8.6's faults with INT8 constants (deploy/float_weights.py).
+        """Whether a build failed by one of 8.6's faults with INT8 constants (export/float_weights.py).
 
         The first function names merging convolutions of one input, the second handing a part to the compiler Myelin.
         """

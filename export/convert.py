@@ -10,12 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
 from export.emit import INPUT_NAME, OUTPUT_NAME, InputKind, emit, example_input, input_scale, with_ends
-from export.fold import DeadChannel, float_weights, fold, fold_float
+from export.float_weights import float_weights
+from export.fold import DeadChannel, fold, fold_float
 from export.hard_rules import hard_findings
 from export.ops import OPSET
 from export.parity import measure
@@ -56,8 +58,6 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     padded = pad_channels(folded) if options.pad_channels else []
     if options.pad_channels and not padded:
         raise UserError("no convolution of this network can be padded with zero channels: leave out --pad-channels")
-    if options.weights == "float":
-        float_weights(folded)
     dtype = torch.float16 if options.precision == "float16" else torch.float32
     preprocessing = dict(checkpoint.sidecar.preprocessing)
     if options.input == "int8-nchw":
@@ -79,7 +79,10 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     figures: dict[str, Any] = {"export_seconds": round(seconds, 2), "nodes": len(list(model.graph))}
 
     def write(path: Path) -> None:
-        ir.save(model, path)
+        proto = ir.to_proto(model)
+        if options.weights == "float":
+            float_weights(proto)
+        onnx.save(proto, path)
         figures["bytes"] = path.stat().st_size
         say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {figures['bytes'] / 1e6:.2f} MB")
         images = sample(checkpoint, options.parity_images)

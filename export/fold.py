@@ -73,23 +73,6 @@ class Dequantize(nn.Module):
         return ops.dequantize(codes, self.scale, self.zero_point, self.axis)
 
 
-class QuantizeDequantizeWeight(nn.Module):
-    """Stands where the weight quantizer stood: puts a float weight on its INT8 grid. scale [C], zero point [C]."""
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, quantizer: Dequantize) -> None:
-        super().__init__()
-        self.register_buffer("scale", quantizer.scale)
-        self.register_buffer("zero_point", quantizer.zero_point)
-        self.axis = quantizer.axis
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Float32 to float32, same shape."""
-        return ops.quantize_dequantize_weight(weight, self.scale, self.zero_point, self.axis)
-
-
 class DequantizeInput(nn.Module):
     """Stands where the quantizer of the network's input stood, when the caller quantizes: scale [], zero point []."""
 
@@ -133,22 +116,6 @@ def fold_float(prepared: fx.GraphModule) -> fx.GraphModule:
     _remove_quantizers(folded)
     _fold_batch_norms(folded, [])
     return _finished(folded)
-
-
-def float_weights(folded: fx.GraphModule) -> None:
-    """Turns, inside ``folded`` (from ``fold``), INT8 weight codes into float weights that are quantized when it runs.
-
-    TensorRT 8.6 refuses INT8 constants in networks of which it hands a part, such as a cast of uint8 input, to another
-    compiler. The codes stay the same: w = code * scale and w / scale are each off by at most a relative 2^-24, and
-    127 * 2^-23 is far from the half that would round to another code.
-    """
-    layer: Any
-    for layer in list(folded.modules()):
-        if isinstance(quantizer := getattr(layer, "weight_quantizer", None), Dequantize):
-            scale = per_channel(quantizer.scale, layer.weight.ndim, quantizer.axis)
-            weight = layer.weight * scale
-            assert torch.equal(quantize(weight, scale, WEIGHT), layer.weight.float())
-            layer.weight, layer.weight_quantizer = weight, QuantizeDequantizeWeight(quantizer)
 
 
 def _finished(folded: fx.GraphModule) -> fx.GraphModule:

@@ -6,7 +6,7 @@ Numerics are those of qat/quantizer.py. Q and DQ of all tensors that share a sca
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +26,6 @@ def insert(
     view: OnnxNetwork,
     placement: Placement,
     amax: Mapping[str, float],
-    weights: Literal["int8", "float"] = "int8",
 ) -> int:
     """Quantizes ``model`` in place.
 
@@ -35,7 +34,6 @@ def insert(
         view: what ``network_from_onnx`` read of it.
         placement: what qat.rules.place decided about ``view.network``.
         amax: the largest magnitude by the name of each quantizer of ``placement``.
-        weights: whether they are stored as INT8 codes, or as the same numbers in float in front of a QuantizeLinear.
 
     Returns:
         How many weight channels are zero; their scales were floored.
@@ -56,7 +54,7 @@ def insert(
             assert weight is not None
             key = (weight.name or "", axis)
             if key not in stored:
-                stored[key], zeros = _quantized_weight(model.graph, weight, axis, weights)
+                stored[key], zeros = _quantized_weight(model.graph, weight, axis)
                 dead += zeros
             node.replace_input_with(WEIGHT, stored[key])
     model.graph.sort()
@@ -79,28 +77,19 @@ def _pair(graph: ir.Graph, value: ir.Value, scale: ir.Value, zero_point: ir.Valu
     return _append(graph, DEQUANTIZE, [codes, scale, zero_point], f"{value.name}/dequantize", ir.DataType.FLOAT, value)
 
 
-def _quantized_weight(
-    graph: ir.Graph, weight: ir.Value, axis: int, stored: Literal["int8", "float"]
-) -> tuple[ir.Value, int]:
-    """``weight`` as INT8 codes, or what becomes them, behind DequantizeLinear; how many of its channels are zero."""
+def _quantized_weight(graph: ir.Graph, weight: ir.Value, axis: int) -> tuple[ir.Value, int]:
+    """``weight`` as INT8 codes behind DequantizeLinear; how many of its channels are zero."""
     assert weight.const_value is not None
     given = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
     scale = scale_from_amax(weight_amax(given, axis))
-    spread = per_channel(scale, given.ndim, axis)
-    codes = quantize(given, spread, quantizer.WEIGHT)
+    codes = quantize(given, per_channel(scale, given.ndim, axis), quantizer.WEIGHT)
     name = weight.name or ""
     constants = [
+        _initializer(graph, f"{name}.codes", codes.to(torch.int8).numpy()),
         _initializer(graph, f"{name}.scale", scale.numpy()),
         _initializer(graph, f"{name}.zero_point", np.zeros(len(scale), np.int8)),
     ]
-    if stored == "int8":
-        data = _initializer(graph, f"{name}.codes", codes.to(torch.int8).numpy())
-    else:
-        rounded = _initializer(graph, f"{name}.rounded", (codes * spread).numpy())
-        data = _append(graph, QUANTIZE, [rounded, *constants], f"{name}/quantize", ir.DataType.INT8, weight, axis=axis)
-    dequantized = _append(
-        graph, DEQUANTIZE, [data, *constants], f"{name}/dequantize", ir.DataType.FLOAT, weight, axis=axis
-    )
+    dequantized = _append(graph, DEQUANTIZE, constants, f"{name}/dequantize", ir.DataType.FLOAT, weight, axis=axis)
     return dequantized, int((scale <= SCALE_FLOOR).sum())
 
 

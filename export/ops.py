@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from qat.quantizer import ACTIVATION, WEIGHT, per_channel, quantize
+from qat.quantizer import ACTIVATION, per_channel, quantize
 
 
 @torch.library.custom_op("int8::quantize_dequantize", mutates_args=())
@@ -30,13 +30,6 @@ def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     """DequantizeLinear of a weight: INT8 codes; scale [C] float32 and zero_point [C] int8 along ``axis``."""
     return codes.float() * per_channel(scale, codes.ndim, axis)
-
-
-@torch.library.custom_op("int8::quantize_dequantize_weight", mutates_args=())
-def quantize_dequantize_weight(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """QuantizeLinear + DequantizeLinear of a weight, float32; scale [C] float32 and zero_point [C] int8 by ``axis``."""
-    scale = per_channel(scale, weight.ndim, axis)
-    return quantize(weight, scale, WEIGHT).mul_(scale)
 
 
 @torch.library.custom_op("int8::dequantize_input", mutates_args=())
@@ -79,11 +72,6 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
 
 
-@quantize_dequantize_weight.register_fake
-def _(weight: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    return torch.empty_like(weight)
-
-
 @dequantize_input.register_fake
 def _(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return torch.empty_like(codes, dtype=torch.float32)
@@ -114,11 +102,6 @@ def _onnx_quantize_dequantize(x: Any, scale: Any, zero_point: Any) -> Any:
 
 
 def _onnx_dequantize(codes: Any, scale: Any, zero_point: Any, axis: int) -> Any:
-    return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
-
-
-def _onnx_quantize_dequantize_weight(weight: Any, scale: Any, zero_point: Any, axis: int) -> Any:
-    codes = op.QuantizeLinear(weight, scale, zero_point, axis=axis)
     return op.DequantizeLinear(codes, scale, zero_point, axis=axis)
 
 
@@ -160,7 +143,6 @@ def _onnx_gelu(x: Any, approximate: str = "none") -> Any:
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.int8.quantize_dequantize.default: _onnx_quantize_dequantize,
     torch.ops.int8.dequantize.default: _onnx_dequantize,
-    torch.ops.int8.quantize_dequantize_weight.default: _onnx_quantize_dequantize_weight,
     torch.ops.int8.dequantize_input.default: _onnx_dequantize_input,
     torch.ops.int8.global_average_pool.default: _onnx_global_average_pool,
     torch.ops.int8.flatten.default: _onnx_flatten,

@@ -17,6 +17,7 @@ import torch
 from onnxscript.rewriter.rules import common as rewrites
 
 from export.calibration_cache import read_calibration_cache
+from export.float_weights import float_weights
 from export.hard_rules import hard_findings
 from export.insert import insert
 from export.onnx_network import OnnxNetwork, network_from_onnx
@@ -78,7 +79,7 @@ def quantize_file(options: QuantizeOptions) -> Sidecar:
         amax |= _calibrated(model, view, placement, inputs, options, set(amax))
     say_placement(placement)
     plain = ir.to_proto(model).SerializeToString()
-    dead = insert(model, view, placement, amax, options.weights)
+    dead = insert(model, view, placement, amax)
     if dead:
         warn(f"{dead} weight channels are zero; their scales were floored")
     if findings := hard_findings(model):
@@ -95,7 +96,10 @@ def quantize_file(options: QuantizeOptions) -> Sidecar:
     }
 
     def write(path: Path) -> None:
-        ir.save(model, path)
+        proto = ir.to_proto(model)
+        if options.weights == "float":
+            float_weights(proto)
+        onnx.save(proto, path)
         figures["bytes"] = path.stat().st_size
         if inputs is not None:
             figures["parity"], details["reference"] = _compared(plain, path, inputs, reference)

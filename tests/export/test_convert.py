@@ -197,15 +197,17 @@ def test_float_weights_are_quantized_to_the_same_codes(chain: Path, tmp_path: Pa
     codes, weights = ({t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer} for graph in graphs)
     quantizes = {node.input[0]: node for node in graphs[1].node if node.op_type == "QuantizeLinear"}
     dequantizes = {node.input[0]: node for node in graphs[1].node if node.op_type == "DequantizeLinear"}
-    assert {name for name in quantizes if name in weights} == {"conv1.weight", "conv2.weight", "fc.weight"}
-    for name in ("conv1.weight", "conv2.weight", "fc.weight"):
-        quantize, dequantize = quantizes[name], dequantizes[quantizes[name].output[0]]
+    layers = ("conv1.weight", "conv2.weight", "fc.weight")
+    assert {name for name in quantizes if name in weights} == {f"{name}.float" for name in layers}
+    for name in layers:
+        quantize = quantizes[f"{name}.float"]
+        dequantize = dequantizes[quantize.output[0]]
         assert (quantize.name, dequantize.name) == (f"{name}_quantizer/quantize", f"{name}_quantizer/dequantize")
         assert quantize.input[1:] == dequantize.input[1:] == [f"{name}_quantizer.scale", f"{name}_quantizer.zero_point"]
         for node in (quantize, dequantize):
             assert ("axis", 0) in [(entry.name, entry.i) for entry in node.attribute]
         found = run(session_with_tensors(tmp_path / "float.onnx", [quantize.output[0]]), x)[quantize.output[0]]
-        assert (weights[name].dtype, codes[name].dtype) == (np.float32, np.int8)
+        assert (weights[f"{name}.float"].dtype, codes[name].dtype) == (np.float32, np.int8)
         np.testing.assert_array_equal(found, codes[name])
 
 

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import fx, nn
 
-from export.fold import float_weights, fold, fold_float
+from export.fold import fold, fold_float
 from export.lower import BatchNorm
 from qat.checkpoint import load_checkpoint
 from qat.prepare import prepare
@@ -157,26 +157,6 @@ def test_a_flatten_of_the_first_dimensions_is_not_taken_for_one_of_the_last():
 
     model = prepared(Head())
     assert fold(model)[0](torch.zeros(2, 3, 4)).shape == (6, 4)
-
-
-# --- float weights on the grid of the INT8 codes
-
-
-def test_float_weights_are_the_same_codes_to_the_last_bit():
-    model = prepared(torchvision.models.resnet18(num_classes=10))
-    folded, twin = fold(model)[0], fold(model)[0]
-    float_weights(twin)
-    x = torch.randn(2, 3, 64, 64)
-    assert torch.equal(twin(x), folded(x))
-    weights = {name: value for name, value in twin.named_buffers() if name.endswith(".weight")}
-    assert len(weights) == 21
-    for name, weight in weights.items():
-        codes, scale = folded.get_buffer(name), folded.get_buffer(f"{name}_quantizer.scale")
-        assert weight.dtype == torch.float32
-        # As QuantizeLinear does it, and as a kernel that multiplies by the reciprocal does.
-        shape = (-1, *[1] * (weight.ndim - 1))
-        for quotient in (weight / scale.reshape(shape), weight * (1 / scale).reshape(shape)):
-            assert torch.equal(quotient.round().to(torch.int8), codes)
 
 
 def test_a_code_comes_back_from_any_scale():
