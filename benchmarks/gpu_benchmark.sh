@@ -14,18 +14,19 @@ out=$1 python=${PYTHON:-python3} deploy=${DEPLOY_PYTHON:-${PYTHON:-python3}}
 shift
 peers=("$@")
 read -ra gpus <<<"${GPUS:-0}"
-[[ -f $out/resnet50_int8-nchw.padded.onnx ]] || PYTHONPATH=.:benchmarks:${PYTHONPATH:-} $python benchmarks/gpu_models.py "$out"
+[[ -f $out/resnet50_int8-nchw.merged-padded.onnx ]] || PYTHONPATH=.:benchmarks:${PYTHONPATH:-} $python benchmarks/gpu_models.py "$out"
 
 compare() {
-    $deploy -m deploy.benchmark "$out/resnet50.onnx" --padded "$out/resnet50.padded.onnx" --ptq "$out/resnet50_ptq.onnx" \
+    $deploy -m deploy.benchmark "$out/resnet50.onnx" --ptq "$out/resnet50_ptq.onnx" \
+        --variants "zero channels=$out/resnet50.padded.onnx" "merged, zero channels=$out/resnet50.merged-padded.onnx" \
         --peers "${peers[@]}" --inputs "uint8 input=$out/resnet50_uint8-nchw.onnx" "INT8 input=$out/resnet50_int8-nchw.onnx" \
         --full-batches 32 --batches 128 1 --host-to-host 128 --contexts 2 3 \
         --repeat "${REPEAT:-2}" --output "$out/benchmark.json" "$@"
 }
 # The most images a second: input that the host has quantized, the largest batch, several contexts.
 most_images() {
-    $deploy -m deploy.benchmark "$out/resnet50_int8-nchw.onnx" --padded "$out/resnet50_int8-nchw.padded.onnx" \
-        --precisions --batches --full-batches --sweep 2048 --contexts 1 2 3 \
+    $deploy -m deploy.benchmark "$out/resnet50_int8-nchw.onnx" --variants "zero channels=$out/resnet50_int8-nchw.padded.onnx" \
+        "merged, zero channels=$out/resnet50_int8-nchw.merged-padded.onnx" --precisions --batches --full-batches --sweep 2048 --contexts 1 2 3 \
         --repeat "${REPEAT:-2}" --output "$out/throughput.json" "$@"
 }
 

@@ -2,14 +2,15 @@
 
     python benchmarks/gpu_models.py FOLDER
 
-Speed does not depend on the weights. Written are the Q/DQ network with each type of input (for raw bytes with float
-weights, as TensorRT 8.6 needs them), for float and INT8 input with zero channels too, the same with ranges by another
-calibrator (as post-training quantization leaves it), and the float network.
+Speed does not depend on the weights. Written are the Q/DQ network with each type of input, for float and INT8 input
+with zero channels and with merged shortcuts too, the same with ranges by another calibrator (as post-training
+quantization leaves it), and the float network.
 """
 
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from export_and_build import write_checkpoint
@@ -27,12 +28,16 @@ def main() -> None:
         write_checkpoint(folder / f"{name}.qat", calibrator)
         export_checkpoint(ExportOptions(checkpoint=folder / f"{name}.qat"))
     checkpoint = folder / "resnet50.qat"
-    more = (
+    padded: dict[str, Any] = {"pad_channels": True}
+    merged = padded | {"merge_shortcuts": True}
+    more: tuple[tuple[str, dict[str, Any]], ...] = (
         ("resnet50.float32", {"precision": "float32"}),
-        ("resnet50.padded", {"pad_channels": True}),
-        ("resnet50_uint8-nchw", {"input": "uint8-nchw", "weights": "float"}),
+        ("resnet50.padded", padded),
+        ("resnet50.merged-padded", merged),
+        ("resnet50_uint8-nchw", {"input": "uint8-nchw"}),
         ("resnet50_int8-nchw", {"input": "int8-nchw"}),
-        ("resnet50_int8-nchw.padded", {"input": "int8-nchw", "pad_channels": True}),
+        ("resnet50_int8-nchw.padded", {"input": "int8-nchw"} | padded),
+        ("resnet50_int8-nchw.merged-padded", {"input": "int8-nchw"} | merged),
     )
     for name, options in more:
         export_checkpoint(ExportOptions(checkpoint=checkpoint, output=folder / f"{name}.onnx", **options))

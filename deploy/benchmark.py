@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from deploy.measure import Latency
     from deploy.trt import Toolkit
 
-MODEL, PADDED = "INT8 (QAT)", "INT8 (QAT), zero channels"
+MODEL = "INT8 (QAT)"
 FP16, IMPLICIT = "FP16", "implicit INT8"
 LAYER_RUNS = 50
 """Runs that the times of single layers are averaged over."""
@@ -47,8 +47,9 @@ class BenchmarkOptions(Command):
     float16: Path | None = None
     """The same with --precision float16, for TensorRT versions that know strongly typed networks only; by default
     MODEL.float16.onnx."""
-    padded: Path | None = None
-    """The model with zero channels (export.onnx --pad-channels), as ONNX."""
+    variants: tuple[str, ...] = ()
+    """The model exported otherwise (export.onnx --pad-channels, --merge-shortcuts) as NAME=FILE, compared at all batch
+    sizes."""
     ptq: Path | None = None
     """The model quantized without training, as ONNX."""
     precisions: tuple[Literal["fp32", "tf32", "fp16", "implicit"], ...] = ("fp32", "tf32", "fp16", "implicit")
@@ -98,10 +99,9 @@ def main(options: BenchmarkOptions) -> None:
         raise UserError(f"no file {options.model}: check the path, or make it with python -m export.onnx")
     toolkit = find_toolkit("tensorrt")
     assert toolkit.device is not None
-    columns = _columns(options, toolkit)
+    columns, ours = _columns(options, toolkit), _ours(options)
     peers = [Column(name, path, "explicit") for name, path in map(_named, options.peers)]
-    inputs = [column for column in columns if column.name in (MODEL, PADDED)]
-    inputs += [Column(name, path, "explicit") for name, path in map(_named, options.inputs)]
+    inputs = [*ours, *(Column(name, path, "explicit") for name, path in map(_named, options.inputs))]
     everything = dict.fromkeys((*columns, *peers, *inputs))
     _check_names(everything)
     bench = Bench(toolkit, options, peers)
@@ -110,7 +110,7 @@ def main(options: BenchmarkOptions) -> None:
     compared: dict[int, list[Column]] = {}
     for batch in dict.fromkeys((*options.full_batches, *options.batches)):
         full = batch in options.full_batches
-        chosen = [column for column in columns if full or column.name in (FP16, IMPLICIT, MODEL, PADDED)]
+        chosen = [one for one in columns if full or one.name in (FP16, IMPLICIT) or one in ours]
         compared[batch] = chosen + (peers if full else [])
     if options.build_only:
         alone = [(column, batch) for batch in (*options.host_to_host, *options.sweep) for column in inputs]
@@ -239,7 +239,7 @@ class Bench:
 
 
 def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
-    """The model, its post-training twin and its float engines, as far as this version of TensorRT has them."""
+    """The model's float engines, as far as this version of TensorRT has them, its post-training twin, and ``_ours``."""
     columns = []
     float32 = options.float32 or options.model.with_suffix(".float32.onnx")
     float16 = options.float16 or options.model.with_suffix(".float16.onnx")
@@ -264,10 +264,13 @@ def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
         columns.append(Column(names[precision], model, built_as))
     if options.ptq:
         columns.append(Column("INT8 (post-training)", options.ptq, "explicit"))
-    columns.append(Column(MODEL, options.model, "explicit"))
-    if options.padded:
-        columns.append(Column(PADDED, options.padded, "explicit"))
-    return columns
+    return columns + _ours(options)
+
+
+def _ours(options: BenchmarkOptions) -> list[Column]:
+    """The model and its variants."""
+    variants = [Column(f"{MODEL}, {name}", path, "explicit") for name, path in map(_named, options.variants)]
+    return [Column(MODEL, options.model, "explicit"), *variants]
 
 
 def _check_names(columns: Iterable[Column]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import time
@@ -13,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.emit import INPUT_NAME, OUTPUT_NAME, InputKind, emit, example_input, input_scale, with_ends
 from export.float_weights import float_weights
 from export.fold import DeadChannel, fold, fold_float
 from export.hard_rules import hard_findings
+from export.merged_shortcuts import merge_shortcuts
 from export.ops import OPSET
 from export.parity import measure
 from export.reference import Sample, reference_path, sample, write_reference
+from export.session import sqnr_db
 from export.zero_channels import pad_channels
 from qat.artifact import Parent, Sidecar, TensorSpec, UserError, check_writable, write_artifact
 from qat.checkpoint import Checkpoint, load_checkpoint
@@ -38,10 +41,10 @@ _PARITY_BATCH = 32
 def export_checkpoint(options: ExportOptions) -> Sidecar:
     """Exports a checkpoint and returns the sidecar of the ONNX file. Raises UserError for what the user can mend."""
     quantized = options.precision == "int8"
-    if not quantized and (options.pad_channels or options.weights == "float"):
-        raise UserError(f"--precision {options.precision} has no INT8 weights: leave out --pad-channels and --weights")
-    special = "padded" if options.pad_channels else options.precision
-    output = options.output or options.checkpoint.with_suffix(".onnx" if special == "int8" else f".{special}.onnx")
+    if not quantized and (options.pad_channels or options.merge_shortcuts or options.weights == "float"):
+        needless = "--pad-channels, --merge-shortcuts and --weights"
+        raise UserError(f"--precision {options.precision} has no INT8 weights: leave out {needless}")
+    output = options.output or options.checkpoint.with_suffix(f"{_special(options)}.onnx")
     reference = reference_path(output)
     for path in (output, reference):
         if path.resolve() == options.checkpoint.resolve():
@@ -55,6 +58,10 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     start = time.perf_counter()
     folded, dead = fold(checkpoint.model) if quantized else (fold_float(checkpoint.model), [])
     _warn_of_dead_channels(dead)
+    trained = copy.deepcopy(folded) if options.merge_shortcuts else None
+    merged = merge_shortcuts(folded) if options.merge_shortcuts else []
+    if options.merge_shortcuts and not merged:
+        raise UserError("no shortcut of this network can be merged: leave out --merge-shortcuts")
     padded = pad_channels(folded) if options.pad_channels else []
     if options.pad_channels and not padded:
         raise UserError("no convolution of this network can be padded with zero channels: leave out --pad-channels")
@@ -69,6 +76,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
         "precision": options.precision,
         "weights": options.weights if quantized else "float",
         "padded": padded,
+        "merged": merged,
         "opset": OPSET,
         "dead_channels": [asdict(channel) for channel in dead],
     }
@@ -91,6 +99,8 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
         parity, logits = measure(folded, path, pairs, options.layer_images)
         say(f"PyTorch against ONNX Runtime on {images.source}: {parity}")
         figures["parity"] = {"source": images.source} | parity.to_json()
+        if trained is not None:
+            figures["merging"] = _merging(trained, images, checkpoint.preprocessing, logits)
         details["reference"] = write_reference(reference, images, logits)
 
     sidecar = Sidecar(
@@ -115,6 +125,27 @@ def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
         warn(f"{layer}: dead channels {listed}, {len(numbers)} in all: their weights are zero; the scales were floored")
 
 
+def _special(options: ExportOptions) -> str:
+    """What the file's name says of how it was exported, in front of .onnx."""
+    if options.precision != "int8":
+        return f".{options.precision}"
+    chosen = {"merged": options.merge_shortcuts, "padded": options.pad_channels}
+    names = "-".join(name for name, wanted in chosen.items() if wanted)
+    return f".{names}" if names else ""
+
+
+@torch.no_grad()
+def _merging(trained: nn.Module, images: Sample, preprocessing: Preprocessing, logits: Tensor) -> dict[str, Any]:
+    """How far merging has moved the ``logits`` of ``images``, [N, classes], from what was ``trained``."""
+    batches = images.images_NCHW.split(_PARITY_BATCH)
+    before = torch.cat([trained(preprocessing.normalize(x_NCHW)) for x_NCHW in batches])
+    other = int((before.argmax(1) != logits.argmax(1)).sum())
+    decibels = sqnr_db(before.numpy(), logits.numpy())
+    distance = "no logit changed" if decibels is None else f"logits at {decibels:.1f} dB"
+    say(f"merged against trained: {other} of {len(logits)} images with another top-1, {distance}")
+    return {"images": len(logits), "other_top1": other, "sqnr_db": decibels}
+
+
 def _metadata(checkpoint: Checkpoint, details: Mapping[str, Any]) -> dict[str, str]:
     """What travels inside the ONNX file, for programs that have no sidecar."""
     return {
@@ -122,6 +153,7 @@ def _metadata(checkpoint: Checkpoint, details: Mapping[str, Any]) -> dict[str, s
         "class_names": json.dumps(checkpoint.sidecar.class_names),
         "preprocessing": json.dumps(dict(checkpoint.sidecar.preprocessing)),
         "padded": json.dumps(details["padded"]),
+        "merged": json.dumps(details["merged"]),
     } | {name: details[name] for name in ("input", "precision", "weights")}
 
 

@@ -18,8 +18,8 @@ class ExportOptions(Command):
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """The checkpoint that python -m qat.train wrote."""
     output: Path | None = None
-    """The ONNX file to write; by default beside the checkpoint, ending in .onnx, .padded.onnx, .float32.onnx or
-    .float16.onnx."""
+    """The ONNX file to write; by default beside the checkpoint, ending in .onnx, .merged.onnx, .padded.onnx,
+    .merged-padded.onnx, .float32.onnx or .float16.onnx."""
     input: Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"] = "float32-nchw"
     """float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes, preprocessing becomes part of the
     network; int8-nchw: normalized images that the caller has quantized by the input_scale in the sidecar, which leaves
@@ -31,7 +31,10 @@ class ExportOptions(Command):
     INT8 weights; deploy.build makes them by itself where TensorRT 8.6 does."""
     pad_channels: bool = False
     """Put zero channels into residual blocks that end with fewer than 128 input channels: the answers stay the same,
-    and some GPUs have a faster kernel for them (measure it: python -m deploy.benchmark --padded)."""
+    and some GPUs have a faster kernel for them (measure it: python -m deploy.benchmark --variants)."""
+    merge_shortcuts: bool = False
+    """Merge a 1x1 shortcut into the convolution that it is added to, as in the first block of ResNet50: one kernel for
+    two, and the widest tensor is not written. Some weights are rounded again; the export says what that changes."""
     parity_images: int = 512
     """Test images on which PyTorch and ONNX Runtime are compared, at most; they go into the reference file."""
     layer_images: int = 8

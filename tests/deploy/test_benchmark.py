@@ -145,9 +145,10 @@ def test_a_peer_that_is_refused_is_left_out(model, toolkit, tmp_path, capfd):
         Bench(toolkit, BenchmarkOptions(model=model, repeat=2)).build([(broken, 4)])
 
 
-def test_zero_channels_are_a_column_of_their_own(model):
-    padded = model.with_name("m.padded.onnx")
-    columns = _columns(BenchmarkOptions(model=model, precisions=(), padded=padded), find_toolkit("tensorrt-rtx"))
+def test_variants_are_columns_of_their_own(model):
+    padded = residual(model.with_name("m.padded.onnx"))
+    options = BenchmarkOptions(model=model, precisions=(), variants=(f"zero channels={padded}",))
+    columns = _columns(options, find_toolkit("tensorrt-rtx"))
     assert columns == [
         Column("INT8 (QAT)", model, "explicit"),
         Column("INT8 (QAT), zero channels", padded, "explicit"),

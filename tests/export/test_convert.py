@@ -60,6 +60,7 @@ def test_the_sidecar_names_the_checkpoint_and_describes_the_network(chain: Path,
         "precision": "int8",
         "weights": "int8",
         "padded": [],
+        "merged": [],
         "opset": 20,
         "dead_channels": [],
     }
@@ -211,7 +212,7 @@ def test_float_weights_are_quantized_to_the_same_codes(chain: Path, tmp_path: Pa
         np.testing.assert_array_equal(found, codes[name])
 
 
-@pytest.mark.parametrize("options", [{"weights": "float"}, {"pad_channels": True}])
+@pytest.mark.parametrize("options", [{"weights": "float"}, {"pad_channels": True}, {"merge_shortcuts": True}])
 def test_a_float_network_has_no_int8_weights(checkpoint: Path, options: dict[str, Any]) -> None:
     refused("--precision float16 has no INT8 weights: leave", checkpoint=checkpoint, precision="float16", **options)
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["model.qat", "model.qat.json"]

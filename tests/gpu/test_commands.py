@@ -185,7 +185,7 @@ def test_benchmark_compares_and_builds_once(model, tmp_path, capfd):
         float32=tmp_path / "float.onnx",
         batches=(1,),
         full_batches=(4,),
-        padded=qdq_models.residual(tmp_path / "padded.onnx"),
+        variants=(f"zero channels={qdq_models.residual(tmp_path / 'padded.onnx')}",),
         peers=(f"twin={model}",),
         sweep=(4,),
         host_to_host=(4,),

@@ -1,0 +1,41 @@
+"""Where a folded network calls INT8 convolutions that can be rewritten: what the rewritings of residual blocks ask."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from export.fold import Dequantize, QuantizeDequantize
+from qat.fx_network import function_name, kind_of
+
+
+class Int8Convolutions:
+    """The calls of a folded network (from export.fold.fold), with answers about what one of them computes."""
+
+    def __init__(self, folded: fx.GraphModule) -> None:
+        self.modules = dict(folded.named_modules())
+        self._called = [node.target for node in folded.graph.nodes if node.op == "call_module"]
+
+    def convolution(self, node: fx.Node, *, grouped: bool = False) -> nn.Conv2d | None:
+        """What ``node`` calls, where that is an INT8 convolution, called only here, without groups or as it may be."""
+        module = self.module(node)
+        if not isinstance(module, nn.Conv2d) or not isinstance(getattr(module, "weight_quantizer", None), Dequantize):
+            return None
+        return module if (module.groups == 1 or grouped) and self._called.count(node.target) == 1 else None
+
+    def is_quantizer(self, node: fx.Node) -> bool:
+        """Whether ``node`` puts an activation on its INT8 grid."""
+        return isinstance(self.module(node), QuantizeDequantize)
+
+    def is_relu(self, node: fx.Node) -> bool:
+        """Whether ``node`` clips at zero and nothing else."""
+        if node.op == "call_module":
+            return isinstance(self.module(node), nn.ReLU)
+        return function_name(node).removesuffix("_") == "relu"
+
+    def is_sum_of_two(self, node: fx.Node) -> bool:
+        """Whether ``node`` adds two different tensors."""
+        return kind_of(node, self.modules) == "add" and len(node.all_input_nodes) == 2
+
+    def module(self, node: fx.Node) -> nn.Module | None:
+        """The module that ``node`` calls."""
+        return self.modules.get(str(node.target)) if node.op == "call_module" else None

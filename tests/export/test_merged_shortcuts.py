@@ -1,0 +1,327 @@
+"""Merged shortcuts: which blocks have one, which codes stay, how far weights move, and what the command says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, fx, nn
+
+from deploy import build
+from export.convert import export_checkpoint
+from export.emit import emit
+from export.fold import fold
+from export.lint import lint
+from export.merged_shortcuts import merge_shortcuts
+from export.options import ExportOptions
+from export.session import session, sqnr_db
+from export.zero_channels import CHANNELS, pad_channels
+from qat.artifact import UserError, read_sidecar
+from qat.calibrate import calibrate
+from qat.checkpoint import save_checkpoint
+from qat.models import ModelSpec, build_model
+from qat.prepare import prepare
+from qat.preprocessing import Preprocessing
+from qat.quantizer import ActivationQuantizer
+
+PIXELS = 8
+
+
+class Block(nn.Module):
+    """stem -> relu -> [first 3x3 -> relu -> last] + shortcut -> relu -> head."""
+
+    def __init__(
+        self, stride: int = 1, groups: int = 1, wide: int = 32, middle: int = 32, **of_the_shortcut: Any
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, wide, 3, padding=1)
+        self.first = nn.Conv2d(wide, middle, 3, stride, padding=1, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(middle)
+        self.last = nn.Conv2d(middle, 48, 1)
+        self.shortcut = nn.Conv2d(wide, 48, **{"kernel_size": 1, "stride": stride} | of_the_shortcut)
+        self.other = nn.Conv2d(middle, 48, 1)
+        self.head = nn.Linear(48, 10)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x)).relu()
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x)) + self.shortcut(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.block(self.stem(x).relu()))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(1))
+
+
+def folded(model: nn.Module, x: Tensor | None = None) -> fx.GraphModule:
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    ready = prepare(model.eval())
+    calibrate(ready, [images() if x is None else x], "max")
+    return fold(ready)[0]
+
+
+def dequantized(network: fx.GraphModule, name: str) -> Tensor:
+    layer: Any = network.get_submodule(name)
+    return layer.weight * layer.weight_quantizer.scale[:, None, None, None]
+
+
+def outputs(network: fx.GraphModule, name: str, x: Tensor) -> Tensor:
+    found: list[Tensor] = []
+    handle = network.get_submodule(name).register_forward_hook(lambda module, inputs, output: found.append(output))
+    network(x)
+    handle.remove()
+    return found[0]
+
+
+class Swapped(Block):
+    """The shortcut is the sum's first operand."""
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.last(self.inner(x))
+
+
+class NoReLU(Block):
+    """Nothing between the first convolution and the last."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
+@pytest.mark.parametrize(
+    "make", [Block, Swapped, NoReLU, lambda: Block(stride=2), lambda: Block(groups=4), lambda: Block(bias=False)]
+)
+def test_codes_stay_and_weights_are_off_by_half_a_step(make):
+    model = make()
+    plain, network = folded(model), folded(model)
+    assert merge_shortcuts(network) == ["last"]
+    assert "shortcut" not in dict(network.named_modules())
+    x = images()
+    scales = [float(plain.get_submodule(f"activation_quantizers.{name}").scale) for name in ("relu", "relu_1")]
+    if isinstance(model, NoReLU):
+        scales[1] = float(plain.get_submodule("activation_quantizers.first").scale)
+    factor = scales[0] / scales[1]
+    torch.testing.assert_close(outputs(network, "first", x), outputs(plain, "first", x) * factor, rtol=1e-5, atol=1e-5)
+    assert torch.equal(network.get_submodule("first").weight, plain.get_submodule("first").weight)
+
+    last: Any = network.get_submodule("last")
+    assert (last.in_channels, last.weight.dtype, last.weight.abs().max()) == (64, torch.int8, 127)
+    expected = torch.cat((dequantized(plain, "last") / factor, dequantized(plain, "shortcut")), 1)
+    step = last.weight_quantizer.scale[:, None, None, None]
+    assert ((dequantized(network, "last") - expected).abs() <= step * 0.5001).all()
+    torch.testing.assert_close(step.flatten(), expected.abs().amax((1, 2, 3)) / 127)
+    bias = plain.get_submodule("last").bias + plain.get_submodule("shortcut").bias
+    torch.testing.assert_close(last.bias, bias)
+    assert (sqnr_db(plain(x).numpy(), network(x).numpy()) or 999) > 25
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_file_is_clean_and_onnx_runtime_computes_the_same(stride, tmp_path):
+    network = folded(Block(stride))
+    merge_shortcuts(network)
+    exported = emit(network, images(2), {})
+    assert lint(exported) == []
+    counts = [sum(node.op_type == name for node in exported.graph) for name in ("Conv", "Concat", "MaxPool", "Add")]
+    assert counts == [3, 1, stride - 1, 0]
+    ir.save(exported, tmp_path / "m.onnx")
+    (found,) = session(tmp_path / "m.onnx").run(None, {"input": images().numpy()})
+    np.testing.assert_allclose(found, network(images()).numpy(), rtol=1e-5, atol=1e-5)
+    options = build.Options(model=tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
+    assert build.main(options) == 0
+    figures = read_sidecar(tmp_path / "m.engine", "engine").figures
+    assert figures["convolutions_int8"] == figures["convolutions"] == 3
+
+
+def test_the_stages_of_resnet50():
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    model = torchvision.models.resnet50(num_classes=10)
+    plain, network = folded(model, x), folded(model, x)
+    assert merge_shortcuts(network) == [f"layer{stage}.0.conv3" for stage in (1, 2, 3, 4)]
+    assert merge_shortcuts(network) == []
+    assert pad_channels(network) == ["layer1.1.conv3", "layer1.2.conv3"]
+    assert network.get_submodule("layer1.0.conv3").in_channels == CHANNELS
+    assert (network(x) - plain(x)).norm() < 0.2 * plain(x).norm()
+
+
+class Tapped(Block):
+    """Another convolution reads what is between the two."""
+
+    def block(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return self.last(y) + self.shortcut(x) + self.other(y)
+
+
+class ReadTwice(Block):
+    """The sum and something else read the shortcut."""
+
+    def block(self, x: Tensor) -> Tensor:
+        y = self.shortcut(x)
+        return (self.last(self.inner(x)) + y) * y.sigmoid()
+
+
+class Multiplied(Block):
+    """A product in place of the sum."""
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x)) * self.shortcut(x)
+
+
+class Weighted(Block):
+    """A sum with a factor."""
+
+    def block(self, x: Tensor) -> Tensor:
+        return torch.add(self.last(self.inner(x)), self.shortcut(x), alpha=2)
+
+
+class Clipped(Block):
+    """An activation that is not the same at another scale."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        return F.relu6(self.norm(self.first(x)))
+
+
+class Identity(Block):
+    """No projection."""
+
+    def __init__(self) -> None:
+        super().__init__(wide=48)
+
+    def block(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x)) + x
+
+
+class OneInput(Block):
+    """Both read the same tensor."""
+
+    def block(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return self.last(y) + self.other(y)
+
+
+class CalledTwice(Block):
+    """The shortcut works at two places."""
+
+    def block(self, x: Tensor) -> Tensor:
+        return (self.last(self.inner(x)) + self.shortcut(x)).relu() + self.shortcut(x.relu() * 2)
+
+
+class OfTheInput(Block):
+    """The shortcut reads the network's input, whose codes may be the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__(wide=32)
+        self.stem = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.adaptive_avg_pool2d(self.block(x).relu(), 1).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Block(kernel_size=3, padding=1),
+        lambda: Block(groups=2, wide=32, middle=48),
+        lambda: Block(wide=48),
+        Tapped,
+        ReadTwice,
+        Multiplied,
+        Weighted,
+        Clipped,
+        Identity,
+        OneInput,
+        CalledTwice,
+        torchvision.models.resnet18,
+    ],
+)
+def test_where_there_is_nothing_to_merge(make):
+    model = make()
+    x = torch.randn(2, 3, 32, 32)
+    network, plain = folded(model, x), folded(model, x)
+    assert merge_shortcuts(network) == []
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in network.state_dict().items())
+    assert torch.equal(network(x), plain(x))
+
+
+def test_a_shortcut_of_the_input_stays():
+    assert merge_shortcuts(folded(OfTheInput(), torch.randn(2, 32, PIXELS, PIXELS))) == []
+
+
+def test_a_float_convolution_is_not_merged():
+    ready = prepare(Block().eval(), keep_float=["shortcut"])
+    calibrate(ready, [images()], "max")
+    assert merge_shortcuts(fold(ready)[0]) == []
+
+
+# --- the command
+
+
+def block(num_classes: int) -> nn.Module:
+    return Block()
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
+    """A checkpoint of a block with random weights, whose test images are gone."""
+    folder = tmp_path_factory.mktemp("merged")
+    spec = ModelSpec(f"{__file__}:block", 10)
+    model = prepare(build_model(spec).eval())
+    for module in model.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.amax.fill_(3.0)
+    data = {"data": {"source": "none", "image_size": 16, "root": "."}, "seed": 0, "calibration_images": 16}
+    preprocessing = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3, resize=16)
+    names = tuple(map(str, range(10)))
+    save_checkpoint(folder / "model.qat", model, spec, preprocessing, names, {}, data, seed=0)
+    return ExportOptions(checkpoint=folder / "model.qat")
+
+
+def test_the_command_says_what_was_merged_and_what_it_changed(options, capsys):
+    plain = export_checkpoint(options)
+    merged = export_checkpoint(dataclasses.replace(options, merge_shortcuts=True))
+    path = options.checkpoint.with_suffix(".merged.onnx")
+    assert read_sidecar(path, "onnx") == merged
+    assert (plain.details["merged"], merged.details["merged"]) == ([], ["last"])
+    assert "merging" not in plain.figures
+    found = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+    assert json.loads(found["merged"]) == ["last"]
+    assert (merged.figures["parity"]["worst_layer"]["sqnr_db"] or 999) > 100
+
+    references = [np.load(options.checkpoint.with_suffix(f"{name}.reference.npz")) for name in ("", ".merged")]
+    np.testing.assert_array_equal(*(reference["images"] for reference in references))
+    before, after = (reference["logits"] for reference in references)
+    other = int((before.argmax(1) != after.argmax(1)).sum())
+    decibels = sqnr_db(before, after)
+    assert merged.figures["merging"] == {"images": len(before), "other_top1": other, "sqnr_db": decibels}
+    said = f"merged against trained: {other} of {len(before)} images with another top-1, logits at {decibels:.1f} dB"
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+def test_it_goes_with_zero_channels_and_other_inputs(options):
+    for kind in ("int8-nchw", "uint8-nchw"):
+        chosen = dataclasses.replace(options, input=kind, merge_shortcuts=True, weights="float")
+        details = export_checkpoint(chosen).details
+        assert (details["input"], details["weights"], details["merged"]) == (kind, "float", ["last"])
+    with pytest.raises(UserError, match=r"can be padded.*leave out --pad-channels"):
+        export_checkpoint(dataclasses.replace(options, merge_shortcuts=True, pad_channels=True))
+
+
+def test_a_network_without_such_a_shortcut_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(UserError, match=r"no shortcut of this network can be merged: leave out --merge-shortcuts"):
+        export_checkpoint(ExportOptions(checkpoint=checkpoint, merge_shortcuts=True))
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["model.qat", "model.qat.json"]
