@@ -6,9 +6,9 @@
 #
 # PYTHON has torch and exports; DEPLOY_PYTHON has TensorRT. The tables are printed, raw results are in benchmark.json.
 # Every engine is built REPEAT times (2) and the fastest is kept. Nearly all of the time goes into builds, which several
-# GPUS of one kind share; the first of them (0) measures everything. With REPEAT=1 the
-# builds of one GPU share their timings of kernels: those of gpu_benchmark.txt took 8 minutes. With REPEAT=2 each build
-# times all kernels anew: on two GPUs the run was not through after 15 minutes.
+# GPUS of one kind share; the first of them (0) measures everything. With REPEAT=1 the builds of one GPU share their timings
+# of kernels: on two GPUs those of gpu_benchmark.txt took 10 minutes. With REPEAT=2 each build times all kernels anew: on two
+# GPUs the run was not through after 15 minutes.
 set -euo pipefail
 out=$1 python=${PYTHON:-python3} deploy=${DEPLOY_PYTHON:-${PYTHON:-python3}}
 shift
