@@ -18,7 +18,7 @@ read -ra gpus <<<"${GPUS:-0}"
 
 compare() {
     $deploy -m deploy.benchmark "$out/resnet50.onnx" --ptq "$out/resnet50_ptq.onnx" \
-        --variants "zero channels=$out/resnet50.padded.onnx" "merged, zero channels=$out/resnet50.merged-padded.onnx" \
+        --variants "zero channels=$out/resnet50.padded.onnx" "all merged, zero channels=$out/resnet50.merged-padded.onnx" \
         --peers "${peers[@]}" --inputs "uint8 input=$out/resnet50_uint8-nchw.onnx" "INT8 input=$out/resnet50_int8-nchw.onnx" \
         --full-batches 32 --batches 128 1 --host-to-host 128 --contexts 2 3 \
         --repeat "${REPEAT:-2}" --output "$out/benchmark.json" "$@"
@@ -26,7 +26,7 @@ compare() {
 # The most images a second: input that the host has quantized, the largest batch, several contexts.
 most_images() {
     $deploy -m deploy.benchmark "$out/resnet50_int8-nchw.onnx" --variants "zero channels=$out/resnet50_int8-nchw.padded.onnx" \
-        "merged, zero channels=$out/resnet50_int8-nchw.merged-padded.onnx" --precisions --batches --full-batches --sweep 2048 --contexts 1 2 3 \
+        "all merged, zero channels=$out/resnet50_int8-nchw.merged-padded.onnx" --precisions --batches --full-batches --sweep 2048 --contexts 1 2 3 \
         --repeat "${REPEAT:-2}" --output "$out/throughput.json" "$@"
 }
 

@@ -278,9 +278,8 @@ def _check_names(columns: Iterable[Column]) -> None:
     found = [column.file_name for column in columns]
     doubled = sorted({name for name in found if found.count(name) > 1})
     if doubled:
-        raise UserError(
-            f"several engines would be called {', '.join(doubled)}: give each of --peers and --inputs a name"
-        )
+        named = "--variants, --peers and --inputs"
+        raise UserError(f"several engines would be called {', '.join(doubled)}: give each of {named} a name")
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -87,10 +87,13 @@ def bisect(
     # An engine without weights computes nothing.
     settings = dataclasses.replace(settings, profiles=(fixed,), strip_weights=False)
     timings = b"" if toolkit.times_kernels else None
+    float_weights = False
 
     def measure(name: str) -> float | None:
-        nonlocal timings
-        built = build(toolkit, model, settings, timings, extra_outputs=(name,) if name not in outputs else ())
+        nonlocal timings, float_weights
+        extra = (name,) if name not in outputs else ()
+        built = build(toolkit, model, settings, timings, extra, float_weights=float_weights)
+        float_weights = built.float_weights
         timings = built.timing_cache_content if toolkit.times_kernels else None
         with Engine.of(built.plan, toolkit, settings) as engine:
             answer = engine(inputs)

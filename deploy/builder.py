@@ -75,16 +75,18 @@ def build(
     settings: BuildSettings,
     timing_cache: bytes | None = None,
     extra_outputs: tuple[str, ...] = (),
+    *,
+    float_weights: bool = False,
 ) -> Built:
     """Parses ``model``, builds its engine and audits it; nothing is written.
 
     ``timing_cache`` is what an earlier build left (``Built.timing_cache_content``), b"" to make one, None for none.
     ``extra_outputs`` names tensors inside the network that become outputs. Where the builder refuses the network only
-    because its weights are INT8, it gets the same codes as float weights. Raises UserError when the parser or the
-    builder refuses the model, naming the node, or when this version of TensorRT lacks something that ``settings`` ask
-    for.
+    because its weights are INT8, it gets the same codes as float weights; with ``float_weights`` from the start. Raises
+    UserError when the parser or the builder refuses the model, naming the node, or when this version of TensorRT lacks
+    something that ``settings`` ask for.
     """
-    built = _build(toolkit, model, settings, timing_cache, extra_outputs, float_weights=False)
+    built = _build(toolkit, model, settings, timing_cache, extra_outputs, float_weights)
     if built is None:
         say(f"{toolkit.title} refuses INT8 weights in this network: it gets the same codes as float weights")
         built = _build(toolkit, model, settings, timing_cache, extra_outputs, float_weights=True)
@@ -98,7 +100,6 @@ def _build(
     settings: BuildSettings,
     timing_cache: bytes | None,
     extra_outputs: tuple[str, ...],
-    *,
     float_weights: bool,
 ) -> Built | None:
     """What ``build`` does, with the weights as they are or as float; None where they have to be float."""

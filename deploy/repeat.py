@@ -26,7 +26,9 @@ def build_fastest(toolkit: Toolkit, model: Path, settings: BuildSettings, repeat
     from deploy.measure import latencies
     from deploy.runtime import Engine
 
-    candidates = [build(toolkit, model, settings) for _ in range(repeat)]
+    candidates = [build(toolkit, model, settings)]
+    while len(candidates) < repeat:
+        candidates.append(build(toolkit, model, settings, float_weights=candidates[0].float_weights))
     with ExitStack() as stack:
         engines = {
             str(index): stack.enter_context(Engine.of(built.plan, toolkit, settings))

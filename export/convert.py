@@ -59,7 +59,8 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     folded, dead = fold(checkpoint.model) if quantized else (fold_float(checkpoint.model), [])
     _warn_of_dead_channels(dead)
     trained = copy.deepcopy(folded) if options.merge_shortcuts else None
-    merged = merge_shortcuts(folded) if options.merge_shortcuts else []
+    shape = (3, checkpoint.preprocessing.height, checkpoint.preprocessing.width)
+    merged = merge_shortcuts(folded, shape) if options.merge_shortcuts else []
     if options.merge_shortcuts and not merged:
         raise UserError("no shortcut of this network can be merged: leave out --merge-shortcuts")
     padded = pad_channels(folded) if options.pad_channels else []
@@ -78,7 +79,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
         "padded": padded,
         "merged": merged,
         "opset": OPSET,
-        "dead_channels": [asdict(channel) for channel in dead],
+        "dead_channels": [asdict(channel) for channel in dead if not merged or _is_dead(folded, channel)],
     }
     model = emit(network, example, _metadata(checkpoint, details))
     if findings := hard_findings(model):
@@ -123,6 +124,12 @@ def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
         numbers = [channel.channel for channel in channels]
         listed = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
         warn(f"{layer}: dead channels {listed}, {len(numbers)} in all: their weights are zero; the scales were floored")
+
+
+def _is_dead(folded: nn.Module, channel: DeadChannel) -> bool:
+    """Whether a channel that was dead still is, in a network whose layers have been merged."""
+    layer: Any = dict(folded.named_modules()).get(channel.layer)
+    return layer is not None and not layer.weight.select(layer.weight_quantizer.axis, channel.channel).any()
 
 
 def _special(options: ExportOptions) -> str:

@@ -6,11 +6,12 @@ the network to another compiler (a cast of uint8 input); seen on an H200. deploy
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, NodeProto, helper, numpy_helper
 
 from export.names import unused_name
 
@@ -23,45 +24,83 @@ def with_float_weights(path: Path) -> bytes:
 
 
 def float_weights(model: onnx.ModelProto) -> None:
-    """Does so, in place, for every INT8 constant that a DequantizeLinear reads; nodes keep their names.
+    """Does so, in place, for every initializer of INT8 codes that a DequantizeLinear of the main graph reads.
 
-    The codes stay the same: w = code * scale and w / scale are each off by at most a relative 2^-24, and 127 * 2^-23 is
-    far from the half that would round to another code.
+    The codes stay the same: code * scale and then / scale are each off by at most a relative 2^-11 in float16 (2^-24 in
+    float32), and 127 * 2^-10 is far from the half that would round to another code.
     """
     graph = model.graph
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    taken = set(_names(graph))
     quantizers: dict[tuple[str, ...], NodeProto] = {}
     for node in graph.node:
-        if node.op_type != "DequantizeLinear" or not {*node.input[:2]} <= constants.keys():
-            continue
-        if constants[node.input[0]].data_type == TensorProto.INT8:
+        if _dequantizes_a_weight(node, constants):
             key = tuple(node.input)
             if key not in quantizers:  # a weight may serve several layers
-                quantizers[key] = _quantizer(graph, node, *(numpy_helper.to_array(constants[name]) for name in key[:2]))
+                quantizers[key] = _quantizer(graph, node, constants, taken)
             node.input[0] = quantizers[key].output[0]
     nodes = [*quantizers.values(), *graph.node]
-    read = {name for node in nodes for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.node[:], graph.initializer[:]
+    del graph.node[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(kept)
+    replaced = {key[0] for key in quantizers} - set(_read(graph))
+    for entries in (graph.initializer, graph.input):  # old files list initializers as inputs too
+        kept = [entry for entry in entries if entry.name not in replaced]
+        del entries[:]
+        entries.extend(kept)
 
 
-def _quantizer(graph: onnx.GraphProto, dequantizer: NodeProto, codes: np.ndarray, scale: np.ndarray) -> NodeProto:
-    """What makes ``codes`` of a new float constant of ``graph``, for ``dequantizer`` to read."""
+def _dequantizes_a_weight(node: NodeProto, constants: dict[str, np.ndarray]) -> bool:
+    """Whether ``node`` makes a weight of INT8 codes, with the zero point 0 and one scale, or one for each channel."""
+    if node.op_type != "DequantizeLinear" or not {*node.input[:2]} <= constants.keys():
+        return False
+    codes, scale = (constants[name] for name in node.input[:2])
+    zero_points = [constants.get(name) for name in node.input[2:] if name]
+    symmetric = all(one is not None and not one.any() for one in zero_points)
+    return symmetric and codes.dtype == np.int8 and scale.ndim < 2 and scale.dtype in (np.float32, np.float16)
+
+
+def _quantizer(
+    graph: GraphProto, dequantizer: NodeProto, constants: dict[str, np.ndarray], taken: set[str]
+) -> NodeProto:
+    """What makes the codes that ``dequantizer`` reads of a new float constant of ``graph``."""
+    name = dequantizer.input[0]
+    codes, scale = (constants[one] for one in dequantizer.input[:2])
     (axis,) = [attribute.i for attribute in dequantizer.attribute if attribute.name == "axis"] or [1]
     channels = [-1 if index == axis % codes.ndim else 1 for index in range(codes.ndim)] if scale.ndim else []
-    taken = {tensor.name for tensor in graph.initializer} | {node.name for node in graph.node}
 
-    def constant(name: str, values: np.ndarray) -> str:
-        graph.initializer.append(numpy_helper.from_array(values, unused_name(name, taken)))
+    def new(wanted: str) -> str:
+        found = unused_name(wanted, taken)
+        taken.add(found)
+        return found
+
+    def constant(wanted: str, values: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(values, new(wanted)))
         return graph.initializer[-1].name
 
-    name = dequantizer.input[0]
     weight = constant(f"{name}.float", codes.astype(scale.dtype) * scale.reshape(channels))
-    zero_point = (
-        dequantizer.input[2] if len(dequantizer.input) > 2 else constant(f"{name}.zero", scale.astype(np.int8) * 0)
-    )
-    inputs = [weight, dequantizer.input[1], zero_point]
-    made = unused_name(dequantizer.name.removesuffix("/dequantize") + "/quantize", taken)
-    return helper.make_node("QuantizeLinear", inputs, [made], made, axis=axis)
+    zero_point = (*dequantizer.input[2:], "")[0] or constant(f"{name}.zero_point", np.zeros(scale.shape, np.int8))
+    made = new(f"{dequantizer.name.removesuffix('/dequantize') or name}/quantize")
+    return helper.make_node("QuantizeLinear", [weight, dequantizer.input[1], zero_point], [made], made, axis=axis)
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """``graph`` and all graphs inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inside in (*attribute.graphs, *([attribute.g] if attribute.type == AttributeProto.GRAPH else [])):
+                yield from _graphs(inside)
+
+
+def _names(graph: GraphProto) -> Iterator[str]:
+    """All names of nodes and tensors."""
+    for one in _graphs(graph):
+        yield from (entry.name for entries in (one.initializer, one.input, one.node) for entry in entries)
+        yield from (name for node in one.node for name in node.output)
+
+
+def _read(graph: GraphProto) -> Iterator[str]:
+    """All names that a node or an output reads."""
+    for one in _graphs(graph):
+        yield from (output.name for output in one.output)
+        yield from (name for node in one.node for name in node.input)

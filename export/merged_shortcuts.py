@@ -6,12 +6,13 @@ written nor read, the kernel has no addition, and one quantizer is gone. Where t
 picks those that it reads. What this gives on a GPU is in benchmarks/gpu_benchmark.txt.
 
 Both inputs take one scale: the convolution that makes ``a`` gets the factor between the two scales, so that the codes
-of ``a`` stay what they were. Each output channel takes one weight scale too, the larger of the two, so that the
-weights with the smaller one are rounded again: the network computes almost the same, and the export says how nearly.
+of ``a`` stay what they were, ties apart. Each output channel takes one weight scale too, the larger of the two, so that
+the weights with the smaller one are rounded again: the network computes almost the same, the export says how nearly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +22,22 @@ from torch import Tensor, fx, nn
 from export.fold import QuantizeDequantize
 from export.int8_convolutions import Int8Convolutions
 from export.lower import unused_path
+from qat.fx_network import shapes
 from qat.quantizer import SCALE_FLOOR, WEIGHT, per_channel, quantize, scale_from_amax
 
 VECTOR = 32
 """Channels that INT8 kernels move at a time: parts of a concatenation that end elsewhere have to be copied."""
 
 
-def merge_shortcuts(folded: fx.GraphModule) -> list[str]:
+def merge_shortcuts(folded: fx.GraphModule, input_shape: Sequence[int]) -> list[str]:
     """Merges, inside ``folded`` (from export.fold.fold), 1x1 shortcuts into the 1x1 convolutions beside them.
 
-    Returns the paths of the convolutions that took a shortcut in.
+    ``input_shape`` is the network's, without the batch. Returns the paths of the convolutions that took a shortcut in.
     """
-    calls = Int8Convolutions(folded)
-    blocks = [block for node in folded.graph.nodes if (block := _block(calls, node)) is not None]
+    calls, extents = Int8Convolutions(folded), shapes(folded, input_shape)
+    blocks = [block for node in folded.graph.nodes if (block := _block(calls, extents, node)) is not None]
     for block in blocks:
         _merge(folded, block)
-    folded.graph.eliminate_dead_code()
     folded.delete_all_unused_submodules()
     folded.graph.lint()
     folded.recompile()
@@ -62,12 +63,12 @@ class _Block:
     maker: nn.Conv2d
 
 
-def _block(calls: Int8Convolutions, add: fx.Node) -> _Block | None:
-    """The block that ends with ``add``, if it is one."""
-    if not calls.is_sum_of_two(add):
+def _block(calls: Int8Convolutions, extents: Mapping[str, tuple[int, ...]], add: fx.Node) -> _Block | None:
+    """The block that ends with ``add``, if it is one; ``extents`` are the shapes of all tensors."""
+    if not calls.is_sum_of_two(add) or len({extents[node.name] for node in add.all_input_nodes}) != 1:
         return None
     one, other = (_branch(calls, node) for node in add.all_input_nodes)
-    if one is None or other is None or one.source is other.source:
+    if one is None or other is None:
         return None
     for last, shortcut in ((one, other), (other, one)):
         keeps_pixels = last.convolution.stride == (1, 1)
@@ -126,13 +127,18 @@ def _merge(folded: fx.GraphModule, block: _Block) -> None:
             x = quantized(graph.call_module(path, (x,)))
         both = graph.call_function(torch.cat, ((quantized(last.source.all_input_nodes[0]), x), 1))
         last.call.args = (quantized(both),)
-    block.add.prepend(last.call)
+    unused = dict.fromkeys((block.add, *block.add.all_input_nodes, shortcut.call, last.source))
     block.add.replace_all_uses_with(last.call)
+    block.add.append(last.call)
+    for node in unused:
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _scale_output(maker: Any, factor: Tensor) -> None:
     """Makes what ``maker`` computes ``factor`` times as large; its codes stay."""
-    maker.weight_quantizer.scale = maker.weight_quantizer.scale * factor
+    scale = maker.weight_quantizer.scale
+    maker.weight_quantizer.scale = torch.where(scale > SCALE_FLOOR, scale * factor, scale).clamp(min=SCALE_FLOOR)
     maker.bias = nn.Parameter(maker.bias * factor, requires_grad=False)
 
 
@@ -141,7 +147,7 @@ def _take_in(last: Any, shortcut: Any, factor: Tensor) -> None:
     own, taken = (one.weight * per_channel(one.weight_quantizer.scale, 4, 0) for one in (last, shortcut))
     weight = torch.cat((own / factor, taken), 1)
     quantizer = last.weight_quantizer
-    quantizer.scale = scale_from_amax(weight.abs().amax((1, 2, 3))).clamp(min=SCALE_FLOOR)
+    quantizer.scale = scale_from_amax(weight.abs().amax((1, 2, 3)))
     last.weight = quantize(weight, per_channel(quantizer.scale, 4, 0), WEIGHT).to(torch.int8)
     last.bias = nn.Parameter(last.bias + shortcut.bias, requires_grad=False)
     last.in_channels += shortcut.in_channels

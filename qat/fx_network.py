@@ -44,7 +44,7 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
     """
     modules = dict(traced.named_modules())
     weight_names = _weight_names(traced)
-    shapes = _shapes(traced, input_shape) if input_shape is not None else {}
+    found = shapes(traced, input_shape) if input_shape is not None else {}
     needed = _needed(traced)
     ops: dict[str, Op] = {}
     for node in traced.graph.nodes:
@@ -59,8 +59,8 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
             weight = replace(weight, tensor=weight_names.get(weight.tensor, weight.tensor))
         first = node.args[0] if node.args else None
         kind = exact_kind(kind, weight, isinstance(first, fx.Node) and first.name not in ops)
-        made = shapes.get(node.name)
-        floating = made is not None if shapes else kind != "split"
+        made = found.get(node.name)
+        floating = made is not None if found else kind != "split"
         ops[node.name] = Op(node.name, kind, inputs, label(node), weight, made, floating or kind == "output")
     return Network(ops)
 
@@ -229,7 +229,11 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
-def _shapes(traced: fx.GraphModule, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def shapes(traced: fx.GraphModule, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every floating-point tensor for a batch of one, by its node's name; ``input_shape`` has no batch.
+
+    Raises UserError where the network does not take such an input.
+    """
     training, recorder = traced.training, _ShapeRecorder(traced.eval())
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():

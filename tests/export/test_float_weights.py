@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))  # qdq_models
 
 from qdq_models import Graph, classifier, matrix_product, residual, siblings
 
-from export.float_weights import with_float_weights
+from export.float_weights import float_weights, with_float_weights
 from export.session import run, session
 
 
@@ -70,3 +70,87 @@ def test_a_weight_that_two_layers_share_stays_one(tmp_path):
     graph.save(path, ("N", 8, 4, 4), ("N", 8, 4, 4))
     names = [tensor.name for tensor in onnx.load_from_string(with_float_weights(path)).graph.initializer]
     assert [name for name in names if name.startswith("w")] == ["w_scale", "w_zero", "w_q.float"]
+
+
+def two_convolutions(path: Path, name: str = "") -> onnx.ModelProto:
+    """Two convolutions of INT8 weights, whose DequantizeLinear nodes are both called ``name``."""
+    graph = Graph()
+    x = graph.node("Conv", [graph.quantized("input", "x"), graph.weights("a", (8, 8, 1, 1))], "y", kernel_shape=[1, 1])
+    graph.node("Conv", [graph.quantized(x, "z"), graph.weights("b", (8, 8, 1, 1))], "w", kernel_shape=[1, 1])
+    model = onnx.load(graph.save(path, ("N", 8, 4, 4), ("N", 8, 4, 4)))
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear":
+            node.name = name
+    return model
+
+
+def same_answers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``model`` with float weights, which answers as it did."""
+    x = np.random.default_rng(1).standard_normal((2, 8, 4, 4)).astype(np.float32)
+    expected = run(session(model.SerializeToString()), x)
+    float_weights(model)
+    onnx.checker.check_model(model, full_check=True)
+    for name, found in run(session(model.SerializeToString()), x).items():
+        np.testing.assert_array_equal(found, expected[name])
+    return model
+
+
+def int8_constants(model: onnx.ModelProto) -> list[str]:
+    return [t.name for t in model.graph.initializer if t.data_type == TensorProto.INT8 and np.prod(t.dims) > 8]
+
+
+def test_nodes_without_names(tmp_path):
+    assert int8_constants(same_answers(two_convolutions(tmp_path / "m.onnx"))) == []
+
+
+def test_names_that_are_taken(tmp_path):
+    model = two_convolutions(tmp_path / "m.onnx")
+    taken = helper.make_node("Identity", ["input"], ["a_q.float"], "a_q/quantize")
+    model.graph.node.insert(0, taken)
+    assert int8_constants(same_answers(model)) == []
+
+
+def test_what_a_branch_or_an_output_reads_stays(tmp_path):
+    model = two_convolutions(tmp_path / "m.onnx")
+    inside = helper.make_graph(
+        [helper.make_node("Cast", ["a_q"], ["cast"], to=TensorProto.FLOAT)],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("cast", TensorProto.FLOAT, (8, 8, 1, 1))],
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "yes"))
+    model.graph.node.append(helper.make_node("If", ["yes"], ["branch"], "if", then_branch=inside, else_branch=inside))
+    model.graph.output.append(helper.make_tensor_value_info("branch", TensorProto.FLOAT, (8, 8, 1, 1)))
+    model.graph.output.append(helper.make_tensor_value_info("b_q", TensorProto.INT8, (8, 8, 1, 1)))
+    assert int8_constants(same_answers(model)) == ["a_q", "b_q"]
+
+
+def test_initializers_that_are_inputs_too(tmp_path):
+    model = two_convolutions(tmp_path / "m.onnx")
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    assert int8_constants(same_answers(model)) == []
+    assert not [given.name for given in model.graph.input if given.name in ("a_q", "b_q")]
+
+
+def test_an_empty_name_is_no_zero_point(tmp_path):
+    model = two_convolutions(tmp_path / "m.onnx")
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in ("a_q", "b_q"):
+            node.input[2] = ""
+    assert int8_constants(same_answers(model)) == []
+
+
+def test_what_is_not_symmetric_stays(tmp_path):
+    model = two_convolutions(tmp_path / "m.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name == "a_zero":
+            tensor.CopyFrom(numpy_helper.from_array(np.full(8, 3, np.int8), tensor.name))
+    assert int8_constants(same_answers(model)) == ["a_q"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_every_code_comes_back_from_any_scale(dtype):
+    codes = np.arange(-127, 128).astype(dtype)
+    scales = np.exp2(np.linspace(-13.9, 8, 5000)).astype(dtype)[:, None]
+    np.testing.assert_array_equal(np.rint(codes * scales / scales), np.broadcast_to(codes, (len(scales), 255)))
