@@ -318,7 +318,8 @@ def _print_slower(slower: Sequence[Slower], batch: int) -> None:
         names = " ".join(one.node for one in slower)
         say(
             f"in float they may be faster, if the conversions that this takes cost less: qat.train and export.quantize "
-            f"have --keep-float {names}"
+            f"have --keep-float {names}; at the end of residual blocks export.onnx --merge-shortcuts --pad-channels "
+            "may do more"
         )
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
+from untrained import checkpoint_of
 
 from deploy import build
 from export.convert import export_checkpoint
@@ -28,11 +29,8 @@ from export.session import session, sqnr_db
 from export.zero_channels import CHANNELS, pad_channels
 from qat.artifact import UserError, read_sidecar
 from qat.calibrate import calibrate
-from qat.checkpoint import save_checkpoint
-from qat.models import ModelSpec, build_model
 from qat.prepare import prepare
-from qat.preprocessing import Preprocessing
-from qat.quantizer import SCALE_FLOOR, ActivationQuantizer
+from qat.quantizer import SCALE_FLOOR
 
 PIXELS = 8
 
@@ -411,17 +409,7 @@ def network(num_classes: int) -> nn.Module:
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
     """A checkpoint of a block with random weights, whose test images are gone."""
-    folder = tmp_path_factory.mktemp("merged")
-    spec = ModelSpec(f"{__file__}:network", 10)
-    model = prepare(build_model(spec).eval())
-    for module in model.modules():
-        if isinstance(module, ActivationQuantizer):
-            module.amax.fill_(3.0)
-    data = {"data": {"source": "none", "image_size": 16, "root": "."}, "seed": 0, "calibration_images": 16}
-    preprocessing = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3, resize=16)
-    names = tuple(map(str, range(10)))
-    save_checkpoint(folder / "model.qat", model, spec, preprocessing, names, {}, data, seed=0)
-    return ExportOptions(checkpoint=folder / "model.qat")
+    return checkpoint_of(tmp_path_factory.mktemp("merged"), f"{__file__}:network")
 
 
 def test_the_command_says_what_was_merged_and_what_it_changed(options, capsys):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
+from untrained import checkpoint_of
 
 from deploy import build
 from export.convert import export_checkpoint
@@ -22,10 +23,7 @@ from export.options import ExportOptions
 from export.session import session
 from export.zero_channels import CHANNELS, pad_channels
 from qat.artifact import UserError, read_sidecar
-from qat.checkpoint import save_checkpoint
-from qat.models import ModelSpec, build_model
 from qat.prepare import prepare
-from qat.preprocessing import Preprocessing
 from qat.quantizer import ActivationQuantizer
 
 
@@ -225,17 +223,7 @@ def bottleneck(num_classes: int) -> nn.Module:
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
     """A checkpoint of a bottleneck with random weights, whose test images are gone."""
-    folder = tmp_path_factory.mktemp("padded")
-    spec = ModelSpec(f"{__file__}:bottleneck", 10)
-    model = prepare(build_model(spec).eval())
-    for module in model.modules():
-        if isinstance(module, ActivationQuantizer):
-            module.amax.fill_(3.0)
-    data = {"data": {"source": "none", "image_size": 16, "root": "."}, "seed": 0, "calibration_images": 16}
-    preprocessing = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3, resize=16)
-    names = tuple(map(str, range(10)))
-    save_checkpoint(folder / "model.qat", model, spec, preprocessing, names, {}, data, seed=0)
-    return ExportOptions(checkpoint=folder / "model.qat")
+    return checkpoint_of(tmp_path_factory.mktemp("padded"), f"{__file__}:bottleneck")
 
 
 def test_the_padded_file_answers_as_the_plain_one_and_builds(options):
