@@ -198,6 +198,21 @@ def siblings(path: Path) -> Path:
     return graph.save(path, ("N", 32, 8, 8), ("N", 32, 8, 8))
 
 
+def merged_shortcut(path: Path) -> Path:
+    """The end of a residual block as export.onnx --merge-shortcuts writes it: a convolution 3x3 of stride 2 and a max
+    pool 1x1 that skips as many pixels, concatenated under one scale, and a convolution 1x1 of both."""
+    graph = Graph()
+    x = graph.quantized("input", "x")
+    inputs = [x, graph.weights("a_w", (64, 32, 3, 3)), graph.float_weights("a_b", (64,))]
+    inner = graph.node("Conv", inputs, "a", kernel_shape=[3, 3], pads=[1] * 4, strides=[2, 2])
+    inner = graph.quantized(graph.node("Relu", [inner], "a_relu"), "inner")
+    seen = graph.quantized(graph.node("MaxPool", [x], "pixels", kernel_shape=[1, 1], strides=[2, 2]), "seen")
+    both = graph.quantized(graph.node("Concat", [inner, seen], "cat", axis=1), "both")
+    inputs = [both, graph.weights("b_w", (128, 96, 1, 1)), graph.float_weights("b_b", (128,))]
+    graph.node("Relu", [graph.node("Conv", inputs, "b", kernel_shape=[1, 1])], "relu")
+    return graph.save(path, ("N", 32, 16, 16), ("N", 128, 8, 8))
+
+
 def transposed_convolution(path: Path) -> Path:
     """input -> Q/DQ -> ConvTranspose 2x2 with INT8 weights, which TensorRT-RTX 1.7 runs in float."""
     graph = Graph()

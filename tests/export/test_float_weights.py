@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))  # qdq_models
 
-from qdq_models import Graph, classifier, matrix_product, residual, siblings
+from qdq_models import Graph, classifier, matrix_product, merged_shortcut, residual, siblings
 
 from export.float_weights import float_weights, with_float_weights
 from export.session import run, session
@@ -37,7 +37,9 @@ def without_zero_points(path: Path) -> Path:
     return graph.save(path, ("N", 8, 4, 4), ("N", 8, 4, 4))
 
 
-@pytest.mark.parametrize("model", [siblings, residual, classifier, product_by_columns, without_zero_points])
+@pytest.mark.parametrize(
+    "model", [siblings, merged_shortcut, residual, classifier, product_by_columns, without_zero_points]
+)
 def test_float_weights_answer_as_int8_weights_do(tmp_path, model):
     path = model(tmp_path / "m.onnx")
     content = with_float_weights(path)

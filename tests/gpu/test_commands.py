@@ -69,17 +69,19 @@ def test_uint8_input_builds_and_answers(tmp_path, float_weights):
         assert np.abs(engine(images) - expected).max() < 0.05 * np.abs(expected).max()
 
 
-def test_convolutions_that_are_merged_into_one(tmp_path):
-    """TensorRT 8.6 refuses their INT8 weights and gets float ones."""
+@pytest.mark.parametrize(("model", "convolutions"), [(qdq_models.siblings, 4), (qdq_models.merged_shortcut, 2)])
+def test_branches_that_are_concatenated(tmp_path, model, convolutions):
+    """TensorRT merges convolutions of one input, for which 8.6 gets float weights; the parts of a sum may be merged."""
     from export.session import session
 
-    model = qdq_models.siblings(tmp_path / "siblings.onnx")
-    images = np.random.default_rng(3).standard_normal((8, 32, 8, 8)).astype(np.float32)
-    expected = session(model).run(None, {"input": images})[0]
-    path = built(model, "siblings.engine", profiles=("8",))
-    sidecar = read_sidecar(path, "engine")
-    assert sidecar.figures["convolutions_int8"] == sidecar.figures["convolutions"] == 4
-    with Engine.load(path) as engine:
+    path = model(tmp_path / "m.onnx")
+    reference = session(path)
+    images = np.random.default_rng(3).standard_normal((8, *reference.get_inputs()[0].shape[1:])).astype(np.float32)
+    expected = reference.run(None, {"input": images})[0]
+    engine_path = built(path, "branches.engine", profiles=("8",))
+    sidecar = read_sidecar(engine_path, "engine")
+    assert sidecar.figures["convolutions_int8"] == sidecar.figures["convolutions"] == convolutions
+    with Engine.load(engine_path) as engine:
         assert np.abs(engine(images) - expected).max() < 0.05 * np.abs(expected).max()
 
 
