@@ -45,7 +45,7 @@ def test_float_weights_answer_as_int8_weights_do(tmp_path, model):
     content = with_float_weights(path)
     proto = onnx.load_from_string(content)
     onnx.checker.check_model(proto, full_check=True)
-    assert not [t.name for t in proto.graph.initializer if t.data_type == TensorProto.INT8 and np.prod(t.dims) > 64]
+    assert not [t.name for t in proto.graph.initializer if t.data_type == TensorProto.INT8 and np.prod(t.dims) > 128]
     int8 = session(path)
     shape = [4, *int8.get_inputs()[0].shape[1:]]
     x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
