@@ -1,8 +1,8 @@
 """The neutral view (qat/network.py) of an ONNX graph, float or with Q/DQ nodes, and where it is quantized.
 
 Q and DQ nodes are no operations of the view: who reads a tensor through them is noted as a quantized read. Operations
-are named after the tensor that they make. What is computed from constants alone is constant, as are weights behind
-their Q/DQ; what is computed from sizes alone is left out.
+are named after the tensor that they make; a GELU of several operators is one. What is computed from constants alone is
+constant, as are weights behind their Q/DQ; what is computed from sizes alone is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from export.composed import Composed, composed_activations
 from qat.network import ConstantWeight, Network, Op, exact_kind
 from qat.operations import Kind, kind_of_onnx
 
@@ -51,8 +52,12 @@ def network_from_onnx(model: ir.Model) -> OnnxNetwork:
     reader = _Reader(constants(model.graph))
     for value in model.graph.inputs:
         reader.add_input(value)
+    composed = {node: one for one in composed_activations(model.graph, reader.constants) for node in one.nodes}
     for node in model.graph:
-        reader.add_node(node)
+        if node not in composed:
+            reader.add_node(node)
+        elif node is composed[node].last:
+            reader.add_activation(composed[node])
     for value in model.graph.outputs:
         reader.add_output(value)
     return OnnxNetwork(Network(reader.ops), reader.nodes, reader.reads, reader.weights)
@@ -139,6 +144,14 @@ class _Reader:
         for value in outputs[1:]:
             other = value.name or ""
             self._put(Op(other, "other", self._read(other, live), node.name or other, shape=_shape(value)), node)
+
+    def add_activation(self, composed: Composed) -> None:
+        """Adds several nodes as the one operation that they are."""
+        node = composed.last
+        made = node.outputs[0]
+        name = made.name or ""
+        inputs = self._read(name, [composed.given])
+        self._put(Op(name, "activation", inputs, node.name or name, None, _shape(made), _floating(made)), node)
 
     def _add_split(self, node: ir.Node, live: list[ir.Value], outputs: list[ir.Value]) -> None:
         label = node.name or outputs[0].name or ""

@@ -33,8 +33,8 @@ class ExportOptions(Command):
     """Put zero channels into residual blocks that end with fewer than 128 input channels: the answers stay the same,
     and some GPUs have a faster kernel for them (measure it: python -m deploy.benchmark --variants)."""
     merge_shortcuts: bool = False
-    """Merge a 1x1 shortcut into the convolution that it is added to, as in the first block of ResNet50: one kernel for
-    two, and the widest tensor is not written. Some weights are rounded again; the export says what that changes."""
+    """Merge a 1x1 shortcut into the convolution that it is added to, as in each stage of ResNet50: one kernel for two,
+    and a wide tensor less to write. Some weights are rounded again; the export says what that changes."""
     parity_images: int = 512
     """Test images on which PyTorch and ONNX Runtime are compared, at most; they go into the reference file."""
     layer_images: int = 8

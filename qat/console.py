@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import Annotated, NoReturn, TypeVar, get_type_hints
 
+import docstring_parser
 import rich.console
 import rich.progress
 import rich.table
@@ -44,7 +45,14 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
 
     Exit codes: 0 done, 1 a fault of the program, 2 a user's mistake, 130 interrupted; others are ``main``'s own.
     """
-    chosen = tyro.cli(options, description=sys.modules[main.__module__].__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    module = sys.modules[main.__module__]
+    name = module.__spec__.name if module.__spec__ else None
+    chosen = tyro.cli(
+        _with_flowing_help(options),
+        prog=f"python -m {name}" if name else None,
+        description=module.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
     try:
         code = main(chosen) or 0
     except UserError as error:
@@ -64,6 +72,16 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
         _one_line("internal error", f"{type(error).__name__}: {first_line}; run again with --debug and report it")
         code = 1
     sys.exit(code)
+
+
+def _with_flowing_help(options: type[Options]) -> type[Options]:
+    """``options`` with its docstrings as one line each: tyro keeps the breaks of lines that are indented."""
+    for base in options.__mro__[:-1]:
+        hints = get_type_hints(base, include_extras=True)
+        for attribute in docstring_parser.parse_from_object(base).params:
+            flowing = " ".join((attribute.description or "").split())
+            base.__annotations__[attribute.arg_name] = Annotated[hints[attribute.arg_name], tyro.conf.arg(help=flowing)]
+    return options
 
 
 def say(text: str) -> None:
