@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from deploy.benchmark import FP16, MODEL
+from deploy.benchmark import FP16
 from qat.artifact import Sidecar, UserError, atomic_write, check_writable, read_parent, read_sidecar
 from qat.console import Command, run_command, say, table
 
@@ -60,7 +60,8 @@ def render(engine: Path, evaluation: Path | None = None, benchmark: Path | None 
     measured = _results(benchmark, "benchmark")
     if evaluated and evaluated["engine"] != built.sha256:
         raise UserError(f"{evaluation} is about another engine than {engine}: evaluate this one")
-    if measured and built.parent and measured["models"][MODEL]["sha256"] != built.parent.sha256:
+    digests = [model["sha256"] for model in measured["models"].values()] if measured else []
+    if measured and built.parent and built.parent.sha256 not in digests:
         raise UserError(f"{benchmark} is about another ONNX file than {engine} was made from: benchmark that one")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["megabytes"] = _megabytes

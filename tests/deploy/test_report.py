@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import re
@@ -166,6 +167,23 @@ def test_names_with_markup_are_shown_as_text(family: Path) -> None:
     assert "&lt;script&gt;" in page
 
 
+def test_what_the_export_has_rewritten_is_said(family: Path, page: str) -> None:
+    for name, rewrite in (("model.onnx", True), ("model.engine", False)):
+        path = family / name
+        sidecar, content = read_sidecar(path, "onnx" if rewrite else "engine"), path.read_bytes()
+        if rewrite:
+            details = {**sidecar.details, "merged": ["layer1.last", "layer2.last"], "padded": ["up"]}
+            figures = {**sidecar.figures, "merging": {"images": 60, "other_top1": 1, "sqnr_db": 33.56}}
+            sidecar = dataclasses.replace(sidecar, details=details, figures=figures)
+        write_artifact(path, sidecar, lambda file, content=content: file.write_bytes(content) and None)
+    merged = " ".join(re.sub("<[^>]+>", "", render(family / "model.engine")).split())
+    assert "Shortcuts merged into layer1.last, layer2.last: 1 of 60 images with another top-1 than as trained" in merged
+    assert "as trained, logits at 33.6 dB. Zero channels before up." in merged
+    assert "by which rule, as trained: the shortcuts were merged afterwards." in merged
+    assert "merged" not in page
+    assert "Zero channels" not in page
+
+
 def test_an_engine_of_an_onnx_file_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = classifier(tmp_path / "foreign.onnx")
     options = build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))
@@ -230,7 +248,10 @@ def test_evaluation_and_speed_are_on_the_page(family: Path) -> None:
     evaluation.write_text(json.dumps({**evaluated, "engine": "0"}))
     with pytest.raises(UserError, match="is about another engine"):
         render(family / "model.engine", evaluation)
-    measured["models"] = {"INT8 (QAT)": {"sha256": "0"}}
+    measured["models"] |= {"INT8 (QAT)": {"sha256": "0"}, "INT8 (QAT), merged": measured["models"]["INT8 (QAT)"]}
+    benchmark.write_text(json.dumps(measured))
+    assert render(family / "model.engine", None, benchmark)  # the engine is of a variant
+    del measured["models"]["INT8 (QAT), merged"]
     benchmark.write_text(json.dumps(measured))
     with pytest.raises(UserError, match="is about another ONNX file"):
         render(family / "model.engine", None, benchmark)
