@@ -10,6 +10,7 @@ wrote; refuses files that do not belong together.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,7 +158,7 @@ def _tensors(checkpoint: Sidecar | None) -> list[dict[str, Any]]:
 
 
 def _curve(checkpoint: Sidecar | None) -> dict[str, Any] | None:
-    """Validation accuracy by epoch as points of an SVG of 600 x 160, float and QAT."""
+    """Validation accuracy by epoch as points of an SVG of 600 x 180, float and QAT, with the ticks of both axes."""
     if checkpoint is None:
         return None
     histories = {phase: checkpoint.figures.get(f"{phase}_history", []) for phase in ("float", "qat")}
@@ -166,18 +167,29 @@ def _curve(checkpoint: Sidecar | None) -> dict[str, Any] | None:
         return None
     low, high = min(values), max(max(values), min(values) + 1)
 
-    def point(index: int, value: float) -> str:
-        return f"{20 + 560 * index / (len(values) - 1):.1f},{150 - 140 * (value - low) / (high - low):.1f}"
+    def x(index: int) -> float:
+        return round(50 + 530 * index / (len(values) - 1), 1)
 
-    points = [point(index, value) for index, value in enumerate(values)]
+    def y(value: float) -> float:
+        return round(150 - 140 * (value - low) / (high - low), 1)
+
+    points = [f"{x(index)},{y(value)}" for index, value in enumerate(values)]
     border = len(histories["float"])
+    every = math.ceil(len(values) / 12)
     return {
         "float": points[:border],
         "qat": points[max(border - 1, 0) :],
-        "low": low,
-        "high": high,
-        "epochs": len(values),
+        "percents": [(y(value), f"{value:g}") for value in _ticks(low, high)],
+        "epochs": [(x(index), index + 1) for index in range(0, len(values), every)],
     }
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two values, two to six of them."""
+    power = 10.0 ** math.floor(math.log10(high - low))
+    step = next(step for step in (power / 5, power / 2, power, 2 * power, 5 * power) if (high - low) / step < 5.5)
+    first = math.ceil(low / step)
+    return [round(step * index, 10) for index in range(first, math.floor(high / step) + 1)]
 
 
 def _print_summary(engine: Sidecar, onnx: Sidecar | None, checkpoint: Sidecar | None) -> None:

@@ -14,7 +14,7 @@ import pytest
 from qdq_models import classifier
 
 from deploy import build
-from deploy.report import ReportOptions, main, render
+from deploy.report import ReportOptions, _ticks, main, render
 from qat.artifact import Sidecar, UserError, read_sidecar, sidecar_path, write_artifact
 
 NAMES = ("model.qat", "model.onnx", "model.engine")
@@ -101,6 +101,20 @@ def test_the_curve_has_a_point_for_every_epoch(page: str) -> None:
         x, y = map(float, point.split(","))
         assert 0 <= x <= 600
         assert 0 <= y <= 160
+    assert re.findall(r'<text x="[0-9.]+" y="172" text-anchor="middle">(\d+)</text>', page) == ["1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (44.7, 98.9, [50, 60, 70, 80, 90]),
+        (97.0, 98.0, [97.0, 97.2, 97.4, 97.6, 97.8, 98.0]),
+        (0, 100, [0, 20, 40, 60, 80, 100]),
+        (91.2, 91.9, [91.2, 91.4, 91.6, 91.8]),
+    ],
+)
+def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
+    assert _ticks(low, high) == expected
 
 
 def test_the_page_needs_no_other_file_and_no_network(page: str) -> None:
