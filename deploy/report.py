@@ -84,11 +84,13 @@ def render(engine: Path, evaluation: Path | None = None, benchmark: Path | None 
 
 
 def _family(engine: Path) -> tuple[Sidecar, Sidecar | None, Sidecar | None]:
-    """The sidecars of an engine, of its ONNX file and of its checkpoint, as far as they are recorded."""
+    """The sidecars of an engine, and of its ONNX file and checkpoint where those were trained here."""
     built = read_sidecar(engine, "engine")
     if built.details["provenance"] != "known":
         return built, None, None
     path, onnx = read_parent(engine, built, "onnx")
+    if "placement" in onnx.details:  # of export.quantize: nothing was trained
+        return built, None, None
     _, checkpoint = read_parent(path, onnx, "checkpoint")
     return built, onnx, checkpoint
 
@@ -203,6 +205,11 @@ def _print_summary(engine: Sidecar, onnx: Sidecar | None, checkpoint: Sidecar | 
         ]
     if onnx is not None:
         parity = onnx.figures["parity"]
+        if (top1 := onnx.details["reference"]["top1"]) is not None:
+            rows.append((f"this ONNX file, top-1 on {onnx.details['reference']['images']} images", f"{top1:.2f} %"))
+        if merging := onnx.figures.get("merging"):
+            different = f"{merging['other_top1']} of {merging['images']} images"
+            rows.append(("merging the shortcuts changes top-1 of", different))
         rows.append(("ONNX file", f"{onnx.figures['bytes'] / MB:.2f} MB, {onnx.figures['nodes']} nodes"))
         rows.append(
             (

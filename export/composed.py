@@ -36,17 +36,21 @@ def _around(bend: ir.Node, constants: set[ir.Value]) -> Composed | None:
     plus_one = _only_reader(bend)
     if plus_one is None or plus_one.op_type != "Add" or len(_live(plus_one, constants)) != 1:
         return None
-    product = _only_reader(plus_one)
+    bent, product = plus_one, _only_reader(plus_one)
+    if product is not None and _scales(product, constants):
+        bent, product = product, _only_reader(product)
     if product is None or product.op_type != "Mul" or len(_live(product, constants)) != 2:
         return None
-    (factor,) = (value for value in _live(product, constants) if value.producer() is not plus_one)
+    (factor,) = (value for value in _live(product, constants) if value.producer() is not bent)
     halved, behind = factor.producer(), _only_reader(product)
-    ways = []
+    nodes, ways = {bend, plus_one, bent, product}, []
     if halved is not None and _scales(halved, constants):
         ways.append((_live(halved, constants)[0], halved, product))
     if behind is not None and _scales(behind, constants):
         ways.append((factor, behind, behind))
-    found = (_closed(given, {bend, plus_one, product, half}, last, constants) for given, half, last in ways)
+    if bent is not plus_one:
+        ways.append((factor, bent, product))
+    found = (_closed(given, nodes | {half}, last, constants) for given, half, last in ways)
     return next((one for one in found if one is not None), None)
 
 

@@ -20,13 +20,22 @@ from export.emit import INPUT_NAME, OUTPUT_NAME, InputKind, emit, example_input,
 from export.float_weights import float_weights
 from export.fold import DeadChannel, fold, fold_float
 from export.hard_rules import hard_findings
-from export.merged_shortcuts import merge_shortcuts
+from export.merged_shortcuts import VECTOR, merge_shortcuts
 from export.ops import OPSET
 from export.parity import measure
 from export.reference import Sample, reference_path, sample, write_reference
 from export.session import sqnr_db
-from export.zero_channels import pad_channels
-from qat.artifact import Parent, Sidecar, TensorSpec, UserError, check_writable, write_artifact
+from export.zero_channels import CHANNELS, pad_channels
+from qat.artifact import (
+    Parent,
+    Sidecar,
+    TensorSpec,
+    UserError,
+    check_writable,
+    read_sidecar,
+    sidecar_path,
+    write_artifact,
+)
 from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.console import say, warn
 from qat.preprocessing import Preprocessing
@@ -41,13 +50,21 @@ _PARITY_BATCH = 32
 def export_checkpoint(options: ExportOptions) -> Sidecar:
     """Exports a checkpoint and returns the sidecar of the ONNX file. Raises UserError for what the user can mend."""
     quantized = options.precision == "int8"
-    if not quantized and (options.pad_channels or options.merge_shortcuts or options.weights == "float"):
-        needless = "--pad-channels, --merge-shortcuts and --weights"
-        raise UserError(f"--precision {options.precision} has no INT8 weights: leave out {needless}")
+    needless = {
+        "--pad-channels": options.pad_channels,
+        "--merge-shortcuts": options.merge_shortcuts,
+        "--weights": options.weights == "float",
+        "--input int8-nchw": options.input == "int8-nchw",
+    }
+    if not quantized and any(needless.values()):
+        given = " and ".join(name for name, is_given in needless.items() if is_given)
+        raise UserError(f"--precision {options.precision} computes nothing in INT8: leave out {given}")
     output = options.output or options.checkpoint.with_suffix(f"{_special(options)}.onnx")
     reference = reference_path(output)
     for path in (output, reference):
         if path.resolve() == options.checkpoint.resolve():
+            if sidecar_path(options.checkpoint).exists():
+                read_sidecar(options.checkpoint, "checkpoint")  # an ONNX file in its place is another mistake
             raise UserError(f"{path} would overwrite the checkpoint: give another --output")
     if options.parity_images < 1 or options.layer_images < 1:
         raise UserError("--parity-images and --layer-images must be at least 1: parity is part of every export")
@@ -62,10 +79,17 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     shape = (3, checkpoint.preprocessing.height, checkpoint.preprocessing.width)
     merged = merge_shortcuts(folded, shape) if options.merge_shortcuts else []
     if options.merge_shortcuts and not merged:
-        raise UserError("no shortcut of this network can be merged: leave out --merge-shortcuts")
+        raise UserError(
+            "no shortcut of this network can be merged, which takes two INT8 convolutions 1x1 whose outputs are added "
+            f"and whose input channels are multiples of {VECTOR}: leave out --merge-shortcuts"
+        )
+    if merged:
+        say(f"shortcuts merged into {', '.join(merged)}")
     padded = pad_channels(folded) if options.pad_channels else []
     if options.pad_channels and not padded:
         raise UserError("no convolution of this network can be padded with zero channels: leave out --pad-channels")
+    if padded:
+        say(f"zero channels up to {CHANNELS} before {', '.join(padded)}")
     dtype = torch.float16 if options.precision == "float16" else torch.float32
     preprocessing = dict(checkpoint.sidecar.preprocessing)
     if options.input == "int8-nchw":
@@ -133,10 +157,14 @@ def _is_dead(folded: nn.Module, channel: DeadChannel) -> bool:
 
 
 def _special(options: ExportOptions) -> str:
-    """What the file's name says of how it was exported, in front of .onnx."""
-    if options.precision != "int8":
-        return f".{options.precision}"
-    chosen = {"merged": options.merge_shortcuts, "padded": options.pad_channels}
+    """What the file's name says of how it was exported, in front of .onnx: what is not the default."""
+    chosen = {
+        options.precision: options.precision != "int8",
+        "merged": options.merge_shortcuts,
+        "padded": options.pad_channels,
+        "float-weights": options.weights == "float",
+        options.input: options.input != "float32-nchw",
+    }
     names = "-".join(name for name, wanted in chosen.items() if wanted)
     return f".{names}" if names else ""
 

@@ -18,8 +18,8 @@ class ExportOptions(Command):
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """The checkpoint that python -m qat.train wrote."""
     output: Path | None = None
-    """The ONNX file to write; by default beside the checkpoint, ending in .onnx, .merged.onnx, .padded.onnx,
-    .merged-padded.onnx, .float32.onnx or .float16.onnx."""
+    """The ONNX file to write; by default beside the checkpoint, its name saying which options were given:
+    model.merged-padded.onnx."""
     input: Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"] = "float32-nchw"
     """float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes, preprocessing becomes part of the
     network; int8-nchw: normalized images that the caller has quantized by the input_scale in the sidecar, which leaves
@@ -34,7 +34,8 @@ class ExportOptions(Command):
     and some GPUs have a faster kernel for them (measure it: python -m deploy.benchmark --variants)."""
     merge_shortcuts: bool = False
     """Merge a 1x1 shortcut into the convolution that it is added to, as in each stage of ResNet50: one kernel for two,
-    and a wide tensor less to write. Some weights are rounded again; the export says what that changes."""
+    and a wide tensor less to write. Input channels must be multiples of 32. Some weights are rounded again; the export
+    says what that changes."""
     parity_images: int = 512
     """Test images on which PyTorch and ONNX Runtime are compared, at most; they go into the reference file."""
     layer_images: int = 8

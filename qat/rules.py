@@ -194,7 +194,7 @@ def few_channels(network: Network, op: Op) -> str:
         return ""
     few = min(weight.in_channels, weight.out_channels) < 16
     aligned = weight.in_channels % 8 == 0 or weight.out_channels % 8 == 0
-    shown = f"{weight.in_channels} -> {weight.out_channels} channels: below 16, neither a multiple of 8"
+    shown = f"{weight.in_channels} -> {weight.out_channels} channels: one is below 16, and neither a multiple of 8"
     return shown if few and not aligned else ""
 
 

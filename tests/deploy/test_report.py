@@ -9,12 +9,15 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from qdq_models import classifier
+from qdq_models import classifier, residual
 
 from deploy import build
 from deploy.report import ReportOptions, _ticks, main, render
+from export.options import QuantizeOptions
+from export.post_training import quantize_file
 from qat.artifact import Sidecar, UserError, read_sidecar, sidecar_path, write_artifact
 
 NAMES = ("model.qat", "model.onnx", "model.engine")
@@ -86,6 +89,7 @@ def test_the_engine_and_the_onnx_file_are_described(chain: Path, page: str) -> N
     onnx_sidecar = read_sidecar(chain / "model.onnx", "onnx")
     assert f"{onnx_sidecar.figures['nodes']} nodes, opset 20, input float32-nchw" in page
     assert "0 of\n60 images with another top-1" in page
+    assert f"top-1 {onnx_sidecar.details['reference']['top1']:.2f} % of 60 images" in page
     assert "built by tensorrt-rtx" in page
     assert "convolutions in INT8<b>2 of 2</b>" in page
     assert "matrix products in INT8<b>1 of 1</b>" in page
@@ -215,6 +219,18 @@ def test_an_engine_of_an_onnx_file_from_elsewhere(tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert "convolutions in INT8" in printed
     assert "top-1" not in printed
+
+
+def test_an_engine_of_a_file_that_export_quantize_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = residual(tmp_path / "float.onnx", quantize=False)
+    np.save(tmp_path / "inputs.npy", np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32))
+    quantize_file(QuantizeOptions(model=model, data=str(tmp_path / "inputs.npy"), output=tmp_path / "m.onnx"))
+    options = build.Options(model=tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
+    assert build.main(options) == 0
+    main(ReportOptions(engine=tmp_path / "m.engine"))
+    found = rows((tmp_path / "report.html").read_text())
+    assert sum("|INT8|" in row for row in found) == 4
+    assert "convolutions in INT8" in capsys.readouterr().out
 
 
 # --- what other commands measured

@@ -42,7 +42,11 @@ def divided_by_two(graph: Graph, x: str, bent: str) -> str:
     return graph.node("Mul", [graph.node("Div", [x, number(graph, 2)], f"{x} half"), bent], "gelu")
 
 
-@pytest.mark.parametrize("half", [half_behind, half_before, divided_by_two])
+def half_of_the_bent(graph: Graph, x: str, bent: str) -> str:
+    return graph.node("Mul", [x, graph.node("Mul", [number(graph, 0.5), bent], f"{x} half")], "gelu")
+
+
+@pytest.mark.parametrize("half", [half_behind, half_before, divided_by_two, half_of_the_bent])
 @pytest.mark.parametrize("bend", [erf, lambda graph, x: erf(graph, x, "Mul"), tanh], ids=["erf", "erf mul", "tanh"])
 def test_it_is_one_activation(tmp_path, bend: Callable[[Graph, str], str], half: Callable[[Graph, str, str], str]):
     graph = Graph()

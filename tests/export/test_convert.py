@@ -173,7 +173,7 @@ def test_int8_input_of_a_network_that_does_not_quantize_it(chain: Path, tmp_path
     options = ExportOptions(
         checkpoint=chain / "model.qat", output=tmp_path / "x.onnx", input="int8-nchw", precision="float32"
     )
-    with pytest.raises(UserError, match="input is not quantized, so it cannot be INT8"):
+    with pytest.raises(UserError, match="computes nothing in INT8: leave out --input int8-nchw"):
         export_checkpoint(options)
     assert list(tmp_path.iterdir()) == []
 
@@ -214,7 +214,12 @@ def test_float_weights_are_quantized_to_the_same_codes(chain: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("options", [{"weights": "float"}, {"pad_channels": True}, {"merge_shortcuts": True}])
 def test_a_float_network_has_no_int8_weights(checkpoint: Path, options: dict[str, Any]) -> None:
-    refused("--precision float16 has no INT8 weights: leave", checkpoint=checkpoint, precision="float16", **options)
+    refused(
+        f"--precision float16 computes nothing in INT8: leave out --{next(iter(options))[:3]}",
+        checkpoint=checkpoint,
+        precision="float16",
+        **options,
+    )
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["model.qat", "model.qat.json"]
 
 
@@ -359,4 +364,5 @@ def test_an_onnx_file_is_no_checkpoint(chain: Path, tmp_path: Path) -> None:
         checkpoint=chain / "model.onnx",
         output=tmp_path / "x.onnx",
     )
+    refused("is a file of kind 'onnx', needed is 'checkpoint'", checkpoint=chain / "model.onnx")
     assert list(tmp_path.iterdir()) == []

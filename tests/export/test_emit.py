@@ -16,6 +16,7 @@ from export.emit import _plain_shapes, emit, example_input, with_ends
 from export.fold import fold, fold_float
 from export.hard_rules import hard_findings
 from export.session import session, sqnr_db
+from qat.artifact import UserError
 from qat.data import Preprocessing
 from qat.prepare import prepare
 from qat.quantizer import ActivationQuantizer
@@ -193,6 +194,12 @@ def test_the_float16_file_is_float16_between_two_casts(prepared, model, images, 
     assert logits.dtype == torch.float32
     assert 40 < found.worst.sqnr_db < 100
     assert found.smallest_logit_cosine > 0.9999
+
+
+def test_codes_go_in_only_where_the_input_is_quantized():
+    layers = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1)).eval())
+    with pytest.raises(UserError, match="input is not quantized, so it cannot be INT8: leave out --input int8-nchw"):
+        with_ends(layers, preprocessing(), "int8-nchw")
 
 
 def test_parity_sees_a_wrong_scale(folded, model, images, tmp_path):
