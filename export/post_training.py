@@ -131,6 +131,8 @@ class _Inputs:
         self.data: Data | None = None
         self.preprocessing: Preprocessing | None = None
         if options.data.endswith(".npy"):
+            if options.mean is not None or options.std is not None:
+                raise UserError(f"{options.data} holds inputs as the network takes them: leave out --mean and --std")
             self.arrays = _read_arrays(Path(options.data), self.shape)
         elif len(self.shape) != 4 or self.shape[1] != 3 or self.shape[2] != self.shape[3] or self.shape[2] < 1:
             raise UserError(

@@ -119,6 +119,12 @@ def test_declared_int8_that_is_float_exits_3_and_writes(make, node, tmp_path, ca
     assert "the engine is written" in output.err
 
 
+def test_a_float_network_is_one_line(tmp_path, capsys):
+    assert build(residual(tmp_path / "m.onnx", quantize=False), compute_capabilities=("8.9",)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not INT8")]
+    assert lines == ["not INT8: all 4 of them, which the ONNX file does not declare INT8"]
+
+
 @pytest.mark.parametrize("bad", [0.0, -0.01, float("nan")])
 def test_dead_channel_names_node_and_scale(bad, tmp_path):
     path = convolution(tmp_path / "m.onnx", weight_scales=[0.01] * 7 + [bad])

@@ -139,6 +139,13 @@ def test_float_weights_answer_the_same_to_the_last_bit(model: Path, inputs: Path
     assert types == [TensorProto.FLOAT] * 3
 
 
+def test_ready_inputs_are_not_normalized(model: Path, inputs: Path, tmp_path: Path) -> None:
+    options = QuantizeOptions(model=model, data=str(inputs), output=tmp_path / "q.onnx", mean=(0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match=r"npy holds inputs as the network takes them: leave out --mean and --std"):
+        quantize_file(options)
+    assert not (tmp_path / "q.onnx").exists()
+
+
 def test_images_are_normalized_and_leave_a_reference(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
     options = QuantizeOptions(
