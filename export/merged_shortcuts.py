@@ -64,8 +64,8 @@ class _Block:
 
 
 def _block(calls: Int8Convolutions, extents: Mapping[str, tuple[int, ...]], add: fx.Node) -> _Block | None:
-    """The block that ends with ``add``, if it is one; ``extents`` are the shapes of all tensors."""
-    if not calls.is_sum_of_two(add) or len({extents[node.name] for node in add.all_input_nodes}) != 1:
+    """The block that ends with ``add``, if it is one; ``extents`` are the shapes of the floating-point tensors."""
+    if not calls.is_sum_of_two(add) or len({extents.get(node.name) for node in add.all_input_nodes}) != 1:
         return None
     one, other = (_branch(calls, node) for node in add.all_input_nodes)
     if one is None or other is None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
-from untrained import checkpoint_of
+from untrained import checkpoint_of, lively
 
 from deploy import build
 from export.convert import export_checkpoint
@@ -66,12 +66,7 @@ def images(count: int = 4) -> Tensor:
 
 
 def folded(model: nn.Module, x: Tensor | None = None) -> fx.GraphModule:
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    ready = prepare(model.eval())
+    ready = prepare(lively(model))
     calibrate(ready, [images() if x is None else x], "max")
     return fold(ready)[0]
 
@@ -120,6 +115,14 @@ class LongShortcut(Block):
         return self.last(self.inner(x)) + self.shortcut(self.before(x).relu())
 
 
+class Sizes(Block):
+    """A sum of sizes stands beside that of tensors."""
+
+    def block(self, x: Tensor) -> Tensor:
+        y = super().block(x)
+        return y.reshape(-1, y.size(1), y.size(2) + x.size(3) - x.size(3), y.size(3))
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -127,6 +130,7 @@ class LongShortcut(Block):
         Swapped,
         NoReLU,
         LongShortcut,
+        Sizes,
         lambda: Block(stride=2),
         lambda: Block(of_first=4),
         lambda: Block(bias=False),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
-from untrained import checkpoint_of
+from untrained import checkpoint_of, lively
 
 from deploy import build
 from export.convert import export_checkpoint
@@ -51,12 +51,7 @@ class Bottleneck(nn.Module):
 
 
 def folded(model: nn.Module) -> fx.GraphModule:
-    torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    ready = prepare(model.eval())
+    ready = prepare(lively(model))
     for module in ready.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(3.0)

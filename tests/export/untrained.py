@@ -1,8 +1,11 @@
-"""A checkpoint of a network that nobody trained, without its test images: for what only the layers decide."""
+"""Networks that nobody trained, and a checkpoint of one without test images: for what only the layers decide."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import torch
+from torch import nn
 
 from export.options import ExportOptions
 from qat.checkpoint import save_checkpoint
@@ -10,6 +13,16 @@ from qat.models import ModelSpec, build_model
 from qat.prepare import prepare
 from qat.preprocessing import Preprocessing
 from qat.quantizer import ActivationQuantizer
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """``model`` in evaluation, its batch normalizations with factors and shifts of their own."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    return model.eval()
 
 
 def checkpoint_of(folder: Path, model: str) -> ExportOptions:
