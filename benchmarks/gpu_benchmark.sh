@@ -26,7 +26,8 @@ compare() {
 # The most images a second: input that the host has quantized, the largest batch, several contexts.
 most_images() {
     $deploy -m deploy.benchmark "$out/resnet50_int8-nchw.onnx" --variants "zero channels=$out/resnet50_int8-nchw.padded.onnx" \
-        "all merged, zero channels=$out/resnet50_int8-nchw.merged-padded.onnx" --precisions --batches --full-batches --sweep 2048 --contexts 1 2 3 \
+        "all merged, zero channels=$out/resnet50_int8-nchw.merged-padded.onnx" \
+        --precisions --batches --full-batches --sweep 2048 --contexts 1 2 3 \
         --repeat "${REPEAT:-2}" --output "$out/throughput.json" "$@"
 }
 

@@ -6,18 +6,17 @@ import copy
 import itertools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from export.emit import INPUT_NAME, OUTPUT_NAME, InputKind, emit, example_input, input_scale, with_ends
-from export.float_weights import float_weights
+from export.float_weights import save
 from export.fold import DeadChannel, fold, fold_float
 from export.hard_rules import hard_findings
 from export.merged_shortcuts import VECTOR, merge_shortcuts
@@ -74,22 +73,12 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
 
     start = time.perf_counter()
     folded, dead = fold(checkpoint.model) if quantized else (fold_float(checkpoint.model), [])
-    _warn_of_dead_channels(dead)
     trained = copy.deepcopy(folded) if options.merge_shortcuts else None
     shape = (3, checkpoint.preprocessing.height, checkpoint.preprocessing.width)
-    merged = merge_shortcuts(folded, shape) if options.merge_shortcuts else []
-    if options.merge_shortcuts and not merged:
-        raise UserError(
-            "no shortcut of this network can be merged, which takes two INT8 convolutions 1x1 whose outputs are added "
-            f"and whose input channels are multiples of {VECTOR}: leave out --merge-shortcuts"
-        )
-    if merged:
-        say(f"shortcuts merged into {', '.join(merged)}")
-    padded = pad_channels(folded) if options.pad_channels else []
-    if options.pad_channels and not padded:
-        raise UserError("no convolution of this network can be padded with zero channels: leave out --pad-channels")
-    if padded:
-        say(f"zero channels up to {CHANNELS} before {', '.join(padded)}")
+    merged = _merged(folded, shape) if options.merge_shortcuts else []
+    padded = _padded(folded) if options.pad_channels else []
+    dead = _still_dead(folded, dead)
+    _warn_of_dead_channels(dead)
     dtype = torch.float16 if options.precision == "float16" else torch.float32
     preprocessing = dict(checkpoint.sidecar.preprocessing)
     if options.input == "int8-nchw":
@@ -103,7 +92,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
         "padded": padded,
         "merged": merged,
         "opset": OPSET,
-        "dead_channels": [asdict(channel) for channel in dead if not merged or _is_dead(folded, channel)],
+        "dead_channels": [asdict(channel) for channel in dead],
     }
     model = emit(network, example, _metadata(checkpoint, details))
     if findings := hard_findings(model):
@@ -112,10 +101,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     figures: dict[str, Any] = {"export_seconds": round(seconds, 2), "nodes": len(list(model.graph))}
 
     def write(path: Path) -> None:
-        proto = ir.to_proto(model)
-        if options.weights == "float":
-            float_weights(proto)
-        onnx.save(proto, path)
+        save(ir.to_proto(model), path, options.weights)
         figures["bytes"] = path.stat().st_size
         say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {figures['bytes'] / 1e6:.2f} MB")
         images = sample(checkpoint, options.parity_images)
@@ -143,6 +129,25 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     return written
 
 
+def _merged(folded: fx.GraphModule, input_shape: Sequence[int]) -> list[str]:
+    merged = merge_shortcuts(folded, input_shape)
+    if not merged:
+        raise UserError(
+            "no shortcut of this network can be merged, which takes two INT8 convolutions 1x1 whose outputs are added "
+            f"and whose input channels are multiples of {VECTOR}: leave out --merge-shortcuts"
+        )
+    say(f"shortcuts merged into {', '.join(merged)}")
+    return merged
+
+
+def _padded(folded: fx.GraphModule) -> list[str]:
+    padded = pad_channels(folded)
+    if not padded:
+        raise UserError("no convolution of this network can be padded with zero channels: leave out --pad-channels")
+    say(f"zero channels up to {CHANNELS} before {', '.join(padded)}")
+    return padded
+
+
 def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
     for layer, channels in itertools.groupby(dead, lambda channel: channel.layer):
         numbers = [channel.channel for channel in channels]
@@ -150,10 +155,11 @@ def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
         warn(f"{layer}: dead channels {listed}, {len(numbers)} in all: their weights are zero; the scales were floored")
 
 
-def _is_dead(folded: nn.Module, channel: DeadChannel) -> bool:
-    """Whether a channel that was dead still is, in a network whose layers have been merged."""
-    layer: Any = dict(folded.named_modules()).get(channel.layer)
-    return layer is not None and not layer.weight.select(layer.weight_quantizer.axis, channel.channel).any()
+def _still_dead(folded: nn.Module, dead: list[DeadChannel]) -> list[DeadChannel]:
+    """Those of ``dead`` that are, now that layers may have been merged."""
+    layers: dict[str, Any] = dict(folded.named_modules())
+    there = [(channel, layers[channel.layer]) for channel in dead if channel.layer in layers]
+    return [one for one, layer in there if not layer.weight.select(layer.weight_quantizer.axis, one.channel).any()]
 
 
 def _special(options: ExportOptions) -> str:

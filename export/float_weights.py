@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -21,6 +22,13 @@ def with_float_weights(path: Path) -> bytes:
     model = onnx.load(path)
     float_weights(model)
     return bytes(model.SerializeToString())
+
+
+def save(model: onnx.ModelProto, path: Path, weights: Literal["int8", "float"]) -> None:
+    """Writes ``model``, which has INT8 weights, with those or as ``float_weights`` changes it."""
+    if weights == "float":
+        float_weights(model)
+    onnx.save(model, path)
 
 
 def float_weights(model: onnx.ModelProto) -> None:

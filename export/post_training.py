@@ -17,7 +17,7 @@ import torch
 from onnxscript.rewriter.rules import common as rewrites
 
 from export.calibration_cache import read_calibration_cache
-from export.float_weights import float_weights
+from export.float_weights import save
 from export.hard_rules import hard_findings
 from export.insert import insert
 from export.onnx_network import OnnxNetwork, network_from_onnx
@@ -96,10 +96,7 @@ def quantize_file(options: QuantizeOptions) -> Sidecar:
     }
 
     def write(path: Path) -> None:
-        proto = ir.to_proto(model)
-        if options.weights == "float":
-            float_weights(proto)
-        onnx.save(proto, path)
+        save(ir.to_proto(model), path, options.weights)
         figures["bytes"] = path.stat().st_size
         if inputs is not None:
             figures["parity"], details["reference"] = _compared(plain, path, inputs, reference)
