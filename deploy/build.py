@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from deploy.settings import BuilderOptions, BuildSettings, Profile
+from deploy.timing_cache import TimingCacheFile
 from qat.artifact import (
     Parent,
     Sidecar,
     UserError,
-    WrongKindError,
     check_writable,
     read_sidecar,
     sha256_of,
@@ -33,7 +33,7 @@ from qat.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
     from deploy.builder import Built
-    from deploy.trt import TimingCache, Toolkit
+    from deploy.trt import Toolkit
 
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
 EXIT_NOT_INT8 = 3
@@ -120,7 +120,7 @@ def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built
     from deploy.repeat import build_fastest
 
     if options.repeat == 1:
-        cache = _TimingCacheFile(options.timing_cache, toolkit) if options.timing_cache else None
+        cache = TimingCacheFile(options.timing_cache, toolkit) if options.timing_cache else None
         built = build(toolkit, options.model, settings, cache.content if cache else None)
         return dataclasses.replace(built, timing_cache=cache.save(built)) if cache else built
     if toolkit.device is None:
@@ -132,41 +132,6 @@ def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built
     built = build_fastest(toolkit, options.model, settings, options.repeat)
     say(str(built.repetition))
     return built
-
-
-class _TimingCacheFile:
-    """The file that keeps the timings of kernels, with a sidecar that says for which version and GPU."""
-
-    def __init__(self, path: Path, toolkit: Toolkit) -> None:
-        check_writable(path)
-        self.path, self.content, self._replaced = path, b"", ""
-        self._maker = {"version": toolkit.version, "gpu": toolkit.device.name if toolkit.device else None}
-        if not path.exists():
-            return
-        if not sidecar_path(path).exists():
-            raise UserError(f"{path} is no timing cache of this program (it has no sidecar): give another file name")
-        try:
-            found = read_sidecar(path, "timing-cache").details
-            if found == self._maker:
-                self.content = path.read_bytes()
-            else:
-                self._replaced = f"is of version {found['version']} for {found['gpu']}"
-        except WrongKindError:
-            raise
-        except UserError as error:
-            self._replaced = f"is damaged ({error})"
-
-    def save(self, built: Built) -> TimingCache | None:
-        """Writes what the build has added, and says what became of the file."""
-        outcome: TimingCache | None = "replaced" if self._replaced else built.timing_cache
-        content = built.timing_cache_content
-        if outcome == "replaced":
-            warn(f"the timing cache {self.path} {self._replaced or 'is refused by the builder'}: replaced")
-        say(f"timing cache {self.path}: {outcome}, {len(content) / 1e3:.0f} kB")
-        write_artifact(
-            self.path, Sidecar(kind="timing-cache", details=self._maker), lambda path: write_plan(path, content)
-        )
-        return outcome
 
 
 def write_plan(path: Path, plan: object) -> None:

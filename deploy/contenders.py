@@ -7,6 +7,7 @@ share them (``build_if_free``): a run claims an engine before it builds it, and 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.layers import EngineLayer
 from deploy.settings import BuildSettings, Precision, Profile
+from deploy.timing_cache import TimingCacheFile
 from qat.artifact import Parent, Sidecar, UserError, disk_errors, read_sidecar, sha256_of, write_artifact
 from qat.console import say
 
@@ -48,6 +50,7 @@ class Contenders:
         self.builds: list[dict[str, Any]] = []
         """What the builds said of the engines taken so far."""
         self._timings = b""
+        """Of the kernels that this run has timed; each engine's are kept beside it for when its model changes."""
 
     def engine(self, column: Column, batch: int) -> bytes:
         """The engine of a column for a fixed batch: built, or taken from the folder where it is just that one."""
@@ -62,7 +65,9 @@ class Contenders:
             return path.read_bytes()
         say(f"building {column.name} for batch {batch}")
         if self.repeat == 1:
-            built = build(self.toolkit, column.model, settings, self._timings)
+            timings = TimingCacheFile(path.with_suffix(".timings"), self.toolkit)
+            built = build(self.toolkit, column.model, settings, timings.content or self._timings)
+            built = dataclasses.replace(built, timing_cache=timings.save(built))
             self._timings = built.timing_cache_content
         else:
             built = build_fastest(self.toolkit, column.model, settings, self.repeat)
@@ -110,11 +115,13 @@ class Contenders:
             "convolutions": figures["convolutions"],
             "convolutions_int8": figures["convolutions_int8"],
             "built_in_this_run": again,
+            "timing_cache": sidecar.details["timing_cache"],
             "repetition": {**found, "spread_percent": round(repetition.spread_percent, 2)} if repetition else None,
         }
         if not any((known["name"], known["batch"]) == (column.name, batch) for known in self.builds):
             self.builds.append(entry)
         when = "" if again else " in an earlier run"
+        when += ", kernels timed before" if entry["timing_cache"] == "reused" else ""
         say(
             f"  {column.name}, batch {batch}: built in {entry['seconds']:.1f} s{when}, "
             f"{entry['layers']} layers, {entry['reformats']} reformats, "

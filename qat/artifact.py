@@ -166,7 +166,7 @@ def check_writable(path: Path) -> None:
             pass
 
 
-def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], None], **made_by: Any) -> Sidecar:
+def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], object], **made_by: Any) -> Sidecar:
     """Writes an artifact with ``write(temporary_path)`` and its sidecar, each under its final name only when whole.
 
     ``made_by`` adds to what is recorded of the making (a seed, versions of further packages).

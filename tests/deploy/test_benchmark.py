@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from qdq_models import residual
@@ -108,6 +109,36 @@ def test_an_engine_is_kept_for_runs_of_the_same_repetition(model, toolkit, capfd
         assert len(entry["repetition"]["milliseconds"]) == repeat
         assert entry["repetition"]["spread_percent"] == 2 * (repeat - 1)
         assert f"{repeat} builds, batch 4: 0.5000, 0.5100" in capfd.readouterr().out
+
+
+def test_timings_of_kernels_outlive_the_engine(model, toolkit, monkeypatch, capfd):
+    """A changed model is built with the timings that its last engine left, another column with those of this run."""
+    given = []
+
+    def timed(toolkit, path, settings, timing_cache):
+        given.append(timing_cache)
+        built = build(toolkit, path, dataclasses.replace(settings, capabilities=("8.9",)))
+        outcome = "reused" if timing_cache else "created"
+        return dataclasses.replace(built, timing_cache=outcome, timing_cache_content=timing_cache + b"+")
+
+    monkeypatch.setattr("deploy.builder.build", timed)
+
+    def builds(*names: str) -> list[dict[str, Any]]:
+        contenders = Contenders(toolkit, model.parent / "engines", 1, 3, None)
+        for name in names:
+            contenders.engine(Column(name, model, "explicit"), 4)
+        return contenders.builds
+
+    assert [entry["timing_cache"] for entry in builds("a", "b")] == ["created", "reused"]
+    capfd.readouterr()
+    (model.parent / "engines" / "a-4.engine").unlink()
+    builds("a")
+    assert given == [b"", b"+", b"+"]
+    assert ", kernels timed before, " in capfd.readouterr().out
+    (model.parent / "engines" / "a-4.engine").unlink()
+    (model.parent / "engines" / "a-4.timings").write_bytes(b"damaged")
+    builds("a")
+    assert given[-1] == b""
 
 
 def test_runs_share_the_builds(model, toolkit, claims, capfd):
