@@ -1,8 +1,9 @@
 """How fast engines are: latency, throughput, and host to host.
 
 Latency is measured on the GPU, by CUDA events around one launch of a CUDA graph. Engines that are compared take turns
-in short blocks, so that a drifting clock or a neighbour on the machine meets all of them alike; the first launches of a
-block warm the caches and do not count.
+in short blocks, so that a drifting clock or a neighbour on the machine meets all of them alike. What ran before lowers
+the clock by the power that it took, so each round has another order, and each block begins with launches that do not
+count.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ BLOCK = 20
 WARM_UP = 5
 SECONDS_BEFORE = 0.3
 """How long each engine runs before anything counts: the GPU leaves its idle clocks."""
+SECONDS_BEFORE_BLOCK = 0.02
+"""How long it runs before each block: the clocks leave what the engine before it made of them."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,13 @@ def latencies(engines: Mapping[str, Engine], batch: int, runs: int = 200) -> dic
         for event in events:
             stack.callback(event.close)
         for bound in bounds.values():
-            _warm_up(bound)
+            _warm_up(bound, SECONDS_BEFORE)
         found: dict[str, list[float]] = {name: [] for name in engines}
+        orders = np.random.default_rng(0)
         while min(map(len, found.values())) < runs:
-            for name, bound in bounds.items():
-                found[name] += _block(bound, events)
+            for name in orders.permutation(list(bounds)):
+                _warm_up(bounds[name], SECONDS_BEFORE_BLOCK)
+                found[name] += _block(bounds[name], events)
         graphs = {name: bound.uses_graph for name, bound in bounds.items()}
     return {name: Latency.of(batch, milliseconds, graphs[name]) for name, milliseconds in found.items()}
 
@@ -92,7 +97,7 @@ def throughput(engine: Engine, batch: int, seconds: float = 1.0) -> float:
     with engine.all_lanes() as lanes:
         bounds = [lane.bind(batch) for lane in lanes]
         for bound in bounds:
-            _warm_up(bound)
+            _warm_up(bound, SECONDS_BEFORE)
         start = time.perf_counter()
         rounds = 0
         while time.perf_counter() - start < seconds:
@@ -138,9 +143,9 @@ def _random_input(engine: Engine, batch: int, pinned: bool, seed: int) -> Any:
     return named
 
 
-def _warm_up(bound: Bound) -> None:
+def _warm_up(bound: Bound, seconds: float) -> None:
     start = time.perf_counter()
-    while time.perf_counter() - start < SECONDS_BEFORE:
+    while time.perf_counter() - start < seconds:
         for _ in range(WARM_UP):
             bound.launch()
         bound.synchronize()

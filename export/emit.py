@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from export import ops
 from export.fold import DequantizeInput, QuantizeDequantize
+from export.grown_concats import take_earlier_concats
 from export.names import unused_name
 from export.onnx_network import WEIGHTED
 from qat.artifact import UserError
@@ -150,6 +151,7 @@ def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir
     fold_constants_ir(model, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None)
     _plain_shapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
+    take_earlier_concats(model.graph)
     _name_by_module(model.graph, _layers(network))
     _drop_exporter_notes(model)
     model.producer_name, model.producer_version = "int8-qat-pipeline", None

@@ -18,6 +18,7 @@ from onnxscript.rewriter.rules import common as rewrites
 
 from export.calibration_cache import read_calibration_cache
 from export.float_weights import save
+from export.grown_concats import take_earlier_concats
 from export.hard_rules import hard_findings
 from export.insert import insert
 from export.onnx_network import OnnxNetwork, network_from_onnx
@@ -215,7 +216,9 @@ def _prepared(path: Path) -> ir.Model:
             raise UserError(f"{path} cannot be converted to operator set {OPSET} ({error}): export it again") from error
     onnxscript.optimizer.optimize_ir(model, input_size_limit=_MOST_FOLDED, output_size_limit=_MOST_FOLDED)
     norms = [rewrites.fuse_batchnorm_into_conv_rule, rewrites.fuse_batchnorm_into_conv_transpose_rule]
-    return onnxscript.rewriter.rewrite(model, norms)
+    model = onnxscript.rewriter.rewrite(model, norms)
+    take_earlier_concats(model.graph)
+    return model
 
 
 def _from_cache(view: OnnxNetwork, options: QuantizeOptions, *, calibrated: bool) -> tuple[Placement, dict[str, float]]:

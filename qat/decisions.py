@@ -19,6 +19,7 @@ _COUNTED: tuple[tuple[str, tuple[Kind, ...]], ...] = (
     ("average pools", ("average_pool", "global_pool")),
     ("gates", ("multiply",)),
     ("unfused activations", ("unfused_activation",)),
+    ("unfused normalizations", ("batch_norm",)),
     ("products of activations", ("matrix_product",)),
 )
 

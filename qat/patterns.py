@@ -27,6 +27,13 @@ def broadcasts(network: Network, op: Op) -> bool:
     return len(shapes) > 1 and None not in shapes
 
 
+def stands_alone(network: Network, op: Op) -> bool:
+    """Whether ``op`` is a batch normalization that folds into no convolution or linear layer."""
+    if op.kind != "batch_norm":
+        return False
+    return network[op.inputs[0]].kind not in WEIGHTED or len(network.readers(op.inputs[0])) > 1
+
+
 @functools.lru_cache(maxsize=2)
 def gate_products(network: Network) -> set[str]:
     """The multiplications of a tensor by what is computed from its own global pool."""

@@ -21,7 +21,7 @@ from qat.decisions import Decision, Placement
 from qat.kept import INTEGERS, KEPT_FLOAT, NO_RANGE, Kept
 from qat.network import Network, Op
 from qat.operations import POOLS, WEIGHTED
-from qat.patterns import broadcasts, fusing_convolution, gate_products, written_by
+from qat.patterns import broadcasts, fusing_convolution, gate_products, stands_alone, written_by
 from qat.sharing import ONE_QUANTIZER, Reads, all_quantized, read_quantized, settle
 
 GUIDE = "TensorRT Developer Guide, Working with Quantized Types, Q/DQ Placement Recommendations"
@@ -131,7 +131,8 @@ def _decide(network: Network, kept: Kept, unfit: set[str]) -> tuple[dict[str, De
         for rule in _THROUGHOUT:
             if rule(network, op, quantized):
                 why, reason = kept.why(op.name, op.inputs)
-                written = _written_by(network, op, decisions, reads) if op.kind == "add" else op.name
+                fuses = op.kind in ("add", "batch_norm")
+                written = _written_by(network, op, decisions, reads) if fuses else op.name
                 if not read_quantized(network, written, reads):
                     why, reason = rule.__name__, "nothing behind it reads INT8"
                 decisions[op.name] = Decision(op.name, op.label, op.kind, not why, why or rule.__name__, reason)
@@ -301,12 +302,22 @@ def unfused_add(network: Network, op: Op, quantized: set[str]) -> bool:
     return odd or not any(fusing_convolution(network, tensor, quantized) for tensor in op.inputs)
 
 
+@_throughout(
+    "a normalization that stands alone reads INT8 codes where it writes them",
+    MEASURED,
+    cost="the normalization and whatever makes its input run in FP16 or FP32",
+)
+def unfused_norm(network: Network, op: Op, quantized: set[str]) -> bool:
+    """A batch normalization that folds into no convolution: its kernel, with the activation, is bound by memory."""
+    return stands_alone(network, op)
+
+
 @_rule(
     "a normalization that stands alone reads the codes that all others read, so that no float copy is written", BYTES
 )
 def norm_of_codes(network: Network, op: Op, reads: Reads) -> bool:
     """A batch normalization that folds into no convolution, beside readers of the same tensor that all read codes."""
-    if op.kind != "batch_norm" or network[op.inputs[0]].kind in WEIGHTED:
+    if not stands_alone(network, op):
         return False
     others = [reader for reader in network.readers(op.inputs[0]) if reader.kind != "batch_norm"]
     return bool(others) and all((reader.name, op.inputs[0]) in reads for reader in others)

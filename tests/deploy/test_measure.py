@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 
 from deploy.benchmark import verdict
-from deploy.measure import Latency
+from deploy.measure import BLOCK, Latency, latencies
 
 
 def latency(median: float, spread: float = 0.01, batch: int = 32) -> Latency:
@@ -27,3 +30,50 @@ def test_int8_wins_only_beyond_the_spread():
     assert not latency(0.99).beats(latency(1.0))
     assert latency(0.97).beats(latency(1.0))
     assert not latency(1.0).beats(latency(1.0))
+
+
+def test_every_engine_is_measured_after_every_other_one(monkeypatch):
+    """An engine that follows one that takes much power is slower, so the same must not always precede it."""
+    launched: list[str] = []
+
+    class Event:
+        def __init__(self, timed):
+            assert timed
+
+        def record(self, stream):
+            pass
+
+        def milliseconds_since(self, start):
+            return 1.0
+
+        def close(self):
+            pass
+
+    class Fake:
+        """Engine, lane and bound in one."""
+
+        stream, uses_graph = None, True
+
+        def __init__(self, name):
+            self.name = name
+
+        @contextmanager
+        def all_lanes(self):
+            yield [self]
+
+        def bind(self, batch):
+            return self
+
+        def launch(self):
+            launched.append(self.name)
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr("deploy.cuda.Event", Event)
+    monkeypatch.setattr("deploy.measure.SECONDS_BEFORE", 0)
+    monkeypatch.setattr("deploy.measure.SECONDS_BEFORE_BLOCK", 0)
+    found = latencies({name: Fake(name) for name in "abc"}, 4, runs=10 * BLOCK)
+    assert {name: one.runs for name, one in found.items()} == dict.fromkeys("abc", 10 * BLOCK)
+    turns = [name for name, _ in itertools.groupby(launched)]
+    assert set(itertools.pairwise(turns)) == set(itertools.permutations("abc", 2))

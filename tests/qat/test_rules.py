@@ -471,8 +471,45 @@ def test_a_normalization_beside_convolutions_reads_their_codes():
         "norm": [("add", "residual_add")],
         "add": [("head_0", "weighted_input")],
     }
-    alone = nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(16), conv())
-    assert "_1" not in reads(alone)
+
+
+def test_a_normalization_that_stands_alone_reads_codes_where_it_writes_them():
+    alone = nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(16), nn.ReLU(), conv())
+    assert reads(alone) == {
+        "input_1": [("_0_0", "weighted_input")],
+        "_1": [("_2", "unfused_norm")],
+        "_3": [("_4_0", "weighted_input")],
+    }
+    (decision,) = placement(alone).of("batch_norm")
+    assert (decision.op, decision.quantized, decision.rule) == ("_2", True, "unfused_norm")
+    read_in_float = nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(16), nn.Sigmoid())
+    assert "_1" not in reads(read_in_float)
+    (decision,) = placement(read_in_float).of("batch_norm")
+    assert (decision.quantized, decision.reason) == (False, "nothing behind it reads INT8")
+    folded = nn.Sequential(conv(), nn.ReLU(), conv())  # conv() ends in a normalization
+    assert not placement(folded).of("batch_norm")
+    (decision,) = place(network_from_fx(trace(alone)), keep_float=["_1"]).of("batch_norm")
+    assert (decision.quantized, decision.rule) == (False, "kept_float")
+
+
+def test_a_dense_block_is_quantized_with_one_scale():
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(16, 16, 1)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(16 * count) for count in (1, 2, 3))
+            self.convs = nn.ModuleList(nn.Conv2d(16 * count, 16, 1) for count in (1, 2, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = [self.first(x)]
+            for norm, conv in zip(self.norms, self.convs, strict=True):
+                features.append(conv(F.relu(norm(torch.cat(features, 1)))))
+            return features[-1]
+
+    found = placement(Dense())
+    shared = {tensor.tensor for tensor in found.tensors if tensor.quantizer == "cat_2"}
+    assert shared == {"first", "convs_0", "convs_1", "cat_1", "cat_2"}
+    assert [(d.quantized, d.rule) for d in found.of("batch_norm")] == 3 * [(True, "unfused_norm")]
 
 
 @pytest.mark.parametrize(
