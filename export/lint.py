@@ -68,11 +68,16 @@ def main(options: LintOptions) -> int:
 
 def lint(model: ir.Model) -> list[Finding]:
     """All findings in ``model``, errors first; [] when TensorRT takes it and the placement is right."""
+    from export.grown_concats import repeated_concat
     from export.hard_rules import hard_findings
     from export.onnx_network import network_from_onnx
     from export.placement_rules import placement_findings
 
-    findings = [*hard_findings(model), *placement_findings(network_from_onnx(model))]
+    findings = [
+        *hard_findings(model),
+        *placement_findings(network_from_onnx(model)),
+        *repeated_concat(model.graph),
+    ]
     return sorted(findings, key=lambda finding: finding.severity != "error")
 
 

@@ -35,6 +35,7 @@ KINDS = (
     *("convolution", "depthwise", "grouped", "dilated", "pointwise", "norm", "activation", "silu", "product"),
     *("add", "add_functional", "concat", "concat_itself", "max_pool", "average_pool", "split", "shuffle", "slice"),
     *("pad", "resize", "dropout", "gate", "permute", "functional_convolution", "linear", "layer_norm", "shared"),
+    "dense",
 )
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.GELU)
 
@@ -123,6 +124,7 @@ class Random(nn.Module):
             "add_functional": (same, a, lambda _, x, y: torch.add(x, y).relu_()),
             "concat": (size == b.size, Made(channels + b.channels, size), lambda _, x, y: torch.cat([x, y], 1)),
             "concat_itself": (True, Made(2 * channels, size), lambda _, x, __: torch.cat([x, x], dim=1)),
+            "dense": (size == b.size, Made(2 * (channels + b.channels), size), _dense),
             "max_pool": (size > 2, Made(channels, size // 2), lambda _, x, __: F.max_pool2d(x, 2)),
             "average_pool": (size > 2, Made(channels, size // 2), lambda _, x, __: F.avg_pool2d(x, 2)),
             "split": (channels % 2 == 0, Made(channels // 2, size), _half if variant % 2 else _sum_of_halves),
@@ -142,6 +144,10 @@ class Random(nn.Module):
 
 def _first(_: Any, x: Tensor, __: Tensor) -> Tensor:
     return x
+
+
+def _dense(_: Any, x: Tensor, y: Tensor) -> Tensor:
+    return torch.cat([x, y, F.relu(torch.cat([x, y], 1))], 1)
 
 
 def _half(_: Any, x: Tensor, __: Tensor) -> Tensor:
