@@ -26,17 +26,33 @@ class TrainOptions(Command):
     float_epochs: int = 8
     """Epochs of float training before quantization; 0 with pretrained weights that need none."""
     float_lr: float = 2e-3
-    """Peak learning rate of the float training (AdamW, one cycle)."""
+    """Peak learning rate of the float training (AdamW)."""
+    float_schedule: Literal["one-cycle", "cosine"] = "one-cycle"
+    """one-cycle warms up for three tenths of the epochs; cosine only falls."""
     qat_epochs: int = 2
     """Epochs of fine-tuning with quantization in the loop."""
     qat_lr: float = 2e-5
-    """First learning rate of the fine-tuning (AdamW, cosine)."""
+    """Highest learning rate of the fine-tuning (AdamW)."""
+    qat_schedule: Literal["one-cycle", "cosine"] = "cosine"
+    """As for the float training."""
+    freeze_norms_after: int | None = None
+    """Epochs of the fine-tuning after which the statistics of batch normalization stay as they are."""
     batch_size: int = 32
-    """Images in a training step."""
+    """Images in a batch."""
+    accumulate: int = 1
+    """Batches whose gradients make one training step."""
     weight_decay: float = 1e-2
     """Weight decay of matrices and kernels."""
     label_smoothing: float = 0.0
     """Share of the target probability that is spread over all classes."""
+    mixup: float = 0.0
+    """Blends pairs of training images, with weights from Beta(A, A); 0: not."""
+    cutmix: float = 0.0
+    """Puts a box of one training image into another, its area from Beta(A, A); 0: not."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0: no limit."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which then is the result; 0: none."""
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
     qat.placement shows."""
@@ -50,6 +66,10 @@ class TrainOptions(Command):
     """Fixes the splits, the initial weights, the order of the images, augmentation and dropout."""
     device: str = "auto"
     """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
+    amp: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type that training computes convolutions in; quantization stays float32. auto: bfloat16 on a GPU."""
+    compile: bool | None = None
+    """Whether torch.compile compiles the training step; by default on a GPU."""
     workers: int = 2
     """Processes that decode images, for data sets that do not fit in memory."""
     data_root: Path = Path("data")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,15 +20,17 @@ from torch import Tensor, nn
 from qat.artifact import UserError, check_writable
 from qat.calibrate import calibrate
 from qat.checkpoint import load_state, save_checkpoint, save_state
+from qat.compute import Compute
 from qat.console import progress, say, table, warn
 from qat.data import Data, batch_count, batches, load_data
 from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
 from qat.placement import say_placement
 from qat.prepare import prepare
+from qat.recipe import Recipe
 from qat.rules import place
 from qat.tracing import network_of
-from qat.trainer import Accuracy, FitState, Recipe, evaluate, fit, optimizer_tensors
+from qat.trainer import Accuracy, Fit, FitState, evaluate
 
 if TYPE_CHECKING:
     from qat.options import TrainOptions
@@ -44,13 +47,14 @@ class Progress:
     figures: dict[str, Any] = field(default_factory=dict)
     fit: FitState = field(default_factory=FitState)
     model: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    training: dict[str, Tensor] = field(default_factory=dict)
+    """What Fit.tensors gave: optimizer, moving average."""
 
 
 def run(options: TrainOptions) -> int:
     """The run that ``options`` describe, new or resumed. Raises UserError for what the user can mend."""
     check_writable(options.output)
-    device = _device(options.device)
+    compute = Compute.of(options.device, options.amp, options.compile)
     recipes = _recipes(options)
     if not 0 < options.percentile <= 100:
         raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
@@ -68,19 +72,19 @@ def run(options: TrainOptions) -> int:
     _check_logits(options.model, network, len(data.class_names))
     placement = place(network, options.keep_float)
     say_placement(placement)
-    trainer = _Trainer(options, data, device, reached)
+    trainer = _Trainer(options, data, compute, reached)
     try:
         if reached.phase == "float":
-            model = trainer.fit("float", model.to(device), recipes["float"])
+            model = trainer.fit("float", compute.place(model), recipes["float"])
             reached.figures["float"] = trainer.test("float", model)
             prepared = prepare(model, placement)
             trainer.calibrate(prepared)
             reached.figures["ptq"] = trainer.test("post-training quantization", prepared)
             reached.phase, reached.fit = "qat", FitState()
-            trainer.save(prepared, FitState(), None)
+            trainer.save(prepared, FitState(), {})
         else:
-            prepared = prepare(model, placement).to(device)
-        prepared = trainer.fit("qat", prepared, recipes["qat"])
+            prepared = prepare(model, placement)
+        prepared = trainer.fit("qat", compute.place(prepared), recipes["qat"])
         reached.figures["qat"] = trainer.test("quantization-aware training", prepared)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(_how_to_resume(options)) from None
@@ -110,33 +114,24 @@ def run(options: TrainOptions) -> int:
 class _Trainer:
     """Binds what all phases share: options, data, device, and the state that is saved."""
 
-    def __init__(self, options: TrainOptions, data: Data, device: torch.device, reached: Progress) -> None:
-        self.options, self.data, self.device, self.reached = options, data, device, reached
+    def __init__(self, options: TrainOptions, data: Data, compute: Compute, reached: Progress) -> None:
+        self.options, self.data, self.compute, self.reached = options, data, compute, reached
 
     def fit(self, phase: str, model: Any, recipe: Recipe) -> Any:
         """Trains ``model``, from where the run was stopped if it was in this phase."""
         if self.reached.model:
             model.load_state_dict(self.reached.model)
-        self.reached.fit = fit(
-            phase,
-            model,
-            self.data,
-            recipe,
-            self.device,
-            self.options.workers,
-            self.reached.fit,
-            self.reached.optimizer,
-            lambda state, optimizer: self.save(model, state, optimizer),
-            self.options.save_seconds,
-        )
+        fit = Fit(phase, model, self.data, recipe, self.compute, self.options.workers)
+        fit.resume(self.reached.fit, self.reached.training)
+        self.reached.fit = fit.run(lambda: self.save(model, fit.state, fit.tensors()), self.options.save_seconds)
         self.reached.figures[f"{phase}_history"] = self.reached.fit.history
-        self.reached.model, self.reached.optimizer = {}, {}
+        self.reached.model, self.reached.training = {}, {}
         return model
 
     def test(self, what: str, model: nn.Module) -> dict[str, float]:
         """Accuracy on the test split, as it is recorded."""
         measured: Accuracy = evaluate(
-            model, self.data.test, self.data, self.options.batch_size, self.device, self.options.workers
+            model, self.data.test, self.data, self.options.batch_size, self.compute, self.options.workers
         )
         say(f"{what}: {measured} test images right")
         return {"test_top1": measured.top1, "test_loss": measured.loss, "test_images": measured.images}
@@ -146,18 +141,16 @@ class _Trainer:
         images = self.data.calibration
         with progress("calibrating", batch_count(images, self.options.batch_size)) as task:
             inputs = (
-                self.data.preprocessing.normalize(x_NCHW.to(self.device))
+                self.data.preprocessing.normalize(self.compute.images(x_NCHW))
                 for x_NCHW, _ in batches(images, self.options.batch_size, None, workers=self.options.workers)
             )
             for line in calibrate(prepared, inputs, self.options.calibrator, self.options.percentile, task.advance):
                 warn(line)
 
-    def save(self, model: nn.Module, state: FitState, optimizer: torch.optim.Optimizer | None) -> None:
+    def save(self, model: nn.Module, state: FitState, training: Mapping[str, Tensor]) -> None:
         """Saves the training state under a name of its own beside the output."""
-        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-        tensors |= {f"best.{name}": value for name, value in state.best_weights.items()}
-        if optimizer is not None:
-            tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(optimizer).items()}
+        parts = {"model": model.state_dict(), "best": state.best_weights, "training": training}
+        tensors = {f"{part}.{name}": value for part, entries in parts.items() for name, value in entries.items()}
         details = {
             "phase": self.reached.phase,
             "figures": self.reached.figures,
@@ -178,13 +171,13 @@ def _resumed(options: TrainOptions) -> Progress:
         raise UserError(
             f"cannot resume with other options: {'; '.join(differing)}; give the options of the stopped run"
         )
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "training": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor
     state = replace(FitState(**details["fit"]), best_weights=parts["best"])
     say(f"resuming {details['phase']} training at epoch {state.epoch + 1}, step {state.step}")
-    return Progress(details["phase"], dict(details["figures"]), state, parts["model"], parts["optimizer"])
+    return Progress(details["phase"], dict(details["figures"]), state, parts["model"], parts["training"])
 
 
 def _recorded(options: TrainOptions) -> dict[str, Any]:
@@ -207,25 +200,17 @@ def _how_to_resume(options: TrainOptions) -> str:
 
 def _recipes(options: TrainOptions) -> dict[str, Recipe]:
     common: dict[str, Any] = {
-        "batch_size": options.batch_size,
-        "weight_decay": options.weight_decay,
-        "label_smoothing": options.label_smoothing,
-        "seed": options.seed,
+        name: getattr(options, name)
+        for name in ("batch_size", "accumulate", "weight_decay", "label_smoothing", "clip_norm", "ema", "seed")
     }
+    mixing: dict[str, Any] = {"mixup": options.mixup, "cutmix": options.cutmix}
+    qat: dict[str, Any] = {"schedule": options.qat_schedule, "freeze_norms_after": options.freeze_norms_after}
     return {
-        "float": Recipe(epochs=options.float_epochs, lr=options.float_lr, schedule="one-cycle", **common),
-        "qat": Recipe(epochs=options.qat_epochs, lr=options.qat_lr, schedule="cosine", **common),
+        "float": Recipe(
+            epochs=options.float_epochs, lr=options.float_lr, schedule=options.float_schedule, **common, **mixing
+        ),
+        "qat": Recipe(epochs=options.qat_epochs, lr=options.qat_lr, **qat, **common, **mixing),
     }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}): use --device cpu, or auto") from error
 
 
 def _say_data(data: Data) -> None:

@@ -13,46 +13,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import v2
 
 from qat.artifact import UserError
+from qat.compute import Compute
 from qat.console import progress, say
 from qat.data import Data, ImageSet, batch_count, batches
+from qat.recipe import Recipe
 
 _STEPS_BETWEEN_LOSS_CHECKS = 16  # reading the loss waits for the GPU
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one phase is trained. ``schedule`` of the learning rate: one-cycle warms up, cosine only falls."""
-
-    epochs: int
-    lr: float
-    schedule: Literal["one-cycle", "cosine"]
-    batch_size: int
-    weight_decay: float
-    label_smoothing: float
-    seed: int
-
-    def __post_init__(self) -> None:
-        lowest = {"epochs": 0, "lr": 0, "batch_size": 2, "weight_decay": 0, "label_smoothing": 0}
-        for name, least in lowest.items():
-            if not getattr(self, name) >= least:  # NaN is not
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}: correct the option")
-        if self.label_smoothing > 1:
-            raise UserError(f"label_smoothing must be at most 1, got {self.label_smoothing}: correct the option")
-
-    def lr_at(self, done: float) -> float:
-        """The learning rate when the fraction ``done`` in [0, 1] of the phase is over."""
-        warmup = 0.3 if self.schedule == "one-cycle" else 0.0
-        if done < warmup:
-            start = self.lr / 25
-            return start + (self.lr - start) * (1 - math.cos(math.pi * done / warmup)) / 2
-        return self.lr * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
 
 
 @dataclass(frozen=True)
@@ -90,19 +65,19 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, raised between two steps, after the state was saved."""
 
 
-SaveState = Callable[[FitState, torch.optim.Optimizer], None]
-
-
 def evaluate(
-    model: nn.Module, images: ImageSet, data: Data, batch_size: int, device: torch.device, workers: int
+    model: nn.Module, images: ImageSet, data: Data, batch_size: int, compute: Compute, workers: int = 0
 ) -> Accuracy:
-    """Accuracy of ``model`` on all of ``images``, in evaluation mode. Raises UserError when the loss is not finite."""
+    """Accuracy of ``model`` on all of ``images``, in evaluation mode and float32.
+
+    Raises UserError when the loss is not finite.
+    """
     model.eval()
     correct, loss = 0, 0.0
     with torch.no_grad(), progress("evaluating", len(images)) as task:
         for x_NCHW, labels in batches(images, batch_size, None, workers=workers):
-            logits = model(data.preprocessing.normalize(x_NCHW.to(device)))
-            labels = labels.to(device)
+            logits = model(data.preprocessing.normalize(compute.images(x_NCHW)))
+            labels = labels.to(compute.device)
             correct += int((logits.argmax(1) == labels).sum())
             loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
             task.advance(len(labels))
@@ -111,134 +86,169 @@ def evaluate(
     return Accuracy(100 * correct / len(images), loss / len(images), len(images))
 
 
-def fit(
-    phase: str,
-    model: nn.Module,
-    data: Data,
-    recipe: Recipe,
-    device: torch.device,
-    workers: int,
-    state: FitState,
-    optimizer_state: Mapping[str, Tensor],
-    save: SaveState,
-    seconds_between_saves: float,
-) -> FitState:
-    """Trains ``model`` in place from ``state`` on, and leaves it with the weights of the best epoch.
+class Fit:
+    """One phase under way: a model that is trained in place, and all that a saved state must hold to go on with it."""
 
-    Args:
-        phase: its name in progress lines and in the seeds.
-        optimizer_state: from ``optimizer_tensors`` when resuming, else empty.
-        save: called with the state every ``seconds_between_saves``, and before Interrupted is raised.
+    def __init__(
+        self, phase: str, model: nn.Module, data: Data, recipe: Recipe, compute: Compute, workers: int = 0
+    ) -> None:
+        """``phase``: its name in progress lines and in the seeds."""
+        self.phase, self.model, self.data, self.recipe = phase, model, data, recipe
+        self.compute, self.workers = compute, workers
+        self.state = FitState()
+        self.total = batch_count(data.train, recipe.batch_size, training=True)
+        self._optimizer = _optimizer(model, recipe)
+        self._scaler = compute.scaler()
+        decay = get_ema_multi_avg_fn(recipe.ema)
+        self._average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if recipe.ema else None
+        self._forward = compute.forward(model)
+        self._mix = _mixing(recipe, len(data.class_names))
 
-    Raises:
-        UserError: the loss became NaN or infinite.
-        Interrupted: Ctrl-C, after saving.
-    """
-    optimizer = _optimizer(model, recipe)
-    _load_optimizer(optimizer, optimizer_state)
-    total = batch_count(data.train, recipe.batch_size, training=True)
-    last_save = time.monotonic()
-    note = ""
+    @property
+    def result(self) -> nn.Module:
+        """The model that is evaluated: the moving average, where there is one."""
+        return self.model if self._average is None else self._average.module
 
-    def save_now() -> None:
-        nonlocal last_save
-        # The loss was of the weights before the step; what is saved are those after it.
-        if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-            raise _diverged("a weight became NaN or infinite", state, recipe, total)
-        save(state, optimizer)
-        last_save = time.monotonic()
+    def resume(self, state: FitState, tensors: Mapping[str, Tensor]) -> None:
+        """Goes on from ``state`` with what ``tensors`` gave then; {} for a phase that begins."""
+        self.state = state
+        parts = {name: _part(tensors, name) for name in ("optimizer", "average", "scaler")}
+        _load_optimizer(self._optimizer, parts["optimizer"])
+        if self._average is not None and parts["average"]:
+            self._average.load_state_dict(parts["average"])
+        if parts["scaler"]:
+            self._scaler.load_state_dict({name: value.item() for name, value in parts["scaler"].items()})
 
-    with _deferred_interrupt() as interrupted:
-        while state.epoch < recipe.epochs:
-            model.train()
-            description = f"{phase} epoch {state.epoch + 1}/{recipe.epochs}"
-            with progress(description, total) as task:
-                task.advance(state.step)
-                steps = batches(
-                    data.train,
-                    recipe.batch_size,
-                    recipe.seed,
-                    state.epoch,
-                    state.step,
-                    workers,
-                    training=True,
-                )
-                for x_NCHW, labels in steps:
-                    done = (state.epoch + state.step / total) / recipe.epochs
-                    torch.manual_seed(_step_seed(recipe.seed, phase, state.epoch, state.step))
-                    loss = _step(model, optimizer, recipe, done, data, x_NCHW.to(device), labels.to(device))
-                    state.step += 1
-                    state.loss_sum = state.loss_sum + loss
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be saved beside the model and the state."""
+        parts = {
+            "optimizer": _optimizer_tensors(self._optimizer),
+            "average": {} if self._average is None else self._average.state_dict(),
+            "scaler": {name: torch.tensor(value) for name, value in self._scaler.state_dict().items()},
+        }
+        return {f"{part}.{name}": value for part, entries in parts.items() for name, value in entries.items()}
+
+    def run(self, save: Callable[[], None], seconds_between_saves: float) -> FitState:
+        """Trains to the end and leaves the model with the weights of the best epoch.
+
+        ``save`` is called every ``seconds_between_saves``, and before Interrupted is raised by Ctrl-C. Raises UserError
+        when the loss became NaN or infinite.
+        """
+        clock = _Clock(seconds_between_saves)
+
+        def save_now() -> None:
+            # The loss was of the weights before the step; what is saved are those after it.
+            if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+                raise self._diverged("a weight became NaN or infinite")
+            save()
+            clock.reset()
+
+        with _deferred_interrupt() as interrupted:
+            while self.state.epoch < self.recipe.epochs:
+                for ends_step in self._epoch():
                     stopping = interrupted()
-                    due = stopping or time.monotonic() - last_save >= seconds_between_saves
-                    if due or state.step % _STEPS_BETWEEN_LOSS_CHECKS == 0 or state.step == total:
-                        state.loss_sum = float(state.loss_sum)
-                        if not math.isfinite(state.loss_sum):
-                            raise _diverged(f"the loss became {state.loss_sum}", state, recipe, total)
-                        note = f"loss {state.loss_sum / state.step:.3f}"
-                    task.advance(note=note)
-                    if due and state.step < total:
-                        save_now()
-                    if stopping and state.step < total:
-                        raise Interrupted
-            _end_epoch(phase, model, data, recipe, device, workers, state, total)
-            stopping = interrupted()
-            if stopping or time.monotonic() - last_save >= seconds_between_saves:
-                save_now()
-            if stopping:
-                raise Interrupted
-    if state.best_weights:
-        model.load_state_dict(state.best_weights)
-    return state
+                    if ends_step and self.state.step < self.total:
+                        if stopping or clock.due():
+                            self._check_loss()
+                            save_now()
+                        if stopping:
+                            raise Interrupted
+                self._end_epoch()
+                stopping = interrupted()
+                if stopping or clock.due():
+                    save_now()
+                if stopping:
+                    raise Interrupted
+        if self.state.best_weights:
+            self.model.load_state_dict(self.state.best_weights)
+        return self.state
 
+    def _epoch(self) -> Iterator[bool]:
+        """Trains on the batches that are left of the epoch; whether each has ended a step of the optimizer."""
+        state, recipe = self.state, self.recipe
+        self._set_mode()
+        self._optimizer.zero_grad(set_to_none=True)
+        with progress(f"{self.phase} epoch {state.epoch + 1}/{recipe.epochs}", self.total) as task:
+            task.advance(state.step)
+            steps = batches(
+                self.data.train, recipe.batch_size, recipe.seed, state.epoch, state.step, self.workers, training=True
+            )
+            note = ""
+            for x_NCHW, labels in steps:
+                torch.manual_seed(_step_seed(recipe.seed, self.phase, state.epoch, state.step))
+                ends_step = (state.step + 1) % recipe.accumulate == 0 or state.step + 1 == self.total
+                loss = self._step(x_NCHW, labels, ends_step)
+                state.step += 1
+                state.loss_sum = state.loss_sum + loss
+                if state.step % _STEPS_BETWEEN_LOSS_CHECKS == 0 or state.step == self.total:
+                    note = f"loss {self._check_loss() / state.step:.3f}"
+                task.advance(note=note)
+                yield ends_step
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: ``<parameter's position>.<entry>``."""
-    entries = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index, entry in entries.items() for name, value in entry.items()
-    }
+    def _step(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:
+        """Forward and backward pass of one batch, and the optimizer's step where it ends one; the loss."""
+        recipe, optimizer = self.recipe, self._optimizer
+        x = self.data.preprocessing.normalize(self.compute.images(x_NCHW))
+        targets = labels.to(self.compute.device, non_blocking=True)
+        if self._mix is not None:
+            x, targets = self._mix(x, targets)
+        whole = len(x) == recipe.batch_size  # compiled for that size alone
+        with self.compute.autocast():
+            logits = (self._forward if whole else self.model)(x)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+        # The batches of a step are as many as accumulate says, but for the last step of an epoch.
+        first = self.state.step - self.state.step % recipe.accumulate
+        self._scaler.scale(loss / min(recipe.accumulate, self.total - first)).backward()
+        if ends_step:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at((self.state.epoch + first / self.total) / recipe.epochs)
+            if recipe.clip_norm:
+                self._scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+            self._scaler.step(optimizer)
+            self._scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if self._average is not None:
+                self._average.update_parameters(self.model)
+        return loss.detach()
 
+    def _set_mode(self) -> None:
+        """Training mode; normalizations whose statistics are frozen are in evaluation mode."""
+        self.model.train()
+        after = self.recipe.freeze_norms_after
+        if after is not None and self.state.epoch >= after:
+            for module in self.model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
 
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    done: float,
-    data: Data,
-    x_NCHW: Tensor,
-    labels: Tensor,
-) -> Tensor:
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.lr_at(done)
-    logits = model(data.preprocessing.normalize(x_NCHW))
-    loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+    def _check_loss(self) -> float:
+        """The sum of the epoch's losses so far, which waits for the GPU. Raises UserError when it is not finite."""
+        self.state.loss_sum = float(self.state.loss_sum)
+        if not math.isfinite(self.state.loss_sum):
+            raise self._diverged(f"the loss became {self.state.loss_sum}")
+        return self.state.loss_sum
 
+    def _end_epoch(self) -> None:
+        """Validates, keeps the best weights, moves the state to the next epoch."""
+        state, recipe = self.state, self.recipe
+        measured = evaluate(self.result, self.data.validation, self.data, recipe.batch_size, self.compute, self.workers)
+        train_loss = float(state.loss_sum) / max(self.total, 1)
+        scores = {"train_loss": train_loss, "validation_top1": measured.top1, "validation_loss": measured.loss}
+        state.history.append(scores)
+        # On a small validation split several epochs tie in accuracy; the loss decides among them.
+        if (measured.top1, -measured.loss) > (state.best_top1, -state.best_loss):
+            state.best_epoch, state.best_top1, state.best_loss = state.epoch, measured.top1, measured.loss
+            state.best_weights = {name: value.detach().clone() for name, value in self.result.state_dict().items()}
+        say(f"{self.phase} epoch {state.epoch + 1}/{recipe.epochs}: loss {train_loss:.4f}, validation {measured}")
+        state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
 
-def _end_epoch(
-    phase: str,
-    model: nn.Module,
-    data: Data,
-    recipe: Recipe,
-    device: torch.device,
-    workers: int,
-    state: FitState,
-    total: int,
-) -> None:
-    """Validates, keeps the best weights, moves the state to the next epoch."""
-    measured = evaluate(model, data.validation, data, recipe.batch_size, device, workers)
-    train_loss = float(state.loss_sum) / max(total, 1)
-    state.history.append({"train_loss": train_loss, "validation_top1": measured.top1, "validation_loss": measured.loss})
-    # On a small validation split several epochs tie in accuracy; the loss decides among them.
-    if (measured.top1, -measured.loss) > (state.best_top1, -state.best_loss):
-        state.best_epoch, state.best_top1, state.best_loss = state.epoch, measured.top1, measured.loss
-        state.best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    say(f"{phase} epoch {state.epoch + 1}/{recipe.epochs}: loss {train_loss:.4f}, validation {measured}")
-    state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
+    def _diverged(self, what: str) -> UserError:
+        state, recipe = self.state, self.recipe
+        rate = recipe.lr_at((state.epoch + state.step / self.total) / recipe.epochs)
+        return UserError(
+            f"{what} in epoch {state.epoch + 1}, at step {state.step} of {self.total} or shortly before, "
+            f"where the learning rate was {rate:.2g}: start again with a lower one"
+        )
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -251,6 +261,14 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: ``<parameter's position>.<entry>``."""
+    entries = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index, entry in entries.items() for name, value in entry.items()
+    }
+
+
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     content = optimizer.state_dict()
     for key, tensor in tensors.items():
@@ -259,12 +277,33 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
     optimizer.load_state_dict(content)
 
 
-def _diverged(what: str, state: FitState, recipe: Recipe, total: int) -> UserError:
-    rate = recipe.lr_at((state.epoch + state.step / total) / recipe.epochs)
-    return UserError(
-        f"{what} in epoch {state.epoch + 1}, at step {state.step} of {total} or shortly before, "
-        f"where the learning rate was {rate:.2g}: start again with a lower one"
-    )
+def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """The entries of one part, without its name."""
+    return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+
+
+def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Blends a batch [N, C, H, W] and its labels [N], which become probabilities [N, classes]."""
+    chosen = [
+        transform(alpha=alpha, num_classes=classes)
+        for transform, alpha in ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix))
+        if alpha
+    ]
+    return v2.RandomChoice(chosen) if chosen else None
+
+
+class _Clock:
+    """Says when the next save is due."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.reset()
+
+    def reset(self) -> None:
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.last >= self.seconds
 
 
 def _step_seed(seed: int, phase: str, epoch: int, step: int) -> int:

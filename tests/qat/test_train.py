@@ -24,14 +24,16 @@ from torch import Tensor, nn
 import qat.trainer
 from qat.artifact import UserError, read_sidecar, sha256_of
 from qat.checkpoint import load_checkpoint, load_state
+from qat.compute import Compute
 from qat.data import Data, ImageSet, Preprocessing, load_data
 from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
 from qat.pixels import ArrayPixels
+from qat.recipe import Recipe
 from qat.run import run
-from qat.trainer import FitState, Recipe, evaluate, fit
+from qat.trainer import Fit, FitState, evaluate
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"))
 KILL, INTERRUPT = signal.SIGKILL, signal.SIGINT
 
 
@@ -179,14 +181,14 @@ def test_a_run_stopped_every_five_steps_ends_with_the_same_weights(
     class Stopped(BaseException):
         pass
 
-    real, done = qat.trainer._step, itertools.count(1)
+    real, done = Fit._step, itertools.count(1)
 
     def step(*given: Any) -> Tensor:
         if next(done) % 6 == 0:  # the sixth is not finished, and not saved
             raise Stopped
         return real(*given)
 
-    monkeypatch.setattr(qat.trainer, "_step", step)
+    monkeypatch.setattr(Fit, "_step", step)
     stops = 0
     while not output.exists():
         try:
@@ -445,13 +447,15 @@ def model(trained: Path) -> nn.Module:
 
 
 def fitted(model: nn.Module, data: Data, state: FitState, **changes: Any) -> FitState:
-    return fit("float", model, data, recipe(lr=0.02, **changes), CPU, 0, state, {}, lambda *_: None, 3600)
+    fit = Fit("float", model, data, recipe(lr=0.02, **changes), CPU)
+    fit.resume(state, {})
+    return fit.run(lambda: None, 3600)
 
 
 def test_fit_never_looks_at_the_test_split(model: nn.Module, data: Data) -> None:
     blind = dataclasses.replace(data, test=Untouchable(), calibration=Untouchable())  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="was used"):
-        evaluate(model, blind.test, blind, 9, CPU, 0)
+        evaluate(model, blind.test, blind, 9, CPU)
     assert len(fitted(model, blind, FitState()).history) == 2
 
 
@@ -459,7 +463,7 @@ def test_the_weights_of_the_epoch_that_is_best_on_validation_are_kept(model: nn.
     state = fitted(model, data, FitState(), epochs=4)
     scores = [(epoch["validation_top1"], -epoch["validation_loss"]) for epoch in state.history]
     assert state.best_epoch == scores.index(max(scores))
-    measured = evaluate(model, data.validation, data, 9, CPU, 0)
+    measured = evaluate(model, data.validation, data, 9, CPU)
     assert (measured.top1, -measured.loss) == max(scores)
 
 
@@ -496,7 +500,7 @@ def test_evaluate_against_a_computation_by_hand() -> None:
     images = ImageSet(pixels, torch.arange(5), labels, preprocessing)
     data = Data(images, images, images, images, tiny.CLASSES, preprocessing, (), "by hand")
     model = nn.Sequential(nn.Dropout(0.99), nn.AvgPool2d(4), nn.Flatten())
-    measured = evaluate(model, images, data, 2, CPU, 0)
+    measured = evaluate(model, images, data, 2, CPU)
     right, wrong = math.log(math.e + 2) - 1, math.log(math.e + 2)
     assert (measured.top1, measured.images) == (60.0, 5)
     assert measured.loss == pytest.approx((3 * right + 2 * wrong) / 5, rel=1e-6)

@@ -1,0 +1,265 @@
+"""Each option of the training loop, shown to change what it says that it changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import qat.trainer
+from qat.artifact import UserError
+from qat.calibrate import calibrate
+from qat.compute import Compute
+from qat.data import Data, ImageSet, load_data
+from qat.models import ModelSpec, build_model
+from qat.options import TrainOptions
+from qat.prepare import prepare
+from qat.recipe import Recipe
+from qat.run import run
+from qat.trainer import Fit, FitState
+
+CPU = Compute(torch.device("cpu"))
+
+
+def recipe(**changes: Any) -> Recipe:
+    given: dict[str, Any] = {"epochs": 1, "lr": 0.01, "schedule": "cosine", "batch_size": 9, "weight_decay": 0.0}
+    return Recipe(**(given | {"label_smoothing": 0.0, "seed": 0} | changes))
+
+
+@pytest.fixture
+def data(trained: Path) -> Data:
+    return load_data(str(trained / "images.npz"), None, 0)
+
+
+@pytest.fixture
+def model(trained: Path) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(ModelSpec(f"{trained / 'net.py'}:net", 3))
+
+
+def linear() -> nn.Module:
+    """Nothing in it depends on the other images of a batch."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+
+
+def fitted(model: nn.Module, data: Data, compute: Compute = CPU, **changes: Any) -> FitState:
+    return Fit("float", model, data, recipe(**changes), compute).run(lambda: None, 3600)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def first(images: ImageSet, count: int) -> ImageSet:
+    return dataclasses.replace(images, indices=images.indices[:count], labels=images.labels[:count])
+
+
+# --- what is computed
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(data: Data) -> None:
+    data = dataclasses.replace(data, train=first(data.train, 72))
+    whole, parts, small = linear(), linear(), linear()
+    fitted(whole, data, batch_size=18, clip_norm=0.5)
+    fitted(parts, data, batch_size=9, accumulate=2, clip_norm=0.5)
+    fitted(small, data, batch_size=9, clip_norm=0.5)
+    torch.testing.assert_close(weights(parts), weights(whole))
+    assert not torch.allclose(small[1].weight, whole[1].weight)
+
+
+def gradient_norms(model: nn.Module, data: Data, **changes: Any) -> list[float]:
+    """Of all parameters together, at each step of the optimizer."""
+    found = []
+    fit = Fit("float", model, data, recipe(**changes), CPU)
+    fit._optimizer.register_step_pre_hook(
+        lambda *_: found.append(math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters())))
+    )
+    fit.run(lambda: None, 3600)
+    return found
+
+
+def test_the_last_step_of_an_epoch_is_the_mean_of_the_batches_that_are_left(data: Data) -> None:
+    data = dataclasses.replace(data, train=first(data.train, 27))  # with weights that stay: steps of two and one
+    single, accumulated = (gradient_norms(linear(), data, lr=0.0, accumulate=count) for count in (1, 2))
+    assert (len(single), len(accumulated)) == (3, 2)
+    assert accumulated[1] == pytest.approx(single[2])
+
+
+def test_gradients_are_clipped_to_the_norm(model: nn.Module, data: Data) -> None:
+    assert max(gradient_norms(model, data)) > 0.1
+    assert max(gradient_norms(model, data, clip_norm=0.01)) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_mixup_blends_images_and_labels_alike(data: Data) -> None:
+    mix = Fit("float", linear(), data, recipe(mixup=1.0), CPU)._mix
+    assert mix is not None
+    torch.manual_seed(1)
+    x, targets = mix(torch.eye(3).reshape(3, 3, 1, 1).expand(3, 3, 4, 4).clone(), torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(x.mean((2, 3)), targets)
+    assert ((targets > 0.01) & (targets < 0.99)).sum() == 6
+
+
+def test_cutmix_puts_a_box_of_one_image_into_another(data: Data) -> None:
+    mix = Fit("float", linear(), data, recipe(cutmix=1.0), CPU)._mix
+    assert mix is not None
+    torch.manual_seed(1)
+    x, targets = mix(torch.eye(3).reshape(3, 3, 1, 1).expand(3, 3, 16, 16).clone(), torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(x.mean((2, 3)), targets)
+    assert set(x.flatten().tolist()) == {0.0, 1.0}
+    assert ((targets > 0.01) & (targets < 0.99)).sum() == 6
+
+
+def test_the_loss_is_that_of_the_mixed_labels(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = F.cross_entropy
+
+    def cross_entropy(logits: Tensor, targets: Tensor, **options: Any) -> Tensor:
+        seen.append(targets)
+        return real(logits, targets, **options)
+
+    monkeypatch.setattr(qat.trainer.F, "cross_entropy", cross_entropy)
+    fitted(linear(), data, mixup=0.4, cutmix=1.0)
+    training, validation = [t for t in seen if t.ndim == 2], [t for t in seen if t.ndim == 1]
+    assert (len(training), len(validation)) == (9, 2)
+    assert all(t.shape == (9, 3) and torch.allclose(t.sum(1), torch.ones(9)) for t in training)
+
+
+def test_the_moving_average_of_the_weights_is_the_result(model: nn.Module, data: Data) -> None:
+    fit = Fit("float", model, data, recipe(ema=0.8), CPU)
+    history = [weights(model)]
+    fit._optimizer.register_step_post_hook(lambda *_: history.append(weights(model)))
+    fit.run(lambda: None, 3600)
+    average = history[1]  # torch begins with the first weights that it is shown
+    for later in history[2:]:
+        average = {name: 0.8 * average[name] + 0.2 * later[name] for name in later}
+    for name in ("conv1.weight", "fc.bias"):
+        torch.testing.assert_close(model.state_dict()[name], average[name])
+        assert not torch.allclose(model.state_dict()[name], history[-1][name])
+
+
+def test_statistics_of_batch_normalization_stay_after_the_epoch(model: nn.Module, data: Data) -> None:
+    means = []
+    fit = Fit("float", model, data, recipe(epochs=3, freeze_norms_after=1), CPU)
+    fit._optimizer.register_step_post_hook(lambda *_: means.append(model.get_buffer("bn1.running_mean").clone()))
+    weight = model.get_parameter("bn1.weight").detach().clone()
+    fit.run(lambda: None, 3600)
+    first_epoch, rest = means[: tiny.STEPS], means[tiny.STEPS :]
+    assert not torch.equal(first_epoch[0], first_epoch[-1])
+    assert all(torch.equal(mean, first_epoch[-1]) for mean in rest)
+    assert not torch.equal(model.get_parameter("bn1.weight"), weight)  # it still learns
+
+
+# --- how it is computed
+
+
+def test_training_computes_in_bfloat16_and_quantization_and_evaluation_in_float32(
+    model: nn.Module, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(model, input_shape=(3, 16, 16))
+    calibrate(prepared, [torch.randn(8, 3, 16, 16)], "max")
+    types: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    prepared.get_submodule("conv2").register_forward_hook(lambda layer, _, y: types[layer.training].add(y.dtype))
+    quotients = []
+    real = qat.quantizer.quantize
+
+    def quantize(x: Tensor, scale: Tensor, codes: Any) -> Tensor:
+        found = real(x, scale, codes)
+        quotients.append((scale.dtype, found.dtype))
+        return found
+
+    monkeypatch.setattr("qat.quantizer.quantize", quantize)
+    state = fitted(prepared, data, Compute(torch.device("cpu"), torch.bfloat16))
+    assert types == {True: {torch.bfloat16}, False: {torch.float32}}
+    assert set(quotients) == {(torch.float32, torch.float32)}
+    assert state.history[0]["train_loss"] < 1.5
+    assert all(parameter.dtype == torch.float32 for parameter in prepared.parameters())
+
+
+def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
+    """Compiled whole, quantizers included: fullgraph=True refuses graph breaks."""
+    plain = prepare(model, input_shape=(3, 16, 16))
+    calibrate(plain, [torch.randn(8, 3, 16, 16)], "max")
+    compiled = prepare(model, input_shape=(3, 16, 16))
+    compiled.load_state_dict(plain.state_dict())
+    for one in (plain, compiled):
+        one.get_submodule("dropout").p = 0.0  # compiled code draws other random numbers
+    data = dataclasses.replace(data, train=first(data.train, 20))  # two whole batches and one of two images
+    calls = []
+    compute = Compute(torch.device("cpu"), compiled=True)
+
+    class Counting(Compute):
+        def forward(self, network: nn.Module) -> Any:
+            forward = compute.forward(network)
+            return lambda x: calls.append(len(x)) or forward(x)
+
+    states = [fitted(plain, data, lr=1e-4), fitted(compiled, data, Counting(torch.device("cpu")), lr=1e-4)]
+    assert calls == [9, 9]
+    assert states[1].history[0]["train_loss"] == pytest.approx(states[0].history[0]["train_loss"], rel=1e-3)
+    torch.testing.assert_close(weights(compiled), weights(plain), rtol=0, atol=5e-4)
+
+
+def test_on_a_cpu_auto_changes_nothing() -> None:
+    assert Compute.of("cpu") == CPU
+    assert Compute.of("cpu", "bfloat16", True) == Compute(torch.device("cpu"), torch.bfloat16, compiled=True)
+
+
+def test_channels_last(model: nn.Module, data: Data) -> None:
+    compute = Compute(torch.device("cpu"), channels_last=True)
+    assert compute.place(model).get_parameter("conv2.weight").is_contiguous(memory_format=torch.channels_last)
+    x = compute.images(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    assert data.preprocessing.normalize(x).is_contiguous(memory_format=torch.channels_last)
+
+
+# --- as options of a run
+
+
+def test_a_stopped_run_ends_with_the_same_weights_whatever_the_options(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"accumulate": 2, "ema": 0.9, "mixup": 0.2, "cutmix": 1.0, "clip_norm": 1.0, "save_seconds": 0}
+    options |= {"float_schedule": "cosine", "qat_schedule": "one-cycle", "freeze_norms_after": 1}
+
+    def train(name: str, **changes: Any) -> dict[str, Tensor]:
+        output = tmp_path / name / "model.qat"
+        run(TrainOptions(**tiny.options(trained, output=output, **options, **changes)))
+        return load_file(output)
+
+    whole = train("whole")
+    real, steps = Fit._step, 0
+
+    class Stopped(BaseException):
+        pass
+
+    def step(*given: Any) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps % 7 == 0:
+            raise Stopped
+        return real(*given)
+
+    monkeypatch.setattr(Fit, "_step", step)
+    stops = 0
+    while not (tmp_path / "stopped" / "model.qat").exists():
+        try:
+            stopped = train("stopped", resume=stops > 0)
+        except Stopped:
+            stops += 1
+    assert stops > 4
+    assert [name for name in whole if not torch.equal(whole[name], stopped[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("accumulate", 0), ("clip_norm", -1.0), ("mixup", math.nan), ("cutmix", -1.0), ("ema", 1.0)]
+)
+def test_options_out_of_range(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{name} must be at .*, got {value}"):
+        recipe(**{name: value})
