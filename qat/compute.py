@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from qat.artifact import UserError
 
+_NEVER = 2**31 - 1
+
 Amp = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -58,8 +60,12 @@ class Compute:
         return torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Keeps gradients in the range of float16; does nothing for other types."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.amp == torch.float16)
+        """Keeps gradients in the range of float16, and on a GPU leaves out steps whose gradients are not finite."""
+        if self.amp == torch.float16:
+            return torch.amp.GradScaler(self.device.type)
+        return torch.amp.GradScaler(
+            self.device.type, init_scale=1.0, growth_interval=_NEVER, enabled=self.device.type == "cuda"
+        )
 
 
 def _device(name: str) -> torch.device:

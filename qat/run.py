@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qat.accuracy import Accuracy, evaluate
 from qat.artifact import UserError, check_writable
 from qat.calibrate import calibrate
 from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.compute import Compute
 from qat.console import progress, say, table, warn
 from qat.data import Data, batch_count, batches, load_data
+from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
 from qat.placement import say_placement
@@ -30,13 +32,13 @@ from qat.prepare import prepare
 from qat.recipe import Recipe
 from qat.rules import place
 from qat.tracing import network_of
-from qat.trainer import Accuracy, Fit, FitState, evaluate
+from qat.trainer import Fit, FitState
 
 if TYPE_CHECKING:
     from qat.options import TrainOptions
 
 # Options that may differ between a run and its resumption: they do not change the result.
-_FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root")
+_FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root", "log")
 
 
 @dataclass
@@ -88,6 +90,7 @@ def run(options: TrainOptions) -> int:
         reached.figures["qat"] = trainer.test("quantization-aware training", prepared)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(_how_to_resume(options)) from None
+    trainer.log.close()
     details = {
         "data": {"source": options.data, "image_size": options.image_size, "root": str(options.data_root)},
         "splits": {name: len(getattr(data, name)) for name in ("train", "calibration", "validation", "test")},
@@ -116,12 +119,13 @@ class _Trainer:
 
     def __init__(self, options: TrainOptions, data: Data, compute: Compute, reached: Progress) -> None:
         self.options, self.data, self.compute, self.reached = options, data, compute, reached
+        self.log = TrainingLog(options.log)
 
     def fit(self, phase: str, model: Any, recipe: Recipe) -> Any:
         """Trains ``model``, from where the run was stopped if it was in this phase."""
         if self.reached.model:
             model.load_state_dict(self.reached.model)
-        fit = Fit(phase, model, self.data, recipe, self.compute, self.options.workers)
+        fit = Fit(phase, model, self.data, recipe, self.compute, self.options.workers, self.log)
         fit.resume(self.reached.fit, self.reached.training)
         self.reached.fit = fit.run(lambda: self.save(model, fit.state, fit.tensors()), self.options.save_seconds)
         self.reached.figures[f"{phase}_history"] = self.reached.fit.history

@@ -21,25 +21,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
+from qat.accuracy import evaluate
 from qat.artifact import UserError
 from qat.compute import Compute
 from qat.console import progress, say
-from qat.data import Data, ImageSet, batch_count, batches
+from qat.data import Data, batch_count, batches
+from qat.failures import first_not_finite, fitting_batch
+from qat.log import TrainingLog
 from qat.recipe import Recipe
 
-_STEPS_BETWEEN_LOSS_CHECKS = 16  # reading the loss waits for the GPU
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Top-1 accuracy in percent and mean cross-entropy over ``images`` images."""
-
-    top1: float
-    loss: float
-    images: int
-
-    def __str__(self) -> str:
-        return f"{self.top1:.2f} % of {self.images}"
+_STEPS_BETWEEN_LOSS_CHECKS = 16  # on a GPU, where reading the loss waits for it
 
 
 @dataclass
@@ -65,36 +56,22 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, raised between two steps, after the state was saved."""
 
 
-def evaluate(
-    model: nn.Module, images: ImageSet, data: Data, batch_size: int, compute: Compute, workers: int = 0
-) -> Accuracy:
-    """Accuracy of ``model`` on all of ``images``, in evaluation mode and float32.
-
-    Raises UserError when the loss is not finite.
-    """
-    model.eval()
-    correct, loss = 0, 0.0
-    with torch.no_grad(), progress("evaluating", len(images)) as task:
-        for x_NCHW, labels in batches(images, batch_size, None, workers=workers):
-            logits = model(data.preprocessing.normalize(compute.images(x_NCHW)))
-            labels = labels.to(compute.device)
-            correct += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-            task.advance(len(labels))
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} in evaluation, a weight is NaN: start again with a lower learning rate")
-    return Accuracy(100 * correct / len(images), loss / len(images), len(images))
-
-
 class Fit:
     """One phase under way: a model that is trained in place, and all that a saved state must hold to go on with it."""
 
     def __init__(
-        self, phase: str, model: nn.Module, data: Data, recipe: Recipe, compute: Compute, workers: int = 0
+        self,
+        phase: str,
+        model: nn.Module,
+        data: Data,
+        recipe: Recipe,
+        compute: Compute,
+        workers: int = 0,
+        log: TrainingLog | None = None,
     ) -> None:
-        """``phase``: its name in progress lines and in the seeds."""
+        """``phase``: its name in progress lines, in the log and in the seeds."""
         self.phase, self.model, self.data, self.recipe = phase, model, data, recipe
-        self.compute, self.workers = compute, workers
+        self.compute, self.workers, self.log = compute, workers, log or TrainingLog(None)
         self.state = FitState()
         self.total = batch_count(data.train, recipe.batch_size, training=True)
         self._optimizer = _optimizer(model, recipe)
@@ -103,6 +80,7 @@ class Fit:
         self._average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if recipe.ema else None
         self._forward = compute.forward(model)
         self._mix = _mixing(recipe, len(data.class_names))
+        self._unchecked: list[Tensor] = []  # batches whose loss nobody has looked at
 
     @property
     def result(self) -> nn.Module:
@@ -135,11 +113,12 @@ class Fit:
         when the loss became NaN or infinite.
         """
         clock = _Clock(seconds_between_saves)
+        self.log.begin(self.phase, self._steps_done())
 
         def save_now() -> None:
             # The loss was of the weights before the step; what is saved are those after it.
             if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-                raise self._diverged("a weight became NaN or infinite")
+                raise self._diverged(math.nan)
             save()
             clock.reset()
 
@@ -173,15 +152,28 @@ class Fit:
             steps = batches(
                 self.data.train, recipe.batch_size, recipe.seed, state.epoch, state.step, self.workers, training=True
             )
-            note = ""
+            note, logged, start = "", (state.step, float(state.loss_sum)), time.perf_counter()
+            self._unchecked.clear()
             for x_NCHW, labels in steps:
                 torch.manual_seed(_step_seed(recipe.seed, self.phase, state.epoch, state.step))
                 ends_step = (state.step + 1) % recipe.accumulate == 0 or state.step + 1 == self.total
-                loss = self._step(x_NCHW, labels, ends_step)
+                try:
+                    loss = self._step(x_NCHW, labels, ends_step)
+                except torch.OutOfMemoryError as error:
+                    raise self._too_large(x_NCHW, labels) from error
                 state.step += 1
                 state.loss_sum = state.loss_sum + loss
+                self._unchecked.append(x_NCHW)
                 if state.step % _STEPS_BETWEEN_LOSS_CHECKS == 0 or state.step == self.total:
-                    note = f"loss {self._check_loss() / state.step:.3f}"
+                    loss_sum, seconds = self._check_loss(), time.perf_counter() - start
+                    note, steps_taken = f"loss {loss_sum / state.step:.3f}", state.step - logged[0]
+                    figures = {
+                        "loss": (loss_sum - logged[1]) / steps_taken,
+                        "learning_rate": self._optimizer.param_groups[0]["lr"],
+                        "images_per_second": steps_taken * recipe.batch_size / seconds,
+                    }
+                    self.log.add(self.phase, self._steps_done(), figures)
+                    logged, start = (state.step, loss_sum), time.perf_counter()
                 task.advance(note=note)
                 yield ends_step
 
@@ -196,6 +188,8 @@ class Fit:
         with self.compute.autocast():
             logits = (self._forward if whole else self.model)(x)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+        if loss.device.type == "cpu" and not loss.detach().isfinite():
+            return loss.detach()  # the weights stay as they are; on a GPU the scaler sees to it without waiting
         # The batches of a step are as many as accumulate says, but for the last step of an epoch.
         first = self.state.step - self.state.step % recipe.accumulate
         self._scaler.scale(loss / min(recipe.accumulate, self.total - first)).backward()
@@ -225,8 +219,13 @@ class Fit:
         """The sum of the epoch's losses so far, which waits for the GPU. Raises UserError when it is not finite."""
         self.state.loss_sum = float(self.state.loss_sum)
         if not math.isfinite(self.state.loss_sum):
-            raise self._diverged(f"the loss became {self.state.loss_sum}")
+            raise self._diverged(self.state.loss_sum)
+        self._unchecked.clear()
         return self.state.loss_sum
+
+    def _steps_done(self) -> int:
+        """Batches since the start of the phase."""
+        return self.state.epoch * self.total + self.state.step
 
     def _end_epoch(self) -> None:
         """Validates, keeps the best weights, moves the state to the next epoch."""
@@ -235,6 +234,7 @@ class Fit:
         train_loss = float(state.loss_sum) / max(self.total, 1)
         scores = {"train_loss": train_loss, "validation_top1": measured.top1, "validation_loss": measured.loss}
         state.history.append(scores)
+        self.log.add(self.phase, self._steps_done(), scores)
         # On a small validation split several epochs tie in accuracy; the loss decides among them.
         if (measured.top1, -measured.loss) > (state.best_top1, -state.best_loss):
             state.best_epoch, state.best_top1, state.best_loss = state.epoch, measured.top1, measured.loss
@@ -242,13 +242,34 @@ class Fit:
         say(f"{self.phase} epoch {state.epoch + 1}/{recipe.epochs}: loss {train_loss:.4f}, validation {measured}")
         state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
 
-    def _diverged(self, what: str) -> UserError:
+    def _diverged(self, loss: float) -> UserError:
+        """For a loss that is not finite, with weights that are those before it: names the tensor that is so first."""
         state, recipe = self.state, self.recipe
+        place = ""
+        for x_NCHW in self._unchecked:
+            with self.compute.autocast():
+                x = self.data.preprocessing.normalize(self.compute.images(x_NCHW))
+                place = place or first_not_finite(self.model, x)
+        first = f", first in {place}" if place else ""
         rate = recipe.lr_at((state.epoch + state.step / self.total) / recipe.epochs)
         return UserError(
-            f"{what} in epoch {state.epoch + 1}, at step {state.step} of {self.total} or shortly before, "
-            f"where the learning rate was {rate:.2g}: start again with a lower one"
+            f"the loss became {loss} in epoch {state.epoch + 1}, at step {state.step} of {self.total} or shortly before"
+            f"{first}; the learning rate was {rate:.2g}: start again with a lower one"
         )
+
+    def _too_large(self, x_NCHW: Tensor, labels: Tensor) -> UserError:
+        """For a batch that the GPU has no memory for; says which would fit."""
+
+        def step(images: int) -> None:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._step(x_NCHW[:images], labels[:images], ends_step=False)
+
+        fits, recipe = fitting_batch(step, len(x_NCHW)), self.recipe
+        found = f"the GPU has not enough free memory for batches of {recipe.batch_size} images"
+        if not fits:
+            return UserError(f"{found}, nor for 2: free some, or give a smaller --image-size")
+        times = -(-recipe.batch_size * recipe.accumulate // fits)
+        return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times} for the same steps")
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -258,7 +279,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr)
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=all(parameter.is_cuda for parameter in parameters))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ import tiny
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
 
 import qat.trainer
-from qat.artifact import UserError
+from qat.artifact import UserError, read_sidecar
 from qat.calibrate import calibrate
 from qat.compute import Compute
 from qat.data import Data, ImageSet, load_data
+from qat.failures import first_not_finite
+from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
 from qat.prepare import prepare
@@ -263,3 +268,95 @@ def test_a_stopped_run_ends_with_the_same_weights_whatever_the_options(
 def test_options_out_of_range(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{name} must be at .*, got {value}"):
         recipe(**{name: value})
+
+
+# --- what stops it
+
+
+def test_the_first_tensor_that_is_no_number_is_named(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 16, 16)
+    assert first_not_finite(model.eval(), x) == ""
+    weight = model.get_parameter("conv2.weight")
+    with torch.no_grad():
+        weight.fill_(1e38)
+        assert first_not_finite(model, x) == "the output of conv2"
+        weight[0, 0, 0, 0] = math.nan
+        assert first_not_finite(model, x) == "conv2.weight"
+        model.get_buffer("bn1.running_var")[0] = math.inf
+    assert first_not_finite(model, x) == "bn1.running_var"
+    assert not any(module._forward_hooks for module in model.modules() if module is not model.get_submodule("bn1"))
+
+
+def test_a_loss_that_is_no_number_names_the_tensor(model: nn.Module, data: Data) -> None:
+    with torch.no_grad():
+        model.get_parameter("fc.weight").fill_(math.inf)
+    with pytest.raises(UserError, match=r"at step 9 of 9 or shortly before, first in fc\.weight; the"):
+        fitted(model, data)
+
+
+class Hungry(nn.Module):
+    """Takes three images at most."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.fc = most, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_batch_that_does_not_fit_in_memory_says_which_would(data: Data) -> None:
+    with pytest.raises(UserError, match="for batches of 9 images; 2 fit: give --batch-size 2 --accumulate 5 for"):
+        fitted(Hungry(3), data)
+    with pytest.raises(UserError, match="nor for 2: free some, or give a smaller --image-size"):
+        fitted(Hungry(1), data)
+
+
+# --- the log
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard would show of ``folder``: (step, value) by name."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:  # length, checksum, event, checksum
+            (size,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + size])
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            content = content[16 + size :]
+    return found
+
+
+def test_figures_are_logged_as_lines_and_for_tensorboard(trained: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    run(TrainOptions(**tiny.options(trained, output=tmp_path / "model.qat", log=log)))
+    lines = [json.loads(line) for line in (log / "train.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in lines] == [
+        (phase, step) for phase in ("float", "qat") for step in (9, 9, 18, 18)
+    ]
+    history = read_sidecar(tmp_path / "model.qat", "checkpoint").figures["qat_history"]
+    last = [line for line in lines if line["phase"] == "qat"][-2:]
+    assert last[1] == {"phase": "qat", "step": 18} | history[1]
+    assert last[0]["loss"] == pytest.approx(history[1]["train_loss"])
+    assert last[0]["learning_rate"] > 0
+    assert last[0]["images_per_second"] > 0
+    shown = scalars(log / "qat")
+    assert shown["validation_top1"] == [(9, history[0]["validation_top1"]), (18, history[1]["validation_top1"])]
+
+
+def test_a_resumed_run_takes_out_what_was_logged_after_the_state(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path)
+    for phase, steps in (("float", (9, 18)), ("qat", (9, 16))):
+        log.begin(phase, 0)
+        for step in steps:
+            log.add(phase, step, {"loss": 1.0})
+    log.close()
+    TrainingLog(tmp_path).begin("qat", 9)
+    lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["step"]) for line in lines] == [("float", 9), ("float", 18), ("qat", 9)]
+    TrainingLog(tmp_path).begin("float", 0)
+    assert (tmp_path / "train.jsonl").read_text() == ""

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qat.trainer
+from qat.accuracy import evaluate
 from qat.artifact import UserError, read_sidecar, sha256_of
 from qat.checkpoint import load_checkpoint, load_state
 from qat.compute import Compute
@@ -31,7 +32,7 @@ from qat.options import TrainOptions
 from qat.pixels import ArrayPixels
 from qat.recipe import Recipe
 from qat.run import run
-from qat.trainer import Fit, FitState, evaluate
+from qat.trainer import Fit, FitState
 
 CPU = Compute(torch.device("cpu"))
 KILL, INTERRUPT = signal.SIGKILL, signal.SIGINT

@@ -1,0 +1,53 @@
+"""What stopped a training step: which tensor is no number first, how many images would have fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def first_not_finite(model: nn.Module, x: Tensor) -> str:
+    """The first tensor of ``model``, in the order of computation, that holds NaN or infinity; '' when none does.
+
+    A module's parameters and buffers come before what it computes of ``x``.
+    """
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+            bad = [f"{name}.{entry}" for entry, tensor in own.items() if not _finite(tensor)]
+            if not bad and isinstance(output, Tensor) and not _finite(output):
+                bad = [f"the output of {name}"]
+            found.extend(bad)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(look(name)) for name, module in model.named_modules() if not any(module.children())
+    ]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else ""
+
+
+def fitting_batch(step: Callable[[int], None], images: int) -> int:
+    """The largest of ``images`` / 2, / 4, ... for which ``step`` does not run out of the GPU's memory; 0 if none."""
+    while (images := images // 2) > 1:
+        torch.cuda.empty_cache()
+        try:
+            step(images)
+        except torch.OutOfMemoryError:
+            continue
+        return images
+    return 0
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
