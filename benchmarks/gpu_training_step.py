@@ -1,0 +1,196 @@
+"""Time and memory of a training step with fake quantization against the float step, and time of calibration, on a GPU.
+
+    python -m benchmarks.gpu_training_step [--batch 256] [--pixels 224] [--json FILE]
+
+ResNet50 in bfloat16, channels last, each step as qat.trainer.Fit does it (mixing of images and logging aside): float
+and quantized, plain and compiled, and NVIDIA ModelOpt's where it is installed. All take turns in one process, in blocks
+of steps without a pause between them; medians of the blocks are compared. Calibration: all four methods over 512 images
+against the bare forward passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from qat.calibrate import calibrate, observe, set_ranges
+from qat.compute import Compute
+from qat.prepare import prepare
+from qat.recipe import Recipe
+from qat.trainer import _optimizer
+
+CLASSES, CALIBRATION_IMAGES, CALIBRATION_BATCH = 1000, 512, 64
+METHODS = ("max", "percentile", "mse", "entropy")
+ROUNDS, STEPS, WARM_UP = 12, 10, 3
+
+
+class Step:
+    """One variant: model, optimizer, and what they keep in memory between two steps."""
+
+    def __init__(self, make: Callable[[], nn.Module], compute: Compute) -> None:
+        torch.manual_seed(0)
+        self.compute, model = compute, compute.place(make()).train()
+        self.forward = compute.forward(model)
+        recipe = Recipe(1, 1e-5, "cosine", 256, 1e-2, 0.0, 0)
+        self.optimizer, self.scaler = _optimizer(model, recipe), compute.scaler()
+        self.milliseconds: list[float] = []
+        self.peak = 0
+
+    def step(self, x: Tensor, labels: Tensor) -> None:
+        """Forward, backward, optimizer."""
+        with self.compute.autocast():
+            logits = self.forward(x)
+        loss = F.cross_entropy(logits.float(), labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def measure(self, x: Tensor, labels: Tensor) -> None:
+        """A block of steps, of which the first do not count."""
+        kept = allocated()
+        if self.compute.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for index in range(WARM_UP + STEPS):
+            if index == WARM_UP:
+                start = now()
+            self.step(x, labels)
+        self.milliseconds.append(1e3 * (now() - start) / STEPS)
+        if self.compute.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() - kept)
+
+
+def now() -> float:
+    """Seconds, when all that was asked of the GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def allocated() -> int:
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def network() -> nn.Module:
+    return torchvision.models.resnet50(num_classes=CLASSES, zero_init_residual=True)
+
+
+def quantized(x: Tensor) -> nn.Module:
+    prepared = prepare(network(), input_shape=tuple(x.shape[1:]))
+    calibrate(prepared, [x[:4].cpu()], "max")
+    return prepared
+
+
+def modelopt(x: Tensor) -> nn.Module:
+    import modelopt.torch.quantization as mtq
+
+    def forward(model: nn.Module) -> None:
+        with torch.no_grad():
+            model(x[:4])
+
+    model: nn.Module = mtq.quantize(network().to(x.device), mtq.INT8_DEFAULT_CFG, forward)
+    return model
+
+
+def steps(x: Tensor, labels: Tensor, device: torch.device) -> dict[str, dict[str, float]]:
+    plain = Compute(device, torch.bfloat16, channels_last=True)
+    compiled = Compute(device, torch.bfloat16, channels_last=True, compiled=True)
+    variants: dict[str, tuple[Callable[[], nn.Module], Compute]] = {
+        "float": (network, plain),
+        "float, compiled": (network, compiled),
+        "quantized": (lambda: quantized(x), plain),
+        "quantized, compiled": (lambda: quantized(x), compiled),
+    }
+    if importlib.util.find_spec("modelopt"):
+        variants["ModelOpt"] = (lambda: modelopt(x), plain)
+    found = {}
+    for name, (make, compute) in variants.items():
+        start = now()
+        found[name] = Step(make, compute)
+        found[name].step(x, labels)
+        print(f"{name}: first step after {now() - start:.1f} s", flush=True)
+    order = torch.Generator().manual_seed(0)
+    for _ in range(ROUNDS):
+        for index in torch.randperm(len(found), generator=order).tolist():
+            list(found.values())[index].measure(x, labels)
+    return {
+        name: {
+            "median_ms": round(statistics.median(step.milliseconds), 3),
+            "low_ms": round(min(step.milliseconds), 3),
+            "high_ms": round(max(step.milliseconds), 3),
+            "peak_gib": round(step.peak / 2**30, 3),
+        }
+        for name, step in found.items()
+    }
+
+
+def calibration(pixels: int, device: torch.device, images: int) -> dict[str, float]:
+    """Seconds of the forward passes in float32, alone and with all four calibrators."""
+    model = prepare(network(), input_shape=(3, pixels, pixels)).to(device)
+    plain = network().to(device).eval()
+    batch = min(CALIBRATION_BATCH, images)
+    inputs = [torch.randn(batch, 3, pixels, pixels, device=device) for _ in range(images // batch)]
+
+    def bare() -> None:
+        with torch.no_grad():
+            for x in inputs:
+                plain(x)
+
+    def all_four() -> None:
+        observers = observe(model, inputs)
+        for method in METHODS:
+            set_ranges(model, observers, method)
+
+    seconds: dict[str, list[float]] = {"forward_s": [], "calibration_s": []}
+    for index in range(4):
+        for name, run in (("forward_s", bare), ("calibration_s", all_four)):
+            start = now()
+            run()
+            if index:
+                seconds[name].append(now() - start)
+    return {name: round(statistics.median(values), 4) for name, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    x = torch.randn(options.batch, 3, options.pixels, options.pixels, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, CLASSES, (options.batch,), device=device)
+    calibrated = calibration(options.pixels, device, options.calibration_images)
+    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "batch": options.batch}
+    found |= {"pixels": options.pixels, "calibration": calibrated, "steps": steps(x, labels, device)}
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{name}, torch {torch.__version__}, ResNet50, {options.pixels} px, batch {options.batch}, bfloat16")
+    for variant, step in found["steps"].items():
+        spread = f"({step['low_ms']:.2f} to {step['high_ms']:.2f})"
+        print(f"  {variant:22} {step['median_ms']:8.2f} ms {spread:22} {step['peak_gib']:7.2f} GiB in a step")
+    base = found["steps"]["float, compiled"]["median_ms"]
+    print(f"  quantized / float, compiled: {found['steps']['quantized, compiled']['median_ms'] / base:.3f}")
+    ratio = calibrated["calibration_s"] / calibrated["forward_s"]
+    print(
+        f"  {options.calibration_images} images, float32: forward {calibrated['forward_s']:.3f} s, with all four "
+        f"calibrators {calibrated['calibration_s']:.3f} s: {ratio:.2f} times"
+    )
+
+
+if __name__ == "__main__":
+    main()
