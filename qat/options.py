@@ -37,6 +37,12 @@ class TrainOptions(Command):
     """As for the float training."""
     freeze_norms_after: int | None = None
     """Epochs of the fine-tuning after which the statistics of batch normalization stay as they are."""
+    distill: float = 0.0
+    """Share of the loss of the fine-tuning that is the distance from the float network's answers, from 0 to 1."""
+    distill_temperature: float = 4.0
+    """By which both networks' logits are divided for that distance; above 1, unlikely classes count more."""
+    distill_features: float = 0.0
+    """Weight of the distance from the float network's tensors where its stages end; 0: not."""
     batch_size: int = 32
     """Images in a batch."""
     accumulate: int = 1

@@ -6,6 +6,7 @@ on validation, and what is reported is measured on test.
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
 import sys
@@ -27,11 +28,12 @@ from qat.data import Data, batch_count, batches, load_data
 from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
+from qat.objective import CrossEntropy, Distillation, stage_ends
 from qat.placement import say_placement
 from qat.prepare import prepare
 from qat.recipe import Recipe
 from qat.rules import place
-from qat.tracing import network_of
+from qat.tracing import network_of, trace
 from qat.trainer import Fit, FitState
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class Progress:
     model: dict[str, Tensor] = field(default_factory=dict)
     training: dict[str, Tensor] = field(default_factory=dict)
     """What Fit.tensors gave: optimizer, moving average."""
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+    """The float network that distillation follows."""
 
 
 def run(options: TrainOptions) -> int:
@@ -58,6 +62,10 @@ def run(options: TrainOptions) -> int:
     check_writable(options.output)
     compute = Compute.of(options.device, options.amp, options.compile)
     recipes = _recipes(options)
+    if not 0 <= options.distill <= 1 or options.distill_temperature <= 0 or options.distill_features < 0:
+        raise UserError(
+            "--distill must be between 0 and 1, --distill-temperature above 0, --distill-features at least 0"
+        )
     if not 0 < options.percentile <= 100:
         raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
     torch.set_flush_denormal(True)  # gradients fall into denormals in small networks, which are ten times as slow
@@ -79,6 +87,8 @@ def run(options: TrainOptions) -> int:
         if reached.phase == "float":
             model = trainer.fit("float", compute.place(model), recipes["float"])
             reached.figures["float"] = trainer.test("float", model)
+            if options.distill or options.distill_features:
+                reached.teacher = copy.deepcopy(model).state_dict()
             prepared = prepare(model, placement)
             trainer.calibrate(prepared)
             reached.figures["ptq"] = trainer.test("post-training quantization", prepared)
@@ -86,7 +96,8 @@ def run(options: TrainOptions) -> int:
             trainer.save(prepared, FitState(), {})
         else:
             prepared = prepare(model, placement)
-        prepared = trainer.fit("qat", compute.place(prepared), recipes["qat"])
+        objective = _distillation(options, compute, spec, network, reached.teacher)
+        prepared = trainer.fit("qat", compute.place(prepared), recipes["qat"], objective)
         reached.figures["qat"] = trainer.test("quantization-aware training", prepared)
     except KeyboardInterrupt as interrupt:
         raise type(interrupt)(_how_to_resume(options)) from None
@@ -121,11 +132,11 @@ class _Trainer:
         self.options, self.data, self.compute, self.reached = options, data, compute, reached
         self.log = TrainingLog(options.log)
 
-    def fit(self, phase: str, model: Any, recipe: Recipe) -> Any:
+    def fit(self, phase: str, model: Any, recipe: Recipe, objective: CrossEntropy | None = None) -> Any:
         """Trains ``model``, from where the run was stopped if it was in this phase."""
         if self.reached.model:
             model.load_state_dict(self.reached.model)
-        fit = Fit(phase, model, self.data, recipe, self.compute, self.options.workers, self.log)
+        fit = Fit(phase, model, self.data, recipe, self.compute, self.options.workers, self.log, objective)
         fit.resume(self.reached.fit, self.reached.training)
         self.reached.fit = fit.run(lambda: self.save(model, fit.state, fit.tensors()), self.options.save_seconds)
         self.reached.figures[f"{phase}_history"] = self.reached.fit.history
@@ -154,6 +165,7 @@ class _Trainer:
     def save(self, model: nn.Module, state: FitState, training: Mapping[str, Tensor]) -> None:
         """Saves the training state under a name of its own beside the output."""
         parts = {"model": model.state_dict(), "best": state.best_weights, "training": training}
+        parts |= {"teacher": self.reached.teacher}
         tensors = {f"{part}.{name}": value for part, entries in parts.items() for name, value in entries.items()}
         details = {
             "phase": self.reached.phase,
@@ -175,13 +187,15 @@ def _resumed(options: TrainOptions) -> Progress:
         raise UserError(
             f"cannot resume with other options: {'; '.join(differing)}; give the options of the stopped run"
         )
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "training": {}}
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "training": {}, "teacher": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         parts[part][name] = tensor
     state = replace(FitState(**details["fit"]), best_weights=parts["best"])
     say(f"resuming {details['phase']} training at epoch {state.epoch + 1}, step {state.step}")
-    return Progress(details["phase"], dict(details["figures"]), state, parts["model"], parts["training"])
+    return Progress(
+        details["phase"], dict(details["figures"]), state, parts["model"], parts["training"], parts["teacher"]
+    )
 
 
 def _recorded(options: TrainOptions) -> dict[str, Any]:
@@ -215,6 +229,24 @@ def _recipes(options: TrainOptions) -> dict[str, Recipe]:
         ),
         "qat": Recipe(epochs=options.qat_epochs, lr=options.qat_lr, **qat, **common, **mixing),
     }
+
+
+def _distillation(
+    options: TrainOptions, compute: Compute, spec: ModelSpec, network: Network, weights: Mapping[str, Tensor]
+) -> Distillation | None:
+    if not weights:
+        return None
+    teacher = build_model(spec)
+    teacher.load_state_dict(weights)
+    return Distillation(
+        trace(compute.place(teacher)),
+        compute,
+        options.label_smoothing,
+        options.distill,
+        options.distill_temperature,
+        options.distill_features,
+        stage_ends(network),
+    )
 
 
 def _say_data(data: Data) -> None:

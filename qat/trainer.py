@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
@@ -28,6 +27,7 @@ from qat.console import progress, say
 from qat.data import Data, batch_count, batches
 from qat.failures import first_not_finite, fitting_batch
 from qat.log import TrainingLog
+from qat.objective import CrossEntropy
 from qat.recipe import Recipe
 
 _STEPS_BETWEEN_LOSS_CHECKS = 16  # on a GPU, where reading the loss waits for it
@@ -68,6 +68,7 @@ class Fit:
         compute: Compute,
         workers: int = 0,
         log: TrainingLog | None = None,
+        objective: CrossEntropy | None = None,
     ) -> None:
         """``phase``: its name in progress lines, in the log and in the seeds."""
         self.phase, self.model, self.data, self.recipe = phase, model, data, recipe
@@ -78,7 +79,9 @@ class Fit:
         self._scaler = compute.scaler()
         decay = get_ema_multi_avg_fn(recipe.ema)
         self._average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if recipe.ema else None
-        self._forward = compute.forward(model)
+        self.objective = objective or CrossEntropy(recipe.label_smoothing)
+        self._network = self.objective.network(model)
+        self._forward = compute.forward(self._network)
         self._mix = _mixing(recipe, len(data.class_names))
         self._unchecked: list[Tensor] = []  # batches whose loss nobody has looked at
 
@@ -186,8 +189,8 @@ class Fit:
             x, targets = self._mix(x, targets)
         whole = len(x) == recipe.batch_size  # compiled for that size alone
         with self.compute.autocast():
-            logits = (self._forward if whole else self.model)(x)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
+            output = (self._forward if whole else self._network)(x)
+        loss = self.objective(output, targets, x)
         if loss.device.type == "cpu" and not loss.detach().isfinite():
             return loss.detach()  # the weights stay as they are; on a GPU the scaler sees to it without waiting
         # The batches of a step are as many as accumulate says, but for the last step of an epoch.

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
 
-import qat.trainer
+import qat.quantizer
 from qat.artifact import UserError, read_sidecar
 from qat.calibrate import calibrate
 from qat.compute import Compute
@@ -131,7 +131,7 @@ def test_the_loss_is_that_of_the_mixed_labels(data: Data, monkeypatch: pytest.Mo
         seen.append(targets)
         return real(logits, targets, **options)
 
-    monkeypatch.setattr(qat.trainer.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
     fitted(linear(), data, mixup=0.4, cutmix=1.0)
     training, validation = [t for t in seen if t.ndim == 2], [t for t in seen if t.ndim == 1]
     assert (len(training), len(validation)) == (9, 2)
