@@ -137,7 +137,10 @@ def _layers_from_functions(folded: fx.GraphModule) -> None:
         if node.op not in ("call_function", "call_method") or not weights:
             continue
         path = unused_path(folded, label(node))
-        folded.add_submodule(path, quantized_layer(layer_of(node, folded)))
+        layer: Any = quantized_layer(layer_of(node, folded))
+        if (amax := modules[str(weights[0].target)].amax) is not None:
+            layer.weight_quantizer.fix(amax)
+        folded.add_submodule(path, layer)
         given, bystanders = node.args[0], node.all_input_nodes[1:]
         with folded.graph.inserting_before(node):
             call = folded.graph.call_module(path, (given,))

@@ -28,7 +28,7 @@ from qat.artifact import (
 from qat.data import Preprocessing
 from qat.decisions import Placement
 from qat.models import ModelSpec, build_model
-from qat.prepare import activation_quantizers, placement_of, prepare
+from qat.prepare import activation_quantizers, placement_of, prepare, weights_and_quantizers
 from qat.rules import RULES
 
 _STATE = "training_state"  # entry of the file's header
@@ -68,7 +68,7 @@ def save_checkpoint(
             "model": asdict(spec),
             "placement": placement_of(model).to_json(),
             "rules": {name: rule.sentence for name, rule in RULES.items()},
-            "amax": {name: float(quantizer.amax) for name, quantizer in activation_quantizers(model).items()},
+            "amax": {name: float(quantizer.amax.detach()) for name, quantizer in activation_quantizers(model).items()},
             **details,
         },
     )
@@ -88,8 +88,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
     model = prepare(build_model(spec), placement)
+    tensors = load_tensors(path)
+    for layer, weight, quantizer in weights_and_quantizers(model):
+        amax = tensors.get(f"{layer}.weight_quantizer.amax", tensors.get(f"{layer}.amax"))
+        if amax is not None and amax.shape == quantizer.scale(weight).shape:
+            quantizer.fix(amax)
     try:
-        model.load_state_dict(load_tensors(path))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit model {spec.name!r} ({reason}): train again") from error

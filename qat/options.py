@@ -37,6 +37,10 @@ class TrainOptions(Command):
     """As for the float training."""
     freeze_norms_after: int | None = None
     """Epochs of the fine-tuning after which the statistics of batch normalization stay as they are."""
+    learn_ranges: bool = False
+    """Learn the ranges of weights and activations in the fine-tuning too (LSQ), from those that calibration found."""
+    ranges_lr: float = 10.0
+    """How many times the learning rate of the weights that of the learned ranges is."""
     distill: float = 0.0
     """Share of the loss of the fine-tuning that is the distance from the float network's answers, from 0 to 1."""
     distill_temperature: float = 4.0

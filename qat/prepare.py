@@ -7,12 +7,14 @@ quantizers have no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from qat.artifact import UserError
+from qat.calibrate import weight_amax_mse
 from qat.decisions import Placement
 from qat.fx_network import network_from_fx, weight_axis, weight_source
 from qat.layers import quantized_layer
@@ -79,6 +81,28 @@ def _quantize_weight(traced: fx.GraphModule, node: fx.Node) -> None:
     traced.add_submodule(path, WeightQuantizer(weight_axis(node)).train(traced.training))
     with traced.graph.inserting_before(node):
         node.replace_input_with(source, traced.graph.call_module(path, (source,)))
+
+
+def weights_and_quantizers(prepared: fx.GraphModule) -> Iterator[tuple[str, Tensor, WeightQuantizer]]:
+    """Every quantized weight with its quantizer, and the path of what holds both."""
+    for path, module in prepared.named_modules():
+        if isinstance(quantizer := getattr(module, "weight_quantizer", None), WeightQuantizer):
+            yield path, module.get_parameter("weight"), quantizer
+    for node in prepared.graph.find_nodes(op="call_module"):
+        if str(node.target).startswith(f"{WEIGHT_QUANTIZERS}."):
+            quantizer = prepared.get_submodule(str(node.target))
+            assert isinstance(quantizer, WeightQuantizer)
+            yield str(node.target), attrgetter(str(node.args[0].target))(prepared), quantizer
+
+
+def learn_ranges(prepared: fx.GraphModule) -> None:
+    """Makes the ranges of all quantizers parameters; those of weights start from the least squared error."""
+    for _, weight, quantizer in weights_and_quantizers(prepared):
+        if quantizer.amax is None:
+            quantizer.fix(weight_amax_mse(weight, quantizer.axis))
+        quantizer.learn()
+    for activation in activation_quantizers(prepared).values():
+        activation.learn()
 
 
 def placement_of(prepared: fx.GraphModule) -> Placement:

@@ -7,13 +7,20 @@
 
 Activations have one scale a tensor and codes in [-128, 127]. Weights have one scale an output channel and codes in
 [-127, 127]: their amax follows the weights (amax = max |w| of the channel), so no code is ever clamped and TensorRT,
-which would clamp weights to -128, computes the same.
+which would clamp weights to -128, computes the same. A weight's amax may also be given, fixed or learned: then weights
+beyond it are clamped.
+
+Learned step sizes (LSQ, Esser et al. 2020): where amax is a parameter,
+
+    dL/dscale = g * sum dL/dx_hat * (code - x / scale  inside the range, low below it, high above it)
+    g         = 1 / sqrt(elements of a scale * high)
 
 Shapes: amax and scale are [] (per tensor) or [C] (per channel, along ``axis``); C = output channels.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +68,11 @@ def fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange = ACTIVATION) -> Te
     return _FakeQuantize.apply(x, scale, codes.low, codes.high)
 
 
+def learned_fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange = ACTIVATION) -> Tensor:
+    """As ``fake_quantize``, and ``scale`` gets the gradient of learned step sizes."""
+    return _LearnedFakeQuantize.apply(x, scale, codes.low, codes.high)
+
+
 def fake_quantize_weight(weight: Tensor, axis: int) -> Tensor:
     """``weight`` rounded to INT8 per channel of ``axis``, its scales following it; the gradient passes unchanged."""
     return _FakeQuantizeWeight.apply(weight, axis)
@@ -84,8 +96,8 @@ def per_channel(values: Tensor, ndim: int, axis: int) -> Tensor:
 class ActivationQuantizer(nn.Module):
     """Fake-quantizes one activation tensor, per tensor.
 
-    ``amax`` is NaN until calibration sets it. While ``observer`` is set, the input is shown to it and passes through
-    unchanged; while ``enabled`` is False, it only passes through.
+    ``amax`` is NaN until calibration sets it; it may become a parameter (``learn``). While ``observer`` is set, the
+    input is shown to it and passes through unchanged; while ``enabled`` is False, it only passes through.
     """
 
     amax: Tensor
@@ -103,7 +115,12 @@ class ActivationQuantizer(nn.Module):
             return x
         if not self.enabled:
             return x
-        return fake_quantize(x, scale_from_amax(self.amax), ACTIVATION)
+        quantized = learned_fake_quantize if isinstance(self.amax, nn.Parameter) else fake_quantize
+        return quantized(x, scale_from_amax(self.amax), ACTIVATION)
+
+    def learn(self) -> None:
+        """Makes ``amax`` a parameter that starts from what it is."""
+        _learn(self)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -111,24 +128,50 @@ class ActivationQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizes a constant weight, one scale a channel of ``axis``. It has no state: amax follows the weight."""
+    """Fake-quantizes a constant weight, one scale a channel of ``axis``.
+
+    ``amax`` [C] is None where it follows the weight; it may be fixed (``fix``) and become a parameter (``learn``).
+    """
+
+    amax: Tensor | None
 
     def __init__(self, axis: int) -> None:
         super().__init__()
         self.axis = axis
         self.enabled = True
+        self.register_buffer("amax", None)
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` to the same shape and type."""
-        return fake_quantize_weight(weight, self.axis) if self.enabled else weight
+        if not self.enabled:
+            return weight
+        if self.amax is None:
+            return fake_quantize_weight(weight, self.axis)
+        quantized = learned_fake_quantize if isinstance(self.amax, nn.Parameter) else fake_quantize
+        return quantized(weight, per_channel(scale_from_amax(self.amax), weight.ndim, self.axis), WEIGHT)
 
     def scale(self, weight: Tensor) -> Tensor:
         """The scales of ``weight``: [C], float32, > 0."""
-        return scale_from_amax(weight_amax(weight, self.axis))
+        return scale_from_amax(weight_amax(weight, self.axis) if self.amax is None else self.amax)
+
+    def fix(self, amax: Tensor) -> None:
+        """From now on the weight's range is ``amax``, [C]."""
+        self.amax = amax.detach().float().clone()
+
+    def learn(self) -> None:
+        """Makes ``amax``, which must be fixed, a parameter."""
+        assert self.amax is not None, "fix the range first"
+        _learn(self)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"axis={self.axis}, int8 per channel"
+
+
+def _learn(quantizer: nn.Module) -> None:
+    amax = nn.Parameter(quantizer.get_buffer("amax").clone())
+    del quantizer.amax
+    quantizer.register_parameter("amax", amax)
 
 
 # Autograd functions rather than x + (x_hat - x).detach(): that sum is off x_hat by a rounding, and the codes that a
@@ -151,6 +194,25 @@ class _FakeQuantize(torch.autograd.Function):
         bounds = (low * (1 + _FLOAT32_STEP), high * (1 + _FLOAT32_STEP))
         clipped = torch.ops.aten.hardtanh_backward(grad.float(), x.float() / scale, *bounds)
         return clipped.to(grad.dtype), None, None, None
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.codes = (low, high)
+        return quantize(x, scale, CodeRange(low, high)).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale = ctx.saved_tensors
+        low, high = ctx.codes
+        quotient = x.float() / scale
+        code = quotient.round().clamp(low, high)
+        inside = (quotient >= low) & (quotient <= high)
+        of_scale = grad.float() * torch.where(inside, code - quotient, code)
+        of_scale = of_scale.sum_to_size(scale.shape) / math.sqrt(x.numel() / scale.numel() * high)
+        return torch.where(inside, grad, 0), of_scale, None, None
 
 
 class _FakeQuantizeWeight(torch.autograd.Function):

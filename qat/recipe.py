@@ -17,7 +17,7 @@ _LEAST = {
     "weight_decay": 0,
     "label_smoothing": 0,
     "accumulate": 1,
-} | dict.fromkeys(("clip_norm", "mixup", "cutmix", "ema"), 0)
+} | dict.fromkeys(("clip_norm", "mixup", "cutmix", "ema", "ranges_lr"), 0)
 _MOST = {"label_smoothing": 1.0, "ema": 0.999999}
 
 
@@ -43,6 +43,8 @@ class Recipe:
     """Yun et al. 2019: a box of one image is put into another, its area from Beta(cutmix, cutmix); 0: not."""
     ema: float = 0.0
     """Decay of the moving average of the weights, which is what is evaluated and kept; 0: none."""
+    ranges_lr: float = 1.0
+    """How many times the learning rate of the weights that of learned ranges is."""
     freeze_norms_after: int | None = None
     """Epochs after which the statistics of batch normalization no longer follow the batches; None: never."""
 

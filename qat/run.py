@@ -30,7 +30,7 @@ from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
 from qat.objective import CrossEntropy, Distillation, stage_ends
 from qat.placement import say_placement
-from qat.prepare import prepare
+from qat.prepare import learn_ranges, prepare
 from qat.recipe import Recipe
 from qat.rules import place
 from qat.tracing import network_of, trace
@@ -92,10 +92,14 @@ def run(options: TrainOptions) -> int:
             prepared = prepare(model, placement)
             trainer.calibrate(prepared)
             reached.figures["ptq"] = trainer.test("post-training quantization", prepared)
+            if options.learn_ranges:
+                learn_ranges(prepared)
             reached.phase, reached.fit = "qat", FitState()
             trainer.save(prepared, FitState(), {})
         else:
             prepared = prepare(model, placement)
+            if options.learn_ranges:
+                learn_ranges(prepared)
         objective = _distillation(options, compute, spec, network, reached.teacher)
         prepared = trainer.fit("qat", compute.place(prepared), recipes["qat"], objective)
         reached.figures["qat"] = trainer.test("quantization-aware training", prepared)
@@ -223,6 +227,7 @@ def _recipes(options: TrainOptions) -> dict[str, Recipe]:
     }
     mixing: dict[str, Any] = {"mixup": options.mixup, "cutmix": options.cutmix}
     qat: dict[str, Any] = {"schedule": options.qat_schedule, "freeze_norms_after": options.freeze_norms_after}
+    qat["ranges_lr"] = options.ranges_lr
     return {
         "float": Recipe(
             epochs=options.float_epochs, lr=options.float_lr, schedule=options.float_schedule, **common, **mixing

@@ -198,7 +198,7 @@ class Fit:
         self._scaler.scale(loss / min(recipe.accumulate, self.total - first)).backward()
         if ends_step:
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr_at((self.state.epoch + first / self.total) / recipe.epochs)
+                group["lr"] = group["factor"] * recipe.lr_at((self.state.epoch + first / self.total) / recipe.epochs)
             if recipe.clip_norm:
                 self._scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
@@ -276,13 +276,17 @@ class Fit:
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices and kernels only, not on biases and normalization."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """AdamW; weight decay on matrices and kernels only, not on biases, normalization and learned ranges."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ranges = [parameter for name, parameter in named if name.endswith(".amax")]
+    others = [parameter for name, parameter in named if not name.endswith(".amax")]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": recipe.weight_decay, "factor": 1.0},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "factor": 1.0},
+        {"params": ranges, "weight_decay": 0.0, "factor": recipe.ranges_lr},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=all(parameter.is_cuda for parameter in parameters))
+    fused = all(parameter.is_cuda for _, parameter in named)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=fused)
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
