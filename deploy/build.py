@@ -120,7 +120,7 @@ def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built
     from deploy.repeat import build_fastest
 
     if options.repeat == 1:
-        cache = TimingCacheFile(options.timing_cache, toolkit) if options.timing_cache else None
+        cache = TimingCacheFile(options.timing_cache, toolkit, settings) if options.timing_cache else None
         built = build(toolkit, options.model, settings, cache.content if cache else None)
         return dataclasses.replace(built, timing_cache=cache.save(built)) if cache else built
     if toolkit.device is None:

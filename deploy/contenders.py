@@ -65,7 +65,7 @@ class Contenders:
             return path.read_bytes()
         say(f"building {column.name} for batch {batch}")
         if self.repeat == 1:
-            timings = TimingCacheFile(path.with_suffix(".timings"), self.toolkit)
+            timings = TimingCacheFile(path.with_suffix(".timings"), self.toolkit, settings, ours=True)
             built = build(self.toolkit, column.model, settings, timings.content or self._timings)
             built = dataclasses.replace(built, timing_cache=timings.save(built))
             self._timings = built.timing_cache_content

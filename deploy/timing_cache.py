@@ -10,26 +10,36 @@ from qat.console import say, warn
 
 if TYPE_CHECKING:
     from deploy.builder import Built
+    from deploy.settings import BuildSettings
     from deploy.trt import TimingCache, Toolkit
 
 
 class TimingCacheFile:
-    """The file that keeps the timings of kernels, with a sidecar that says for which version and GPU."""
+    """The file that keeps the timings of kernels, with a sidecar that says of which version and GPU, and how taken."""
 
-    def __init__(self, path: Path, toolkit: Toolkit) -> None:
+    def __init__(self, path: Path, toolkit: Toolkit, settings: BuildSettings, *, ours: bool = False) -> None:
+        """``ours``: the name was not chosen by the user, so what has no sidecar was cut off, and is replaced."""
         check_writable(path)
         self.path, self.content, self._replaced = path, b"", ""
-        self._maker = {"version": toolkit.version, "gpu": toolkit.device.name if toolkit.device else None}
+        self._maker = {
+            "version": toolkit.version,
+            "gpu": toolkit.device.name if toolkit.device else None,
+            "timing_iterations": settings.timing_iterations,
+        }
         if not path.exists():
             return
         if not sidecar_path(path).exists():
+            if ours:
+                self._replaced = "has no sidecar"
+                return
             raise UserError(f"{path} is no timing cache of this program (it has no sidecar): give another file name")
         try:
             found = read_sidecar(path, "timing-cache").details
             if found == self._maker:
                 self.content = path.read_bytes()
             else:
-                self._replaced = f"is of version {found['version']} for {found['gpu']}"
+                made_by = ", ".join(f"{name} {found.get(name)}" for name in self._maker if found.get(name) is not None)
+                self._replaced = f"was made by another builder or for another GPU ({made_by})"
         except WrongKindError:
             raise
         except UserError as error:

@@ -41,13 +41,14 @@ def repeats(graph: ir.Graph) -> Iterator[Repeat]:
 
 
 def take_earlier_concats(graph: ir.Graph) -> None:
-    """Removes the repetitions in place."""
-    for repeat in list(repeats(graph)):
-        inputs = tuple(repeat.node.inputs)
-        shorter = (*inputs[: repeat.start], repeat.earlier, *inputs[repeat.end :])
-        for index, value in enumerate(shorter):
-            repeat.node.replace_input_with(index, value)
-        repeat.node.resize_inputs(len(shorter))
+    """Removes the repetitions in place, until there are none."""
+    while found := list(repeats(graph)):
+        for repeat in found:
+            inputs = tuple(repeat.node.inputs)
+            shorter = (*inputs[: repeat.start], repeat.earlier, *inputs[repeat.end :])
+            for index, value in enumerate(shorter):
+                repeat.node.replace_input_with(index, value)
+            repeat.node.resize_inputs(len(shorter))
 
 
 def repeated_concat(graph: ir.Graph) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qat.artifact import UserError
-from qat.compute import Compute
+from qat.compute import Compute, exact_float32
 from qat.console import progress
 from qat.data import Data, ImageSet, batches
 
@@ -30,13 +30,13 @@ class Accuracy:
 def evaluate(
     model: nn.Module, images: ImageSet, data: Data, batch_size: int, compute: Compute, workers: int = 0
 ) -> Accuracy:
-    """Accuracy of ``model`` on all of ``images``, in evaluation mode and float32.
+    """Accuracy of ``model`` on all of ``images``, in evaluation mode and exact float32.
 
     Raises UserError when the loss is not finite.
     """
     model.eval()
     correct, loss = 0, 0.0
-    with torch.no_grad(), progress("evaluating", len(images)) as task:
+    with torch.no_grad(), exact_float32(), progress("evaluating", len(images)) as task:
         for x_NCHW, labels in batches(images, batch_size, None, workers=workers):
             logits = model(data.preprocessing.normalize(compute.images(x_NCHW)))
             labels = labels.to(compute.device)

@@ -7,16 +7,18 @@ exported network is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from qat.artifact import UserError
+from qat.artifact import UserError, one_line
+from qat.console import warn
 
 _NEVER = 2**31 - 1
+_LEAST_FLOAT16 = 2.0**-10
 
 Amp = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -38,13 +40,17 @@ class Compute:
         """
         found = _device(device)
         gpu = found.type == "cuda"
-        dtype = (torch.bfloat16 if gpu else torch.float32) if amp == "auto" else getattr(torch, amp)
+        fast = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = (torch.bfloat16 if fast else torch.float32) if amp == "auto" else getattr(torch, amp)
         return cls(found, dtype, channels_last=gpu, compiled=gpu if compiled is None else compiled)
 
     def place(self, model: nn.Module) -> nn.Module:
         """``model`` on the device, in the memory layout; in place."""
         model.to(self.device)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+        for parameter in model.parameters() if self.channels_last else ():
+            if parameter.ndim == 4:  # there may be others, of Conv3d for instance
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return model
 
     def images(self, images_NCHW: Tensor) -> Tensor:
         """A batch on the device, in the memory layout, without waiting for the copy."""
@@ -52,12 +58,17 @@ class Compute:
         return images_NCHW.to(self.device, non_blocking=True).contiguous(memory_format=layout)
 
     def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What computes ``model`` in training: compiled for batches of one size, where that is asked for."""
-        return torch.compile(model, fullgraph=True, dynamic=False) if self.compiled else model
+        """What computes ``model`` in training: compiled for batches of one size, where that is asked for and works."""
+        return _Compiled(model) if self.compiled else model
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Around the forward pass of training."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
+
+    @property
+    def least_scale(self) -> float:
+        """The scale of the gradients below which ``scaler`` has left out too many steps."""
+        return _LEAST_FLOAT16 if self.amp == torch.float16 else 1.0
 
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps gradients in the range of float16, and on a GPU leaves out steps whose gradients are not finite."""
@@ -66,6 +77,36 @@ class Compute:
         return torch.amp.GradScaler(
             self.device.type, init_scale=1.0, growth_interval=_NEVER, enabled=self.device.type == "cuda"
         )
+
+
+class _Compiled:
+    """Compiles a model at its first batch; one that cannot be compiled is computed as it is, with a warning."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._forward = model, torch.compile(model, fullgraph=True, dynamic=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        try:
+            return self._forward(x)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            warn(f"torch.compile fails ({one_line(error)}): training goes on without, as with --compile False")
+            self._forward = self._model
+            return self._model(x)
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """No TF32 in convolutions and matrix products, as long as it lasts: the engine and ONNX Runtime have none."""
+    cudnn: Any = torch.backends.cudnn
+    backends = (cudnn.conv, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _device(name: str) -> torch.device:

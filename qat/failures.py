@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 
-def first_not_finite(model: nn.Module, x: Tensor) -> str:
+def first_not_finite(model: nn.Module, batches: Iterable[Tensor]) -> str:
     """The first tensor of ``model``, in the order of computation, that holds NaN or infinity; '' when none does.
 
-    A module's parameters and buffers come before what it computes of ``x``.
+    A module's parameters come before what it computes of the first of ``batches`` for which that is not finite. Buffers
+    come last: running statistics follow what went wrong before them.
     """
+    for x in batches:
+        if found := _first_of(model, x):
+            return found
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not _finite(tensor):
+            return name
+    return ""
+
+
+def _first_of(model: nn.Module, x: Tensor) -> str:
     found: list[str] = []
 
     def look(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-            bad = [f"{name}.{entry}" for entry, tensor in own.items() if not _finite(tensor)]
+            own = module.named_parameters(recurse=False)
+            bad = [f"{name}.{entry}" for entry, tensor in own if not _finite(tensor)]
             if not bad and isinstance(output, Tensor) and not _finite(output):
                 bad = [f"the output of {name}"]
             found.extend(bad)
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(look(name)) for name, module in model.named_modules() if not any(module.children())
-    ]
+    leaves = [(name, module) for name, module in model.named_modules() if name and not any(module.children())]
+    hooks = [module.register_forward_hook(look(name)) for name, module in leaves]
     try:
         with torch.no_grad():
             model(x)

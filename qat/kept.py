@@ -10,10 +10,11 @@ from fnmatch import fnmatchcase
 from qat.artifact import UserError
 from qat.network import Network, Op
 from qat.operations import POOLS, WEIGHTED
+from qat.patterns import stands_alone
 
 KEPT_FLOAT, NO_RANGE, INTEGERS = "kept_float", "no_range", "integers"
 """The rules that ``Kept.why`` names."""
-_CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")  # what could be INT8 itself
+_CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")  # what could be INT8 itself, as some norms could
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Kept:
     def of(cls, network: Network, patterns: Iterable[str], unknown: Iterable[str]) -> Kept:
         """What ``patterns`` name (see qat.rules.place). Raises UserError when one of them names nothing."""
         named = {name for pattern in patterns for name in _matched(network, pattern)}
-        ops = frozenset(name for name in named if network[name].kind in _CHOOSABLE)
+        ops = frozenset(name for name in named if _choosable(network, network[name]))
         integers = frozenset(op.name for op in network if not op.floating)
         return cls(ops, frozenset(named - ops), frozenset(unknown), integers)
 
@@ -49,7 +50,7 @@ class Kept:
 
 def _matched(network: Network, pattern: str) -> set[str]:
     """The operations that ``pattern`` names."""
-    matched = {op.name for op in network if _is_meant(op, pattern)}
+    matched = {op.name for op in network if _is_meant(network, op, pattern)}
     if not matched:
         labels = sorted({op.label for op in network})
         close = difflib.get_close_matches(pattern, labels, n=3) or labels[:3]
@@ -60,9 +61,13 @@ def _matched(network: Network, pattern: str) -> set[str]:
     return matched
 
 
-def _is_meant(op: Op, pattern: str) -> bool:
+def _choosable(network: Network, op: Op) -> bool:
+    return op.kind in _CHOOSABLE or stands_alone(network, op)
+
+
+def _is_meant(network: Network, op: Op, pattern: str) -> bool:
     """Whether ``pattern`` names ``op``. What could not be INT8 stands for its tensor, and is meant by its very name."""
-    if op.kind not in _CHOOSABLE:
+    if not _choosable(network, op):
         return pattern in (op.name, op.label)
     forms = (pattern, f"{pattern}.*", pattern.removesuffix(".*"))
     return any(fnmatchcase(name, form) for name in (op.name, op.label) for form in forms)

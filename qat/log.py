@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qat.artifact import disk_errors
+from qat.artifact import UserError, atomic_write, disk_errors
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter
+
+
+_PHASES = ("float", "qat")
 
 
 class TrainingLog:
@@ -19,12 +22,17 @@ class TrainingLog:
     it is resumed from is taken out again.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, resumed: bool = False) -> None:
+        """Raises UserError where another run's log is there, unless this is its continuation, ``resumed``."""
         self._path = folder / "train.jsonl" if folder else None
         self._writers: dict[str, SummaryWriter] = {}
         if folder is not None:
             with disk_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+            if self._path is not None and self._path.exists() and not resumed:
+                raise UserError(
+                    f"{self._path} is the log of another run: give --log another folder, or delete this one"
+                )
 
     def begin(self, phase: str, step: int) -> None:
         """Opens a phase at ``step``: 0, or where it was stopped."""
@@ -32,8 +40,9 @@ class TrainingLog:
             return
         with disk_errors(self._path):
             lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-            kept = [line for line in lines if _stands_before(json.loads(line), phase, step)]
-            self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        kept = [line for line in lines if _stands_before(line, phase, step)]
+        with atomic_write(self._path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self._writers[phase] = _writer(self._path.parent / phase, step)
 
     def add(self, phase: str, step: int, figures: dict[str, float]) -> None:
@@ -51,9 +60,13 @@ class TrainingLog:
             writer.close()
 
 
-def _stands_before(entry: dict[str, Any], phase: str, step: int) -> bool:
-    order = ("float", "qat")
-    return (order.index(entry["phase"]), entry["step"]) <= (order.index(phase), step) and (entry["step"] > 0)
+def _stands_before(line: str, phase: str, step: int) -> bool:
+    """Whether ``line`` is whole and of a step that the run has behind it."""
+    try:
+        entry = json.loads(line)
+        return (_PHASES.index(entry["phase"]), entry["step"]) <= (_PHASES.index(phase), step)
+    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+        return False
 
 
 def _writer(folder: Path, step: int) -> SummaryWriter:

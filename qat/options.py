@@ -62,7 +62,7 @@ class TrainOptions(Command):
     clip_norm: float = 0.0
     """Largest norm of the gradient; 0: no limit."""
     ema: float = 0.0
-    """Decay of a moving average of the weights, which then is the result; 0: none."""
+    """Decay of a moving average of weights and statistics, which then is the result; 0: none."""
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
     qat.placement shows."""

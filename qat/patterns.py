@@ -31,7 +31,10 @@ def stands_alone(network: Network, op: Op) -> bool:
     """Whether ``op`` is a batch normalization that folds into no convolution or linear layer."""
     if op.kind != "batch_norm":
         return False
-    return network[op.inputs[0]].kind not in WEIGHTED or len(network.readers(op.inputs[0])) > 1
+    made = network[op.inputs[0]]
+    while made.kind == "dropout" and len(network.readers(made.name)) == 1:  # which is not exported
+        made = network[made.inputs[0]]
+    return made.kind not in WEIGHTED or len(network.readers(made.name)) > 1
 
 
 @functools.lru_cache(maxsize=2)

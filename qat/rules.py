@@ -94,8 +94,8 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
         network: the view of a float network.
         keep_float: patterns of operations and tensors that stay in float, as ``fnmatch`` takes them; each is compared
             with names and labels, and a module's path stands for all that is inside it. A matched convolution, linear
-            layer, addition, pool, product or concatenation computes in float. Any other operation is matched by its
-            very name alone, and then the tensor that it makes is not quantized.
+            layer, addition, pool, product, concatenation or normalization that stands alone computes in float. Any
+            other operation is matched by its very name alone, and then the tensor that it makes is not quantized.
         unknown: tensors whose range nobody knows, so that they cannot be quantized.
 
     Raises:
@@ -137,7 +137,11 @@ def _decide(network: Network, kept: Kept, unfit: set[str]) -> tuple[dict[str, De
                     why, reason = rule.__name__, "nothing behind it reads INT8"
                 decisions[op.name] = Decision(op.name, op.label, op.kind, not why, why or rule.__name__, reason)
                 reads |= {(op.name, tensor): rule.__name__ for tensor in op.inputs if not why}
-    reads |= {(op.name, op.inputs[0]): norm_of_codes.__name__ for op in network if norm_of_codes(network, op, reads)}
+    for op in network:
+        read = (op.name, op.inputs[0]) if op.inputs else None
+        if read and read not in reads and norm_of_codes(network, op, reads) and not kept.why(op.name, op.inputs)[0]:
+            reads[read] = norm_of_codes.__name__
+            decisions[op.name] = Decision(op.name, op.label, op.kind, True, norm_of_codes.__name__, "")
     return decisions, reads
 
 

@@ -22,7 +22,7 @@ from qat.accuracy import Accuracy, evaluate
 from qat.artifact import UserError, check_writable
 from qat.calibrate import calibrate
 from qat.checkpoint import load_state, save_checkpoint, save_state
-from qat.compute import Compute
+from qat.compute import Compute, exact_float32
 from qat.console import progress, say, table, warn
 from qat.data import Data, batch_count, batches, load_data
 from qat.log import TrainingLog
@@ -134,7 +134,7 @@ class _Trainer:
 
     def __init__(self, options: TrainOptions, data: Data, compute: Compute, reached: Progress) -> None:
         self.options, self.data, self.compute, self.reached = options, data, compute, reached
-        self.log = TrainingLog(options.log)
+        self.log = TrainingLog(options.log, resumed=options.resume)
 
     def fit(self, phase: str, model: Any, recipe: Recipe, objective: CrossEntropy | None = None) -> Any:
         """Trains ``model``, from where the run was stopped if it was in this phase."""
@@ -163,8 +163,10 @@ class _Trainer:
                 self.data.preprocessing.normalize(self.compute.images(x_NCHW))
                 for x_NCHW, _ in batches(images, self.options.batch_size, None, workers=self.options.workers)
             )
-            for line in calibrate(prepared, inputs, self.options.calibrator, self.options.percentile, task.advance):
-                warn(line)
+            with exact_float32():
+                warnings = calibrate(prepared, inputs, self.options.calibrator, self.options.percentile, task.advance)
+        for line in warnings:
+            warn(line)
 
     def save(self, model: nn.Module, state: FitState, training: Mapping[str, Tensor]) -> None:
         """Saves the training state under a name of its own beside the output."""

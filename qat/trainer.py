@@ -7,6 +7,7 @@ epoch is chosen on the validation split; the test split is never seen here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -120,8 +121,9 @@ class Fit:
 
         def save_now() -> None:
             # The loss was of the weights before the step; what is saved are those after it.
-            if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-                raise self._diverged(math.nan)
+            bad = [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]
+            if bad:
+                raise self._diverged(f"{bad[0]} became NaN or infinite")
             save()
             clock.reset()
 
@@ -160,10 +162,7 @@ class Fit:
             for x_NCHW, labels in steps:
                 torch.manual_seed(_step_seed(recipe.seed, self.phase, state.epoch, state.step))
                 ends_step = (state.step + 1) % recipe.accumulate == 0 or state.step + 1 == self.total
-                try:
-                    loss = self._step(x_NCHW, labels, ends_step)
-                except torch.OutOfMemoryError as error:
-                    raise self._too_large(x_NCHW, labels) from error
+                loss = self._step_that_fits(x_NCHW, labels, ends_step)
                 state.step += 1
                 state.loss_sum = state.loss_sum + loss
                 self._unchecked.append(x_NCHW)
@@ -180,9 +179,19 @@ class Fit:
                 task.advance(note=note)
                 yield ends_step
 
+    def _step_that_fits(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:
+        """``_step``. Raises UserError where the GPU's memory does not do for it."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return self._step(x_NCHW, labels, ends_step)
+        # Outside, where the error does not hold on to the memory any more.
+        raise self._too_large(x_NCHW, labels)
+
     def _step(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:
         """Forward and backward pass of one batch, and the optimizer's step where it ends one; the loss."""
         recipe, optimizer = self.recipe, self._optimizer
+        first = self.state.step - self.state.step % recipe.accumulate  # batch of the optimizer's step
+        for group in optimizer.param_groups:
+            group["lr"] = group["factor"] * recipe.lr_at((self.state.epoch + first / self.total) / recipe.epochs)
         x = self.data.preprocessing.normalize(self.compute.images(x_NCHW))
         targets = labels.to(self.compute.device, non_blocking=True)
         if self._mix is not None:
@@ -193,12 +202,8 @@ class Fit:
         loss = self.objective(output, targets, x)
         if loss.device.type == "cpu" and not loss.detach().isfinite():
             return loss.detach()  # the weights stay as they are; on a GPU the scaler sees to it without waiting
-        # The batches of a step are as many as accumulate says, but for the last step of an epoch.
-        first = self.state.step - self.state.step % recipe.accumulate
-        self._scaler.scale(loss / min(recipe.accumulate, self.total - first)).backward()
+        self._scaler.scale(loss * (len(x) / self._images_of_step(first))).backward()
         if ends_step:
-            for group in optimizer.param_groups:
-                group["lr"] = group["factor"] * recipe.lr_at((self.state.epoch + first / self.total) / recipe.epochs)
             if recipe.clip_norm:
                 self._scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
@@ -208,6 +213,12 @@ class Fit:
             if self._average is not None:
                 self._average.update_parameters(self.model)
         return loss.detach()
+
+    def _images_of_step(self, first: int) -> int:
+        """How many images the optimizer's step takes that begins with the batch ``first`` of an epoch."""
+        size = self.recipe.batch_size
+        in_epoch = min(len(self.data.train), self.total * size)
+        return min(self.recipe.accumulate * size, in_epoch - first * size)
 
     def _set_mode(self) -> None:
         """Training mode; normalizations whose statistics are frozen are in evaluation mode."""
@@ -219,10 +230,15 @@ class Fit:
                     module.eval()
 
     def _check_loss(self) -> float:
-        """The sum of the epoch's losses so far, which waits for the GPU. Raises UserError when it is not finite."""
+        """The sum of the epoch's losses so far, which waits for the GPU.
+
+        Raises UserError when it is not finite, or when steps were left out because their gradients were not.
+        """
         self.state.loss_sum = float(self.state.loss_sum)
         if not math.isfinite(self.state.loss_sum):
-            raise self._diverged(self.state.loss_sum)
+            raise self._diverged(f"the loss became {self.state.loss_sum}")
+        if self._scaler.is_enabled() and self._scaler.get_scale() < self.compute.least_scale:
+            raise self._diverged("gradients became NaN or infinite")
         self._unchecked.clear()
         return self.state.loss_sum
 
@@ -245,18 +261,16 @@ class Fit:
         say(f"{self.phase} epoch {state.epoch + 1}/{recipe.epochs}: loss {train_loss:.4f}, validation {measured}")
         state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
 
-    def _diverged(self, loss: float) -> UserError:
+    def _diverged(self, what: str) -> UserError:
         """For a loss that is not finite, with weights that are those before it: names the tensor that is so first."""
         state, recipe = self.state, self.recipe
-        place = ""
-        for x_NCHW in self._unchecked:
-            with self.compute.autocast():
-                x = self.data.preprocessing.normalize(self.compute.images(x_NCHW))
-                place = place or first_not_finite(self.model, x)
+        normalize, images = self.data.preprocessing.normalize, self.compute.images
+        with self.compute.autocast():
+            place = first_not_finite(self.model, (normalize(images(x_NCHW)) for x_NCHW in self._unchecked))
         first = f", first in {place}" if place else ""
         rate = recipe.lr_at((state.epoch + state.step / self.total) / recipe.epochs)
         return UserError(
-            f"the loss became {loss} in epoch {state.epoch + 1}, at step {state.step} of {self.total} or shortly before"
+            f"{what} in epoch {state.epoch + 1}, at step {state.step} of {self.total} or shortly before"
             f"{first}; the learning rate was {rate:.2g}: start again with a lower one"
         )
 
@@ -267,12 +281,16 @@ class Fit:
             self._optimizer.zero_grad(set_to_none=True)
             self._step(x_NCHW[:images], labels[:images], ends_step=False)
 
-        fits, recipe = fitting_batch(step, len(x_NCHW)), self.recipe
-        found = f"the GPU has not enough free memory for batches of {recipe.batch_size} images"
+        recipe, parameters = self.recipe, self.model.parameters()
+        moments = [] if self._optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]
+        fits = fitting_batch(step, len(x_NCHW))
+        del moments  # what the optimizer will take, which its first step would
+        found = f"the GPU has not enough free memory for batches of {len(x_NCHW)} images"
         if not fits:
             return UserError(f"{found}, nor for 2: free some, or give a smaller --image-size")
         times = -(-recipe.batch_size * recipe.accumulate // fits)
-        return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times} for the same steps")
+        made = f"which makes steps of {fits * times} images"
+        return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times}, {made}")
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -298,11 +316,16 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts them back, in the memory layout of the parameters: the fused optimizer takes no other."""
     content = optimizer.state_dict()
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         content["state"].setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict(content)
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if value.shape == parameter.shape:
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import struct
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
 
 import qat.quantizer
+from qat.accuracy import evaluate
 from qat.artifact import UserError, read_sidecar
 from qat.calibrate import calibrate
 from qat.compute import Compute
@@ -275,16 +278,32 @@ def test_options_out_of_range(name: str, value: float) -> None:
 
 def test_the_first_tensor_that_is_no_number_is_named(model: nn.Module) -> None:
     x = torch.randn(2, 3, 16, 16)
-    assert first_not_finite(model.eval(), x) == ""
+    assert first_not_finite(model.eval(), [x, x]) == ""
     weight = model.get_parameter("conv2.weight")
     with torch.no_grad():
         weight.fill_(1e38)
-        assert first_not_finite(model, x) == "the output of conv2"
+        model.get_buffer("bn2.running_mean").fill_(math.nan)  # which the overflow has spoilt
+        assert first_not_finite(model.train(), [x * 0, x]) == "the output of conv2"
         weight[0, 0, 0, 0] = math.nan
-        assert first_not_finite(model, x) == "conv2.weight"
+        assert first_not_finite(model, [x]) == "conv2.weight"
+        assert first_not_finite(model, []) == "conv2.weight"
+        weight.fill_(1.0)
         model.get_buffer("bn1.running_var")[0] = math.inf
-    assert first_not_finite(model, x) == "bn1.running_var"
+    assert first_not_finite(model.train(), [x]) == "bn1.running_var"  # nothing else is wrong
     assert not any(module._forward_hooks for module in model.modules() if module is not model.get_submodule("bn1"))
+
+
+def test_gradients_that_are_no_numbers_stop_the_run_though_the_loss_is_one(data: Data) -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.mean((2, 3))) + self.fc.weight.square().sum().sub(self.fc.weight.square().sum()).sqrt()
+
+    with pytest.raises(UserError, match=r"fc\.weight became NaN or infinite|the loss became nan.* first in fc\.weight"):
+        Fit("float", Root(), data, recipe(), CPU).run(lambda: None, 0)
 
 
 def test_a_loss_that_is_no_number_names_the_tensor(model: nn.Module, data: Data) -> None:
@@ -295,21 +314,24 @@ def test_a_loss_that_is_no_number_names_the_tensor(model: nn.Module, data: Data)
 
 
 class Hungry(nn.Module):
-    """Takes three images at most."""
+    """Has memory for so many images, those that somebody still holds on to included."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self.most, self.fc = most, nn.Linear(3, 3)
+        self.held: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) > self.most:
+        kept = x * 2  # as activations are
+        self.held.add(kept)
+        if sum(map(len, self.held)) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return self.fc(x.mean((2, 3)))
+        return self.fc(kept.mean((2, 3)))
 
 
 def test_a_batch_that_does_not_fit_in_memory_says_which_would(data: Data) -> None:
-    with pytest.raises(UserError, match="for batches of 9 images; 2 fit: give --batch-size 2 --accumulate 5 for"):
-        fitted(Hungry(3), data)
+    with pytest.raises(UserError, match="for batches of 9 images; 4 fit: give --batch-size 4 --accumulate 3, which"):
+        fitted(Hungry(5), data)
     with pytest.raises(UserError, match="nor for 2: free some, or give a smaller --image-size"):
         fitted(Hungry(1), data)
 
@@ -355,8 +377,72 @@ def test_a_resumed_run_takes_out_what_was_logged_after_the_state(tmp_path: Path)
         for step in steps:
             log.add(phase, step, {"loss": 1.0})
     log.close()
-    TrainingLog(tmp_path).begin("qat", 9)
+    with open(tmp_path / "train.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"phase": "qat", "st')  # killed in the middle of a line
+    with pytest.raises(UserError, match=r"train\.jsonl is the log of another run: give --log another folder"):
+        TrainingLog(tmp_path)
+    TrainingLog(tmp_path, resumed=True).begin("qat", 9)
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["step"]) for line in lines] == [("float", 9), ("float", 18), ("qat", 9)]
-    TrainingLog(tmp_path).begin("float", 0)
+    TrainingLog(tmp_path, resumed=True).begin("float", 0)
     assert (tmp_path / "train.jsonl").read_text() == ""
+
+
+# --- what only shows where memory has a layout, and where nothing can be compiled
+
+
+def test_the_optimizers_state_keeps_the_layout_of_the_weights(model: nn.Module, data: Data) -> None:
+    """The fused optimizer of a GPU takes no other, and files hold tensors in plain order."""
+    compute = Compute(torch.device("cpu"), channels_last=True)
+    first_run = Fit("float", compute.place(model), data, recipe(), compute)
+    first_run.run(lambda: None, 3600)
+    plain = {name: tensor.contiguous() for name, tensor in first_run.tensors().items()}
+    again = Fit("float", model, data, recipe(), compute)
+    again.resume(FitState(), plain)
+    weight = model.get_parameter("conv2.weight")
+    moments = again._optimizer.state[weight]
+    assert weight.stride() != weight.contiguous().stride()
+    assert [moments[name].stride() for name in ("exp_avg", "exp_avg_sq")] == 2 * [weight.stride()]
+    assert torch.equal(moments["exp_avg"], first_run._optimizer.state[weight]["exp_avg"])
+
+
+def test_a_short_last_batch_weighs_what_it_holds(data: Data) -> None:
+    data = dataclasses.replace(data, train=first(data.train, 30))  # 9, 9, 9, 3: the second step has 9 and 3
+    whole, parts = linear(), linear()
+    fitted(whole, data, batch_size=18)
+    fitted(parts, data, batch_size=9, accumulate=2)
+    torch.testing.assert_close(weights(parts), weights(whole))
+
+
+class NotCompiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        print(end="")  # a graph break
+        return self.fc(x.mean((2, 3)))
+
+
+def test_what_cannot_be_compiled_is_trained_all_the_same(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    plain = NotCompiled()
+    other = copy.deepcopy(plain)
+    fitted(plain, data)
+    fitted(other, data, Compute(torch.device("cpu"), compiled=True))
+    assert torch.equal(plain.fc.weight, other.fc.weight)
+    warning = " ".join(capsys.readouterr().err.split())
+    assert warning.count("torch.compile fails (") == 1
+    assert "as with --compile False" in warning
+
+
+def test_evaluation_is_exact_float32(model: nn.Module, data: Data) -> None:
+    seen = []
+    conv = model.get_submodule("conv1")
+    conv.register_forward_hook(
+        lambda *_: seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+    )
+    before = torch.backends.cudnn.conv.fp32_precision
+    evaluate(model, data.validation, data, 9, CPU)
+    assert set(seen) == {("ieee", "ieee")}
+    assert torch.backends.cudnn.conv.fp32_precision == before

@@ -467,10 +467,21 @@ def test_a_normalization_beside_convolutions_reads_their_codes():
 
     assert reads(Branches()) == {
         "x": [("first_0", "weighted_input")],
-        "relu": [("body_0", "weighted_input"), ("norm", "norm_of_codes")],
+        "relu": [("body_0", "weighted_input"), ("norm", "unfused_norm")],
         "norm": [("add", "residual_add")],
         "add": [("head_0", "weighted_input")],
     }
+
+    class ReadInFloat(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.first(x))
+            return torch.sigmoid(self.body(x)) * self.norm(x)
+
+    assert reads(ReadInFloat())["relu"] == [("body_0", "weighted_input"), ("norm", "norm_of_codes")]
+    (decision,) = placement(ReadInFloat()).of("batch_norm")
+    assert (decision.op, decision.quantized, decision.rule) == ("norm", True, "norm_of_codes")
+    kept = place(network_from_fx(trace(ReadInFloat())), keep_float=["norm"])
+    assert all(read.reader != "norm" for tensor in kept.tensors for read in tensor.reads)
 
 
 def test_a_normalization_that_stands_alone_reads_codes_where_it_writes_them():
@@ -488,8 +499,11 @@ def test_a_normalization_that_stands_alone_reads_codes_where_it_writes_them():
     assert (decision.quantized, decision.reason) == (False, "nothing behind it reads INT8")
     folded = nn.Sequential(conv(), nn.ReLU(), conv())  # conv() ends in a normalization
     assert not placement(folded).of("batch_norm")
-    (decision,) = place(network_from_fx(trace(alone)), keep_float=["_1"]).of("batch_norm")
-    assert (decision.quantized, decision.rule) == (False, "kept_float")
+    for name in ("_1", "_2", "2"):  # its input, itself, its module
+        (decision,) = place(network_from_fx(trace(alone)), keep_float=[name]).of("batch_norm")
+        assert (decision.quantized, decision.rule) == (False, "kept_float")
+    behind_dropout = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Dropout(), nn.BatchNorm2d(16), nn.ReLU(), conv())
+    assert not placement(behind_dropout).of("batch_norm")  # dropout is not exported, so it folds
 
 
 def test_a_dense_block_is_quantized_with_one_scale():
