@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from qat.calibrate import calibrate, observe, set_ranges
 from qat.compute import Compute
+from qat.optimizer import make_optimizer
 from qat.prepare import prepare
 from qat.recipe import Recipe
-from qat.trainer import _optimizer
 
 CLASSES, CALIBRATION_IMAGES, CALIBRATION_BATCH = 1000, 512, 64
 METHODS = ("max", "percentile", "mse", "entropy")
@@ -43,7 +43,7 @@ class Step:
         self.compute, model = compute, compute.place(make()).train()
         self.forward = compute.forward(model)
         recipe = Recipe(1, 1e-5, "cosine", 256, 1e-2, 0.0, 0)
-        self.optimizer, self.scaler = _optimizer(model, recipe), compute.scaler()
+        self.optimizer, self.scaler = make_optimizer(model, recipe), compute.scaler()
         self.milliseconds: list[float] = []
         self.peak = 0
 

@@ -196,13 +196,7 @@ class _FakeQuantize(torch.autograd.Function):
         return clipped.to(grad.dtype), None, None, None
 
 
-class _LearnedFakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-        ctx.save_for_backward(x, scale)
-        ctx.codes = (low, high)
-        return quantize(x, scale, CodeRange(low, high)).mul_(scale).to(x.dtype)
-
+class _LearnedFakeQuantize(_FakeQuantize):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, scale = ctx.saved_tensors

@@ -29,6 +29,7 @@ from qat.data import Data, batch_count, batches
 from qat.failures import first_not_finite, fitting_batch
 from qat.log import TrainingLog
 from qat.objective import CrossEntropy
+from qat.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from qat.recipe import Recipe
 
 _STEPS_BETWEEN_LOSS_CHECKS = 16  # on a GPU, where reading the loss waits for it
@@ -76,7 +77,7 @@ class Fit:
         self.compute, self.workers, self.log = compute, workers, log or TrainingLog(None)
         self.state = FitState()
         self.total = batch_count(data.train, recipe.batch_size, training=True)
-        self._optimizer = _optimizer(model, recipe)
+        self._optimizer = make_optimizer(model, recipe)
         self._scaler = compute.scaler()
         decay = get_ema_multi_avg_fn(recipe.ema)
         self._average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if recipe.ema else None
@@ -95,7 +96,7 @@ class Fit:
         """Goes on from ``state`` with what ``tensors`` gave then; {} for a phase that begins."""
         self.state = state
         parts = {name: _part(tensors, name) for name in ("optimizer", "average", "scaler")}
-        _load_optimizer(self._optimizer, parts["optimizer"])
+        load_optimizer(self._optimizer, parts["optimizer"])
         if self._average is not None and parts["average"]:
             self._average.load_state_dict(parts["average"])
         if parts["scaler"]:
@@ -104,7 +105,7 @@ class Fit:
     def tensors(self) -> dict[str, Tensor]:
         """What has to be saved beside the model and the state."""
         parts = {
-            "optimizer": _optimizer_tensors(self._optimizer),
+            "optimizer": optimizer_tensors(self._optimizer),
             "average": {} if self._average is None else self._average.state_dict(),
             "scaler": {name: torch.tensor(value) for name, value in self._scaler.state_dict().items()},
         }
@@ -291,41 +292,6 @@ class Fit:
         times = -(-recipe.batch_size * recipe.accumulate // fits)
         made = f"which makes steps of {fits * times} images"
         return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times}, {made}")
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices and kernels only, not on biases, normalization and learned ranges."""
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    ranges = [parameter for name, parameter in named if name.endswith(".amax")]
-    others = [parameter for name, parameter in named if not name.endswith(".amax")]
-    groups = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": recipe.weight_decay, "factor": 1.0},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "factor": 1.0},
-        {"params": ranges, "weight_decay": 0.0, "factor": recipe.ranges_lr},
-    ]
-    fused = all(parameter.is_cuda for _, parameter in named)
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=fused)
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: ``<parameter's position>.<entry>``."""
-    entries = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index, entry in entries.items() for name, value in entry.items()
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts them back, in the memory layout of the parameters: the fused optimizer takes no other."""
-    content = optimizer.state_dict()
-    for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        content["state"].setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict(content)
-    for parameter, entries in optimizer.state.items():
-        for name, value in entries.items():
-            if value.shape == parameter.shape:
-                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

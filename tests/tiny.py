@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 CLASSES = ("red", "green", "blue")
 STEPS = 9  # in an epoch of the 81 images that are left to train on
@@ -89,3 +92,21 @@ def flags(chosen: dict[str, Any]) -> list[str]:
     for name, value in chosen.items():
         words += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
     return words
+
+
+class Stopped(BaseException):
+    """As a kill would end a run, but in this process."""
+
+
+def stop_in_steps(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
+    """Stops training in each step for whose number ``when`` holds; steps are counted from 1, over all runs."""
+    from qat.trainer import Fit
+
+    real, done = Fit._step, itertools.count(1)
+
+    def step(*given: Any) -> Any:
+        if when(next(done)):
+            raise Stopped
+        return real(*given)
+
+    monkeypatch.setattr(Fit, "_step", step)

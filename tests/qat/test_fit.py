@@ -24,10 +24,9 @@ from qat.accuracy import evaluate
 from qat.artifact import UserError, read_sidecar
 from qat.calibrate import calibrate
 from qat.compute import Compute
-from qat.data import Data, ImageSet, load_data
+from qat.data import Data, ImageSet
 from qat.failures import first_not_finite
 from qat.log import TrainingLog
-from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
 from qat.prepare import prepare
 from qat.recipe import Recipe
@@ -40,17 +39,6 @@ CPU = Compute(torch.device("cpu"))
 def recipe(**changes: Any) -> Recipe:
     given: dict[str, Any] = {"epochs": 1, "lr": 0.01, "schedule": "cosine", "batch_size": 9, "weight_decay": 0.0}
     return Recipe(**(given | {"label_smoothing": 0.0, "seed": 0} | changes))
-
-
-@pytest.fixture
-def data(trained: Path) -> Data:
-    return load_data(str(trained / "images.npz"), None, 0)
-
-
-@pytest.fixture
-def model(trained: Path) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(ModelSpec(f"{trained / 'net.py'}:net", 3))
 
 
 def linear() -> nn.Module:
@@ -242,24 +230,12 @@ def test_a_stopped_run_ends_with_the_same_weights_whatever_the_options(
         return load_file(output)
 
     whole = train("whole")
-    real, steps = Fit._step, 0
-
-    class Stopped(BaseException):
-        pass
-
-    def step(*given: Any) -> Tensor:
-        nonlocal steps
-        steps += 1
-        if steps % 7 == 0:
-            raise Stopped
-        return real(*given)
-
-    monkeypatch.setattr(Fit, "_step", step)
+    tiny.stop_in_steps(monkeypatch, lambda step: step % 7 == 0)
     stops = 0
     while not (tmp_path / "stopped" / "model.qat").exists():
         try:
             stopped = train("stopped", resume=stops > 0)
-        except Stopped:
+        except tiny.Stopped:
             stops += 1
     assert stops > 4
     assert [name for name in whole if not torch.equal(whole[name], stopped[name])] == []

@@ -22,7 +22,6 @@ from qat.options import TrainOptions
 from qat.prepare import activation_quantizers, learn_ranges, prepare, weights_and_quantizers
 from qat.quantizer import ACTIVATION, WEIGHT, WeightQuantizer, fake_quantize, learned_fake_quantize, weight_amax
 from qat.run import run
-from qat.trainer import Fit
 
 
 def test_the_gradient_of_a_learned_scale_by_hand() -> None:
@@ -141,20 +140,8 @@ def test_a_run_learns_ranges_and_its_checkpoint_keeps_them(
     expected = (whole["fc.weight"] / (amax / 127)[:, None]).round().clamp(-127, 127)
     assert torch.equal(codes.float(), expected)
     assert read_sidecar(tmp_path / "whole.qat", "checkpoint").details["recipes"]["qat"]["ranges_lr"] == 10.0
-    real, steps = Fit._step, 0
-
-    class Stopped(BaseException):
-        pass
-
-    def step(*given: Any) -> Tensor:
-        nonlocal steps
-        steps += 1
-        if steps == tiny.FLOAT_STEPS + 5:
-            raise Stopped
-        return real(*given)
-
-    monkeypatch.setattr(Fit, "_step", step)
-    with pytest.raises(Stopped):
+    tiny.stop_in_steps(monkeypatch, lambda step: step == tiny.FLOAT_STEPS + 5)
+    with pytest.raises(tiny.Stopped):
         train(trained, tmp_path / "model.qat", save_seconds=0)
     stopped = train(trained, tmp_path / "model.qat", save_seconds=0, resume=True)
     assert [name for name in whole if not torch.equal(whole[name], stopped[name])] == []

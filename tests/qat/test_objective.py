@@ -15,21 +15,13 @@ from torch import Tensor, nn
 from qat.artifact import UserError
 from qat.checkpoint import load_state
 from qat.compute import Compute
-from qat.models import ModelSpec, build_model
 from qat.objective import Distillation, stage_ends, with_tensors
 from qat.options import TrainOptions
 from qat.prepare import prepare
 from qat.run import run
 from qat.tracing import network_of, trace
-from qat.trainer import Fit
 
 CPU = Compute(torch.device("cpu"))
-
-
-@pytest.fixture
-def model(trained: Path) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(ModelSpec(f"{trained / 'net.py'}:net", 3)).eval()
 
 
 def test_stages_end_before_the_resolution_changes() -> None:
@@ -38,6 +30,7 @@ def test_stages_end_before_the_resolution_changes() -> None:
 
 
 def test_tensors_beside_the_answer(model: nn.Module) -> None:
+    model.eval()
     prepared = prepare(model, input_shape=(3, 16, 16))
     for quantizer in prepared.get_submodule("activation_quantizers").children():
         quantizer.amax.fill_(4.0)
@@ -51,6 +44,7 @@ def test_tensors_beside_the_answer(model: nn.Module) -> None:
 
 
 def test_the_loss_by_hand(model: nn.Module) -> None:
+    model.eval()
     torch.manual_seed(1)
     logits, x, labels = torch.randn(4, 3), torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     teacher = trace(model)
@@ -89,20 +83,8 @@ def test_a_run_with_distillation_resumes_to_the_same_weights(
     whole = train(trained, tmp_path / "whole.qat", **changes)
     without = load_file(trained / "model.qat")
     assert not torch.equal(whole["conv1.weight"], without["conv1.weight"])
-    real, steps = Fit._step, 0
-
-    class Stopped(BaseException):
-        pass
-
-    def step(*given: Any) -> Tensor:
-        nonlocal steps
-        steps += 1
-        if steps == tiny.FLOAT_STEPS + 5:
-            raise Stopped
-        return real(*given)
-
-    monkeypatch.setattr(Fit, "_step", step)
-    with pytest.raises(Stopped):
+    tiny.stop_in_steps(monkeypatch, lambda step: step == tiny.FLOAT_STEPS + 5)
+    with pytest.raises(tiny.Stopped):
         train(trained, tmp_path / "model.qat", save_seconds=0, **changes)
     saved = load_state(tmp_path / "model.qat.state")[0]
     assert "teacher.conv1.weight" in saved

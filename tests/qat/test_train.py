@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import os
 import shlex
@@ -26,7 +25,7 @@ from qat.accuracy import evaluate
 from qat.artifact import UserError, read_sidecar, sha256_of
 from qat.checkpoint import load_checkpoint, load_state
 from qat.compute import Compute
-from qat.data import Data, ImageSet, Preprocessing, load_data
+from qat.data import Data, ImageSet, Preprocessing
 from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
 from qat.pixels import ArrayPixels
@@ -179,22 +178,13 @@ def test_a_run_killed_between_two_saves_repeats_the_steps_since_the_last(
 def test_a_run_stopped_every_five_steps_ends_with_the_same_weights(
     trained: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped(BaseException):
-        pass
-
-    real, done = Fit._step, itertools.count(1)
-
-    def step(*given: Any) -> Tensor:
-        if next(done) % 6 == 0:  # the sixth is not finished, and not saved
-            raise Stopped
-        return real(*given)
-
-    monkeypatch.setattr(Fit, "_step", step)
+    # the sixth step is not finished, and not saved
+    tiny.stop_in_steps(monkeypatch, lambda step: step % 6 == 0)
     stops = 0
     while not output.exists():
         try:
             train(trained, output, save_seconds=0, resume=stops > 0)
-        except Stopped:
+        except tiny.Stopped:
             stops += 1
     assert stops == (2 * tiny.FLOAT_STEPS - 1) // 5
     assert_same(load_file(output), load_file(trained / "model.qat"))
@@ -434,17 +424,6 @@ class Untouchable:
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"the test split was used: {name}")
-
-
-@pytest.fixture
-def data(trained: Path) -> Data:
-    return load_data(str(trained / "images.npz"), None, 0)
-
-
-@pytest.fixture
-def model(trained: Path) -> nn.Module:
-    torch.manual_seed(0)
-    return build_model(ModelSpec(f"{trained / 'net.py'}:net", 3))
 
 
 def fitted(model: nn.Module, data: Data, state: FitState, **changes: Any) -> FitState:
