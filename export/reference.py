@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from qat.artifact import UserError, atomic_write, sha256_of
-from qat.checkpoint import Checkpoint
+from qat.checkpoint import Checkpoint, training_data
 from qat.console import warn
-from qat.data import Data, batches, load_data
+from qat.data import Data, batches
 
 _BATCH = 32
 _RANDOM_IMAGES = 8
@@ -34,16 +34,8 @@ class Sample:
 
 def sample(checkpoint: Checkpoint, count: int) -> Sample:
     """Up to ``count`` images of the test split that the checkpoint was measured on, or random ones without it."""
-    details = checkpoint.sidecar.details
-    data = details["data"]
     try:
-        loaded = load_data(
-            data["source"],
-            data["image_size"],
-            details["seed"],
-            details["calibration_images"],
-            Path(data["root"]),
-        )
+        loaded = training_data(checkpoint)
     except UserError as error:
         warn(f"the test images are not at hand ({error}); comparing on random ones, which says less")
         generator = torch.Generator().manual_seed(0)

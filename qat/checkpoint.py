@@ -25,7 +25,7 @@ from qat.artifact import (
     read_sidecar,
     write_artifact,
 )
-from qat.data import Preprocessing
+from qat.data import Data, Preprocessing, load_data
 from qat.decisions import Placement
 from qat.models import ModelSpec, build_model
 from qat.prepare import activation_quantizers, placement_of, prepare, weights_and_quantizers
@@ -99,6 +99,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit model {spec.name!r} ({reason}): train again") from error
     return Checkpoint(model.eval(), sidecar, preprocessing)
+
+
+def training_data(checkpoint: Checkpoint) -> Data:
+    """The splits that the checkpoint was trained and measured on. Raises UserError when they are not at hand."""
+    details = checkpoint.sidecar.details
+    data = details["data"]
+    root = Path(data["root"])
+    return load_data(data["source"], data["image_size"], details["seed"], details["calibration_images"], root)
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> None:

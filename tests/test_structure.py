@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = (
     "qat.train",
     "qat.placement",
+    "qat.sensitivity",
     "export.onnx",
     "deploy.build",
     "deploy.report",
