@@ -262,6 +262,7 @@ def residual_add(network: Network, add: Op, quantized: set[str], kept: Kept) -> 
 def residual_add_of_convolutions(network: Network, add: Op, fusing: list[str]) -> str:
     """The input that stays float: on the longest path from the common ancestor, so that it is computed last."""
     common = set.intersection(*(network.ancestors(tensor) for tensor in fusing))
+    common -= {name for name in common if network[name].kind == "dropout"}  # which is not exported
     nearest = max(common, key=network.position) if common else None
     layers = {tensor: network.most_layers(nearest, tensor) if nearest else 0 for tensor in fusing}
     return max(fusing, key=lambda tensor: (layers[tensor], network.position(tensor)))

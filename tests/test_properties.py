@@ -205,12 +205,17 @@ GELU_OF_A_GROUPED_CONVOLUTION: list[Step] = [
     *(("layer_norm", 20, 0, 11), ("grouped", 19, 0, 24), ("gate", 14, 30, 0), ("dropout", 28, 0, 29)),
     *(("convolution", 11, 0, 0), *6 * (("convolution", 0, 0, 0),), ("activation", 2, 0, 7)),
 ]
+DROPOUT_BEFORE_TWO_BRANCHES: list[Step] = [
+    *(("dropout", 0, 26, 0), ("norm", 5, 0, 0), ("shared", 0, 0, 0), ("dense", 27, 18, 0)),
+    *(("convolution", 0, 0, 0), ("convolution", 0, 0, 0), ("convolution", 18, 0, 0), ("convolution", 1, 0, 0)),
+]
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(steps)
 @example([("norm", 0, 0, 0), ("norm", 1, 0, 0)])
 @example(GELU_OF_A_GROUPED_CONVOLUTION)
+@example(DROPOUT_BEFORE_TWO_BRANCHES)
 def test_twenty_random_networks(chosen: list[Step]) -> None:
     check(chosen)
 
