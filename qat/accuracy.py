@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from qat.artifact import UserError
 from qat.compute import Compute, exact_float32
@@ -35,14 +36,28 @@ def evaluate(
     Raises UserError when the loss is not finite.
     """
     model.eval()
-    correct, loss = 0, 0.0
-    with torch.no_grad(), exact_float32(), progress("evaluating", len(images)) as task:
+
+    def given() -> Iterator[tuple[Tensor, Tensor]]:
         for x_NCHW, labels in batches(images, batch_size, None, workers=workers):
-            logits = model(data.preprocessing.normalize(compute.images(x_NCHW)))
-            labels = labels.to(compute.device)
-            correct += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+            yield data.preprocessing.normalize(compute.images(x_NCHW)), labels.to(compute.device)
             task.advance(len(labels))
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} in evaluation, a weight is NaN: start again with a lower learning rate")
-    return Accuracy(100 * correct / len(images), loss / len(images), len(images))
+
+    with exact_float32(), progress("evaluating", len(images)) as task:
+        found = accuracy(model, given())
+    if not math.isfinite(found.loss):
+        raise UserError(
+            f"the loss is {found.loss} in evaluation, a weight is NaN: start again with a lower learning rate"
+        )
+    return found
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
+    """Accuracy of ``model`` as it stands on normalized images [N, C, H, W] and labels int64 [N], on its device."""
+    correct, loss, count = 0, 0.0, 0
+    for x, labels in batches:
+        logits = model(x)
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        count += len(labels)
+    return Accuracy(100 * correct / count, loss / count, count)

@@ -89,8 +89,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
     model = prepare(build_model(spec), placement)
     tensors = load_tensors(path)
-    for layer, weight, quantizer in weights_and_quantizers(model):
-        amax = tensors.get(f"{layer}.weight_quantizer.amax", tensors.get(f"{layer}.amax"))
+    for path_of_quantizer, weight, quantizer in weights_and_quantizers(model):
+        amax = tensors.get(f"{path_of_quantizer}.amax")
         if amax is not None and amax.shape == quantizer.scale(weight).shape:
             quantizer.fix(amax)
     try:

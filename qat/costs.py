@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
+from qat.accuracy import Accuracy, accuracy
 from qat.network import Network, Op
 from qat.objective import with_tensors
 from qat.operations import COMMUTING
@@ -22,17 +22,6 @@ from qat.prepare import WEIGHT_QUANTIZERS, placement_of, weights_and_quantizers
 from qat.quantizer import ActivationQuantizer
 
 _OUTPUT_IMAGES = 8  # on which outputs are compared
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Mean cross-entropy and top-1 in percent."""
-
-    loss: float
-    top1: float
-
-    def __str__(self) -> str:
-        return f"{self.top1:.2f} % (loss {self.loss:.4f})"
 
 
 @dataclass(frozen=True)
@@ -63,15 +52,10 @@ class PartlyQuantized:
         self.all = frozenset(self.ops)
         self._nodes = {node.name: node for node in prepared.graph.nodes}
 
-    def measure(self, quantized: frozenset[str]) -> Measured:
+    def measure(self, quantized: frozenset[str]) -> Accuracy:
         """The network with only the operations ``quantized`` in INT8."""
-        loss, right, count = 0.0, 0, 0
-        with self._only(quantized) as model, torch.no_grad():
-            for x, labels in self.batches:
-                logits = model(x)
-                loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-                right, count = right + int((logits.argmax(1) == labels).sum()), count + len(labels)
-        return Measured(loss / count, 100 * right / count)
+        with self._only(quantized) as model:
+            return accuracy(model, self.batches)
 
     def costs(self) -> Iterator[Cost]:
         """Of every quantized operation, in the order of the network."""
@@ -93,12 +77,12 @@ class PartlyQuantized:
         noise = float((outputs[1] - outputs[0]).square().sum())
         return 10 * math.log10(float(outputs[0].square().sum()) / noise) if noise else None
 
-    def keep_float(self, costs: Iterable[Cost], least_top1: float) -> list[tuple[Cost, Measured]]:
+    def keep_float(self, costs: Iterable[Cost], least_top1: float) -> list[tuple[Cost, Accuracy]]:
         """Operations to keep in float, until the accuracy is ``least_top1`` percent: first those that gain most.
 
         Each comes with what the network measures without it and those before it. [] where none needs to be kept.
         """
-        kept: list[tuple[Cost, Measured]] = []
+        kept: list[tuple[Cost, Accuracy]] = []
         found, left = self.measure(self.all), self.all
         for cost in sorted(costs, key=lambda cost: cost.loss_without):
             if found.top1 >= least_top1:
@@ -135,7 +119,7 @@ class PartlyQuantized:
     def _owner(self, op: str) -> str:
         """The path by which ``weights_and_quantizers`` names the weight of ``op``."""
         node = self._nodes[op]
-        return str(node.target) if node.op == "call_module" else f"{WEIGHT_QUANTIZERS}.{op}"
+        return f"{node.target}.weight_quantizer" if node.op == "call_module" else f"{WEIGHT_QUANTIZERS}.{op}"
 
     def _reading(self, readers: set[str]) -> fx.GraphModule:
         """The network, its modules shared, in which only ``readers`` read through quantizers."""

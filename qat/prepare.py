@@ -84,10 +84,10 @@ def _quantize_weight(traced: fx.GraphModule, node: fx.Node) -> None:
 
 
 def weights_and_quantizers(prepared: fx.GraphModule) -> Iterator[tuple[str, Tensor, WeightQuantizer]]:
-    """Every quantized weight with its quantizer, and the path of what holds both."""
+    """Every quantized weight: the path of its quantizer, the weight, the quantizer."""
     for path, module in prepared.named_modules():
         if isinstance(quantizer := getattr(module, "weight_quantizer", None), WeightQuantizer):
-            yield path, module.get_parameter("weight"), quantizer
+            yield f"{path}.weight_quantizer", module.get_parameter("weight"), quantizer
     for node in prepared.graph.find_nodes(op="call_module"):
         if str(node.target).startswith(f"{WEIGHT_QUANTIZERS}."):
             quantizer = prepared.get_submodule(str(node.target))

@@ -62,7 +62,7 @@ def run(options: TrainOptions) -> int:
     check_writable(options.output)
     compute = Compute.of(options.device, options.amp, options.compile)
     recipes = _recipes(options)
-    if not 0 <= options.distill <= 1 or options.distill_temperature <= 0 or options.distill_features < 0:
+    if not (0 <= options.distill <= 1 and options.distill_temperature > 0 and options.distill_features >= 0):
         raise UserError(
             "--distill must be between 0 and 1, --distill-temperature above 0, --distill-features at least 0"
         )

@@ -22,9 +22,10 @@ from qat.console import Command, progress, run_command, say, table
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qat.accuracy import Accuracy
     from qat.checkpoint import Checkpoint
     from qat.compute import Compute
-    from qat.costs import Cost, Measured
+    from qat.costs import Cost
 
 _BATCH = 64
 
@@ -78,13 +79,12 @@ def main(options: SensitivityOptions) -> None:
             costs.append(cost)
             task.advance()
         kept = measured.keep_float(costs, unquantized.top1 - options.target_drop)
-    images = sum(len(labels) for _, labels in batches)
-    _print(costs, unquantized, quantized, images, options.show)
-    _suggest(kept, unquantized, quantized, images, options.target_drop)
+    _print(costs, unquantized, quantized, options.show)
+    _suggest(kept, unquantized, quantized, options.target_drop)
     if options.json is not None:
-        content = {"images": images, "float": asdict(unquantized), "quantized": asdict(quantized)}
+        content = {"images": quantized.images, "float": _figures(unquantized), "quantized": _figures(quantized)}
         content |= {"operations": [asdict(cost) for cost in costs], "target_drop": options.target_drop}
-        content["keep_float"] = [{"op": cost.op, "label": cost.label, **asdict(after)} for cost, after in kept]
+        content["keep_float"] = [{"op": cost.op, "label": cost.label, **_figures(after)} for cost, after in kept]
         write_json(options.json, content)
         say(f"wrote {options.json}")
 
@@ -103,8 +103,13 @@ def _batches(options: SensitivityOptions, checkpoint: Checkpoint, compute: Compu
     return found
 
 
-def _print(costs: list[Cost], unquantized: Measured, quantized: Measured, images: int, show: int) -> None:
-    say(f"{images} images of the validation split: float {unquantized}, quantized {quantized}")
+def _figures(measured: Accuracy) -> dict[str, float]:
+    return {"loss": measured.loss, "top1": measured.top1}
+
+
+def _print(costs: list[Cost], unquantized: Accuracy, quantized: Accuracy, show: int) -> None:
+    before, after = (f"{one.top1:.2f} % (loss {one.loss:.4f})" for one in (unquantized, quantized))
+    say(f"{quantized.images} images of the validation split: float {before}, quantized {after}")
     ranked = sorted(costs, key=lambda cost: cost.loss_without)
     rows = [
         (
@@ -121,9 +126,8 @@ def _print(costs: list[Cost], unquantized: Measured, quantized: Measured, images
     say("SQNR: of its output. Losses: against the float network, and against the quantized one.")
 
 
-def _suggest(
-    kept: list[tuple[Cost, Measured]], unquantized: Measured, quantized: Measured, images: int, target: float
-) -> None:
+def _suggest(kept: list[tuple[Cost, Accuracy]], unquantized: Accuracy, quantized: Accuracy, target: float) -> None:
+    images = quantized.images
     noise = f"one of {images} images is {100 / images:.2f} points"
     if not kept:
         drop = unquantized.top1 - quantized.top1

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from commands import Run
 from torch import Tensor, nn
 
+from qat.accuracy import Accuracy
 from qat.calibrate import calibrate
 from qat.checkpoint import load_checkpoint
-from qat.costs import Cost, Measured, PartlyQuantized, multiply_adds
+from qat.costs import Cost, PartlyQuantized, multiply_adds
 from qat.prepare import activation_quantizers, prepare
 from qat.quantizer import fake_quantize, fake_quantize_weight, scale_from_amax
 from qat.tracing import network_of
@@ -124,7 +125,7 @@ def test_what_gains_most_is_kept_in_float_first(network: PartlyQuantized, monkey
     costs = [Cost(op, op, "convolution", 30.0, 1.0, loss, 0.25) for op, loss in zip("abcd", (4, 1, 3, 2), strict=True)]
     top1 = {4: 90.0, 3: 90.5, 2: 91.0, 1: 92.0}  # by how many are quantized
     network.all = frozenset("abcd")
-    monkeypatch.setattr(network, "measure", lambda quantized: Measured(1.0, top1[len(quantized)]))
+    monkeypatch.setattr(network, "measure", lambda quantized: Accuracy(top1[len(quantized)], 1.0, 100))
     assert [cost.op for cost, _ in network.keep_float(costs, 91.0)] == ["b", "d"]
     assert network.keep_float(costs, 91.0)[-1][1].top1 == 91.0
     assert network.keep_float(costs, 90.0) == []
