@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat.artifact import UserError, one_line
 from qat.console import warn
+from qat.rectified import merge_rectifiers
 
 _NEVER = 2**31 - 1
 _LEAST_FLOAT16 = 2.0**-10
@@ -59,7 +60,8 @@ class Compute:
 
     def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """What computes ``model`` in training: compiled for batches of one size, where that is asked for and works."""
-        return _Compiled(model) if self.compiled else model
+        merged = merge_rectifiers(model)
+        return _Compiled(merged) if self.compiled else merged
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Around the forward pass of training."""

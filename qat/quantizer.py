@@ -5,7 +5,8 @@
     x_hat  = code * scale
     dL/dx  = dL/dx_hat where low <= x / scale <= high, else 0        (straight-through estimator)
 
-Activations have one scale a tensor and codes in [-128, 127]. Weights have one scale an output channel and codes in
+Activations have one scale a tensor and codes in [-128, 127]; with a ReLU before, as one operation, codes in [0, 127] and
+no gradient where x <= 0. Weights have one scale an output channel and codes in
 [-127, 127]: their amax follows the weights (amax = max |w| of the channel), so no code is ever clamped and TensorRT,
 which would clamp weights to -128, computes the same. A weight's amax may also be given, fixed or learned: then weights
 beyond it are clamped.
@@ -39,11 +40,12 @@ class CodeRange:
     high: int
 
     def __post_init__(self) -> None:
-        if not -128 <= self.low < 0 < self.high <= 127:
+        if not -128 <= self.low <= 0 < self.high <= 127:
             raise ValueError(f"INT8 codes lie in [-128, 127], got [{self.low}, {self.high}]: use ACTIVATION or WEIGHT")
 
 
 ACTIVATION = CodeRange(-128, 127)
+RECTIFIED = CodeRange(0, 127)  # of a ReLU's result
 WEIGHT = CodeRange(-127, 127)
 
 
@@ -112,11 +114,20 @@ class ActivationQuantizer(nn.Module):
         """``x`` of any shape to the same shape and type."""
         if self.observer is not None:
             self.observer(x)
-            return x
-        if not self.enabled:
-            return x
+        return x if self.passes else self._quantized(x, ACTIVATION)
+
+    def rectified(self, x: Tensor) -> Tensor:
+        """The codes of relu(x), both in one operation; only where it does not pass its input."""
+        return self._quantized(x, RECTIFIED)
+
+    @property
+    def passes(self) -> bool:
+        """Whether its input passes through unchanged."""
+        return self.observer is not None or not self.enabled
+
+    def _quantized(self, x: Tensor, codes: CodeRange) -> Tensor:
         quantized = learned_fake_quantize if isinstance(self.amax, nn.Parameter) else fake_quantize
-        return quantized(x, scale_from_amax(self.amax), ACTIVATION)
+        return quantized(x, scale_from_amax(self.amax), codes)
 
     def learn(self) -> None:
         """Makes ``amax`` a parameter that starts from what it is."""
@@ -178,6 +189,11 @@ def _learn(quantizer: nn.Module) -> None:
 # network was trained with would no longer be exactly the codes that the engine computes.
 
 
+def _open_bounds(low: int, high: int) -> tuple[float, float]:
+    """What a quotient inside the range lies between: the next float32 beyond both ends; a ReLU's 0 is outside."""
+    return low * (1 + _FLOAT32_STEP), high * (1 + _FLOAT32_STEP)
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
@@ -189,10 +205,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, scale = ctx.saved_tensors
         low, high = ctx.codes
-        # One pass over memory where comparisons and torch.where take four. It is zero at its bounds, ours belong to
-        # the range: so the bounds are the next float32 beyond them.
-        bounds = (low * (1 + _FLOAT32_STEP), high * (1 + _FLOAT32_STEP))
-        clipped = torch.ops.aten.hardtanh_backward(grad.float(), x.float() / scale, *bounds)
+        # One pass over memory where comparisons and torch.where take four.
+        clipped = torch.ops.aten.hardtanh_backward(grad.float(), x.float() / scale, *_open_bounds(low, high))
         return clipped.to(grad.dtype), None, None, None
 
 
@@ -203,7 +217,8 @@ class _LearnedFakeQuantize(_FakeQuantize):
         low, high = ctx.codes
         quotient = x.float() / scale
         code = quotient.round().clamp(low, high)
-        inside = (quotient >= low) & (quotient <= high)
+        below, above = _open_bounds(low, high)
+        inside = (quotient > below) & (quotient < above)
         of_scale = grad.float() * torch.where(inside, code - quotient, code)
         of_scale = of_scale.sum_to_size(scale.shape) / math.sqrt(x.numel() / scale.numel() * high)
         return torch.where(inside, grad, 0), of_scale, None, None
