@@ -19,8 +19,9 @@ import torchvision
 from stamp import stamp
 from torch import Tensor, nn
 
-from qat.calibrate import Method, observe, set_ranges
+from qat.calibration import observe, set_ranges
 from qat.prepare import prepare
+from qat.thresholds import Method
 
 ROUNDS = 5
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -16,7 +16,7 @@ import torch
 from stamp import stamp
 
 from qat.artifact import read_sidecar
-from qat.calibrate import calibrate
+from qat.calibration import calibrate
 from qat.checkpoint import save_checkpoint
 from qat.models import ModelSpec, build_model
 from qat.prepare import prepare

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from qat.calibrate import calibrate, observe, set_ranges
+from qat.calibration import calibrate, observe, set_ranges
 from qat.compute import Compute
 from qat.optimizer import make_optimizer
 from qat.prepare import prepare

@@ -18,7 +18,7 @@ import zoo
 
 from export.emit import emit
 from export.fold import fold, fold_float
-from qat.calibrate import calibrate
+from qat.calibration import calibrate
 from qat.prepare import prepare
 
 

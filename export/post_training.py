@@ -36,10 +36,11 @@ from qat.artifact import (
     sidecar_path,
     write_artifact,
 )
-from qat.calibrate import HistogramObserver, choose_amax
+from qat.calibration import choose_ranges
 from qat.console import progress, say, warn
 from qat.data import Data, batches, load_data
 from qat.decisions import Placement
+from qat.histogram import HistogramObserver, check_finite
 from qat.placement import say_placement
 from qat.preprocessing import Preprocessing
 from qat.rules import place
@@ -280,8 +281,10 @@ def _calibrated(
             found = run(network, batch) | {inputs.name: batch}
             for tensor, quantizer in wanted.items():
                 observers[quantizer](torch.from_numpy(found[tensor]))
+            check_finite(observers.values())
             task.advance()
-    return {name: choose_amax(observer, options.calibrator, options.percentile) for name, observer in observers.items()}
+    chosen = choose_ranges(list(observers.values()), options.calibrator, options.percentile)
+    return dict(zip(observers, chosen, strict=True))
 
 
 def _compared(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat.artifact import UserError
-from qat.calibrate import weight_amax_mse
+from qat.calibration import weight_amax_mse
 from qat.decisions import Placement
 from qat.fx_network import network_from_fx, weight_axis, weight_source
 from qat.layers import quantized_layer
@@ -33,7 +33,7 @@ def prepare(
     input_shape: Sequence[int] | None = None,
     keep_float: Iterable[str] = (),
 ) -> fx.GraphModule:
-    """A copy of ``model`` with fake quantization inserted; calibrate it before use (qat.calibrate).
+    """A copy of ``model`` with fake quantization inserted; calibrate it before use (qat.calibration).
 
     Args:
         model: a float model that torch.fx can trace.

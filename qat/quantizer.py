@@ -5,11 +5,10 @@
     x_hat  = code * scale
     dL/dx  = dL/dx_hat where low <= x / scale <= high, else 0        (straight-through estimator)
 
-Activations have one scale a tensor and codes in [-128, 127]; with a ReLU before, as one operation, codes in [0, 127] and
-no gradient where x <= 0. Weights have one scale an output channel and codes in
-[-127, 127]: their amax follows the weights (amax = max |w| of the channel), so no code is ever clamped and TensorRT,
-which would clamp weights to -128, computes the same. A weight's amax may also be given, fixed or learned: then weights
-beyond it are clamped.
+Activations have one scale a tensor and codes in [-128, 127]; as one operation with the ReLU before, codes in [0, 127]
+and no gradient where x <= 0. Weights have one scale an output channel and codes in [-127, 127]: their amax follows the
+weights (amax = max |w| of the channel), so no code is ever clamped and TensorRT, which would clamp weights to -128,
+computes the same. A weight's amax may also be given, fixed or learned: then weights beyond it are clamped.
 
 Learned step sizes (LSQ, Esser et al. 2020): where amax is a parameter,
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qat.accuracy import Accuracy, evaluate
 from qat.artifact import UserError, check_writable
-from qat.calibrate import calibrate
+from qat.calibration import calibrate
 from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.compute import Compute, exact_float32
 from qat.console import progress, say, table, warn

@@ -19,7 +19,7 @@ from export.fold import fold
 from export.lint import lint
 from export.parity import measure
 from export.read import read_onnx
-from qat.calibrate import calibrate
+from qat.calibration import calibrate
 from qat.fx_network import network_from_fx
 from qat.prepare import placement_of, prepare
 from qat.rules import place

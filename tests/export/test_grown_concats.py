@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from export.emit import emit
 from export.fold import fold, fold_float
 from export.grown_concats import repeated_concat, take_earlier_concats
-from qat.calibrate import calibrate
+from qat.calibration import calibrate
 from qat.prepare import prepare
 
 

@@ -28,7 +28,7 @@ from export.options import ExportOptions
 from export.session import session, sqnr_db
 from export.zero_channels import CHANNELS, pad_channels
 from qat.artifact import UserError, read_sidecar
-from qat.calibrate import calibrate
+from qat.calibration import calibrate
 from qat.prepare import prepare
 from qat.quantizer import SCALE_FLOOR
 

@@ -1,7 +1,7 @@
 """Engines of small networks, built once by the TensorRT of this machine.
 
-These tests run where TensorRT and a GPU are, also without torch: scripts/test-gpu. Elsewhere they are skipped, and say
-what is missing.
+These tests run where TensorRT and a GPU are, also without torch: scripts/test-gpu. Those of training, in
+test_training.py, need torch and a GPU, and no TensorRT. Elsewhere they are skipped, and say what is missing.
 """
 
 from __future__ import annotations
@@ -29,11 +29,24 @@ def _toolkit() -> Toolkit | str:
         return str(error)
 
 
+def _missing_toolkit() -> str:
+    return reason if isinstance(reason := _toolkit(), str) else ""
+
+
+def _missing_torch() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "training on a GPU: torch finds none"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
-    if here and isinstance(reason := _toolkit(), str):
-        for item in here:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    training = [item for item in here if item.path.name == "test_training.py"]
+    engines = [item for item in here if item not in training]
+    for wanted, missing in ((engines, _missing_toolkit), (training, _missing_torch)):
+        if wanted and (reason := missing()):
+            for item in wanted:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

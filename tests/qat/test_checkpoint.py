@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.artifact import UserError, read_sidecar, sha256_of, sidecar_path, write_artifact
-from qat.calibrate import calibrate
+from qat.calibration import calibrate
 from qat.checkpoint import Checkpoint, load_checkpoint, load_state, save_checkpoint, save_state
 from qat.models import ModelSpec, build_model
 from qat.prepare import placement_of, prepare

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import qat.quantizer
 from qat.accuracy import evaluate
 from qat.artifact import UserError, read_sidecar
-from qat.calibrate import calibrate
+from qat.calibration import calibrate
 from qat.compute import Compute
 from qat.data import Data, ImageSet
 from qat.failures import first_not_finite

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from export.fold import fold
 from qat.artifact import read_sidecar
-from qat.calibrate import calibrate, weight_amax_mse
+from qat.calibration import calibrate, weight_amax_mse
 from qat.checkpoint import load_checkpoint
 from qat.options import TrainOptions
 from qat.prepare import activation_quantizers, learn_ranges, prepare, weights_and_quantizers

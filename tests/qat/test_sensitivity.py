@@ -15,7 +15,7 @@ from commands import Run
 from torch import Tensor, nn
 
 from qat.accuracy import Accuracy
-from qat.calibrate import calibrate
+from qat.calibration import calibrate
 from qat.checkpoint import load_checkpoint
 from qat.costs import Cost, PartlyQuantized, multiply_adds
 from qat.prepare import activation_quantizers, prepare

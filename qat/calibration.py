@@ -1,0 +1,165 @@
+"""Calibration: the amax of every activation tensor, by one of four methods, from one pass over the images.
+
+The pass runs the float network and keeps a histogram of every tensor (qat/histogram.py), from which each method chooses
+(qat/thresholds.py); amax never exceeds the exact max |x|. Ranges of weights need no images: they follow the weights, or
+start from the least squared error (``weight_amax_mse``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from qat.artifact import UserError
+from qat.histogram import HistogramObserver, check_finite
+from qat.quantizer import (
+    ACTIVATION,
+    SCALE_FLOOR,
+    WEIGHT,
+    ActivationQuantizer,
+    WeightQuantizer,
+    quantize,
+    scale_from_amax,
+    weight_amax,
+)
+from qat.thresholds import Method, amax_entropy, amax_mse, amax_percentile
+
+_TOGETHER = 16  # tensors whose ranges are chosen at a time: 32 MB for each table of mse and entropy
+
+
+def weight_amax_mse(weight: Tensor, axis: int, candidates: int = 100) -> Tensor:
+    """The range of each channel of ``axis`` with the least mean squared error of the codes: [C], float32.
+
+    Tried are ``candidates`` equal steps up to the largest magnitude; of equal errors the largest range is taken.
+    """
+    rows = weight.detach().transpose(0, axis).flatten(1).float()  # [C, K]
+    largest = weight_amax(weight, axis)  # [C]
+    best, least = largest.clone(), torch.full_like(largest, math.inf)
+    for step in range(candidates, 0, -1):
+        amax = largest * (step / candidates)
+        scale = scale_from_amax(amax)[:, None]
+        error = (quantize(rows, scale, WEIGHT) * scale - rows).square().mean(1)
+        best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
+    return best
+
+
+def observe(
+    model: nn.Module, batches: Iterable[Tensor], on_batch: Callable[[], None] | None = None
+) -> dict[str, HistogramObserver]:
+    """Runs the float network in eval mode and watches the input of every ActivationQuantizer.
+
+    Args:
+        model: contains ActivationQuantizers; a quantizer that is called several times sees all of its inputs.
+        batches: what ``model`` takes, on any device.
+        on_batch: called after every batch, to show progress.
+
+    Returns the observers by the quantizers' names, from which ``set_ranges`` can choose with any method.
+    Modes and enabled weight quantizers are afterwards as they were, also after an exception.
+    Raises UserError when there is no batch, a tensor holds NaN or infinity, or every channel is one constant.
+    """
+    quantizers = _quantizers(model)
+    observers = {name: HistogramObserver(name).to(q.amax.device) for name, q in quantizers.items()}
+    device = next(model.parameters()).device
+    extremes: list[Tensor] = []
+    with _observing(model, observers), torch.no_grad():
+        for batch in batches:
+            batch = batch.to(device)
+            extremes.append(torch.stack(torch.aminmax(batch.transpose(0, 1).flatten(1), dim=1)))
+            model(batch)
+            check_finite(observers.values())
+            if on_batch is not None:
+                on_batch()
+    if not extremes:
+        raise UserError("calibration got no images: give a calibration split of at least one batch")
+    if all(torch.equal(low, high) for low, high in extremes) and all(torch.equal(e, extremes[0]) for e in extremes):
+        raise UserError(
+            "all calibration images are one constant: ranges from them hold for nothing else; give real images"
+        )
+    return observers
+
+
+def set_ranges(
+    model: nn.Module, observers: Mapping[str, HistogramObserver], method: Method, percentile: float = 99.99
+) -> list[str]:
+    """Writes the amax of every ActivationQuantizer, chosen by ``method`` from what ``observers`` saw.
+
+    Returns one line of warning for each tensor that was constant zero (its amax becomes 0 and its scale the
+    floor) or that no batch reached (its amax stays as it was).
+    """
+    warnings, quantizers = [], _quantizers(model)
+    shown = [observers[name] for name in quantizers]
+    chosen = zip(choose_ranges(shown, method, percentile), choose_ranges(shown, "max"), strict=True)
+    for (name, quantizer), (amax, largest) in zip(quantizers.items(), chosen, strict=True):
+        if math.isnan(largest):
+            warnings.append(f"tensor {name} was not computed by any calibration batch: it has no range")
+            continue
+        quantizer.amax.fill_(amax)
+        if largest / ACTIVATION.high < SCALE_FLOOR:
+            warnings.append(f"tensor {name} is zero for every calibration image: dead channels, or too few images?")
+    return warnings
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    method: Method,
+    percentile: float = 99.99,
+    on_batch: Callable[[], None] | None = None,
+) -> list[str]:
+    """Sets the amax of every ActivationQuantizer of ``model`` from one pass over ``batches``.
+
+    See ``observe`` for the arguments and errors, and ``set_ranges`` for the warnings that are returned;
+    ``percentile`` in (0, 100] is used by the method of that name.
+    """
+    return set_ranges(model, observe(model, batches, on_batch), method, percentile)
+
+
+def choose_ranges(observers: Sequence[HistogramObserver], method: Method, percentile: float = 99.99) -> list[float]:
+    """The amax that ``method`` chooses for each tensor; never above the exact max, NaN for one that was not seen."""
+    if method not in get_args(Method):
+        raise ValueError(f"no calibration method {method!r}: choose max, percentile, mse or entropy")
+    chosen = []
+    for start in range(0, len(observers), _TOGETHER):
+        some = observers[start : start + _TOGETHER]
+        counts, limits, exact = (
+            torch.stack([getattr(o, name) for o in some]) for name in ("counts", "limit", "largest")
+        )
+        if method == "percentile":
+            exact = torch.minimum(exact, amax_percentile(counts, limits, percentile))
+        elif method == "mse":
+            exact = torch.minimum(exact, amax_mse(counts, limits))
+        elif method == "entropy":
+            exact = torch.minimum(exact, amax_entropy(counts, limits))
+        chosen += exact.tolist()
+    return [amax if observer.seen else math.nan for observer, amax in zip(observers, chosen, strict=True)]
+
+
+def _quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ActivationQuantizer)}
+
+
+@contextmanager
+def _observing(model: nn.Module, observers: Mapping[str, HistogramObserver]) -> Iterator[None]:
+    """The float network in eval mode with its observers set; everything is put back at the end."""
+    quantizers = _quantizers(model)
+    training = {module: module.training for module in model.modules()}
+    enabled = {module: module.enabled for module in training if isinstance(module, WeightQuantizer)}
+    try:
+        model.eval()
+        for weight_quantizer in enabled:
+            weight_quantizer.enabled = False
+        for name, quantizer in quantizers.items():
+            quantizer.observer = observers[name]
+        yield
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.observer = None
+        for weight_quantizer, was in enabled.items():
+            weight_quantizer.enabled = was
+        for module, was in training.items():
+            module.training = was
