@@ -38,10 +38,10 @@ ROUNDS, STEPS, WARM_UP = 12, 10, 3
 class Step:
     """One variant: model, optimizer, and what they keep in memory between two steps."""
 
-    def __init__(self, make: Callable[[], nn.Module], compute: Compute) -> None:
+    def __init__(self, make: Callable[[], nn.Module], compute: Compute, images: int) -> None:
         torch.manual_seed(0)
         self.compute, model = compute, compute.place(make()).train()
-        self.forward = compute.forward(model)
+        self.forward = compute.forward(model, images)
         recipe = Recipe(1, 1e-5, "cosine", 256, 1e-2, 0.0, 0)
         self.optimizer, self.scaler = make_optimizer(model, recipe), compute.scaler()
         self.milliseconds: list[float] = []
@@ -117,7 +117,7 @@ def steps(x: Tensor, labels: Tensor, device: torch.device) -> dict[str, dict[str
     found = {}
     for name, (make, compute) in variants.items():
         start = now()
-        found[name] = Step(make, compute)
+        found[name] = Step(make, compute, len(x))
         found[name].step(x, labels)
         print(f"{name}: first step after {now() - start:.1f} s", flush=True)
     order = torch.Generator().manual_seed(0)

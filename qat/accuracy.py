@@ -14,6 +14,7 @@ from qat.artifact import UserError
 from qat.compute import Compute, exact_float32
 from qat.console import progress
 from qat.data import Data, ImageSet, batches
+from qat.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,19 @@ def evaluate(
 ) -> Accuracy:
     """Accuracy of ``model`` on all of ``images``, in evaluation mode and exact float32.
 
+    Where several processes train, each computes its share, and all get the result.
+
     Raises UserError when the loss is not finite.
     """
     model.eval()
 
     def given() -> Iterator[tuple[Tensor, Tensor]]:
-        for x_NCHW, labels in batches(images, batch_size, None, workers=workers):
+        for x_NCHW, labels in batches(images, batch_size, None, workers=workers, ranks=compute.ranks):
             yield data.preprocessing.normalize(compute.images(x_NCHW)), labels.to(compute.device)
-            task.advance(len(labels))
+            task.advance(len(labels) * compute.ranks.size)
 
     with exact_float32(), progress("evaluating", len(images)) as task:
-        found = accuracy(model, given())
+        found = accuracy(model, given(), compute.ranks)
     if not math.isfinite(found.loss):
         raise UserError(
             f"the loss is {found.loss} in evaluation, a weight is NaN: start again with a lower learning rate"
@@ -52,12 +55,13 @@ def evaluate(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Accuracy:
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = ALONE) -> Accuracy:
     """Accuracy of ``model`` as it stands on normalized images [N, C, H, W] and labels int64 [N], on its device."""
-    correct, loss, count = 0, 0.0, 0
+    correct, loss, count = 0.0, 0.0, 0.0
     for x, labels in batches:
         logits = model(x)
         correct += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
         count += len(labels)
-    return Accuracy(100 * correct / count, loss / count, count)
+    correct, loss, count = ranks.sums(correct, loss, count)
+    return Accuracy(100 * correct / count, loss / count, int(count))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import get_args
 
 import torch
@@ -27,6 +28,7 @@ from qat.quantizer import (
     scale_from_amax,
     weight_amax,
 )
+from qat.ranks import ALONE, Ranks
 from qat.thresholds import Method, amax_entropy, amax_mse, amax_percentile
 
 _TOGETHER = 16  # tensors whose ranges are chosen at a time: 32 MB for each table of mse and entropy
@@ -49,7 +51,10 @@ def weight_amax_mse(weight: Tensor, axis: int, candidates: int = 100) -> Tensor:
 
 
 def observe(
-    model: nn.Module, batches: Iterable[Tensor], on_batch: Callable[[], None] | None = None
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    on_batch: Callable[[], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, HistogramObserver]:
     """Runs the float network in eval mode and watches the input of every ActivationQuantizer.
 
@@ -57,6 +62,7 @@ def observe(
         model: contains ActivationQuantizers; a quantizer that is called several times sees all of its inputs.
         batches: what ``model`` takes, on any device.
         on_batch: called after every batch, to show progress.
+        ranks: the processes that share the images; each gets the observers of all, and may have had no batch.
 
     Returns the observers by the quantizers' names, from which ``set_ranges`` can choose with any method.
     Modes and enabled weight quantizers are afterwards as they were, also after an exception.
@@ -67,20 +73,56 @@ def observe(
     device = next(model.parameters()).device
     extremes: list[Tensor] = []
     with _observing(model, observers), torch.no_grad():
-        for batch in batches:
-            batch = batch.to(device)
+        for batch in _ranged(model, observers, (batch.to(device) for batch in batches), ranks):
             extremes.append(torch.stack(torch.aminmax(batch.transpose(0, 1).flatten(1), dim=1)))
             model(batch)
             check_finite(observers.values())
             if on_batch is not None:
                 on_batch()
-    if not extremes:
+    constant = all(torch.equal(low, high) and torch.equal(low, extremes[0][0]) for low, high in extremes)
+    given, varied = ranks.any(bool(extremes), not constant)
+    if not given:
         raise UserError("calibration got no images: give a calibration split of at least one batch")
-    if all(torch.equal(low, high) for low, high in extremes) and all(torch.equal(e, extremes[0]) for e in extremes):
+    if not varied and ranks.size == 1:
         raise UserError(
             "all calibration images are one constant: ranges from them hold for nothing else; give real images"
         )
+    merge(list(observers.values()), ranks)
     return observers
+
+
+def _ranged(
+    model: nn.Module, observers: Mapping[str, HistogramObserver], batches: Iterable[Tensor], ranks: Ranks
+) -> Iterator[Tensor]:
+    """``batches``; where several processes share them, after all have agreed on the limits that they start from.
+
+    Limits only double, so histograms that start from one limit have bins that merge into each other's. All send the
+    same two messages, here and in ``merge``, however many batches each has.
+    """
+    if ranks.size > 1:
+        rest = iter(batches)
+        first = next(rest, None)
+        if first is not None:
+            model(first)
+        found = list(observers.values())
+        largest = ranks.largest(torch.stack([observer.largest for observer in found]))
+        for observer, value in zip(found, largest.tolist(), strict=True):
+            observer.start(value)
+        batches = rest if first is None else chain([first], rest)
+    yield from batches
+
+
+def merge(observers: Sequence[HistogramObserver], ranks: Ranks) -> None:
+    """Gives the observers of every process what those of all have seen."""
+    if ranks.size == 1:
+        return
+    ours = torch.stack([torch.stack([o.limit, o.largest, o.limit.new_tensor(float(o.seen))]) for o in observers])
+    for observer, (limit, largest, seen) in zip(observers, ranks.largest(ours).tolist(), strict=True):
+        observer.grow(limit)
+        observer.largest.fill_(largest)
+        observer.seen = bool(seen)
+    for observer, counts in zip(observers, ranks.add(torch.stack([o.counts for o in observers])), strict=True):
+        observer.counts.copy_(counts)
 
 
 def set_ranges(

@@ -1,4 +1,4 @@
-"""What computes a training step, and how: device, type of arithmetic, memory layout, compilation.
+"""What computes a training step, and how: device, type of arithmetic, memory layout, compilation, several processes.
 
 Quantization itself is float32 in all of them (qat/quantizer.py). Evaluation does not use them: it is float32, as the
 exported network is.
@@ -7,7 +7,7 @@ exported network is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat.artifact import UserError, one_line
 from qat.console import warn
+from qat.ranks import ALONE, Ranks, local_rank
 from qat.rectified import merge_rectifiers
 
 _NEVER = 2**31 - 1
@@ -32,6 +33,7 @@ class Compute:
     amp: torch.dtype = torch.float32
     channels_last: bool = False
     compiled: bool = False
+    ranks: Ranks = ALONE
 
     @classmethod
     def of(cls, device: str, amp: Amp = "auto", compiled: bool | None = None) -> Compute:
@@ -58,10 +60,14 @@ class Compute:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return images_NCHW.to(self.device, non_blocking=True).contiguous(memory_format=layout)
 
-    def forward(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """What computes ``model`` in training: compiled for batches of one size, where that is asked for and works."""
+    def forward(self, model: nn.Module, images: int) -> nn.Module:
+        """What computes ``model`` in training; shares its modules.
+
+        Compiled for batches of ``images``, where that is asked for and works; where several processes train, its
+        gradients are averaged over them.
+        """
         merged = merge_rectifiers(model)
-        return _Compiled(merged) if self.compiled else merged
+        return self.ranks.parallel(_Compiled(merged, images) if self.compiled else merged)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Around the forward pass of training."""
@@ -81,19 +87,23 @@ class Compute:
         )
 
 
-class _Compiled:
-    """Compiles a model at its first batch; one that cannot be compiled is computed as it is, with a warning."""
+class _Compiled(nn.Module):
+    """Compiles a model at its first batch of ``images``; one that cannot be compiled stays as it is, with a warning."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._forward = model, torch.compile(model, fullgraph=True, dynamic=False)
+    def __init__(self, model: nn.Module, images: int) -> None:
+        super().__init__()
+        self.model, self.images = model, images
+        self.whole = torch.compile(model, fullgraph=True, dynamic=False)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
+        if len(x) != self.images:
+            return self.model(x)
         try:
-            return self._forward(x)
+            return self.whole(x)
         except torch._dynamo.exc.TorchDynamoException as error:
             warn(f"torch.compile fails ({one_line(error)}): training goes on without, as with --compile False")
-            self._forward = self._model
-            return self._model(x)
+            self.whole = self.model
+            return self.model(x)
 
 
 @contextlib.contextmanager
@@ -113,7 +123,15 @@ def exact_float32() -> Iterator[None]:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and (index := local_rank()) is not None:
+        if index >= torch.cuda.device_count():
+            raise UserError(
+                f"{index + 1} or more processes, but {torch.cuda.device_count()} GPUs: "
+                f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
+            )
+        name = f"cuda:{index}"
+        torch.cuda.set_device(index)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -28,6 +28,7 @@ LOG_WIDTH = 140
 _terminal = sys.stdout.isatty()
 console = rich.console.Console(width=None if _terminal else LOG_WIDTH, highlight=False)
 _errors = rich.console.Console(stderr=True, highlight=False)
+_speaker = ""
 
 Options = TypeVar("Options", bound="Command")
 
@@ -84,6 +85,18 @@ def _with_flowing_help(options: type[Options]) -> type[Options]:
     return options
 
 
+@contextmanager
+def speaking(aloud: bool, name: str) -> Iterator[None]:
+    """While it lasts, a process that does not speak ``aloud`` prints errors alone, its ``name`` before them.
+
+    An error that ends it is still its own: it is printed after this.
+    """
+    global _speaker
+    console.quiet, _speaker = not aloud, "" if aloud else f"{name}: "
+    yield
+    console.quiet, _speaker = False, ""
+
+
 def say(text: str) -> None:
     """Prints a line; rich markup is not interpreted, so that names with brackets survive."""
     console.print(text, markup=False, soft_wrap=True)
@@ -91,7 +104,8 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """Prints a warning line on standard error."""
-    _one_line("warning", text)
+    if not console.quiet:
+        _one_line("warning", text)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
@@ -141,4 +155,4 @@ def progress(description: str, total: int) -> Iterator[Task]:
 
 
 def _one_line(label: str, text: str) -> None:
-    _errors.print(f"{label}: " + " ".join(text.split()), markup=False, soft_wrap=True)
+    _errors.print(f"{_speaker}{label}: " + " ".join(text.split()), markup=False, soft_wrap=True)

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from qat.artifact import UserError
 from qat.pixels import MEMORY_LIMIT, ArrayPixels, Pixels
 from qat.preprocessing import Augmentation, Preprocessing
+from qat.ranks import ALONE, Ranks
 from qat.sources import Part, Source, read_source
 
 __all__ = ["Data", "ImageSet", "Preprocessing", "batch_count", "batches", "load_data", "stratified_split"]
@@ -156,12 +157,12 @@ def stratified_split(labels: Tensor, counts: Sequence[int], seed: int) -> list[T
     return [torch.from_numpy(np.sort(group)) for group in np.split(order, np.cumsum(counts))]
 
 
-def batch_count(images: ImageSet, batch_size: int, training: bool = False) -> int:
-    """How many batches ``batches`` gives. Raises UserError when there is none."""
+def batch_count(images: ImageSet, batch_size: int, training: bool = False, ranks: Ranks = ALONE) -> int:
+    """How many batches there are for all ``ranks`` together. Raises UserError when there is none."""
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is not positive: give at least 1")
     whole, rest = divmod(len(images), batch_size)
-    count = whole + (rest > (1 if training else 0))
+    count = whole + (rest >= (2 * ranks.size if training else 1))
     if count == 0:
         raise UserError(f"{len(images)} images make no batch to train on: add images")
     return count
@@ -175,24 +176,27 @@ def batches(
     start: int = 0,
     workers: int = 0,
     training: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]); pinned where there is a GPU.
 
     Args:
         images: the split.
-        batch_size: images in a batch; the last one may be smaller.
+        batch_size: images in a batch, of all ``ranks`` together; the last one may be smaller.
         seed: None for the images in order; else order and augmentation are a function of (seed, epoch) alone.
         epoch: from 0.
         start: number of batches to skip; they are not loaded.
         workers: processes that load; images in memory that need no resampling are loaded in this one.
-        training: leaves out a last batch of one image, which BatchNorm cannot train on.
+        training: leaves out a last batch that has one image for a process, which BatchNorm cannot train on.
+        ranks: of every batch each process gets its share; of a last small one, perhaps none.
 
     Raises:
         UserError: an image is corrupt (the line names the file).
     """
-    count = batch_count(images, batch_size, training)
+    count = batch_count(images, batch_size, training, ranks)
     keys = _keys(len(images), seed, epoch)
-    chunks = [keys[i * batch_size : (i + 1) * batch_size] for i in range(start, count)]
+    wholes = (keys[i * batch_size : (i + 1) * batch_size] for i in range(start, count))
+    chunks = [share for whole in wholes if (share := whole[ranks.rank :: ranks.size])]
     loader: DataLoader[Any] = DataLoader(
         _ErrorsAsItems(images),
         batch_sampler=chunks,

@@ -110,6 +110,13 @@ class HistogramObserver(nn.Module):
             self.grow(self.largest.item())
             self._count(x if low >= 0 else x.abs())
 
+    def start(self, largest: float) -> None:
+        """Begins anew with a limit that others begin with too: ``largest``, or where that is 0, the least one."""
+        self.seen = False
+        self.counts.zero_()
+        self.largest.zero_()
+        self.limit.fill_(max(largest, SMALLEST_LIMIT))
+
     def grow(self, largest: float) -> None:
         """Doubles the limit until it reaches ``largest``, or sets it, where it was 0."""
         limit = self.limit.item()

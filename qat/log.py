@@ -31,7 +31,7 @@ class TrainingLog:
                 folder.mkdir(parents=True, exist_ok=True)
             if self._path is not None and self._path.exists() and not resumed:
                 raise UserError(
-                    f"{self._path} is the log of another run: give --log another folder, or delete this one"
+                    f"{self._path} is the log of another run: give --log-folder another folder, or delete this one"
                 )
 
     def begin(self, phase: str, step: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,13 +50,14 @@ class Distillation(CrossEntropy):
         temperature: float,
         feature_weight: float,
         points: Sequence[str],
+        images: int,
     ) -> None:
-        """``points``: tensors that the graphs of teacher and student both have, by name."""
+        """``points``: tensors that the graphs of teacher and student both have, by name; ``images``: of a batch."""
         super().__init__(label_smoothing)
         self.weight, self.temperature, self.feature_weight = weight, temperature, feature_weight
         self.points = tuple(points) if feature_weight else ()
         self.compute = compute
-        self._teacher: Callable[[Tensor], Any] = compute.forward(self.network(teacher.eval().requires_grad_(False)))
+        self._teacher = compute.forward(self.network(teacher.eval().requires_grad_(False)), images)
 
     def network(self, model: nn.Module) -> nn.Module:
         """Gives the tensors of ``points`` beside the logits."""

@@ -84,7 +84,7 @@ class TrainOptions(Command):
     """Processes that decode images, for data sets that do not fit in memory."""
     data_root: Path = Path("data")
     """Where torchvision's data sets are looked for and downloaded to."""
-    log: Path | None = None
+    log_folder: Path | None = None
     """Folder for figures of training as it goes on: train.jsonl and TensorBoard's files."""
     resume: bool = False
     """Continue the run that was stopped while writing this output."""

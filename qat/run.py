@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from qat.accuracy import Accuracy, evaluate
 from qat.artifact import UserError, check_writable
-from qat.calibration import calibrate
+from qat.calibration import observe, set_ranges
 from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.compute import Compute, exact_float32
-from qat.console import progress, say, table, warn
+from qat.console import progress, say, speaking, table, warn
 from qat.data import Data, batch_count, batches, load_data
 from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights
@@ -31,6 +31,7 @@ from qat.network import Network
 from qat.objective import CrossEntropy, Distillation, stage_ends
 from qat.placement import say_placement
 from qat.prepare import learn_ranges, prepare
+from qat.ranks import Ranks, joined
 from qat.recipe import Recipe
 from qat.rules import place
 from qat.tracing import network_of, trace
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from qat.options import TrainOptions
 
 # Options that may differ between a run and its resumption: they do not change the result.
-_FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root", "log")
+_FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root", "log_folder")
 
 
 @dataclass
@@ -59,8 +60,13 @@ class Progress:
 
 def run(options: TrainOptions) -> int:
     """The run that ``options`` describe, new or resumed. Raises UserError for what the user can mend."""
-    check_writable(options.output)
     compute = Compute.of(options.device, options.amp, options.compile)
+    with joined(compute.device) as ranks, speaking(ranks.leads, f"process {ranks.rank}"):
+        return _run(options, replace(compute, ranks=ranks))
+
+
+def _run(options: TrainOptions, compute: Compute) -> int:
+    check_writable(options.output)
     recipes = _recipes(options)
     if not (0 <= options.distill <= 1 and options.distill_temperature > 0 and options.distill_features >= 0):
         raise UserError(
@@ -69,7 +75,8 @@ def run(options: TrainOptions) -> int:
     if not 0 < options.percentile <= 100:
         raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
     torch.set_flush_denormal(True)  # gradients fall into denormals in small networks, which are ten times as slow
-    reached = _resumed(options) if options.resume else Progress()
+    compute.ranks.share_of(options.batch_size)
+    reached = _resumed(options, compute.ranks) if options.resume else Progress()
     data = load_data(options.data, options.image_size, options.seed, options.calibration_images, options.data_root)
     _say_data(data)
     torch.manual_seed(options.seed)
@@ -104,7 +111,7 @@ def run(options: TrainOptions) -> int:
         prepared = trainer.fit("qat", compute.place(prepared), recipes["qat"], objective)
         reached.figures["qat"] = trainer.test("quantization-aware training", prepared)
     except KeyboardInterrupt as interrupt:
-        raise type(interrupt)(_how_to_resume(options)) from None
+        raise type(interrupt)(_how_to_resume(options, compute.ranks)) from None
     trainer.log.close()
     details = {
         "data": {"source": options.data, "image_size": options.image_size, "root": str(options.data_root)},
@@ -113,7 +120,10 @@ def run(options: TrainOptions) -> int:
         "seed": options.seed,
         "calibrator": options.calibrator,
         "recipes": {phase: vars(recipe) for phase, recipe in recipes.items()},
+        "processes": compute.ranks.size,
     }
+    if not compute.ranks.leads:
+        return 0
     save_checkpoint(
         options.output,
         prepared,
@@ -134,7 +144,7 @@ class _Trainer:
 
     def __init__(self, options: TrainOptions, data: Data, compute: Compute, reached: Progress) -> None:
         self.options, self.data, self.compute, self.reached = options, data, compute, reached
-        self.log = TrainingLog(options.log, resumed=options.resume)
+        self.log = TrainingLog(options.log_folder if compute.ranks.leads else None, resumed=options.resume)
 
     def fit(self, phase: str, model: Any, recipe: Recipe, objective: CrossEntropy | None = None) -> Any:
         """Trains ``model``, from where the run was stopped if it was in this phase."""
@@ -161,15 +171,20 @@ class _Trainer:
         with progress("calibrating", batch_count(images, self.options.batch_size)) as task:
             inputs = (
                 self.data.preprocessing.normalize(self.compute.images(x_NCHW))
-                for x_NCHW, _ in batches(images, self.options.batch_size, None, workers=self.options.workers)
+                for x_NCHW, _ in batches(
+                    images, self.options.batch_size, None, workers=self.options.workers, ranks=self.compute.ranks
+                )
             )
             with exact_float32():
-                warnings = calibrate(prepared, inputs, self.options.calibrator, self.options.percentile, task.advance)
+                observers = observe(prepared, inputs, task.advance, self.compute.ranks)
+                warnings = set_ranges(prepared, observers, self.options.calibrator, self.options.percentile)
         for line in warnings:
             warn(line)
 
     def save(self, model: nn.Module, state: FitState, training: Mapping[str, Tensor]) -> None:
-        """Saves the training state under a name of its own beside the output."""
+        """Saves the training state under a name of its own beside the output; one process does it for all."""
+        if not self.compute.ranks.leads:
+            return
         parts = {"model": model.state_dict(), "best": state.best_weights, "training": training}
         parts |= {"teacher": self.reached.teacher}
         tensors = {f"{part}.{name}": value for part, entries in parts.items() for name, value in entries.items()}
@@ -177,17 +192,17 @@ class _Trainer:
             "phase": self.reached.phase,
             "figures": self.reached.figures,
             "fit": state.numbers(),
-            "options": _recorded(self.options),
+            "options": _recorded(self.options, self.compute.ranks),
         }
         save_state(_state_path(self.options), tensors, details)
 
 
-def _resumed(options: TrainOptions) -> Progress:
+def _resumed(options: TrainOptions, ranks: Ranks) -> Progress:
     path = _state_path(options)
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or correct --output")
     tensors, details = load_state(path)
-    then, now = details["options"], _recorded(options)
+    then, now = details["options"], _recorded(options, ranks)
     differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
     if differing:
         raise UserError(
@@ -204,9 +219,10 @@ def _resumed(options: TrainOptions) -> Progress:
     )
 
 
-def _recorded(options: TrainOptions) -> dict[str, Any]:
+def _recorded(options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
     """The options that a resumed run must share, as JSON gives them back."""
     recorded = {name: value for name, value in vars(options).items() if name not in _FREE_ON_RESUME}
+    recorded["processes"] = ranks.size
     found: dict[str, Any] = json.loads(json.dumps(recorded, default=str))
     return found
 
@@ -215,11 +231,12 @@ def _state_path(options: TrainOptions) -> Path:
     return options.output.with_name(options.output.name + ".state")
 
 
-def _how_to_resume(options: TrainOptions) -> str:
+def _how_to_resume(options: TrainOptions, ranks: Ranks) -> str:
     if not _state_path(options).exists():
         return "nothing was saved yet; nothing half-written was left behind"
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    return f"saved; continue with: python -m qat.train {shlex.join([*arguments, '--resume'])}"
+    start = "python -m" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} -m"
+    return f"saved; continue with: {start} qat.train {shlex.join([*arguments, '--resume'])}"
 
 
 def _recipes(options: TrainOptions) -> dict[str, Recipe]:
@@ -253,6 +270,7 @@ def _distillation(
         options.distill_temperature,
         options.distill_features,
         stage_ends(network),
+        compute.ranks.share_of(options.batch_size),
     )
 
 

@@ -12,7 +12,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from qat.failures import first_not_finite, fitting_batch
 from qat.log import TrainingLog
 from qat.objective import CrossEntropy
 from qat.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from qat.ranks import averaging_later
 from qat.recipe import Recipe
 
 _STEPS_BETWEEN_LOSS_CHECKS = 16  # on a GPU, where reading the loss waits for it
@@ -75,15 +76,14 @@ class Fit:
         """``phase``: its name in progress lines, in the log and in the seeds."""
         self.phase, self.model, self.data, self.recipe = phase, model, data, recipe
         self.compute, self.workers, self.log = compute, workers, log or TrainingLog(None)
-        self.state = FitState()
-        self.total = batch_count(data.train, recipe.batch_size, training=True)
+        self.ranks, self.state = compute.ranks, FitState()
+        self.total = batch_count(data.train, recipe.batch_size, training=True, ranks=self.ranks)
         self._optimizer = make_optimizer(model, recipe)
         self._scaler = compute.scaler()
         decay = get_ema_multi_avg_fn(recipe.ema)
         self._average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if recipe.ema else None
         self.objective = objective or CrossEntropy(recipe.label_smoothing)
-        self._network = self.objective.network(model)
-        self._forward = compute.forward(self._network)
+        self._forward = compute.forward(self.objective.network(model), self.ranks.share_of(recipe.batch_size))
         self._mix = _mixing(recipe, len(data.class_names))
         self._unchecked: list[Tensor] = []  # batches whose loss nobody has looked at
 
@@ -130,17 +130,17 @@ class Fit:
 
         with _deferred_interrupt() as interrupted:
             while self.state.epoch < self.recipe.epochs:
-                for ends_step in self._epoch():
-                    stopping = interrupted()
-                    if ends_step and self.state.step < self.total:
-                        if stopping or clock.due():
+                for may_stop in self._epoch():
+                    if may_stop:
+                        stopping, saving = self.ranks.any(interrupted(), clock.due())
+                        if stopping or saving:
                             self._check_loss()
                             save_now()
                         if stopping:
                             raise Interrupted
                 self._end_epoch()
-                stopping = interrupted()
-                if stopping or clock.due():
+                stopping, saving = self.ranks.any(interrupted(), clock.due())
+                if stopping or saving:
                     save_now()
                 if stopping:
                     raise Interrupted
@@ -149,25 +149,33 @@ class Fit:
         return self.state
 
     def _epoch(self) -> Iterator[bool]:
-        """Trains on the batches that are left of the epoch; whether each has ended a step of the optimizer."""
+        """Trains on the batches that are left of the epoch; after each, whether the run may be stopped there."""
         state, recipe = self.state, self.recipe
         self._set_mode()
         self._optimizer.zero_grad(set_to_none=True)
         with progress(f"{self.phase} epoch {state.epoch + 1}/{recipe.epochs}", self.total) as task:
             task.advance(state.step)
             steps = batches(
-                self.data.train, recipe.batch_size, recipe.seed, state.epoch, state.step, self.workers, training=True
+                self.data.train,
+                recipe.batch_size,
+                recipe.seed,
+                state.epoch,
+                state.step,
+                self.workers,
+                training=True,
+                ranks=self.ranks,
             )
             note, logged, start = "", (state.step, float(state.loss_sum)), time.perf_counter()
             self._unchecked.clear()
             for x_NCHW, labels in steps:
-                torch.manual_seed(_step_seed(recipe.seed, self.phase, state.epoch, state.step))
+                torch.manual_seed(_step_seed(recipe.seed, self.phase, state.epoch, state.step, self.ranks.rank))
                 ends_step = (state.step + 1) % recipe.accumulate == 0 or state.step + 1 == self.total
                 loss = self._step_that_fits(x_NCHW, labels, ends_step)
                 state.step += 1
                 state.loss_sum = state.loss_sum + loss
                 self._unchecked.append(x_NCHW)
-                if state.step % _STEPS_BETWEEN_LOSS_CHECKS == 0 or state.step == self.total:
+                checked = state.step % _STEPS_BETWEEN_LOSS_CHECKS == 0 or state.step == self.total
+                if checked:
                     loss_sum, seconds = self._check_loss(), time.perf_counter() - start
                     note, steps_taken = f"loss {loss_sum / state.step:.3f}", state.step - logged[0]
                     figures = {
@@ -178,7 +186,7 @@ class Fit:
                     self.log.add(self.phase, self._steps_done(), figures)
                     logged, start = (state.step, loss_sum), time.perf_counter()
                 task.advance(note=note)
-                yield ends_step
+                yield ends_step and state.step < self.total and (checked or self.ranks.size == 1)
 
     def _step_that_fits(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:
         """``_step``. Raises UserError where the GPU's memory does not do for it."""
@@ -197,13 +205,14 @@ class Fit:
         targets = labels.to(self.compute.device, non_blocking=True)
         if self._mix is not None:
             x, targets = self._mix(x, targets)
-        whole = len(x) == recipe.batch_size  # compiled for that size alone
-        with self.compute.autocast():
-            output = (self._forward if whole else self._network)(x)
-        loss = self.objective(output, targets, x)
-        if loss.device.type == "cpu" and not loss.detach().isfinite():
-            return loss.detach()  # the weights stay as they are; on a GPU the scaler sees to it without waiting
-        self._scaler.scale(loss * (len(x) / self._images_of_step(first))).backward()
+        share = self.ranks.size * len(x) / self._images_of_step(first)  # of which the mean over processes is taken
+        with nullcontext() if ends_step else averaging_later(self._forward):
+            with self.compute.autocast():
+                output = self._forward(x)
+            loss = self.objective(output, targets, x)
+            if loss.device.type == "cpu" and self.ranks.size == 1 and not loss.detach().isfinite():
+                return loss.detach()  # the weights stay as they are; on a GPU the scaler sees to it without waiting
+            self._scaler.scale(loss * share).backward()
         if ends_step:
             if recipe.clip_norm:
                 self._scaler.unscale_(optimizer)
@@ -231,11 +240,11 @@ class Fit:
                     module.eval()
 
     def _check_loss(self) -> float:
-        """The sum of the epoch's losses so far, which waits for the GPU.
+        """The sum of the epoch's losses so far, the mean over all processes, which waits for the GPU.
 
         Raises UserError when it is not finite, or when steps were left out because their gradients were not.
         """
-        self.state.loss_sum = float(self.state.loss_sum)
+        self.state.loss_sum = self.ranks.mean(float(self.state.loss_sum))
         if not math.isfinite(self.state.loss_sum):
             raise self._diverged(f"the loss became {self.state.loss_sum}")
         if self._scaler.is_enabled() and self._scaler.get_scale() < self.compute.least_scale:
@@ -250,6 +259,8 @@ class Fit:
     def _end_epoch(self) -> None:
         """Validates, keeps the best weights, moves the state to the next epoch."""
         state, recipe = self.state, self.recipe
+        for model in dict.fromkeys((self.model, self.result)):  # in one order in all processes
+            self.ranks.take_buffers_of_first(model)
         measured = evaluate(self.result, self.data.validation, self.data, recipe.batch_size, self.compute, self.workers)
         train_loss = float(state.loss_sum) / max(self.total, 1)
         scores = {"train_loss": train_loss, "validation_top1": measured.top1, "validation_loss": measured.loss}
@@ -323,8 +334,8 @@ class _Clock:
         return time.monotonic() - self.last >= self.seconds
 
 
-def _step_seed(seed: int, phase: str, epoch: int, step: int) -> int:
-    return (seed * 1_000_003 + sum(phase.encode()) * 7_919 + epoch * 104_729 + step) % 2**63
+def _step_seed(seed: int, phase: str, epoch: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + sum(phase.encode()) * 7_919 + epoch * 104_729 + step + rank * 15_485_863) % 2**63
 
 
 @contextmanager

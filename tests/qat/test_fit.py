@@ -193,9 +193,12 @@ def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
     compute = Compute(torch.device("cpu"), compiled=True)
 
     class Counting(Compute):
-        def forward(self, network: nn.Module) -> Any:
-            forward = compute.forward(network)
-            return lambda x: calls.append(len(x)) or forward(x)
+        def forward(self, network: nn.Module, images: int) -> Any:
+            made = compute.forward(network, images)
+            whole = made.whole
+            del made.whole
+            made.whole = lambda x: calls.append(len(x)) or whole(x)
+            return made
 
     states = [fitted(plain, data, lr=1e-4), fitted(compiled, data, Counting(torch.device("cpu")), lr=1e-4)]
     assert calls == [9, 9]
@@ -331,7 +334,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_figures_are_logged_as_lines_and_for_tensorboard(trained: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    run(TrainOptions(**tiny.options(trained, output=tmp_path / "model.qat", log=log)))
+    run(TrainOptions(**tiny.options(trained, output=tmp_path / "model.qat", log_folder=log)))
     lines = [json.loads(line) for line in (log / "train.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["step"]) for line in lines] == [
         (phase, step) for phase in ("float", "qat") for step in (9, 9, 18, 18)
@@ -355,7 +358,7 @@ def test_a_resumed_run_takes_out_what_was_logged_after_the_state(tmp_path: Path)
     log.close()
     with open(tmp_path / "train.jsonl", "a", encoding="utf-8") as file:
         file.write('{"phase": "qat", "st')  # killed in the middle of a line
-    with pytest.raises(UserError, match=r"train\.jsonl is the log of another run: give --log another folder"):
+    with pytest.raises(UserError, match=r"train\.jsonl is the log of another run: give --log-folder another folder"):
         TrainingLog(tmp_path)
     TrainingLog(tmp_path, resumed=True).begin("qat", 9)
     lines = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
