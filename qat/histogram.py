@@ -33,6 +33,16 @@ _KERNELS = """
 #define LARGEST %.9ef
 #define SMALLEST_LIMIT %.9ef
 
+// Floats that are not negative have the order of their bits; NaN's are above those of all numbers.
+extern "C" __global__ void extreme(const float* x, int size, unsigned int* largest) {
+    unsigned int found = 0;
+    long long stride = (long long)gridDim.x * blockDim.x;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += stride)
+        found = max(found, __float_as_uint(fabsf(x[i])));
+    for (int lanes = 16; lanes; lanes /= 2) found = max(found, __shfl_xor_sync(0xffffffff, found, lanes));
+    if ((threadIdx.x & 31) == 0) atomicMax(largest, found);
+}
+
 // One block. As many doublings of the limit as ``largest`` needs; each merges two bins.
 extern "C" __global__ void grow(const float* largest, float* limit, unsigned long long* counts) {
     __shared__ unsigned long long merged[BINS];
@@ -69,7 +79,7 @@ extern "C" __global__ void count(const float* x, int size, const float* limit, u
     for (int j = threadIdx.x; j < BINS; j += blockDim.x)
         if (found[j]) atomicAdd(&counts[j], (unsigned long long)found[j]);
 }
-"""
+""" % (BINS, LARGEST, SMALLEST_LIMIT)
 
 
 class HistogramObserver(nn.Module):
@@ -102,11 +112,12 @@ class HistogramObserver(nn.Module):
         """Counts ``x``: any shape, memory layout and floating-point type. Ask ``check_finite`` before using counts."""
         self.seen = True
         x = _flat(x.detach()).float()
-        low, high = torch.aminmax(x)
-        torch.maximum(self.largest, torch.maximum(-low, high), out=self.largest)
         if x.is_cuda:
             _count_on_gpu(x, self.largest, self.limit, self.counts)
-        elif self.largest <= LARGEST:  # not when it is NaN
+            return
+        low, high = torch.aminmax(x)
+        torch.maximum(self.largest, torch.maximum(-low, high), out=self.largest)
+        if self.largest <= LARGEST:  # not when it is NaN
             self.grow(self.largest.item())
             self._count(x if low >= 0 else x.abs())
 
@@ -156,18 +167,22 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _count_on_gpu(x: Tensor, largest: Tensor, limit: Tensor, counts: Tensor) -> None:
-    grow, count = _kernels(x.device)
-    blocks = _BLOCKS_PER_PROCESSOR * torch.cuda.get_device_properties(x.device).multi_processor_count
+    extreme, grow, count, blocks = _kernels(x.device)
+    many, one = {"grid": (blocks, 1, 1), "block": (_THREADS, 1, 1)}, {"grid": (1, 1, 1), "block": (_THREADS, 1, 1)}
+    parts = x.split(2**30) if x.numel() > 2**30 else (x,)
     with torch.cuda.device(x.device):
-        grow(grid=(1, 1, 1), block=(_THREADS, 1, 1), args=[largest, limit, counts])
-        for part in x.split(2**30):
-            count(grid=(blocks, 1, 1), block=(_THREADS, 1, 1), args=[part, part.numel(), limit, counts])
+        for part in parts:
+            extreme(**many, args=[part, part.numel(), largest])
+        grow(**one, args=[largest, limit, counts])
+        for part in parts:
+            count(**many, args=[part, part.numel(), limit, counts])
 
 
 @lru_cache(maxsize=16)
-def _kernels(device: torch.device) -> tuple[Any, Any]:
-    source = _KERNELS % (BINS, LARGEST, SMALLEST_LIMIT)
+def _kernels(device: torch.device) -> tuple[Any, Any, Any, int]:
+    """extreme, grow, count; and in how many blocks the first and the last run."""
     with torch.cuda.device(device):
         # Underscored, but there in every version that pyproject.toml admits; Triton's histogram is ten times as slow.
-        compiled = [torch.cuda._compile_kernel(source, name) for name in ("grow", "count")]
-    return compiled[0], compiled[1]
+        extreme, grow, count = (torch.cuda._compile_kernel(_KERNELS, name) for name in ("extreme", "grow", "count"))
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return extreme, grow, count, _BLOCKS_PER_PROCESSOR * processors

@@ -114,7 +114,9 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     gpu = device.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        # Otherwise torch.compile cuts the network into pieces, each compiled for itself, to send gradients earlier.
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 
