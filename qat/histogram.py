@@ -28,11 +28,12 @@ EXACT_COUNT = 2**24
 LARGEST, SMALLEST_LIMIT = torch.finfo(torch.float32).max / 2, BINS * SCALE_FLOOR
 
 _THREADS, _BLOCKS_PER_PROCESSOR = 1024, 2
+_CONSTANTS = f"""
+#define BINS {BINS}
+#define LARGEST {LARGEST:.9e}f
+#define SMALLEST_LIMIT {SMALLEST_LIMIT:.9e}f
+"""
 _KERNELS = """
-#define BINS %d
-#define LARGEST %.9ef
-#define SMALLEST_LIMIT %.9ef
-
 // Floats that are not negative have the order of their bits; NaN's are above those of all numbers.
 extern "C" __global__ void extreme(const float* x, int size, unsigned int* largest) {
     unsigned int found = 0;
@@ -79,7 +80,7 @@ extern "C" __global__ void count(const float* x, int size, const float* limit, u
     for (int j = threadIdx.x; j < BINS; j += blockDim.x)
         if (found[j]) atomicAdd(&counts[j], (unsigned long long)found[j]);
 }
-""" % (BINS, LARGEST, SMALLEST_LIMIT)
+"""
 
 
 class HistogramObserver(nn.Module):
@@ -183,6 +184,8 @@ def _kernels(device: torch.device) -> tuple[Any, Any, Any, int]:
     """extreme, grow, count; and in how many blocks the first and the last run."""
     with torch.cuda.device(device):
         # Underscored, but there in every version that pyproject.toml admits; Triton's histogram is ten times as slow.
-        extreme, grow, count = (torch.cuda._compile_kernel(_KERNELS, name) for name in ("extreme", "grow", "count"))
+        extreme, grow, count = (
+            torch.cuda._compile_kernel(_CONSTANTS + _KERNELS, name) for name in ("extreme", "grow", "count")
+        )
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return extreme, grow, count, _BLOCKS_PER_PROCESSOR * processors
