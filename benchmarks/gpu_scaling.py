@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_scaling [--batch 256] [--json FILE]
     torchrun --nproc-per-node 2 -m benchmarks.gpu_scaling [--batch 256] [--json FILE]
 
-ResNet50, 224 px, bfloat16, channels last, compiled, ``--batch`` images on each GPU; steps as qat.trainer.Fit takes them.
+ResNet50, 224 px, bfloat16, channels last, compiled, ``--batch`` images on each GPU, steps as those of qat.trainer.Fit.
 Median of blocks of steps without a pause between them.
 """
 
