@@ -41,7 +41,7 @@ class Step:
     def __init__(self, make: Callable[[], nn.Module], compute: Compute, images: int) -> None:
         torch.manual_seed(0)
         self.compute, model = compute, compute.place(make()).train()
-        self.forward = compute.forward(model, images)
+        self.forward = compute.forward(model, images, STEPS * ROUNDS)
         recipe = Recipe(1, 1e-5, "cosine", 256, 1e-2, 0.0, 0)
         self.optimizer, self.scaler = make_optimizer(model, recipe), compute.scaler()
         self.milliseconds: list[float] = []

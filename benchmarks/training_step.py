@@ -37,7 +37,7 @@ def main() -> None:
     for module in models["quantized"].modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(4.0)
-    forwards = {name: Compute(torch.device("cpu")).forward(model, BATCH) for name, model in models.items()}
+    forwards = {name: Compute(torch.device("cpu")).forward(model, BATCH, STEPS) for name, model in models.items()}
     optimizers = {name: torch.optim.AdamW(model.parameters(), 1e-4) for name, model in models.items()}
     x, labels = torch.randn(BATCH, 3, PIXELS, PIXELS), torch.randint(0, 10, (BATCH,))
     seconds: dict[str, list[float]] = {name: [] for name in models}

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qat.artifact import UserError, one_line
+from qat.imported_ranges import split_ranges
 from qat.sources import did_you_mean
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
@@ -77,8 +78,10 @@ def build_model(spec: ModelSpec) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, weights: str) -> str:
-    """Loads ``weights`` into ``model``, which ``build_model`` built; returns a line that says what was loaded.
+def load_weights(model: nn.Module, weights: str) -> tuple[str, dict[str, Tensor]]:
+    """Loads ``weights`` into ``model``, which ``build_model`` built.
+
+    Returns a line that says what was loaded, and the ranges of a checkpoint of pytorch-quantization.
 
     Args:
         weights: a .safetensors file, a .pth or .pt file that holds a state dict (nothing else is unpickled), or
@@ -92,6 +95,7 @@ def load_weights(model: nn.Module, weights: str) -> str:
         found = _state_dict(path)
     else:
         found = _torchvision_weights(getattr(model, _NAME, ""), weights)
+    found, ranges = split_ranges(found)
     if getattr(model, "aux_logits", None) is False:
         found = {key: tensor for key, tensor in found.items() if not key.startswith(_AUXILIARY)}
     own = model.state_dict()
@@ -102,9 +106,10 @@ def load_weights(model: nn.Module, weights: str) -> str:
     fitting = {key: tensor for key, tensor in found.items() if not _belongs(key, head)}
     model.load_state_dict(own | fitting)
     if not head:
-        return f"weights: {weights}"
+        return f"weights: {weights}", ranges
     then, now = (len(tensors[f"{head}.weight"]) for tensors in (found, own))
-    return f"weights: {weights}, but for {head}: {then} classes there, {now} here, so it starts at random"
+    line = f"weights: {weights}, but for {head}: {then} classes there, {now} here, so it starts at random"
+    return line, ranges
 
 
 # --- builders

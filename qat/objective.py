@@ -51,13 +51,14 @@ class Distillation(CrossEntropy):
         feature_weight: float,
         points: Sequence[str],
         images: int,
+        steps: int,
     ) -> None:
-        """``points``: tensors that the graphs of teacher and student both have, by name; ``images``: of a batch."""
+        """``points``: tensors that both graphs have, by name; ``images``, ``steps``: of a batch, and how many."""
         super().__init__(label_smoothing)
         self.weight, self.temperature, self.feature_weight = weight, temperature, feature_weight
         self.points = tuple(points) if feature_weight else ()
         self.compute = compute
-        self._teacher = compute.forward(self.network(teacher.eval().requires_grad_(False)), images)
+        self._teacher = compute.forward(self.network(teacher.eval().requires_grad_(False)), images, steps)
 
     def network(self, model: nn.Module) -> nn.Module:
         """Gives the tensors of ``points`` beside the logits."""

@@ -20,7 +20,8 @@ class TrainOptions(Command):
     output: Path = Path("runs/model.qat")
     """The checkpoint to write; its sidecar is written beside it."""
     weights: str | None = None
-    """Pretrained weights: a name that torchvision knows (IMAGENET1K_V2), a .safetensors or a .pth file."""
+    """Pretrained weights: a name that torchvision knows (IMAGENET1K_V2), a .safetensors or a .pth file; the ranges of a
+    checkpoint of pytorch-quantization are taken over."""
     image_size: int | None = None
     """Height and width of the network's input in pixels; by default what suits the data."""
     float_epochs: int = 8
@@ -37,6 +38,9 @@ class TrainOptions(Command):
     """As for the float training."""
     freeze_norms_after: int | None = None
     """Epochs of the fine-tuning after which the statistics of batch normalization stay as they are."""
+    progressive: int = 0
+    """Epochs of the fine-tuning at its start in which only a part of the network is quantized, from the input on, and
+    more of it in each; must be below --qat-epochs."""
     learn_ranges: bool = False
     """Learn the ranges of weights and activations in the fine-tuning too (LSQ), from those that calibration found."""
     ranges_lr: float = 10.0
@@ -79,7 +83,8 @@ class TrainOptions(Command):
     amp: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type that training computes convolutions in; quantization stays float32. auto: bfloat16 on a GPU."""
     compile: bool | None = None
-    """Whether torch.compile compiles the training step; by default on a GPU."""
+    """Whether torch.compile compiles the training step, which takes about a minute; by default on a GPU, for 1000 steps
+    or more."""
     workers: int = 2
     """Processes that decode images, for data sets that do not fit in memory."""
     data_root: Path = Path("data")

@@ -17,7 +17,7 @@ _LEAST = {
     "weight_decay": 0,
     "label_smoothing": 0,
     "accumulate": 1,
-} | dict.fromkeys(("clip_norm", "mixup", "cutmix", "ema", "ranges_lr"), 0)
+} | dict.fromkeys(("clip_norm", "mixup", "cutmix", "ema", "ranges_lr", "progressive"), 0)
 _MOST = {"label_smoothing": 1.0, "ema": 0.999999}
 
 
@@ -47,6 +47,8 @@ class Recipe:
     """How many times the learning rate of the weights that of learned ranges is."""
     freeze_norms_after: int | None = None
     """Epochs after which the statistics of batch normalization no longer follow the batches; None: never."""
+    progressive: int = 0
+    """Epochs at the start in which a part of the network is quantized, from the input on, more of it in each."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -55,6 +57,15 @@ class Recipe:
         for name, most in _MOST.items():
             if getattr(self, name) > most:
                 raise UserError(f"{name} must be at most {most}, got {getattr(self, name)}: correct the option")
+        if self.progressive >= max(self.epochs, 1):
+            raise UserError(
+                f"progressive must be below the {self.epochs} epochs of the fine-tuning, got {self.progressive}: "
+                "in the last ones all is quantized"
+            )
+
+    def quantized_share(self, epoch: int) -> float:
+        """How much of the network is quantized in an epoch, counted from 0."""
+        return min((epoch + 1) / (self.progressive + 1), 1.0)
 
     def lr_at(self, done: float) -> float:
         """The learning rate when the fraction ``done`` in [0, 1] of the phase is over."""

@@ -25,6 +25,7 @@ from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.compute import Compute, exact_float32
 from qat.console import progress, say, speaking, table, warn
 from qat.data import Data, batch_count, batches, load_data
+from qat.imported_ranges import set_imported_ranges
 from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
@@ -82,8 +83,14 @@ def _run(options: TrainOptions, compute: Compute) -> int:
     torch.manual_seed(options.seed)
     spec = ModelSpec(options.model, len(data.class_names))
     model = build_model(spec)
+    ranges: dict[str, Tensor] = {}
     if options.weights is not None:
-        say(load_weights(model, options.weights))
+        line, ranges = load_weights(model, options.weights)
+        say(line)
+    if ranges and options.float_epochs:
+        raise UserError(
+            "the weights come with ranges of activations, which float training would invalidate: give --float-epochs 0"
+        )
     # What cannot be quantized, or not as asked for, is refused now, not after hours of float training.
     network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width))
     _check_logits(options.model, network, len(data.class_names))
@@ -98,6 +105,8 @@ def _run(options: TrainOptions, compute: Compute) -> int:
                 reached.teacher = copy.deepcopy(model).state_dict()
             prepared = prepare(model, placement)
             trainer.calibrate(prepared)
+            for line in set_imported_ranges(prepared, ranges) if ranges else ():
+                say(line)
             reached.figures["ptq"] = trainer.test("post-training quantization", prepared)
             if options.learn_ranges:
                 learn_ranges(prepared)
@@ -105,9 +114,12 @@ def _run(options: TrainOptions, compute: Compute) -> int:
             trainer.save(prepared, FitState(), {})
         else:
             prepared = prepare(model, placement)
+            if ranges:
+                set_imported_ranges(prepared, ranges)  # the same weights' ranges are fixed as then
             if options.learn_ranges:
                 learn_ranges(prepared)
-        objective = _distillation(options, compute, spec, network, reached.teacher)
+        steps = options.qat_epochs * batch_count(data.train, options.batch_size, training=True, ranks=compute.ranks)
+        objective = _distillation(options, compute, spec, network, reached.teacher, steps)
         prepared = trainer.fit("qat", compute.place(prepared), recipes["qat"], objective)
         reached.figures["qat"] = trainer.test("quantization-aware training", prepared)
     except KeyboardInterrupt as interrupt:
@@ -246,7 +258,7 @@ def _recipes(options: TrainOptions) -> dict[str, Recipe]:
     }
     mixing: dict[str, Any] = {"mixup": options.mixup, "cutmix": options.cutmix}
     qat: dict[str, Any] = {"schedule": options.qat_schedule, "freeze_norms_after": options.freeze_norms_after}
-    qat["ranges_lr"] = options.ranges_lr
+    qat |= {"ranges_lr": options.ranges_lr, "progressive": options.progressive}
     return {
         "float": Recipe(
             epochs=options.float_epochs, lr=options.float_lr, schedule=options.float_schedule, **common, **mixing
@@ -256,7 +268,12 @@ def _recipes(options: TrainOptions) -> dict[str, Recipe]:
 
 
 def _distillation(
-    options: TrainOptions, compute: Compute, spec: ModelSpec, network: Network, weights: Mapping[str, Tensor]
+    options: TrainOptions,
+    compute: Compute,
+    spec: ModelSpec,
+    network: Network,
+    weights: Mapping[str, Tensor],
+    steps: int,
 ) -> Distillation | None:
     if not weights:
         return None
@@ -271,6 +288,7 @@ def _distillation(
         options.distill_features,
         stage_ends(network),
         compute.ranks.share_of(options.batch_size),
+        steps,
     )
 
 

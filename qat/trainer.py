@@ -30,6 +30,7 @@ from qat.failures import first_not_finite, fitting_batch
 from qat.log import TrainingLog
 from qat.objective import CrossEntropy
 from qat.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from qat.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.ranks import averaging_later
 from qat.recipe import Recipe
 
@@ -83,7 +84,9 @@ class Fit:
         decay = get_ema_multi_avg_fn(recipe.ema)
         self._average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if recipe.ema else None
         self.objective = objective or CrossEntropy(recipe.label_smoothing)
-        self._forward = compute.forward(self.objective.network(model), self.ranks.share_of(recipe.batch_size))
+        self._forward = compute.forward(
+            self.objective.network(model), self.ranks.share_of(recipe.batch_size), steps=recipe.epochs * self.total
+        )
         self._mix = _mixing(recipe, len(data.class_names))
         self._unchecked: list[Tensor] = []  # batches whose loss nobody has looked at
 
@@ -231,8 +234,10 @@ class Fit:
         return min(self.recipe.accumulate * size, in_epoch - first * size)
 
     def _set_mode(self) -> None:
-        """Training mode; normalizations whose statistics are frozen are in evaluation mode."""
+        """Training mode; normalizations whose statistics are frozen are in evaluation mode; quantizers on or off."""
         self.model.train()
+        for model in (self.model, self.result):
+            _quantize_part(model, self.recipe.quantized_share(self.state.epoch))
         after = self.recipe.freeze_norms_after
         if after is not None and self.state.epoch >= after:
             for module in self.model.modules():
@@ -267,7 +272,8 @@ class Fit:
         state.history.append(scores)
         self.log.add(self.phase, self._steps_done(), scores)
         # On a small validation split several epochs tie in accuracy; the loss decides among them.
-        if (measured.top1, -measured.loss) > (state.best_top1, -state.best_loss):
+        better = (measured.top1, -measured.loss) > (state.best_top1, -state.best_loss)
+        if better and recipe.quantized_share(state.epoch) == 1:
             state.best_epoch, state.best_top1, state.best_loss = state.epoch, measured.top1, measured.loss
             state.best_weights = {name: value.detach().clone() for name, value in self.result.state_dict().items()}
         say(f"{self.phase} epoch {state.epoch + 1}/{recipe.epochs}: loss {train_loss:.4f}, validation {measured}")
@@ -303,6 +309,14 @@ class Fit:
         times = -(-recipe.batch_size * recipe.accumulate // fits)
         made = f"which makes steps of {fits * times} images"
         return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times}, {made}")
+
+
+def _quantize_part(model: nn.Module, share: float) -> None:
+    """Turns on the first ``share`` of the quantizers of weights, and of activations, and the others off."""
+    for kind in (WeightQuantizer, ActivationQuantizer):
+        quantizers = [module for module in model.modules() if isinstance(module, kind)]
+        for index, quantizer in enumerate(quantizers):
+            quantizer.enabled = index < share * len(quantizers)
 
 
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

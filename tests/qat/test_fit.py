@@ -29,6 +29,7 @@ from qat.failures import first_not_finite
 from qat.log import TrainingLog
 from qat.options import TrainOptions
 from qat.prepare import prepare
+from qat.quantizer import WeightQuantizer
 from qat.recipe import Recipe
 from qat.run import run
 from qat.trainer import Fit, FitState
@@ -193,8 +194,8 @@ def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
     compute = Compute(torch.device("cpu"), compiled=True)
 
     class Counting(Compute):
-        def forward(self, network: nn.Module, images: int) -> Any:
-            made = compute.forward(network, images)
+        def forward(self, network: nn.Module, images: int, steps: int) -> Any:
+            made = compute.forward(network, images, steps)
             whole = made.whole
             del made.whole
             made.whole = lambda x: calls.append(len(x)) or whole(x)
@@ -209,6 +210,33 @@ def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
 def test_on_a_cpu_auto_changes_nothing() -> None:
     assert Compute.of("cpu") == CPU
     assert Compute.of("cpu", "bfloat16", True) == Compute(torch.device("cpu"), torch.bfloat16, compiled=True)
+
+
+@pytest.mark.parametrize(("compiled", "steps", "expected"), [(None, 999, False), (None, 1000, True), (True, 1, True)])
+def test_a_network_is_compiled_where_that_pays(compiled: bool | None, steps: int, expected: bool) -> None:
+    forward = Compute(torch.device("cpu"), compiled=compiled).forward(linear(), 9, steps)
+    assert hasattr(forward, "whole") == expected
+
+
+def test_quantization_progresses_from_the_input_on(model: nn.Module, data: Data) -> None:
+    prepared = prepare(model, input_shape=(3, 16, 16))
+    calibrate(prepared, [torch.randn(8, 3, 16, 16)], "max")
+    seen = []
+
+    class Watching(Fit):
+        def _end_epoch(self) -> None:
+            for one in (self.model, self.result):
+                on = [m.enabled for m in one.modules() if isinstance(m, WeightQuantizer)]
+                assert on == sorted(on, reverse=True)
+                seen.append(sum(on) / len(on))
+            super()._end_epoch()
+
+    fit = Watching("qat", prepared, data, recipe(epochs=4, progressive=2, lr=1e-4, ema=0.5), CPU)
+    state = fit.run(lambda: None, 3600)
+    assert seen == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1, 1])
+    assert state.best_epoch >= 2  # what was measured before is of another network
+    with pytest.raises(UserError, match="progressive must be below the 2 epochs of the fine-tuning, got 2"):
+        recipe(epochs=2, progressive=2)
 
 
 def test_channels_last(model: nn.Module, data: Data) -> None:

@@ -145,7 +145,7 @@ def test_weights_from_a_file(net_file: Path, tmp_path: Path, suffix: str) -> Non
     given, model = build_net(net_file), build_net(net_file)
     path = tmp_path / f"w.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(given.state_dict(), path)
-    assert str(path) in load_weights(model, str(path))
+    assert str(path) in load_weights(model, str(path))[0]
     assert equal(given.state_dict(), model.state_dict())
 
 
@@ -162,7 +162,7 @@ def test_classifier_of_another_class_count_stays_random(net_file: Path, tmp_path
     given, model = build_net(net_file, 10), build_net(net_file, 4)
     torch.save(given.state_dict(), tmp_path / "w.pth")
     head = model.get_parameter("3.weight").clone()
-    note = load_weights(model, str(tmp_path / "w.pth"))
+    note, _ = load_weights(model, str(tmp_path / "w.pth"))
     assert "but for 3: 10 classes there, 4 here" in note
     assert torch.equal(model.get_parameter("3.weight"), head)
     assert torch.equal(model.get_parameter("0.weight"), given.get_parameter("0.weight"))
@@ -185,7 +185,7 @@ def test_weights_by_name_come_through_torchvision(tmp_path: Path, monkeypatch: p
     torch.save(given.state_dict(), cached)
     for weights in ("DEFAULT", "IMAGENET1K_V1", "SqueezeNet1_1_Weights.IMAGENET1K_V1"):
         model = build_model(ModelSpec("squeezenet1_1", 4))
-        assert "1000 classes there, 4 here" in load_weights(model, weights)
+        assert "1000 classes there, 4 here" in load_weights(model, weights)[0]
         assert torch.equal(model.get_parameter("features.0.weight"), given.get_parameter("features.0.weight"))
 
 

@@ -49,7 +49,9 @@ def test_the_loss_by_hand(model: nn.Module) -> None:
     logits, x, labels = torch.randn(4, 3), torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     teacher = trace(model)
     tensor = torch.randn(4, 8, 8, 8)
-    loss = Distillation(teacher, CPU, 0.1, weight=0.3, temperature=2.0, feature_weight=0.5, points=["conv2"], images=4)
+    loss = Distillation(
+        teacher, CPU, 0.1, weight=0.3, temperature=2.0, feature_weight=0.5, points=["conv2"], images=4, steps=9
+    )
     with torch.no_grad():
         wanted, (wanted_tensor,) = with_tensors(teacher, ["conv2"])(x)
     hard = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
@@ -64,7 +66,7 @@ def test_the_loss_by_hand(model: nn.Module) -> None:
 
 def test_the_teacher_does_not_learn(model: nn.Module) -> None:
     loss = Distillation(
-        trace(model), CPU, 0.0, weight=1.0, temperature=1.0, feature_weight=0.0, points=["conv2"], images=4
+        trace(model), CPU, 0.0, weight=1.0, temperature=1.0, feature_weight=0.0, points=["conv2"], images=4, steps=9
     )
     assert loss.points == ()
     logits = torch.randn(4, 3, requires_grad=True)
