@@ -48,9 +48,9 @@ def set_imported_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Tensor]) 
             if key in ranges and ranges[key].numel() == 1:
                 used.add(key)
                 found[tensor.quantizer].append(ranges[key].float().reshape(()))
-    for name, amax in found.items():
-        if amax:
-            quantizers[name].amax.copy_(torch.stack(amax).max())
+    for name, values in found.items():
+        if values:
+            quantizers[name].amax.copy_(torch.stack(values).max())
     weights = 0
     for path, weight, quantizer in weights_and_quantizers(prepared):
         key = path.removesuffix(".weight_quantizer") + _WEIGHT
@@ -61,10 +61,9 @@ def set_imported_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Tensor]) 
             amax = ranges[key].float().flatten().expand(len(follows)).to(follows.device)
             if not torch.allclose(amax, follows, rtol=1e-3):
                 quantizer.fix(amax)
-    lacking = [name for name, amax in found.items() if not amax]
-    lines = [
-        f"ranges of {len(found) - len(lacking)} of {len(found)} tensors and {weights} weights are the checkpoint's"
-    ]
+    lacking = [name for name, values in found.items() if not values]
+    tensors = f"{len(found) - len(lacking)} of {len(found)} tensors"
+    lines = [f"ranges of {tensors} and {weights} weights are the checkpoint's"]
     if lacking:
         lines.append(f"not in the checkpoint, calibrated here: {', '.join(lacking)}")
     if unused := [key for key in ranges if key not in used]:

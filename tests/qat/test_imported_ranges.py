@@ -78,10 +78,8 @@ def test_what_is_missing_is_named_and_keeps_its_range() -> None:
     prepared = prepare(model, input_shape=(3, 64, 64))
     lines = set_imported_ranges(prepared, split_ranges(state)[1])
     lacking = [name for name, quantizer in activation_quantizers(prepared).items() if quantizer.amax.isnan()]
-    assert lacking == ["layer2_0_downsample_1", "layer3_0_downsample_1", "layer4_0_downsample_1"] + [
-        "layer4_1_relu_1",
-        "flatten",
-    ]
+    shortcuts = [f"layer{stage}_0_downsample_1" for stage in (2, 3, 4)]
+    assert lacking == [*shortcuts, "layer4_1_relu_1", "flatten"]
     assert lines[1] == f"not in the checkpoint, calibrated here: {', '.join(lacking)}"
     assert lines[2].endswith("quantized there: fc._input_quantizer._amax")
 
