@@ -41,6 +41,7 @@ from qat.trainer import Fit, FitState
 if TYPE_CHECKING:
     from qat.options import TrainOptions
 
+_FEW_IMAGES = 16  # fewer show too little of what a network will see
 # Options that may differ between a run and its resumption: they do not change the result.
 _FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root", "log_folder")
 
@@ -180,6 +181,8 @@ class _Trainer:
     def calibrate(self, prepared: nn.Module) -> None:
         """Sets the activation ranges from the calibration split."""
         images = self.data.calibration
+        if len(images) < _FEW_IMAGES:
+            warn(f"only {len(images)} images to calibrate on: ranges may not hold for others; add training images")
         with progress("calibrating", batch_count(images, self.options.batch_size)) as task:
             inputs = (
                 self.data.preprocessing.normalize(self.compute.images(x_NCHW))

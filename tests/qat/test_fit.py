@@ -453,3 +453,12 @@ def test_evaluation_is_exact_float32(model: nn.Module, data: Data) -> None:
     evaluate(model, data.validation, data, 9, CPU)
     assert set(seen) == {("ieee", "ieee")}
     assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+@pytest.mark.parametrize(("images", "warned"), [(15, True), (16, False)])
+def test_few_calibration_images_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], images: int, warned: bool
+) -> None:
+    options = {"output": tmp_path / "model.qat", "calibration_images": images, "float_epochs": 0, "qat_epochs": 0}
+    run(TrainOptions(**tiny.options(tmp_path, **options)))
+    assert (f"only {images} images to calibrate on" in capsys.readouterr().err) == warned
