@@ -83,7 +83,7 @@ def observe(
     given, varied = ranks.any(bool(extremes), not constant)
     if not given:
         raise UserError("calibration got no images: give a calibration split of at least one batch")
-    if not varied and ranks.size == 1:
+    if not varied:
         raise UserError(
             "all calibration images are one constant: ranges from them hold for nothing else; give real images"
         )
@@ -99,22 +99,26 @@ def _ranged(
     Limits only double, so histograms that start from one limit have bins that merge into each other's. All send the
     same two messages, here and in ``merge``, however many batches each has.
     """
-    if ranks.size > 1:
+    if ranks.size > 1 and observers:
         rest = iter(batches)
         first = next(rest, None)
         if first is not None:
             model(first)
         found = list(observers.values())
-        largest = ranks.largest(torch.stack([observer.largest for observer in found]))
-        for observer, value in zip(found, largest.tolist(), strict=True):
-            observer.start(value)
+        # Infinity for NaN, of which no maximum is certain: so all raise the same error.
+        ours = torch.stack([observer.largest for observer in found]).nan_to_num(nan=math.inf, posinf=math.inf)
+        for observer, value in zip(found, ranks.largest(ours).tolist(), strict=True):
+            observer.largest.fill_(value)
+        check_finite(found)
+        for observer in found:
+            observer.start(observer.largest.item())
         batches = rest if first is None else chain([first], rest)
     yield from batches
 
 
 def merge(observers: Sequence[HistogramObserver], ranks: Ranks) -> None:
     """Gives the observers of every process what those of all have seen."""
-    if ranks.size == 1:
+    if ranks.size == 1 or not observers:
         return
     ours = torch.stack([torch.stack([o.limit, o.largest, o.limit.new_tensor(float(o.seen))]) for o in observers])
     for observer, (limit, largest, seen) in zip(observers, ranks.largest(ours).tolist(), strict=True):

@@ -105,7 +105,7 @@ class _Compiled(nn.Module):
             return self.model(x)
         try:
             return self.whole(x)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             warn(f"torch.compile fails ({one_line(error)}): training goes on without, as with --compile False")
             self.whole = self.model
             return self.model(x)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.artifact import UserError
+from qat.artifact import UserError, one_line
+from qat.console import warn
 from qat.quantizer import SCALE_FLOOR
 
 BINS = 2048
@@ -113,8 +114,8 @@ class HistogramObserver(nn.Module):
         """Counts ``x``: any shape, memory layout and floating-point type. Ask ``check_finite`` before using counts."""
         self.seen = True
         x = _flat(x.detach()).float()
-        if x.is_cuda:
-            _count_on_gpu(x, self.largest, self.limit, self.counts)
+        if x.is_cuda and (kernels := _kernels(x.device)) is not None:
+            _count_on_gpu(kernels, x, self.largest, self.limit, self.counts)
             return
         low, high = torch.aminmax(x)
         torch.maximum(self.largest, torch.maximum(-low, high), out=self.largest)
@@ -167,8 +168,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
 
 
-def _count_on_gpu(x: Tensor, largest: Tensor, limit: Tensor, counts: Tensor) -> None:
-    extreme, grow, count, blocks = _kernels(x.device)
+_Kernels = tuple[Any, Any, Any, int]  # extreme, grow, count; in how many blocks the first and the last run
+
+
+def _count_on_gpu(kernels: _Kernels, x: Tensor, largest: Tensor, limit: Tensor, counts: Tensor) -> None:
+    extreme, grow, count, blocks = kernels
     many, one = {"grid": (blocks, 1, 1), "block": (_THREADS, 1, 1)}, {"grid": (1, 1, 1), "block": (_THREADS, 1, 1)}
     parts = x.split(2**30) if x.numel() > 2**30 else (x,)
     with torch.cuda.device(x.device):
@@ -180,12 +184,16 @@ def _count_on_gpu(x: Tensor, largest: Tensor, limit: Tensor, counts: Tensor) -> 
 
 
 @lru_cache(maxsize=16)
-def _kernels(device: torch.device) -> tuple[Any, Any, Any, int]:
-    """extreme, grow, count; and in how many blocks the first and the last run."""
+def _kernels(device: torch.device) -> _Kernels | None:
+    """Compiled where there is CUDA's toolkit, whose folder torch wants to know; without, torch.histc has to do."""
     with torch.cuda.device(device):
         # Underscored, but there in every version that pyproject.toml admits; Triton's histogram is ten times as slow.
-        extreme, grow, count = (
-            torch.cuda._compile_kernel(_CONSTANTS + _KERNELS, name) for name in ("extreme", "grow", "count")
-        )
+        try:
+            extreme, grow, count = (
+                torch.cuda._compile_kernel(_CONSTANTS + _KERNELS, name) for name in ("extreme", "grow", "count")
+            )
+        except (OSError, RuntimeError) as error:
+            warn(f"calibration is slower than it could be: its kernels cannot be compiled ({one_line(error)})")
+            return None
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return extreme, grow, count, _BLOCKS_PER_PROCESSOR * processors

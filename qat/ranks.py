@@ -43,7 +43,7 @@ class Ranks:
 
     def share_of(self, batch_size: int) -> int:
         """How many images of a batch each takes. Raises UserError where they do not come out even."""
-        if batch_size % self.size:
+        if batch_size % self.size or (self.size > 1 and batch_size < 2 * self.size):  # BatchNorm needs two images
             fits = max(batch_size // self.size, 2) * self.size
             raise UserError(
                 f"--batch-size {batch_size} cannot be shared by {self.size} processes: give a multiple, such as {fits}"
@@ -54,7 +54,10 @@ class Ranks:
         """``network``, which averages its gradients over all."""
         if self.size == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
             return network
-        return DistributedDataParallel(network, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
+        # Some networks have parameters that nothing reads; without a word about them, the second step fails.
+        return DistributedDataParallel(
+            network, gradient_as_bucket_view=True, find_unused_parameters=True, **_KEEP_BUFFERS
+        )
 
     def mean(self, value: float) -> float:
         """The mean of what each gives."""
@@ -84,6 +87,20 @@ class Ranks:
         dist.all_reduce(moved, op)
         return tensor.copy_(moved)
 
+    @contextmanager
+    def first_of_machine_before_others(self) -> Iterator[None]:
+        """What it holds is done by one process of each machine, and then by the others."""
+        first = local_rank() in (None, 0)
+        if not first:
+            self.wait()
+        yield
+        if first:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.any(False)
+
     def take_buffers_of_first(self, model: nn.Module) -> None:
         """Gives ``model`` of every process the buffers of the first one's: the statistics of normalizations."""
         for buffer in model.buffers() if self.size > 1 else ():
@@ -93,6 +110,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def alone(network: nn.Module) -> nn.Module:
+    """The network that ``Ranks.parallel`` was given."""
+    return network.module if isinstance(network, DistributedDataParallel) else network
 
 
 def averaging_later(network: Callable[..., Any]) -> AbstractContextManager[Any]:
@@ -113,12 +135,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     gpu = device.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
-    try:
-        # Otherwise torch.compile cuts the network into pieces, each compiled for itself, to send gradients earlier.
-        with torch._dynamo.config.patch(optimize_ddp=False):
-            yield Ranks(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    # Otherwise torch.compile cuts the network into pieces, each compiled for itself, to send gradients earlier.
+    with torch._dynamo.config.patch(optimize_ddp=False):
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    dist.destroy_process_group()  # not after an error: it would wait for the others, which wait for this one
 
 
 def _message_device() -> torch.device:

@@ -79,7 +79,8 @@ def _run(options: TrainOptions, compute: Compute) -> int:
     torch.set_flush_denormal(True)  # gradients fall into denormals in small networks, which are ten times as slow
     compute.ranks.share_of(options.batch_size)
     reached = _resumed(options, compute.ranks) if options.resume else Progress()
-    data = load_data(options.data, options.image_size, options.seed, options.calibration_images, options.data_root)
+    with compute.ranks.first_of_machine_before_others():  # it may download
+        data = load_data(options.data, options.image_size, options.seed, options.calibration_images, options.data_root)
     _say_data(data)
     torch.manual_seed(options.seed)
     spec = ModelSpec(options.model, len(data.class_names))

@@ -31,9 +31,10 @@ from qat.log import TrainingLog
 from qat.objective import CrossEntropy
 from qat.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from qat.quantizer import ActivationQuantizer, WeightQuantizer
-from qat.ranks import averaging_later
+from qat.ranks import alone, averaging_later
 from qat.recipe import Recipe
 
+_SECONDS_OF_ONE_INTERRUPT = 1.0
 _STEPS_BETWEEN_LOSS_CHECKS = 16  # on a GPU, where reading the loss waits for it
 
 
@@ -85,7 +86,9 @@ class Fit:
         self._average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if recipe.ema else None
         self.objective = objective or CrossEntropy(recipe.label_smoothing)
         self._forward = compute.forward(
-            self.objective.network(model), self.ranks.share_of(recipe.batch_size), steps=recipe.epochs * self.total
+            self.objective.network(model),
+            self.ranks.share_of(recipe.batch_size),
+            steps=0 if recipe.progressive else recipe.epochs * self.total,  # each part would be compiled for itself
         )
         self._mix = _mixing(recipe, len(data.class_names))
         self._unchecked: list[Tensor] = []  # batches whose loss nobody has looked at
@@ -140,12 +143,14 @@ class Fit:
                             self._check_loss()
                             save_now()
                         if stopping:
+                            self.ranks.wait()  # one writes for all, and is ended when another ends
                             raise Interrupted
                 self._end_epoch()
                 stopping, saving = self.ranks.any(interrupted(), clock.due())
                 if stopping or saving:
                     save_now()
                 if stopping:
+                    self.ranks.wait()
                     raise Interrupted
         if self.state.best_weights:
             self.model.load_state_dict(self.state.best_weights)
@@ -299,13 +304,14 @@ class Fit:
             self._optimizer.zero_grad(set_to_none=True)
             self._step(x_NCHW[:images], labels[:images], ends_step=False)
 
-        recipe, parameters = self.recipe, self.model.parameters()
+        self._forward = alone(self._forward)  # what others wait for is not sent any more
+        recipe, parameters, processes = self.recipe, self.model.parameters(), self.ranks.size
         moments = [] if self._optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]
-        fits = fitting_batch(step, len(x_NCHW))
+        fits = processes * fitting_batch(step, len(x_NCHW))
         del moments  # what the optimizer will take, which its first step would
-        found = f"the GPU has not enough free memory for batches of {len(x_NCHW)} images"
+        found = f"the GPU has not enough free memory for batches of {processes * len(x_NCHW)} images"
         if not fits:
-            return UserError(f"{found}, nor for 2: free some, or give a smaller --image-size")
+            return UserError(f"{found}, nor for {2 * processes}: free some, or give a smaller --image-size")
         times = -(-recipe.batch_size * recipe.accumulate // fits)
         made = f"which makes steps of {fits * times} images"
         return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times}, {made}")
@@ -354,13 +360,16 @@ def _step_seed(seed: int, phase: str, epoch: int, step: int, rank: int) -> int:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Holds Ctrl-C and SIGTERM back until the loop asks; a second Ctrl-C interrupts at once."""
-    seen: list[int] = []
+    """Holds Ctrl-C and SIGTERM back until the loop asks; a second Ctrl-C, seconds later, interrupts at once.
+
+    At the same time they come twice: from the terminal or scheduler, and from torchrun, which passes them on.
+    """
+    seen: list[float] = []
 
     def note(number: int, frame: object) -> None:
-        if seen:
+        if seen and time.monotonic() - seen[0] > _SECONDS_OF_ONE_INTERRUPT:
             raise KeyboardInterrupt
-        seen.append(number)
+        seen.append(time.monotonic())
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

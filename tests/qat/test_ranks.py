@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qat.ranks import ALONE, Ranks
 
 # Nothing in it depends on the other images of a batch, so that shares of a batch make the gradient of the whole.
 NET = """
+import json
 import os
 from torch import nn
 
@@ -51,7 +52,7 @@ def net(num_classes):
 
 
 def train(folder: Path, processes: int, environment: dict[str, str] | None = None, **changes: Any) -> Any:
-    """python -m qat.train in so many processes; batches of 8, of which the last of an epoch has one."""
+    """python -m qat.train in so many processes."""
     options = tiny.options(folder, **({"batch_size": 8, "float_lr": 2e-3} | changes))
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(start if processes > 1 else []), "-m", "qat.train", *tiny.flags(options)]
@@ -84,6 +85,10 @@ def plain(folder: Path) -> dict[int, Path]:
             model=f"{folder / 'plain.py'}:net",
             output=outputs[processes],
             calibrator="max",
+            batch_size=38,  # of 81 images, so that the last batch has five: shares of three and two
+            accumulate=2,
+            float_epochs=6,
+            float_lr=2e-2,
             log_folder=folder / f"log{processes}",
         )
         assert run.returncode == 0, run.stderr
@@ -94,10 +99,8 @@ def plain(folder: Path) -> dict[int, Path]:
 def test_two_processes_train_the_network_that_one_trains(plain: dict[int, Path]) -> None:
     one, two = (load_file(path) for path in plain.values())
     assert one.keys() == two.keys()
-    moved = load_file(plain[1])["conv1.weight"]
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
-    assert moved.abs().sum() > 0
     sidecars = [read_sidecar(path, "checkpoint") for path in plain.values()]
     assert [sidecar.details["processes"] for sidecar in sidecars] == [1, 2]
     for key in ("float", "ptq", "qat"):
@@ -108,7 +111,10 @@ def test_two_processes_train_the_network_that_one_trains(plain: dict[int, Path])
 
 def test_one_process_writes_the_log_with_the_loss_of_all(plain: dict[int, Path], folder: Path) -> None:
     one, two = ((folder / f"log{count}" / "train.jsonl").read_text().splitlines() for count in (1, 2))
-    assert len(one) == len(two) > 4
+    losses = [[json.loads(line).get("loss") for line in lines] for lines in (one, two)]
+    assert len(losses[0]) == len(losses[1]) > 4
+    for single, both in zip(*losses, strict=True):
+        assert single is both is None or single == pytest.approx(both, abs=0.02)
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(folder: Path) -> None:
@@ -132,11 +138,22 @@ def test_a_stopped_run_goes_on_bit_by_bit(folder: Path) -> None:
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_when_one_dies_all_stop(folder: Path, rank: str) -> None:
-    start = time.monotonic()
     run = train(folder, 2, {"FAILS": rank}, model=f"{folder / 'plain.py'}:net", output=folder / "dies.qat")
     assert run.returncode != 0
-    assert time.monotonic() - start < 120
+    assert "exitcode  : 7" in run.stderr
     assert not (folder / "dies.qat").exists()
+
+
+def test_parameters_without_a_gradient_are_left_alone(folder: Path) -> None:
+    options: dict[str, Any] = {"qat_epochs": 3, "progressive": 1, "learn_ranges": True, "accumulate": 2}
+    run = train(folder, 2, output=folder / "parts.qat", **options)
+    assert run.returncode == 0, run.stderr
+    assert "Accuracy on the test split" in run.stdout
+
+
+def test_a_network_of_float_operations_needs_no_ranges(folder: Path) -> None:
+    run = train(folder, 2, output=folder / "float.qat", keep_float="*", float_epochs=0, qat_epochs=0)
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_batch_that_does_not_come_out_even_says_which_would(folder: Path) -> None:
