@@ -107,11 +107,12 @@ def _ranged(
         found = list(observers.values())
         # Infinity for NaN, of which no maximum is certain: so all raise the same error.
         ours = torch.stack([observer.largest for observer in found]).nan_to_num(nan=math.inf, posinf=math.inf)
-        for observer, value in zip(found, ranks.largest(ours).tolist(), strict=True):
+        agreed = ranks.largest(ours).tolist()
+        for observer, value in zip(found, agreed, strict=True):
             observer.largest.fill_(value)
         check_finite(found)
-        for observer in found:
-            observer.start(observer.largest.item())
+        for observer, value in zip(found, agreed, strict=True):
+            observer.start(value)
         batches = rest if first is None else chain([first], rest)
     yield from batches
 

@@ -61,16 +61,18 @@ class Ranks:
 
     def mean(self, value: float) -> float:
         """The mean of what each gives."""
-        return self._reduced(torch.tensor(value, dtype=torch.float64)).item() / self.size
+        return self.sums(value)[0] / self.size
 
     def sums(self, *values: float) -> list[float]:
         """The sums of what each gives."""
+        if self.size == 1:
+            return list(values)  # asked in every step
         found: list[float] = self._reduced(torch.tensor(values, dtype=torch.float64)).tolist()
         return found
 
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether one has raised it."""
-        return [bool(count) for count in self._reduced(torch.tensor(flags, dtype=torch.float64))]
+        return [bool(count) for count in self.sums(*flags)]
 
     def add(self, tensor: Tensor) -> Tensor:
         """``tensor``, in place the sum over all."""
@@ -112,7 +114,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def alone(network: nn.Module) -> nn.Module:
+def unwrapped(network: nn.Module) -> nn.Module:
     """The network that ``Ranks.parallel`` was given."""
     return network.module if isinstance(network, DistributedDataParallel) else network
 

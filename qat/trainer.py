@@ -31,7 +31,7 @@ from qat.log import TrainingLog
 from qat.objective import CrossEntropy
 from qat.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from qat.quantizer import ActivationQuantizer, WeightQuantizer
-from qat.ranks import alone, averaging_later
+from qat.ranks import averaging_later, unwrapped
 from qat.recipe import Recipe
 
 _SECONDS_OF_ONE_INTERRUPT = 1.0
@@ -97,6 +97,11 @@ class Fit:
     def result(self) -> nn.Module:
         """The model that is evaluated: the moving average, where there is one."""
         return self.model if self._average is None else self._average.module
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        """What is trained and, where it is another model, what is evaluated."""
+        return [self.model] if self._average is None else [self.model, self._average.module]
 
     def resume(self, state: FitState, tensors: Mapping[str, Tensor]) -> None:
         """Goes on from ``state`` with what ``tensors`` gave then; {} for a phase that begins."""
@@ -241,7 +246,7 @@ class Fit:
     def _set_mode(self) -> None:
         """Training mode; normalizations whose statistics are frozen are in evaluation mode; quantizers on or off."""
         self.model.train()
-        for model in (self.model, self.result):
+        for model in self._models:
             _quantize_part(model, self.recipe.quantized_share(self.state.epoch))
         after = self.recipe.freeze_norms_after
         if after is not None and self.state.epoch >= after:
@@ -269,7 +274,7 @@ class Fit:
     def _end_epoch(self) -> None:
         """Validates, keeps the best weights, moves the state to the next epoch."""
         state, recipe = self.state, self.recipe
-        for model in dict.fromkeys((self.model, self.result)):  # in one order in all processes
+        for model in self._models:
             self.ranks.take_buffers_of_first(model)
         measured = evaluate(self.result, self.data.validation, self.data, recipe.batch_size, self.compute, self.workers)
         train_loss = float(state.loss_sum) / max(self.total, 1)
@@ -304,7 +309,7 @@ class Fit:
             self._optimizer.zero_grad(set_to_none=True)
             self._step(x_NCHW[:images], labels[:images], ends_step=False)
 
-        self._forward = alone(self._forward)  # what others wait for is not sent any more
+        self._forward = unwrapped(self._forward)  # what others wait for is not sent any more
         recipe, parameters, processes = self.recipe, self.model.parameters(), self.ranks.size
         moments = [] if self._optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]
         fits = processes * fitting_batch(step, len(x_NCHW))
