@@ -76,9 +76,9 @@ def observe(
         for batch in _ranged(model, observers, (batch.to(device) for batch in batches), ranks):
             extremes.append(torch.stack(torch.aminmax(batch.transpose(0, 1).flatten(1), dim=1)))
             model(batch)
-            check_finite(observers.values())
             if on_batch is not None:
                 on_batch()
+    check_finite(observers.values())
     constant = all(torch.equal(low, high) and torch.equal(low, extremes[0][0]) for low, high in extremes)
     given, varied = ranks.any(bool(extremes), not constant)
     if not given:

@@ -41,6 +41,8 @@ _CROP_MARGIN = 256 / 224  # evaluation of photographs: short side to 256 for a c
 # Shares of the training images that carved-out splits get. Of what is left at least 3/4 remain for training.
 _TEST_SHARE, _VALIDATION_SHARE, _CALIBRATION_SHARE, _CALIBRATION_MOST = 1 / 5, 1 / 10, 1 / 10, 1 / 4
 _CALIBRATION_LEAST = 64  # images, where there are as many
+_SHARE_OF_GPU = 1 / 4  # of the memory that is free
+SPLITS = ("train", "calibration", "validation", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,22 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def ready(self) -> bool:
+        """Whether all images are in memory and need no resampling: then ``take`` gives whole batches."""
+        size = (self.preprocessing.height, self.preprocessing.width)
+        fitting = isinstance(self.pixels, ArrayPixels) and self.pixels.images.shape[-2:] == size
+        return fitting and (self.augmentation is None or self.augmentation.padding > 0)
+
+    def take(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a set that is ready, the images of int64 ``keys`` [N, 2]: uint8 [N, 3, height, width] and labels [N]."""
+        assert isinstance(self.pixels, ArrayPixels)
+        index, seeds = keys.to(self.labels.device, non_blocking=True).unbind(1)
+        images_NCHW = self.pixels.images[self.indices[index]]
+        if self.augmentation is not None:
+            images_NCHW = self.augmentation.shift(images_NCHW, seeds)
+        return images_NCHW, self.labels[index]
+
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         index, seed = key
         image = self.pixels[int(self.indices[index])]
@@ -86,6 +104,19 @@ class Data:
     preprocessing: Preprocessing
     notes: tuple[str, ...]
     source: str
+
+    def on(self, device: torch.device) -> Data:
+        """The same, on a GPU with the sets that are ready in its memory, where they take a quarter of it at most."""
+        sets = {name: split for name in SPLITS if (split := getattr(self, name)).ready}
+        stores = {id(split.pixels): split.pixels.images for split in sets.values()}
+        size = sum(images.nbytes for images in stores.values())
+        if device.type != "cuda" or size > torch.cuda.mem_get_info(device)[0] * _SHARE_OF_GPU:
+            return self
+        moved = {key: ArrayPixels(images.to(device)) for key, images in stores.items()}
+        for name, split in sets.items():
+            pixels, indices, labels = moved[id(split.pixels)], split.indices.to(device), split.labels.to(device)
+            sets[name] = replace(split, pixels=pixels, indices=indices, labels=labels)
+        return replace(self, **sets)
 
 
 def load_data(
@@ -178,7 +209,7 @@ def batches(
     training: bool = False,
     ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]); pinned where there is a GPU.
+    """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]), where they are, or pinned for a GPU.
 
     Args:
         images: the split.
@@ -186,23 +217,28 @@ def batches(
         seed: None for the images in order; else order and augmentation are a function of (seed, epoch) alone.
         epoch: from 0.
         start: number of batches to skip; they are not loaded.
-        workers: processes that load; images in memory that need no resampling are loaded in this one.
+        workers: processes that load; a set that is ready needs none.
         training: leaves out a last batch that has one image for a process, which BatchNorm cannot train on.
         ranks: of every batch each process gets its share; of a last small one, perhaps none.
 
     Raises:
         UserError: an image is corrupt (the line names the file).
     """
-    count = batch_count(images, batch_size, training, ranks)
+    count, pins = batch_count(images, batch_size, training, ranks), torch.cuda.is_available()
     keys = _keys(len(images), seed, epoch)
     wholes = (keys[i * batch_size : (i + 1) * batch_size] for i in range(start, count))
-    chunks = [share for whole in wholes if (share := whole[ranks.rank :: ranks.size])]
+    chunks = [share for whole in wholes if len(share := whole[ranks.rank :: ranks.size])]
+    if images.ready:
+        for chunk in chunks:
+            images_NCHW, labels = images.take(chunk)
+            yield (images_NCHW.pin_memory() if pins and not images_NCHW.is_cuda else images_NCHW), labels
+        return
     loader: DataLoader[Any] = DataLoader(
         _ErrorsAsItems(images),
-        batch_sampler=chunks,
-        num_workers=0 if _is_light(images) else workers,
+        batch_sampler=[chunk.tolist() for chunk in chunks],
+        num_workers=workers,
         collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pins,
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, and resuming changes what follows
     )
@@ -213,12 +249,12 @@ def batches(
         yield images_NCHW, labels
 
 
-def _keys(count: int, seed: int | None, epoch: int) -> list[tuple[int, int]]:
-    """(index, seed) of every image of an epoch, in order."""
+def _keys(count: int, seed: int | None, epoch: int) -> Tensor:
+    """(index, seed) of every image of an epoch, in order: int64 [N, 2]."""
     if seed is None:
-        return [(index, 0) for index in range(count)]
+        return torch.stack([torch.arange(count), torch.zeros(count, dtype=torch.int64)], 1)
     random = np.random.default_rng([seed, epoch])
-    return list(zip(random.permutation(count).tolist(), random.integers(1 << 32, size=count).tolist(), strict=True))
+    return torch.from_numpy(np.stack([random.permutation(count), random.integers(1 << 32, size=count)], 1))
 
 
 @dataclass(frozen=True)
@@ -247,13 +283,6 @@ def _collate(items: list[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Tenso
 def _ignore_interrupts(_: int) -> None:
     """Ctrl-C reaches all processes of a terminal: the main one decides when to stop, and ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _is_light(images: ImageSet) -> bool:
-    """Whether an image costs less than passing it from one process to another: about 20 us."""
-    size = (images.preprocessing.height, images.preprocessing.width)
-    ready = isinstance(images.pixels, ArrayPixels) and images.pixels.images.shape[-2:] == size
-    return ready and (images.augmentation is None or images.augmentation.padding > 0)
 
 
 def _preprocessing(found: Source, source: str, image_size: int | None) -> Preprocessing:

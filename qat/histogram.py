@@ -35,24 +35,26 @@ _CONSTANTS = f"""
 #define SMALLEST_LIMIT {SMALLEST_LIMIT:.9e}f
 """
 _KERNELS = """
-// Floats that are not negative have the order of their bits; NaN's are above those of all numbers.
-extern "C" __global__ void extreme(const float* x, int size, unsigned int* largest) {
-    unsigned int found = 0;
-    long long stride = (long long)gridDim.x * blockDim.x;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += stride)
-        found = max(found, __float_as_uint(fabsf(x[i])));
-    for (int lanes = 16; lanes; lanes /= 2) found = max(found, __shfl_xor_sync(0xffffffff, found, lanes));
-    if ((threadIdx.x & 31) == 0) atomicMax(largest, found);
+// Shows ``see`` every element that is this thread's share; four at a time where they lie so that one load takes them.
+template <typename See> __device__ void each(const float* __restrict__ x, int size, See see) {
+    long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
+    int fours = (unsigned long long)x % sizeof(float4) ? 0 : size / 4;
+    #pragma unroll 4
+    for (long long i = first; i < fours; i += stride) {
+        float4 some = reinterpret_cast<const float4*>(x)[i];
+        see(some.x), see(some.y), see(some.z), see(some.w);
+    }
+    for (long long i = 4ll * fours + first; i < size; i += stride) see(x[i]);
 }
 
-// One block. As many doublings of the limit as ``largest`` needs; each merges two bins.
-extern "C" __global__ void grow(const float* largest, float* limit, unsigned long long* counts) {
+// By one block. As many doublings of the limit as ``largest`` needs; each merges two bins.
+__device__ void grow(float largest, float* limit, unsigned long long* counts) {
     __shared__ unsigned long long merged[BINS];
-    float reach = *limit, x = *largest;
+    float reach = *limit;
     int doublings = 0;
-    if (x <= LARGEST) {  // not when it is NaN
-        if (reach == 0 && x > 0) reach = fmaxf(x, SMALLEST_LIMIT);
-        for (; reach < x; ++doublings) reach *= 2;
+    if (largest <= LARGEST) {  // not when it is NaN
+        if (reach == 0 && largest > 0) reach = fmaxf(largest, SMALLEST_LIMIT);
+        for (; reach < largest; ++doublings) reach *= 2;
     }
     for (int j = threadIdx.x; j < BINS; j += blockDim.x) merged[j] = 0;
     __syncthreads();
@@ -64,18 +66,32 @@ extern "C" __global__ void grow(const float* largest, float* limit, unsigned lon
     for (int j = threadIdx.x; j < BINS; j += blockDim.x) counts[j] = merged[j];
 }
 
+// Floats that are not negative have the order of their bits; NaN's are above those of all numbers.
+extern "C" __global__ void extreme(const float* x, int size, unsigned int* largest, float* limit,
+                                   unsigned long long* counts, unsigned int* blocks_done) {
+    __shared__ bool is_last;
+    unsigned int found = 0;
+    each(x, size, [&](float value) { found = max(found, __float_as_uint(fabsf(value))); });
+    for (int lanes = 16; lanes; lanes /= 2) found = max(found, __shfl_xor_sync(0xffffffff, found, lanes));
+    if ((threadIdx.x & 31) == 0) atomicMax(largest, found);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) is_last = atomicInc(blocks_done, gridDim.x - 1) == gridDim.x - 1;  // which sets it to 0
+    __syncthreads();
+    if (is_last) grow(__uint_as_float(atomicMax(largest, 0u)), limit, counts);
+}
+
 extern "C" __global__ void count(const float* x, int size, const float* limit, unsigned long long* counts) {
     __shared__ unsigned int found[BINS];
     for (int j = threadIdx.x; j < BINS; j += blockDim.x) found[j] = 0;
     __syncthreads();
     float bins_per_unit = *limit > 0 ? BINS / *limit : 0;
     unsigned int first = 0;  // most of a ReLU's values: counted by each thread for itself
-    long long stride = (long long)gridDim.x * blockDim.x;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < size; i += stride) {
-        int j = min((int)(fabsf(x[i]) * bins_per_unit), BINS - 1);
+    each(x, size, [&](float value) {
+        int j = min((int)(fabsf(value) * bins_per_unit), BINS - 1);
         if (j == 0) ++first;
         else atomicAdd(&found[j], 1u);
-    }
+    });
     atomicAdd(&found[0], first);
     __syncthreads();
     for (int j = threadIdx.x; j < BINS; j += blockDim.x)
@@ -97,6 +113,7 @@ class HistogramObserver(nn.Module):
     counts: Tensor
     limit: Tensor
     largest: Tensor
+    blocks_done: Tensor
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -104,6 +121,7 @@ class HistogramObserver(nn.Module):
         self.register_buffer("counts", torch.zeros(BINS, dtype=torch.int64), persistent=False)
         self.register_buffer("limit", torch.zeros(()), persistent=False)
         self.register_buffer("largest", torch.zeros(()), persistent=False)
+        self.register_buffer("blocks_done", torch.zeros((), dtype=torch.int32), persistent=False)  # of a kernel
 
     @property
     def amax(self) -> float:
@@ -115,7 +133,7 @@ class HistogramObserver(nn.Module):
         self.seen = True
         x = _flat(x.detach()).float()
         if x.is_cuda and (kernels := _kernels(x.device)) is not None:
-            _count_on_gpu(kernels, x, self.largest, self.limit, self.counts)
+            _count_on_gpu(kernels, x, self)
             return
         low, high = torch.aminmax(x)
         torch.maximum(self.largest, torch.maximum(-low, high), out=self.largest)
@@ -168,19 +186,17 @@ def _flat(x: Tensor) -> Tensor:
     return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
 
 
-_Kernels = tuple[Any, Any, Any, int]  # extreme, grow, count; in how many blocks the first and the last run
+_Kernels = tuple[Any, Any, dict[str, Any]]  # extreme, count; the launch of both
 
 
-def _count_on_gpu(kernels: _Kernels, x: Tensor, largest: Tensor, limit: Tensor, counts: Tensor) -> None:
-    extreme, grow, count, blocks = kernels
-    many, one = {"grid": (blocks, 1, 1), "block": (_THREADS, 1, 1)}, {"grid": (1, 1, 1), "block": (_THREADS, 1, 1)}
+def _count_on_gpu(kernels: _Kernels, x: Tensor, observer: HistogramObserver) -> None:
+    extreme, count, launch = kernels
     parts = x.split(2**30) if x.numel() > 2**30 else (x,)
     with torch.cuda.device(x.device):
         for part in parts:
-            extreme(**many, args=[part, part.numel(), largest])
-        grow(**one, args=[largest, limit, counts])
-        for part in parts:
-            count(**many, args=[part, part.numel(), limit, counts])
+            bins = [observer.limit, observer.counts]
+            extreme(args=[part, part.numel(), observer.largest, *bins, observer.blocks_done], **launch)
+            count(args=[part, part.numel(), *bins], **launch)
 
 
 @lru_cache(maxsize=16)
@@ -189,11 +205,9 @@ def _kernels(device: torch.device) -> _Kernels | None:
     with torch.cuda.device(device):
         # Underscored, but there in every version that pyproject.toml admits; Triton's histogram is ten times as slow.
         try:
-            extreme, grow, count = (
-                torch.cuda._compile_kernel(_CONSTANTS + _KERNELS, name) for name in ("extreme", "grow", "count")
-            )
+            extreme, count = (torch.cuda._compile_kernel(_CONSTANTS + _KERNELS, name) for name in ("extreme", "count"))
         except (OSError, RuntimeError) as error:
             warn(f"calibration is slower than it could be: its kernels cannot be compiled ({one_line(error)})")
             return None
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return extreme, grow, count, _BLOCKS_PER_PROCESSOR * processors
+    blocks = _BLOCKS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return extreme, count, {"grid": (blocks, 1, 1), "block": (_THREADS, 1, 1)}

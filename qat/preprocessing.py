@@ -86,18 +86,28 @@ class Augmentation:
 
     def __call__(self, image: Tensor, preprocessing: Preprocessing, seed: int) -> Tensor:
         """uint8 [3, h, w] -> [3, height, width], a function of ``seed`` alone."""
+        if self.padding:
+            return self.shift(preprocessing.fit(image)[None], torch.tensor([seed]))[0]
         generator = torch.Generator().manual_seed(seed)
         size = [preprocessing.height, preprocessing.width]
-        if self.padding:
-            image = transforms.pad(preprocessing.fit(image), [self.padding])
-            top, left = torch.randint(2 * self.padding + 1, (2,), generator=generator).tolist()
-            image = transforms.crop(image, top, left, *size)
-        else:
-            box = _random_box(image.shape[-2], image.shape[-1], generator)
-            image = transforms.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True)
+        box = _random_box(image.shape[-2], image.shape[-1], generator)
+        image = transforms.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True)
         if self.flip and torch.rand((), generator=generator) < 0.5:
             image = transforms.horizontal_flip(image)
         return image
+
+    def shift(self, images_NCHW: Tensor, seeds: Tensor) -> Tensor:
+        """Shifts and mirrors uint8 [N, 3, H, W], each image as its seed says (int64 [N], at least 0, on its device)."""
+        count, _, height, width = images_NCHW.shape
+        reach = 2 * self.padding + 1
+        down, right, mirrored = seeds % reach, seeds // reach % reach, seeds // reach**2 % 2 == 1
+        rows, columns = (torch.arange(size, device=seeds.device).expand(count, size) for size in (height, width))
+        if self.flip:
+            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        rows, columns = rows + down[:, None], columns + right[:, None]
+        padded_NHWC = transforms.pad(images_NCHW, [self.padding]).permute(0, 2, 3, 1)
+        every = torch.arange(count, device=seeds.device)
+        return padded_NHWC[every[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def _random_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:

@@ -24,7 +24,7 @@ from qat.calibration import observe, set_ranges
 from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.compute import Compute, exact_float32
 from qat.console import progress, say, speaking, table, warn
-from qat.data import Data, batch_count, batches, load_data
+from qat.data import SPLITS, Data, batch_count, batches, load_data
 from qat.imported_ranges import set_imported_ranges
 from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights
@@ -82,6 +82,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
     with compute.ranks.first_of_machine_before_others():  # it may download
         data = load_data(options.data, options.image_size, options.seed, options.calibration_images, options.data_root)
     _say_data(data)
+    data = data.on(compute.device)
     torch.manual_seed(options.seed)
     spec = ModelSpec(options.model, len(data.class_names))
     model = build_model(spec)
@@ -129,7 +130,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
     trainer.log.close()
     details = {
         "data": {"source": options.data, "image_size": options.image_size, "root": str(options.data_root)},
-        "splits": {name: len(getattr(data, name)) for name in ("train", "calibration", "validation", "test")},
+        "splits": {name: len(getattr(data, name)) for name in SPLITS},
         "calibration_images": options.calibration_images,
         "seed": options.seed,
         "calibrator": options.calibrator,
@@ -297,7 +298,7 @@ def _distillation(
 
 
 def _say_data(data: Data) -> None:
-    sizes = ", ".join(f"{name} {len(getattr(data, name))}" for name in ("train", "calibration", "validation", "test"))
+    sizes = ", ".join(f"{name} {len(getattr(data, name))}" for name in SPLITS)
     size = f"{data.preprocessing.height}x{data.preprocessing.width}"
     say(f"data {data.source}: {len(data.class_names)} classes, {size} pixels; images: {sizes}")
     for note in data.notes:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from qat.artifact import UserError  # noqa: E402
 from qat.calibration import choose_ranges  # noqa: E402
+from qat.data import batches as batches_of  # noqa: E402
+from qat.data import load_data  # noqa: E402
 from qat.histogram import BINS, HistogramObserver, check_finite  # noqa: E402
 
 
@@ -67,3 +71,21 @@ def test_memory_layout_does_not_matter():
 def test_a_value_that_is_not_finite_names_the_tensor(bad: float):
     with pytest.raises(UserError, match="in tensor x"):
         check_finite([observed("cuda", [torch.ones(3), torch.tensor([1.0, bad])])])
+
+
+def test_images_in_the_memory_of_the_gpu_make_the_same_batches(tmp_path: Path):
+    random = np.random.default_rng(0)
+    arrays = {
+        f"{split}_images": random.integers(0, 256, (90, 32, 32, 3), dtype=np.uint8) for split in ("train", "test")
+    }
+    np.savez(tmp_path / "data.npz", **arrays, train_labels=np.arange(90) % 3, test_labels=np.arange(90) % 3)
+    data = load_data(str(tmp_path / "data.npz"), None, 0)
+    moved = data.on(torch.device("cuda"))
+    for split in ("train", "test"):
+        ours, theirs = (batches_of(getattr(one, split), 16, 5, epoch=1) for one in (data, moved))
+        for (x, labels), (moved_x, moved_labels) in zip(ours, theirs, strict=True):
+            assert moved_x.is_cuda
+            assert moved_labels.is_cuda
+            assert x.is_pinned()
+            assert torch.equal(x, moved_x.cpu())
+            assert torch.equal(labels, moved_labels.cpu())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import struct
 import urllib.request
@@ -16,9 +17,8 @@ from PIL import Image
 
 import qat.pixels
 from qat.artifact import UserError
-from qat.data import Data, ImageSet, Preprocessing, batch_count, batches, load_data, stratified_split
+from qat.data import SPLITS, Data, ImageSet, Preprocessing, batch_count, batches, load_data, stratified_split
 
-SPLITS = ("train", "calibration", "validation", "test")
 # Python 3.12 and later warn of any fork in a process with threads, which torch always has.
 ignore_fork = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -244,6 +244,29 @@ def test_digits_are_shifted_by_at_most_two_pixels_and_not_mirrored() -> None:
         assert matches
         found.add(matches[0])
     assert len(found) > 20
+
+
+def test_a_batch_is_shifted_and_mirrored_as_its_images_are(tmp_path: Path) -> None:
+    train = load_data(save_npz(tmp_path / "x.npz", **npz_arrays()), None, 0).train
+    assert train.ready
+    keys = torch.stack([torch.arange(50), torch.arange(50) * 7919 + 2**31], 1)
+    images, labels = train.take(keys)
+    single = [train[index, seed] for index, seed in keys.tolist()]
+    assert torch.equal(images, torch.stack([image for image, _ in single]))
+    assert labels.tolist() == [label for _, label in single]
+    still = dataclasses.replace(train, augmentation=None)
+    moves = set()
+    for found, (index, _) in zip(images, keys.tolist(), strict=True):
+        padded = torch.nn.functional.pad(still[index, 0][0], [4] * 4)
+        moves.add(
+            next(
+                (top, left, mirrored)
+                for top, left, mirrored in itertools.product(range(9), range(9), (False, True))
+                if torch.equal(found.flip(2) if mirrored else found, padded[:, top : top + 32, left : left + 32])
+            )
+        )
+    assert {mirrored for _, _, mirrored in moves} == {False, True}
+    assert len(moves) > 30
 
 
 def test_photographs_are_cropped_and_mirrored(tmp_path: Path) -> None:
