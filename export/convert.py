@@ -37,6 +37,7 @@ from qat.artifact import (
 )
 from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.console import say, warn
+from qat.few_bits import BITS
 from qat.preprocessing import Preprocessing
 from qat.quantizer import ACTIVATION, quantize
 
@@ -70,6 +71,10 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     for path in (output, reference):
         check_writable(path)
     checkpoint = load_checkpoint(options.checkpoint)
+    if quantized and (bits := checkpoint.sidecar.details.get("bits", BITS)) != BITS:
+        raise UserError(
+            f"{options.checkpoint} simulates {bits} bits, which no engine computes: train with --bits {BITS}"
+        )
 
     start = time.perf_counter()
     folded, dead = fold(checkpoint.model) if quantized else (fold_float(checkpoint.model), [])

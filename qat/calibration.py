@@ -19,22 +19,22 @@ from torch import Tensor, nn
 from qat.artifact import UserError
 from qat.histogram import HistogramObserver, check_finite
 from qat.quantizer import (
-    ACTIVATION,
     SCALE_FLOOR,
     WEIGHT,
     ActivationQuantizer,
+    CodeRange,
     WeightQuantizer,
     quantize,
     scale_from_amax,
     weight_amax,
 )
 from qat.ranks import ALONE, Ranks
-from qat.thresholds import Method, amax_entropy, amax_mse, amax_percentile
+from qat.thresholds import LEVELS, Method, amax_entropy, amax_mse, amax_percentile
 
 _TOGETHER = 16  # tensors whose ranges are chosen at a time: 32 MB for each table of mse and entropy
 
 
-def weight_amax_mse(weight: Tensor, axis: int, candidates: int = 100) -> Tensor:
+def weight_amax_mse(weight: Tensor, axis: int, codes: CodeRange = WEIGHT, candidates: int = 100) -> Tensor:
     """The range of each channel of ``axis`` with the least mean squared error of the codes: [C], float32.
 
     Tried are ``candidates`` equal steps up to the largest magnitude; of equal errors the largest range is taken.
@@ -44,8 +44,8 @@ def weight_amax_mse(weight: Tensor, axis: int, candidates: int = 100) -> Tensor:
     best, least = largest.clone(), torch.full_like(largest, math.inf)
     for step in range(candidates, 0, -1):
         amax = largest * (step / candidates)
-        scale = scale_from_amax(amax)[:, None]
-        error = (quantize(rows, scale, WEIGHT) * scale - rows).square().mean(1)
+        scale = scale_from_amax(amax, codes)[:, None]
+        error = (quantize(rows, scale, codes) * scale - rows).square().mean(1)
         best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
     return best
 
@@ -139,14 +139,19 @@ def set_ranges(
     floor) or that no batch reached (its amax stays as it was).
     """
     warnings, quantizers = [], _quantizers(model)
-    shown = [observers[name] for name in quantizers]
-    chosen = zip(choose_ranges(shown, method, percentile), choose_ranges(shown, "max"), strict=True)
-    for (name, quantizer), (amax, largest) in zip(quantizers.items(), chosen, strict=True):
+    ranges: dict[str, tuple[float, float]] = {}
+    for levels in {quantizer.codes.high + 1 for quantizer in quantizers.values()}:
+        alike = [name for name, quantizer in quantizers.items() if quantizer.codes.high + 1 == levels]
+        shown = [observers[name] for name in alike]
+        chosen = zip(choose_ranges(shown, method, percentile, levels), choose_ranges(shown, "max"), strict=True)
+        ranges |= zip(alike, chosen, strict=True)
+    for name, quantizer in quantizers.items():
+        amax, largest = ranges[name]
         if math.isnan(largest):
             warnings.append(f"tensor {name} was not computed by any calibration batch: it has no range")
             continue
         quantizer.amax.fill_(amax)
-        if largest / ACTIVATION.high < SCALE_FLOOR:
+        if largest / quantizer.codes.high < SCALE_FLOOR:
             warnings.append(f"tensor {name} is zero for every calibration image: dead channels, or too few images?")
     return warnings
 
@@ -166,8 +171,13 @@ def calibrate(
     return set_ranges(model, observe(model, batches, on_batch), method, percentile)
 
 
-def choose_ranges(observers: Sequence[HistogramObserver], method: Method, percentile: float = 99.99) -> list[float]:
-    """The amax that ``method`` chooses for each tensor; never above the exact max, NaN for one that was not seen."""
+def choose_ranges(
+    observers: Sequence[HistogramObserver], method: Method, percentile: float = 99.99, levels: int = LEVELS
+) -> list[float]:
+    """The amax that ``method`` chooses for each tensor; never above the exact max, NaN for one that was not seen.
+
+    ``levels``: how many codes a magnitude can take.
+    """
     if method not in get_args(Method):
         raise ValueError(f"no calibration method {method!r}: choose max, percentile, mse or entropy")
     chosen = []
@@ -179,9 +189,9 @@ def choose_ranges(observers: Sequence[HistogramObserver], method: Method, percen
         if method == "percentile":
             exact = torch.minimum(exact, amax_percentile(counts, limits, percentile))
         elif method == "mse":
-            exact = torch.minimum(exact, amax_mse(counts, limits))
+            exact = torch.minimum(exact, amax_mse(counts, limits, levels))
         elif method == "entropy":
-            exact = torch.minimum(exact, amax_entropy(counts, limits))
+            exact = torch.minimum(exact, amax_entropy(counts, limits, levels))
         chosen += exact.tolist()
     return [amax if observer.seen else math.nan for observer, amax in zip(observers, chosen, strict=True)]
 

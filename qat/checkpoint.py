@@ -27,6 +27,7 @@ from qat.artifact import (
 )
 from qat.data import Data, Preprocessing, load_data
 from qat.decisions import Placement
+from qat.few_bits import BITS, simulate_bits
 from qat.models import ModelSpec, build_model
 from qat.prepare import activation_quantizers, placement_of, prepare, weights_and_quantizers
 from qat.rules import RULES
@@ -88,6 +89,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
     model = prepare(build_model(spec), placement)
+    simulate_bits(model, sidecar.details.get("bits", BITS))
     tensors = load_tensors(path)
     for path_of_quantizer, weight, quantizer in weights_and_quantizers(model):
         amax = tensors.get(f"{path_of_quantizer}.amax")

@@ -67,6 +67,9 @@ class TrainOptions(Command):
     """Largest norm of the gradient; 0: no limit."""
     ema: float = 0.0
     """Decay of a moving average of weights and statistics, which then is the result; 0: none."""
+    bits: int = 8
+    """Bits of weights and activations; below 8 it is a simulation, which cannot be exported: the first and the last
+    layer keep 8."""
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
     qat.placement shows."""

@@ -99,7 +99,7 @@ def learn_ranges(prepared: fx.GraphModule) -> None:
     """Makes the ranges of all quantizers parameters; those of weights start from the least squared error."""
     for _, weight, quantizer in weights_and_quantizers(prepared):
         if quantizer.amax is None:
-            quantizer.fix(weight_amax_mse(weight, quantizer.axis))
+            quantizer.fix(weight_amax_mse(weight, quantizer.axis, quantizer.codes))
         quantizer.learn()
     for activation in activation_quantizers(prepared).values():
         activation.learn()

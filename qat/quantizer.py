@@ -15,6 +15,8 @@ Learned step sizes (LSQ, Esser et al. 2020): where amax is a parameter,
     dL/dscale = g * sum dL/dx_hat * (code - x / scale  inside the range, low below it, high above it)
     g         = 1 / sqrt(elements of a scale * high)
 
+A simulation of fewer bits has fewer codes (qat/few_bits.py), and their highest in the place of 127.
+
 Shapes: amax and scale are [] (per tensor) or [C] (per channel, along ``axis``); C = output channels.
 """
 
@@ -44,13 +46,12 @@ class CodeRange:
 
 
 ACTIVATION = CodeRange(-128, 127)
-RECTIFIED = CodeRange(0, 127)  # of a ReLU's result
 WEIGHT = CodeRange(-127, 127)
 
 
-def scale_from_amax(amax: Tensor) -> Tensor:
+def scale_from_amax(amax: Tensor, codes: CodeRange = ACTIVATION) -> Tensor:
     """The scale for a tensor whose largest magnitude is ``amax`` (same shape, float32, > 0)."""
-    return (amax.float() / 127).clamp(min=SCALE_FLOOR)
+    return (amax.float() / codes.high).clamp(min=SCALE_FLOOR)
 
 
 def quantize(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
@@ -74,9 +75,9 @@ def learned_fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange = ACTIVATIO
     return _LearnedFakeQuantize.apply(x, scale, codes.low, codes.high)
 
 
-def fake_quantize_weight(weight: Tensor, axis: int) -> Tensor:
-    """``weight`` rounded to INT8 per channel of ``axis``, its scales following it; the gradient passes unchanged."""
-    return _FakeQuantizeWeight.apply(weight, axis)
+def fake_quantize_weight(weight: Tensor, axis: int, codes: CodeRange = WEIGHT) -> Tensor:
+    """``weight`` rounded per channel of ``axis``, its scales following it; the gradient passes unchanged."""
+    return _FakeQuantizeWeight.apply(weight, axis, codes.high)
 
 
 def weight_amax(weight: Tensor, axis: int) -> Tensor:
@@ -108,16 +109,17 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("amax", torch.tensor(float("nan")))
         self.observer: nn.Module | None = None
         self.enabled = True
+        self.codes = ACTIVATION
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` of any shape to the same shape and type."""
         if self.observer is not None:
             self.observer(x)
-        return x if self.passes else self._quantized(x, ACTIVATION)
+        return x if self.passes else self._quantized(x, self.codes)
 
     def rectified(self, x: Tensor) -> Tensor:
         """The codes of relu(x), both in one operation; only where it does not pass its input."""
-        return self._quantized(x, RECTIFIED)
+        return self._quantized(x, CodeRange(0, self.codes.high))
 
     @property
     def passes(self) -> bool:
@@ -126,7 +128,7 @@ class ActivationQuantizer(nn.Module):
 
     def _quantized(self, x: Tensor, codes: CodeRange) -> Tensor:
         quantized = learned_fake_quantize if isinstance(self.amax, nn.Parameter) else fake_quantize
-        return quantized(x, scale_from_amax(self.amax), codes)
+        return quantized(x, scale_from_amax(self.amax, codes), codes)
 
     def learn(self) -> None:
         """Makes ``amax`` a parameter that starts from what it is."""
@@ -134,7 +136,7 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        return f"amax={self.amax.item():.4g}, int8 per tensor"
+        return f"amax={self.amax.item():.4g}, codes {self.codes.low}..{self.codes.high}, per tensor"
 
 
 class WeightQuantizer(nn.Module):
@@ -149,6 +151,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.axis = axis
         self.enabled = True
+        self.codes = WEIGHT
         self.register_buffer("amax", None)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -156,13 +159,13 @@ class WeightQuantizer(nn.Module):
         if not self.enabled:
             return weight
         if self.amax is None:
-            return fake_quantize_weight(weight, self.axis)
+            return fake_quantize_weight(weight, self.axis, self.codes)
         quantized = learned_fake_quantize if isinstance(self.amax, nn.Parameter) else fake_quantize
-        return quantized(weight, per_channel(scale_from_amax(self.amax), weight.ndim, self.axis), WEIGHT)
+        return quantized(weight, per_channel(self.scale(weight), weight.ndim, self.axis), self.codes)
 
     def scale(self, weight: Tensor) -> Tensor:
         """The scales of ``weight``: [C], float32, > 0."""
-        return scale_from_amax(weight_amax(weight, self.axis) if self.amax is None else self.amax)
+        return scale_from_amax(weight_amax(weight, self.axis) if self.amax is None else self.amax, self.codes)
 
     def fix(self, amax: Tensor) -> None:
         """From now on the weight's range is ``amax``, [C]."""
@@ -175,7 +178,7 @@ class WeightQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        return f"axis={self.axis}, int8 per channel"
+        return f"axis={self.axis}, codes {self.codes.low}..{self.codes.high}, per channel"
 
 
 def _learn(quantizer: nn.Module) -> None:
@@ -225,10 +228,10 @@ class _LearnedFakeQuantize(_FakeQuantize):
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, axis: int) -> Tensor:
-        scale = per_channel(scale_from_amax(weight_amax(weight, axis)), weight.ndim, axis)
+    def forward(ctx, weight: Tensor, axis: int, high: int) -> Tensor:
+        scale = per_channel(scale_from_amax(weight_amax(weight, axis), CodeRange(-high, high)), weight.ndim, axis)
         return (weight.float() / scale).round_().mul_(scale).to(weight.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad, None
+        return grad, None, None

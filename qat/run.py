@@ -25,6 +25,7 @@ from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.compute import Compute, exact_float32
 from qat.console import progress, say, speaking, table, warn
 from qat.data import SPLITS, Data, batch_count, batches, load_data
+from qat.few_bits import BITS, check_bits, simulate_bits
 from qat.imported_ranges import set_imported_ranges
 from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights
@@ -76,6 +77,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
         )
     if not 0 < options.percentile <= 100:
         raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
+    check_bits(options.bits)
     torch.set_flush_denormal(True)  # gradients fall into denormals in small networks, which are ten times as slow
     compute.ranks.share_of(options.batch_size)
     reached = _resumed(options, compute.ranks) if options.resume else Progress()
@@ -107,6 +109,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
             if options.distill or options.distill_features:
                 reached.teacher = copy.deepcopy(model).state_dict()
             prepared = prepare(model, placement)
+            simulate_bits(prepared, options.bits)
             trainer.calibrate(prepared)
             for line in set_imported_ranges(prepared, ranges) if ranges else ():
                 say(line)
@@ -117,6 +120,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
             trainer.save(prepared, FitState(), {})
         else:
             prepared = prepare(model, placement)
+            simulate_bits(prepared, options.bits)
             if ranges:
                 set_imported_ranges(prepared, ranges)  # the same weights' ranges are fixed as then
             if options.learn_ranges:
@@ -134,6 +138,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
         "calibration_images": options.calibration_images,
         "seed": options.seed,
         "calibrator": options.calibrator,
+        "bits": options.bits,
         "recipes": {phase: vars(recipe) for phase, recipe in recipes.items()},
         "processes": compute.ranks.size,
     }
@@ -150,7 +155,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
         options.seed,
     )
     _state_path(options).unlink(missing_ok=True)
-    _say_result(options.output, reached.figures)
+    _say_result(options.output, options.bits, reached.figures)
     return 0
 
 
@@ -315,11 +320,13 @@ def _check_logits(name: str, network: Network, classes: int) -> None:
         )
 
 
-def _say_result(output: Path, figures: dict[str, Any]) -> None:
+def _say_result(output: Path, bits: int, figures: dict[str, Any]) -> None:
+    kind = f"INT{bits}"
     rows = [
         (label, f"{figures[key]['test_top1']:.2f} %", f"{figures[key]['test_loss']:.4f}")
-        for key, label in (("float", "float"), ("ptq", "INT8, post-training"), ("qat", "INT8, trained (QAT)"))
+        for key, label in (("float", "float"), ("ptq", f"{kind}, post-training"), ("qat", f"{kind}, trained (QAT)"))
     ]
     images = figures["float"]["test_images"]
     table(f"Accuracy on the test split ({images} images)", ("network", "top-1", "loss"), rows)
-    say(f"wrote {output}\nnext: python -m export.onnx {output}")
+    following = f"next: python -m export.onnx {output}" if bits == BITS else "simulated, it cannot be exported"
+    say(f"wrote {output}\n{following}")
