@@ -35,6 +35,7 @@ from qat.sources import did_you_mean
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
 _NO_AUXILIARY = {"aux_logits": False, "init_weights": False, "transform_input": True}
 _NAME = "model_name"  # attribute of a built model: load_weights finds torchvision's weights by it
+_MOST_COMMON = 1000  # classes: ImageNet's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,26 +91,65 @@ def load_weights(model: nn.Module, weights: str) -> tuple[str, dict[str, Tensor]
     Raises:
         UserError: no such weights, a damaged file, a failed download, or keys that do not fit the model.
     """
-    path = Path(weights).expanduser()
-    if path.exists() or path.suffix in (".safetensors", ".pth", ".pt"):
-        found = _state_dict(path)
-    else:
-        found = _torchvision_weights(getattr(model, _NAME, ""), weights)
-    found, ranges = split_ranges(found)
+    found, ranges = split_ranges(_tensors(getattr(model, _NAME, ""), weights))
+    head = _load(model, weights, found)
+    if not head:
+        return f"weights: {weights}", ranges
+    then, now = (len(tensors[f"{head}.weight"]) for tensors in (found, model.state_dict()))
+    line = f"weights: {weights}, but for {head}: {then} classes there, {now} here, so it starts at random"
+    return line, ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A float model all of whose weights were loaded.
+
+    ``ranges``: of a checkpoint of pytorch-quantization. ``class_names``: () where the weights do not tell them.
+    """
+
+    spec: ModelSpec
+    model: nn.Module
+    ranges: Mapping[str, Tensor]
+    class_names: tuple[str, ...]
+
+
+def build_pretrained(name: str, weights: str, classes: int | None = None) -> Pretrained:
+    """The model ``name`` with as many classes as the classifier in ``weights`` has rows; see ``load_weights``.
+
+    ``classes``: their number, for a model whose classifier cannot be told from its other layers.
+
+    Raises:
+        UserError: as ``build_model`` and ``load_weights`` do, and when the weights are of another number of classes.
+    """
+    found, ranges = split_ranges(_tensors(name, weights))
+    spec = ModelSpec(name, classes or _MOST_COMMON)
+    model = build_model(spec)
+    remedy = "" if classes else f", or their --classes if they are not {_MOST_COMMON}"
+    if head := _other_classifier(model.state_dict(), found):
+        rows = len(found[f"{head}.weight"])
+        if classes:
+            raise UserError(f"weights {weights} are of {rows} classes ({head}), not of {classes}: leave out --classes")
+        spec, remedy = ModelSpec(name, rows), ""
+        model = build_model(spec)
+    if _load(model, weights, found, remedy):
+        raise UserError(f"weights {weights} are of {rows} classes, but {name} makes others when asked for as many")
+    return Pretrained(spec, model, ranges, () if _is_file(weights) else _categories(name, weights))
+
+
+def _load(model: nn.Module, weights: str, found: Mapping[str, Tensor], remedy: str = "") -> str:
+    """Loads the tensors ``found``; the path of a classifier of other classes, which stays as it was, or ''."""
     if getattr(model, "aux_logits", None) is False:
         found = {key: tensor for key, tensor in found.items() if not key.startswith(_AUXILIARY)}
     own = model.state_dict()
     head = _other_classifier(own, found)
     misfits = _misfits(own, {key: tensor for key, tensor in found.items() if not _belongs(key, head)}, head)
     if misfits:
-        raise UserError(f"weights {weights} do not fit the model: {'; '.join(misfits)}; give weights of this model")
+        raise UserError(
+            f"weights {weights} do not fit the model: {'; '.join(misfits)}; give weights of this model{remedy}"
+        )
     fitting = {key: tensor for key, tensor in found.items() if not _belongs(key, head)}
     model.load_state_dict(own | fitting)
-    if not head:
-        return f"weights: {weights}", ranges
-    then, now = (len(tensors[f"{head}.weight"]) for tensors in (found, own))
-    line = f"weights: {weights}, but for {head}: {then} classes there, {now} here, so it starts at random"
-    return line, ranges
+    return head
 
 
 # --- builders
@@ -182,6 +222,22 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 # --- weights
+
+
+def _is_file(weights: str) -> bool:
+    path = Path(weights).expanduser()
+    return path.exists() or path.suffix in (".safetensors", ".pth", ".pt")
+
+
+def _tensors(name: str, weights: str) -> dict[str, Tensor]:
+    """The state dict that ``weights`` of model ``name`` are: a file's, or torchvision's."""
+    return _state_dict(Path(weights).expanduser()) if _is_file(weights) else _torchvision_weights(name, weights)
+
+
+def _categories(name: str, weights: str) -> tuple[str, ...]:
+    """The names of the classes of torchvision's weights, which exist."""
+    known = torchvision.models.get_model_weights(name)
+    return tuple(known[weights.removeprefix(f"{known.__name__}.")].meta["categories"])
 
 
 def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:

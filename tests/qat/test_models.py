@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat.artifact import UserError
-from qat.models import ModelSpec, build_model, load_weights
+from qat.models import ModelSpec, build_model, build_pretrained, load_weights
 
 NET = """
 from torch import nn
@@ -187,6 +187,42 @@ def test_weights_by_name_come_through_torchvision(tmp_path: Path, monkeypatch: p
         model = build_model(ModelSpec("squeezenet1_1", 4))
         assert "1000 classes there, 4 here" in load_weights(model, weights)[0]
         assert torch.equal(model.get_parameter("features.0.weight"), given.get_parameter("features.0.weight"))
+    found = build_pretrained("squeezenet1_1", "IMAGENET1K_V1")
+    assert equal(found.model.state_dict(), given.state_dict())
+    assert (found.spec.num_classes, found.class_names[:2]) == (1000, ("tench", "goldfish"))
+
+
+def test_the_classifier_in_the_weights_tells_the_number_of_classes(net_file: Path, tmp_path: Path) -> None:
+    name, weights = f"{net_file}:net", str(tmp_path / "w.pth")
+    given = build_net(net_file, 7)
+    torch.save(given.state_dict(), weights)
+    for classes in (None, 7):
+        found = build_pretrained(name, weights, classes)
+        assert (found.spec, found.class_names, found.ranges) == (ModelSpec(name, 7), (), {})
+        assert equal(found.model.state_dict(), given.state_dict())
+    with pytest.raises(UserError, match=r"w\.pth are of 7 classes \(3\), not of 8: leave out --classes"):
+        build_pretrained(name, weights, 8)
+
+
+def test_two_classifiers_do_not_tell_the_number_of_classes(tmp_path: Path) -> None:
+    file, weights = tmp_path / "two.py", str(tmp_path / "w.pth")
+    file.write_text(
+        "from torch import nn\ndef net(num_classes):\n"
+        "    return nn.ModuleDict({n: nn.Linear(4, num_classes) for n in 'ab'})"
+    )
+    given = build_model(ModelSpec(f"{file}:net", 7))
+    torch.save(given.state_dict(), weights)
+    with pytest.raises(UserError, match=r"do not fit .* or their --classes if they are not 1000"):
+        build_pretrained(f"{file}:net", weights)
+    assert equal(build_pretrained(f"{file}:net", weights, 7).model.state_dict(), given.state_dict())
+
+
+def test_a_model_that_ignores_the_number_of_classes(tmp_path: Path) -> None:
+    file, weights = tmp_path / "five.py", str(tmp_path / "w.pth")
+    file.write_text("from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Linear(4, 5))")
+    torch.save(torch.nn.Sequential(torch.nn.Linear(4, 7)).state_dict(), weights)
+    with pytest.raises(UserError, match=r"are of 7 classes, but .* makes others when asked for as many"):
+        build_pretrained(f"{file}:net", weights)
 
 
 def test_weights_that_do_not_fit(net_file: Path, tmp_path: Path) -> None:
