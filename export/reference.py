@@ -17,15 +17,15 @@ from qat.artifact import UserError, atomic_write, sha256_of
 from qat.checkpoint import Checkpoint, training_data
 from qat.console import warn
 from qat.data import Data, batches
+from qat.sources import NO_LABEL
 
 _BATCH = 32
 _RANDOM_IMAGES = 8
-_NO_LABEL = -1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Images before normalization, uint8 [N, 3, H, W]; their labels, int64 [N], -1 if random; where they come from."""
+    """Images before normalization, uint8 [N, 3, H, W]; labels, int64 [N], -1 where there are none; their origin."""
 
     images_NCHW: Tensor
     labels: Tensor
@@ -33,7 +33,10 @@ class Sample:
 
 
 def sample(checkpoint: Checkpoint, count: int) -> Sample:
-    """Up to ``count`` images of the test split that the checkpoint was measured on, or random ones without it."""
+    """Up to ``count`` images of the test split that the checkpoint was measured on, or random ones without it.
+
+    Of images without labels too few to hold any out, those that it was calibrated on.
+    """
     try:
         loaded = training_data(checkpoint)
     except UserError as error:
@@ -41,21 +44,22 @@ def sample(checkpoint: Checkpoint, count: int) -> Sample:
         generator = torch.Generator().manual_seed(0)
         shape = (min(count, _RANDOM_IMAGES), 3, checkpoint.preprocessing.height, checkpoint.preprocessing.width)
         x_NCHW = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        return Sample(x_NCHW, torch.full((len(x_NCHW),), _NO_LABEL), "random images")
+        return Sample(x_NCHW, torch.full((len(x_NCHW),), NO_LABEL), "random images")
     return first_images(loaded, count)
 
 
 def first_images(data: Data, count: int) -> Sample:
-    """Up to ``count`` images of the test split of ``data``."""
+    """Up to ``count`` images of the test split of ``data``, or of its calibration split where that is all there is."""
+    split = "test" if len(data.test) else "calibration"
     images: list[Tensor] = []
     labels: list[Tensor] = []
-    for x_NCHW, y in batches(data.test, _BATCH, None):
+    for x_NCHW, y in batches(getattr(data, split), _BATCH, None):
         left = count - sum(map(len, labels))
         images.append(x_NCHW[:left])
         labels.append(y[:left])
         if left <= len(y):
             break
-    return Sample(torch.cat(images), torch.cat(labels), f"the test split of {data.source}")
+    return Sample(torch.cat(images), torch.cat(labels), f"the {split} split of {data.source}")
 
 
 def reference_path(onnx: Path) -> Path:
@@ -77,7 +81,7 @@ def write_reference(path: Path, images: Sample, logits: Tensor) -> dict[str, Any
                 logits=logits.numpy(),
             )
         digest = sha256_of(temporary)
-    labelled = bool((images.labels != _NO_LABEL).all())
+    labelled = bool((images.labels != NO_LABEL).all())
     return {
         "file": path.name,
         "sha256": digest,

@@ -2,7 +2,8 @@
 
 Each split has one use: weights learn on train, activation ranges come from calibration, epochs are chosen on
 validation, and what is reported is measured on test. Where a source lacks a split, it is carved out of the
-training images: stratified by class, a function of the seed alone.
+training images: stratified by class, a function of the seed alone. Images without labels make two splits: calibration
+and test.
 
 What is random in a training image comes only from the seed in its key, never from the process that loads it or
 from what was loaded before: the same batches come from any number of workers, and from a run that was stopped
@@ -27,12 +28,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qat.artifact import UserError
-from qat.pixels import MEMORY_LIMIT, ArrayPixels, Pixels
+from qat.pixels import MEMORY_LIMIT, ArrayPixels, FilePixels, Pixels, decode_all
 from qat.preprocessing import Augmentation, Preprocessing
 from qat.ranks import ALONE, Ranks
-from qat.sources import Part, Source, read_source
+from qat.sources import FOLDER_SIZE, NO_LABEL, Part, Source, read_source, unlabelled_files
 
-__all__ = ["Data", "ImageSet", "Preprocessing", "batch_count", "batches", "load_data", "stratified_split"]
+__all__ = ["Data", "ImageSet", "Preprocessing", "batch_count", "batches", "load_data"]
+__all__ += ["load_unlabelled", "stratified_split"]
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _SMALL = 64  # pixels; up to here an image is shifted in training, above it is cropped and resized
@@ -43,6 +45,7 @@ _TEST_SHARE, _VALIDATION_SHARE, _CALIBRATION_SHARE, _CALIBRATION_MOST = 1 / 5, 1
 _CALIBRATION_LEAST = 64  # images, where there are as many
 _SHARE_OF_GPU = 1 / 4  # of the memory that is free
 SPLITS = ("train", "calibration", "validation", "test")
+_HELD_OUT_MOST = 1024  # images without labels to measure on: an agreement of 99 % is known to 0.3 points
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +97,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
 @dataclass(frozen=True)
 class Data:
-    """The four splits, which have no image in common. ``notes`` say how they were made, a line each."""
+    """The four splits, which have no image in common. ``notes`` say how they were made, a line each.
+
+    Without labels there are no class names, and no images in train and validation.
+    """
 
     train: ImageSet
     calibration: ImageSet
@@ -118,6 +124,17 @@ class Data:
             sets[name] = replace(split, pixels=pixels, indices=indices, labels=labels)
         return replace(self, **sets)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether accuracies can be measured; without, every label is NO_LABEL."""
+        return bool(self.class_names)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of images in every split that has some."""
+        sizes = {name: len(getattr(self, name)) for name in SPLITS}
+        return {name: size for name, size in sizes.items() if size}
+
 
 def load_data(
     source: str, image_size: int | None, seed: int, calibration_images: int = 512, root: Path = Path("data")
@@ -134,14 +151,9 @@ def load_data(
     Raises:
         UserError: the source is unknown, damaged or too small.
     """
-    if image_size is not None and image_size < 1:
-        raise UserError(f"image size {image_size} is not positive: give the height and width in pixels")
-    if calibration_images < 1:
-        raise UserError(f"{calibration_images} calibration images set no activation range: ask for at least 1")
-    if not 0 <= seed < 1 << 32:
-        raise UserError(f"seed {seed} is out of range: give one from 0 to {(1 << 32) - 1}")
+    _check_request(image_size, seed, calibration_images)
     found = read_source(source, root)
-    preprocessing = _preprocessing(found, source, image_size)
+    preprocessing = _preprocessing(found.default_size, found.cropped, source, image_size)
     augmentation = _augmentation(found, source, preprocessing)
     if augmentation.padding:
         found = _resized(found, preprocessing)
@@ -163,6 +175,33 @@ def load_data(
         (*found.notes, *notes),
         source,
     )
+
+
+def load_unlabelled(folder: Path, image_size: int | None, seed: int, calibration_images: int = 512) -> Data:
+    """Images without labels: those in ``folder`` and in the folders within it, whose names mean nothing.
+
+    The seed chooses up to ``calibration_images`` of them; of the others up to 1024, or a fifth of all where fewer are
+    left, are the test split, on which two networks can be compared. The other arguments are those of ``load_data``.
+
+    Raises:
+        UserError: there is no image, or one that was chosen is corrupt.
+    """
+    _check_request(image_size, seed, calibration_images)
+    files = unlabelled_files(folder)
+    total = len(files)
+    test = min(_HELD_OUT_MOST, max(total - calibration_images, int(_TEST_SHARE * total)))
+    counts = {"test": test, "calibration": min(calibration_images, total - test)}
+    groups = stratified_split(torch.full((total,), NO_LABEL), list(counts.values()), seed)
+    paths = [files[index] for group in groups[:2] for index in group.tolist()]
+    pixels = FilePixels(paths, decode_all(paths))
+    preprocessing = _preprocessing((FOLDER_SIZE, FOLDER_SIZE), False, str(folder), image_size)
+
+    def image_set(start: int, stop: int) -> ImageSet:
+        return ImageSet(pixels, torch.arange(start, stop), torch.full((stop - start,), NO_LABEL), preprocessing)
+
+    none = image_set(0, 0)
+    notes = tuple(f"{name}: {count} of {total} images, chosen by the seed" for name, count in counts.items() if count)
+    return Data(none, image_set(test, len(paths)), none, image_set(0, test), (), preprocessing, notes, str(folder))
 
 
 def stratified_split(labels: Tensor, counts: Sequence[int], seed: int) -> list[Tensor]:
@@ -285,10 +324,19 @@ def _ignore_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _preprocessing(found: Source, source: str, image_size: int | None) -> Preprocessing:
-    height, width = (image_size, image_size) if image_size else found.default_size
+def _check_request(image_size: int | None, seed: int, calibration_images: int) -> None:
+    if image_size is not None and image_size < 1:
+        raise UserError(f"image size {image_size} is not positive: give the height and width in pixels")
+    if calibration_images < 1:
+        raise UserError(f"{calibration_images} calibration images set no activation range: ask for at least 1")
+    if not 0 <= seed < 1 << 32:
+        raise UserError(f"seed {seed} is out of range: give one from 0 to {(1 << 32) - 1}")
+
+
+def _preprocessing(default_size: tuple[int, int], cropped: bool, source: str, image_size: int | None) -> Preprocessing:
+    height, width = (image_size, image_size) if image_size else default_size
     short = min(height, width)
-    if not found.cropped and short > _SMALL:
+    if not cropped and short > _SMALL:
         short = round(short * _CROP_MARGIN)
     # Digits: their own mean and deviation. Elsewhere ImageNet's, which pretrained weights expect.
     mean, std = ((0.305,) * 3, (0.376,) * 3) if source == "digits" else (_IMAGENET_MEAN, _IMAGENET_STD)

@@ -1,4 +1,4 @@
-"""Where images come from: digits, an image folder, an .npz file, torchvision's data sets.
+"""Where images come from: digits, an image folder, an .npz file, torchvision's data sets; a folder without labels.
 
 Every reader checks all that it can before training starts, and says in one line what is wrong. How the images are
 split is decided in qat/data.py, how they are decoded and kept in qat/pixels.py.
@@ -25,6 +25,7 @@ from qat.artifact import UserError, one_line
 from qat.pixels import ArrayPixels, FilePixels, Pixels, TorchvisionPixels, decode_all, images_nchw
 
 FOLDER_SIZE = 224  # pixels: what networks for photographs are trained at
+NO_LABEL = -1
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,10 @@ def _read_digits() -> Source:
 def _read_folder(folder: Path) -> Source:
     if not (folder / "train").is_dir() or not (folder / "val").is_dir():
         found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"{folder} has no train/ or no val/ (found: {found}): put <class>/<image> into train/ and val/")
+        raise UserError(
+            f"{folder} has no train/ or no val/ (found: {found}): put <class>/<image> into train/ and val/; only "
+            "python -m qat.calibrate takes images without labels, from a folder that has neither"
+        )
     splits = [split for split in ("train", "val", "test") if (folder / split).is_dir()]
     files = {split: _class_files(folder / split) for split in splits}
     for split in splits[1:]:
@@ -132,16 +136,21 @@ def _class_files(split: Path) -> dict[str, list[str]]:
         raise UserError(f"{split} has no class folders: put the images of each class into {split}/<class>/")
     files = {}
     for name in classes:
-        files[name] = sorted(
-            os.path.join(folder, file)
-            for folder, _, names in os.walk(split / name, followlinks=True)
-            for file in names
-            if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-        )
+        files[name] = _image_files(split / name)
         if not files[name]:
             kinds = " ".join(IMG_EXTENSIONS)
             raise UserError(f"class folder {split / name} has no image ({kinds}): add some, or remove the folder")
     return files
+
+
+def _image_files(folder: Path) -> list[str]:
+    """The image files in ``folder`` and in the folders within it, sorted."""
+    return sorted(
+        os.path.join(inner, file)
+        for inner, _, names in os.walk(folder, followlinks=True)
+        for file in names
+        if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
+    )
 
 
 def _check_same_classes(folder: Path, files: dict[str, dict[str, list[str]]], split: str) -> None:
@@ -153,6 +162,25 @@ def _check_same_classes(folder: Path, files: dict[str, dict[str, list[str]]], sp
                 f"{len(missing)} of the {len(files[present])} classes in {folder / present} are missing from "
                 f"{folder / absent}: {listed}; add images there, or remove them here"
             )
+
+
+# --- images without labels
+
+
+def unlabelled_folder(source: str) -> Path | None:
+    """The folder that ``source`` is, if it has neither train/ nor val/: its images have no labels. None otherwise."""
+    path = Path(source).expanduser()
+    labelled = (path / "train").is_dir() or (path / "val").is_dir()
+    named = source == "digits" or source.startswith("torchvision:")
+    return path if path.is_dir() and not labelled and not named else None
+
+
+def unlabelled_files(folder: Path) -> list[str]:
+    """The image files in ``folder`` and in the folders within it, sorted. Raises UserError when there is none."""
+    files = _image_files(folder)
+    if not files:
+        raise UserError(f"{folder} has no image ({' '.join(IMG_EXTENSIONS)}): add some, or give another folder")
+    return files
 
 
 # --- .npz
