@@ -1,4 +1,4 @@
-"""How many images a model gets right."""
+"""How many images a model gets right, and on how many two models agree."""
 
 from __future__ import annotations
 
@@ -27,6 +27,22 @@ class Accuracy:
 
     def __str__(self) -> str:
         return f"{self.top1:.2f} % of {self.images}"
+
+    def test_figures(self) -> dict[str, float]:
+        """As a checkpoint records it, measured on the test split."""
+        return {"test_top1": self.top1, "test_loss": self.loss, "test_images": self.images}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close a quantized model's answers are to the float one's on ``images`` images; needs no labels.
+
+    ``top1``: images with the same class, in percent. ``sqnr_db``: of the logits; None where all are equal.
+    """
+
+    top1: float
+    sqnr_db: float | None
+    images: int
 
 
 def evaluate(
@@ -57,11 +73,57 @@ def evaluate(
 @torch.no_grad()
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = ALONE) -> Accuracy:
     """Accuracy of ``model`` as it stands on normalized images [N, C, H, W] and labels int64 [N], on its device."""
-    correct, loss, count = 0.0, 0.0, 0.0
+    counts = _Counts()
     for x, labels in batches:
-        logits = model(x)
-        correct += int((logits.argmax(1) == labels).sum())
-        loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
-        count += len(labels)
-    correct, loss, count = ranks.sums(correct, loss, count)
-    return Accuracy(100 * correct / count, loss / count, int(count))
+        counts.add(model(x), labels)
+    return counts.accuracy(ranks)
+
+
+@torch.no_grad()
+def compare(
+    exact: nn.Module,
+    quantized: nn.Module,
+    images: ImageSet,
+    data: Data,
+    batch_size: int,
+    compute: Compute,
+    workers: int,
+) -> tuple[Agreement, tuple[Accuracy, ...]]:
+    """How ``quantized`` agrees with ``exact`` on all of ``images``; where they have labels, the accuracies of both too.
+
+    In evaluation mode and exact float32, by one process. Raises UserError when an answer is not finite.
+    """
+    models = (exact.eval(), quantized.eval())
+    counts = tuple(_Counts() for _ in models if data.labelled)
+    same, power, noise = 0, 0.0, 0.0
+    with exact_float32(), progress("comparing", len(images)) as task:
+        for x_NCHW, labels in batches(images, batch_size, None, workers=workers):
+            x = data.preprocessing.normalize(compute.images(x_NCHW))
+            answers = [model(x) for model in models]
+            for count, logits in zip(counts, answers, strict=False):
+                count.add(logits, labels.to(compute.device))
+            before, after = (logits.double() for logits in answers)
+            same += int((before.argmax(1) == after.argmax(1)).sum())
+            power += float(before.square().sum())
+            noise += float((after - before).square().sum())
+            task.advance(len(labels))
+    if not math.isfinite(power + noise):
+        raise UserError("the network answers NaN or infinity: a weight is NaN; give other weights")
+    sqnr_db = 10 * math.log10(power / noise) if noise else None
+    return Agreement(100 * same / len(images), sqnr_db, len(images)), tuple(count.accuracy() for count in counts)
+
+
+class _Counts:
+    """Right answers, summed cross-entropy and images so far."""
+
+    def __init__(self) -> None:
+        self.correct, self.loss, self.images = 0.0, 0.0, 0.0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        self.correct += int((logits.argmax(1) == labels).sum())
+        self.loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        self.images += len(labels)
+
+    def accuracy(self, ranks: Ranks = ALONE) -> Accuracy:
+        correct, loss, images = ranks.sums(self.correct, self.loss, self.images)
+        return Accuracy(100 * correct / images, loss / images, int(images))
