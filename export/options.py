@@ -16,7 +16,7 @@ class ExportOptions(Command):
     """The options of ``python -m export.onnx``."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """The checkpoint that python -m qat.train wrote."""
+    """The checkpoint that python -m qat.train or qat.calibrate wrote."""
     output: Path | None = None
     """The ONNX file to write; by default beside the checkpoint, its name saying which options were given:
     model.merged-padded.onnx."""

@@ -25,7 +25,7 @@ from qat.artifact import (
     read_sidecar,
     write_artifact,
 )
-from qat.data import Data, Preprocessing, load_data
+from qat.data import Data, Preprocessing, load_data, load_unlabelled
 from qat.decisions import Placement
 from qat.few_bits import BITS, simulate_bits
 from qat.models import ModelSpec, build_model
@@ -107,8 +107,15 @@ def training_data(checkpoint: Checkpoint) -> Data:
     """The splits that the checkpoint was trained and measured on. Raises UserError when they are not at hand."""
     details = checkpoint.sidecar.details
     data = details["data"]
-    root = Path(data["root"])
-    return load_data(data["source"], data["image_size"], details["seed"], details["calibration_images"], root)
+    chosen = (data["image_size"], details["seed"], details["calibration_images"])
+    if not has_labels(checkpoint):
+        return load_unlabelled(Path(data["source"]).expanduser(), *chosen)
+    return load_data(data["source"], *chosen, Path(data["root"]))
+
+
+def has_labels(checkpoint: Checkpoint) -> bool:
+    """Whether ``training_data`` has labels: whether an accuracy can be measured on it."""
+    return bool(checkpoint.sidecar.details["data"].get("labelled", True))  # before there was anything else
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> None:

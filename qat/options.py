@@ -1,4 +1,7 @@
-"""The options of ``python -m qat.train``. No torch is imported here, so that --help answers at once."""
+"""The options of ``python -m qat.train`` and ``python -m qat.calibrate``.
+
+No torch is imported here, so that --help answers at once.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from qat.console import Command
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(Command):
-    """The options of ``python -m qat.train``."""
+class SharedOptions(Command):
+    """Options that both commands have."""
 
     model: str = "resnet50"
     """A torchvision classification model, timm/NAME, or path/to/file.py:function."""
@@ -24,6 +27,31 @@ class TrainOptions(Command):
     checkpoint of pytorch-quantization are taken over."""
     image_size: int | None = None
     """Height and width of the network's input in pixels; by default what suits the data."""
+    keep_float: tuple[str, ...] = ()
+    """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
+    qat.placement shows."""
+    calibrator: Literal["max", "percentile", "mse", "entropy"] = "mse"
+    """How activation ranges are chosen from the calibration images."""
+    percentile: float = 99.99
+    """Share of the values, in percent, that the percentile calibrator keeps unclipped."""
+    calibration_images: int = 512
+    """Upper limit on the size of the calibration split."""
+    batch_size: int = 32
+    """Images in a batch."""
+    seed: int = 0
+    """Fixes the splits and, in training, the initial weights, the order of the images, augmentation and dropout."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
+    workers: int = 2
+    """Processes that decode images, for data sets that do not fit in memory."""
+    data_root: Path = Path("data")
+    """Where torchvision's data sets are looked for and downloaded to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(SharedOptions):
+    """The options of ``python -m qat.train``."""
+
     float_epochs: int = 8
     """Epochs of float training before quantization; 0 with pretrained weights that need none."""
     float_lr: float = 2e-3
@@ -51,8 +79,6 @@ class TrainOptions(Command):
     """By which both networks' logits are divided for that distance; above 1, unlikely classes count more."""
     distill_features: float = 0.0
     """Weight of the distance from the float network's tensors where its stages end; 0: not."""
-    batch_size: int = 32
-    """Images in a batch."""
     accumulate: int = 1
     """Batches whose gradients make one training step."""
     weight_decay: float = 1e-2
@@ -70,31 +96,28 @@ class TrainOptions(Command):
     bits: int = 8
     """Bits of weights and activations; below 8 it is a simulation, which cannot be exported: the first and the last
     layer keep 8."""
-    keep_float: tuple[str, ...] = ()
-    """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
-    qat.placement shows."""
-    calibrator: Literal["max", "percentile", "mse", "entropy"] = "mse"
-    """How activation ranges are chosen from the calibration images."""
-    percentile: float = 99.99
-    """Share of the values, in percent, that the percentile calibrator keeps unclipped."""
-    calibration_images: int = 512
-    """Upper limit on the size of the calibration split."""
-    seed: int = 0
-    """Fixes the splits, the initial weights, the order of the images, augmentation and dropout."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
     amp: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type that training computes convolutions in; quantization stays float32. auto: bfloat16 on a GPU."""
     compile: bool | None = None
     """Whether torch.compile compiles the training step, which takes about a minute; by default on a GPU, for 1000 steps
     or more."""
-    workers: int = 2
-    """Processes that decode images, for data sets that do not fit in memory."""
-    data_root: Path = Path("data")
-    """Where torchvision's data sets are looked for and downloaded to."""
     log_folder: Path | None = None
     """Folder for figures of training as it goes on: train.jsonl and TensorBoard's files."""
     resume: bool = False
     """Continue the run that was stopped while writing this output."""
     save_seconds: float = 60.0
     """Seconds between two saves of the training state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(SharedOptions):
+    """The options of ``python -m qat.calibrate``."""
+
+    data: str = "digits"
+    """A folder of images without labels; or, with labels, what python -m qat.train takes: digits, an image folder with
+    train/ and val/, an .npz file, or torchvision:NAME (torchvision:CIFAR10)."""
+    weights: str | None = None
+    """The network's weights, which are needed: a name that torchvision knows (IMAGENET1K_V2), a .safetensors or a .pth
+    file; the ranges of a checkpoint of pytorch-quantization are taken over."""
+    classes: int | None = None
+    """How many classes the network has, where the weights do not tell."""

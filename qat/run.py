@@ -20,29 +20,26 @@ from torch import Tensor, nn
 
 from qat.accuracy import Accuracy, evaluate
 from qat.artifact import UserError, check_writable
-from qat.calibration import observe, set_ranges
 from qat.checkpoint import load_state, save_checkpoint, save_state
-from qat.compute import Compute, exact_float32
-from qat.console import progress, say, speaking, table, warn
-from qat.data import SPLITS, Data, batch_count, batches, load_data
+from qat.compute import Compute
+from qat.console import say, speaking, table
+from qat.data import Data, batch_count, load_data
 from qat.few_bits import BITS, check_bits, simulate_bits
 from qat.imported_ranges import set_imported_ranges
 from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
 from qat.objective import CrossEntropy, Distillation, stage_ends
-from qat.placement import say_placement
+from qat.post_training import check_percentile, origin, placed, quantized, say_data, say_next
 from qat.prepare import learn_ranges, prepare
 from qat.ranks import Ranks, joined
 from qat.recipe import Recipe
-from qat.rules import place
-from qat.tracing import network_of, trace
+from qat.tracing import trace
 from qat.trainer import Fit, FitState
 
 if TYPE_CHECKING:
     from qat.options import TrainOptions
 
-_FEW_IMAGES = 16  # fewer show too little of what a network will see
 # Options that may differ between a run and its resumption: they do not change the result.
 _FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root", "log_folder")
 
@@ -75,15 +72,14 @@ def _run(options: TrainOptions, compute: Compute) -> int:
         raise UserError(
             "--distill must be between 0 and 1, --distill-temperature above 0, --distill-features at least 0"
         )
-    if not 0 < options.percentile <= 100:
-        raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
+    check_percentile(options)
     check_bits(options.bits)
     torch.set_flush_denormal(True)  # gradients fall into denormals in small networks, which are ten times as slow
     compute.ranks.share_of(options.batch_size)
     reached = _resumed(options, compute.ranks) if options.resume else Progress()
     with compute.ranks.first_of_machine_before_others():  # it may download
         data = load_data(options.data, options.image_size, options.seed, options.calibration_images, options.data_root)
-    _say_data(data)
+    say_data(data)
     data = data.on(compute.device)
     torch.manual_seed(options.seed)
     spec = ModelSpec(options.model, len(data.class_names))
@@ -97,10 +93,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
             "the weights come with ranges of activations, which float training would invalidate: give --float-epochs 0"
         )
     # What cannot be quantized, or not as asked for, is refused now, not after hours of float training.
-    network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width))
-    _check_logits(options.model, network, len(data.class_names))
-    placement = place(network, options.keep_float)
-    say_placement(placement)
+    network, placement = placed(options, model, data, len(data.class_names))
     trainer = _Trainer(options, data, compute, reached)
     try:
         if reached.phase == "float":
@@ -108,11 +101,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
             reached.figures["float"] = trainer.test("float", model)
             if options.distill or options.distill_features:
                 reached.teacher = copy.deepcopy(model).state_dict()
-            prepared = prepare(model, placement)
-            simulate_bits(prepared, options.bits)
-            trainer.calibrate(prepared)
-            for line in set_imported_ranges(prepared, ranges) if ranges else ():
-                say(line)
+            prepared = quantized(model, placement, ranges, data, options, compute, options.bits)
             reached.figures["ptq"] = trainer.test("post-training quantization", prepared)
             if options.learn_ranges:
                 learn_ranges(prepared)
@@ -133,11 +122,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
         raise type(interrupt)(_how_to_resume(options, compute.ranks)) from None
     trainer.log.close()
     details = {
-        "data": {"source": options.data, "image_size": options.image_size, "root": str(options.data_root)},
-        "splits": {name: len(getattr(data, name)) for name in SPLITS},
-        "calibration_images": options.calibration_images,
-        "seed": options.seed,
-        "calibrator": options.calibrator,
+        **origin(options, data),
         "bits": options.bits,
         "recipes": {phase: vars(recipe) for phase, recipe in recipes.items()},
         "processes": compute.ranks.size,
@@ -183,25 +168,7 @@ class _Trainer:
             model, self.data.test, self.data, self.options.batch_size, self.compute, self.options.workers
         )
         say(f"{what}: {measured} test images right")
-        return {"test_top1": measured.top1, "test_loss": measured.loss, "test_images": measured.images}
-
-    def calibrate(self, prepared: nn.Module) -> None:
-        """Sets the activation ranges from the calibration split."""
-        images = self.data.calibration
-        if len(images) < _FEW_IMAGES:
-            warn(f"only {len(images)} images to calibrate on: ranges may not hold for others; add training images")
-        with progress("calibrating", batch_count(images, self.options.batch_size)) as task:
-            inputs = (
-                self.data.preprocessing.normalize(self.compute.images(x_NCHW))
-                for x_NCHW, _ in batches(
-                    images, self.options.batch_size, None, workers=self.options.workers, ranks=self.compute.ranks
-                )
-            )
-            with exact_float32():
-                observers = observe(prepared, inputs, task.advance, self.compute.ranks)
-                warnings = set_ranges(prepared, observers, self.options.calibrator, self.options.percentile)
-        for line in warnings:
-            warn(line)
+        return measured.test_figures()
 
     def save(self, model: nn.Module, state: FitState, training: Mapping[str, Tensor]) -> None:
         """Saves the training state under a name of its own beside the output; one process does it for all."""
@@ -302,24 +269,6 @@ def _distillation(
     )
 
 
-def _say_data(data: Data) -> None:
-    sizes = ", ".join(f"{name} {len(getattr(data, name))}" for name in SPLITS)
-    size = f"{data.preprocessing.height}x{data.preprocessing.width}"
-    say(f"data {data.source}: {len(data.class_names)} classes, {size} pixels; images: {sizes}")
-    for note in data.notes:
-        say(f"  {note}")
-
-
-def _check_logits(name: str, network: Network, classes: int) -> None:
-    (output,) = (op for op in network if op.kind == "output")
-    if output.shape != (1, classes):
-        found = f"a tensor of shape {list(output.shape)}" if output.shape else "something else than one tensor"
-        raise UserError(
-            f"model {name} makes {found} of one image; needed are logits of shape [1, {classes}], one for each class: "
-            "give a classification model"
-        )
-
-
 def _say_result(output: Path, bits: int, figures: dict[str, Any]) -> None:
     kind = f"INT{bits}"
     rows = [
@@ -328,5 +277,7 @@ def _say_result(output: Path, bits: int, figures: dict[str, Any]) -> None:
     ]
     images = figures["float"]["test_images"]
     table(f"Accuracy on the test split ({images} images)", ("network", "top-1", "loss"), rows)
-    following = f"next: python -m export.onnx {output}" if bits == BITS else "simulated, it cannot be exported"
-    say(f"wrote {output}\n{following}")
+    if bits == BITS:
+        say_next(output)
+    else:
+        say(f"wrote {output}, a simulation of {bits} bits, which cannot be exported")

@@ -3,8 +3,8 @@
     python -m qat.sensitivity runs/model.qat
     python -m qat.sensitivity runs/model.qat --images 512 --target-drop 0.2 --json sensitivity.json
 
-Takes a checkpoint of python -m qat.train and measures on its validation split, never on the test split. The operations
-that it suggests are what --keep-float of python -m qat.train takes.
+Takes a checkpoint of python -m qat.train, or one that python -m qat.calibrate made of labelled images, and measures on
+its validation split, never on the test split. The operations that it suggests are what --keep-float of both takes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SensitivityOptions(Command):
     """The options of ``python -m qat.sensitivity``."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """The checkpoint that python -m qat.train wrote."""
+    """The checkpoint that python -m qat.train or qat.calibrate wrote."""
     images: int = 256
     """Images of the validation split to measure on, at most."""
     target_drop: float = 0.5
@@ -50,7 +50,7 @@ class SensitivityOptions(Command):
 
 def main(options: SensitivityOptions) -> None:
     """Measures and prints. Torch is imported here, so that --help answers at once."""
-    from qat.checkpoint import load_checkpoint
+    from qat.checkpoint import has_labels, load_checkpoint
     from qat.compute import Compute, exact_float32
     from qat.costs import PartlyQuantized
     from qat.models import ModelSpec, build_model
@@ -65,6 +65,11 @@ def main(options: SensitivityOptions) -> None:
     if options.json is not None:
         check_writable(options.json)
     checkpoint = load_checkpoint(options.checkpoint)
+    if not has_labels(checkpoint):
+        raise UserError(
+            f"{options.checkpoint} was calibrated on images without labels, and losses need labels: run python -m "
+            "qat.calibrate again with --data that has them"
+        )
     compute = Compute.of(options.device, "float32", compiled=False)
     batches = _batches(options, checkpoint, compute)
     compute.place(checkpoint.model)

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
     "qat.train",
+    "qat.calibrate",
     "qat.placement",
     "qat.sensitivity",
     "export.onnx",

@@ -1,0 +1,26 @@
+"""Quantize a trained network without training it: activation ranges from images, which need no labels.
+
+    python -m qat.calibrate --model resnet50 --weights IMAGENET1K_V2 --data path/to/images --output runs/model.qat
+    python -m qat.calibrate --model path/to/net.py:build --weights net.safetensors --data digits
+
+Of images without labels some are held out, to measure how often INT8 chooses the float network's class; labelled ones
+give accuracies too. Where that is not enough, python -m qat.train also fine-tunes.
+
+Next: python -m export.onnx runs/model.qat
+"""
+
+from __future__ import annotations
+
+from qat.console import run_command
+from qat.options import CalibrateOptions
+
+
+def main(options: CalibrateOptions) -> None:
+    """Calibrates. Torch is imported here, so that --help answers at once."""
+    from qat.post_training import quantize_pretrained
+
+    quantize_pretrained(options)
+
+
+if __name__ == "__main__":
+    run_command(main, CalibrateOptions)

@@ -1,0 +1,204 @@
+"""Post-training quantization: a float network and images in, the same network with calibrated INT8 ranges out.
+
+All of python -m qat.calibrate, and what python -m qat.train does before and between its two phases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from qat.accuracy import compare
+from qat.artifact import UserError, check_writable
+from qat.calibration import observe, set_ranges
+from qat.checkpoint import save_checkpoint
+from qat.compute import Compute, exact_float32
+from qat.console import progress, say, table, warn
+from qat.data import Data, batch_count, batches, load_data, load_unlabelled
+from qat.decisions import Placement
+from qat.few_bits import BITS, simulate_bits
+from qat.imported_ranges import set_imported_ranges
+from qat.models import Pretrained, build_pretrained
+from qat.network import Network
+from qat.placement import say_placement
+from qat.prepare import prepare
+from qat.rules import place
+from qat.sources import unlabelled_folder
+from qat.tracing import network_of
+
+if TYPE_CHECKING:
+    from qat.options import CalibrateOptions, SharedOptions
+
+_FEW_IMAGES = 16  # fewer show too little of what a network will see
+
+
+def quantize_pretrained(options: CalibrateOptions) -> None:
+    """The run that ``options`` describe. Raises UserError for what the user can mend."""
+    if options.weights is None:
+        raise UserError("--weights is missing: give those of a trained network, or train one: python -m qat.train")
+    if options.classes is not None and options.classes < 1:
+        raise UserError(f"--classes {options.classes} is not positive: give the number of classes, or leave it out")
+    check_writable(options.output)
+    check_percentile(options)
+    compute = Compute.of(options.device, "float32", compiled=False)
+    found = build_pretrained(options.model, options.weights, options.classes)
+    say(f"weights: {options.weights}, {found.spec.num_classes} classes")
+    data = _load_data(options)
+    say_data(data)
+    class_names = _class_names(options, found, data)
+    _, placement = placed(options, found.model, data, len(class_names))
+    compute.place(found.model)
+    prepared = quantized(found.model, placement, found.ranges, data, options, compute)
+    figures = _compared(found.model, prepared, data, options, compute)
+    save_checkpoint(
+        options.output,
+        prepared,
+        found.spec,
+        data.preprocessing,
+        class_names,
+        figures,
+        origin(options, data),
+        options.seed,
+    )
+    _say_figures(figures)
+    say_next(options.output)
+
+
+# --- what python -m qat.train does too
+
+
+def check_percentile(options: SharedOptions) -> None:
+    """Raises UserError when it is out of range."""
+    if not 0 < options.percentile <= 100:
+        raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
+
+
+def say_data(data: Data) -> None:
+    """Prints what there is, and how it was split."""
+    sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
+    classes = f"{len(data.class_names)} classes" if data.labelled else "no labels"
+    size = f"{data.preprocessing.height}x{data.preprocessing.width}"
+    say(f"data {data.source}: {classes}, {size} pixels; images: {sizes}")
+    for note in data.notes:
+        say(f"  {note}")
+
+
+def placed(options: SharedOptions, model: nn.Module, data: Data, classes: int) -> tuple[Network, Placement]:
+    """The view of ``model``, and what will be quantized of it, which is printed.
+
+    Raises UserError where it cannot be quantized, not as asked for, or makes no logits [N, ``classes``].
+    """
+    network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width))
+    (output,) = (op for op in network if op.kind == "output")
+    if output.shape != (1, classes):
+        found = f"a tensor of shape {list(output.shape)}" if output.shape else "something else than one tensor"
+        raise UserError(
+            f"model {options.model} makes {found} of one image; needed are logits of shape [1, {classes}], one for "
+            "each class: give a classification model"
+        )
+    placement = place(network, options.keep_float)
+    say_placement(placement)
+    return network, placement
+
+
+def quantized(
+    model: nn.Module,
+    placement: Placement,
+    ranges: Mapping[str, Tensor],
+    data: Data,
+    options: SharedOptions,
+    compute: Compute,
+    bits: int = BITS,
+) -> fx.GraphModule:
+    """A copy of ``model`` with quantizers; their ranges are from the calibration split, or from ``ranges``."""
+    prepared = prepare(model, placement)
+    simulate_bits(prepared, bits)
+    images = data.calibration
+    if len(images) < _FEW_IMAGES:
+        warn(f"only {len(images)} images to calibrate on: ranges may not hold for others; add images")
+    with progress("calibrating", batch_count(images, options.batch_size)) as task:
+        inputs = (
+            data.preprocessing.normalize(compute.images(x_NCHW))
+            for x_NCHW, _ in batches(images, options.batch_size, None, workers=options.workers, ranks=compute.ranks)
+        )
+        with exact_float32():
+            observers = observe(prepared, inputs, task.advance, compute.ranks)
+            warnings = set_ranges(prepared, observers, options.calibrator, options.percentile)
+    for line in warnings:
+        warn(line)
+    for line in set_imported_ranges(prepared, ranges) if ranges else ():
+        say(line)
+    return prepared
+
+
+def origin(options: SharedOptions, data: Data) -> dict[str, Any]:
+    """What a checkpoint records of its images: enough to load them again, and how ranges were chosen from them."""
+    source = {"source": options.data, "image_size": options.image_size, "root": str(options.data_root)}
+    return {
+        "data": source | {"labelled": data.labelled},
+        "splits": data.sizes,
+        "calibration_images": options.calibration_images,
+        "seed": options.seed,
+        "calibrator": options.calibrator,
+    }
+
+
+def say_next(output: Path) -> None:
+    """Prints what was written, and what to run on it."""
+    say(f"wrote {output}\nnext: python -m export.onnx {output}")
+
+
+# --- what it does not
+
+
+def _load_data(options: CalibrateOptions) -> Data:
+    chosen = (options.image_size, options.seed, options.calibration_images)
+    folder = unlabelled_folder(options.data)
+    return load_data(options.data, *chosen, options.data_root) if folder is None else load_unlabelled(folder, *chosen)
+
+
+def _class_names(options: CalibrateOptions, found: Pretrained, data: Data) -> tuple[str, ...]:
+    """The data's, else torchvision's, else numbers."""
+    classes = found.spec.num_classes
+    if data.labelled and len(data.class_names) != classes:
+        raise UserError(
+            f"weights {options.weights} are of {classes} classes, data {data.source} has {len(data.class_names)}: give "
+            "weights of these classes (python -m qat.train trains them), or a folder of images without train/ and val/"
+        )
+    return data.class_names or found.class_names or tuple(map(str, range(classes)))
+
+
+def _compared(
+    model: nn.Module, prepared: nn.Module, data: Data, options: CalibrateOptions, compute: Compute
+) -> dict[str, Any]:
+    """What was measured on the test split, as the checkpoint records it: accuracies only where there are labels."""
+    if not len(data.test):
+        return {}
+    agreement, accuracies = compare(model, prepared, data.test, data, options.batch_size, compute, options.workers)
+    figures = zip(("float", "ptq"), (accuracy.test_figures() for accuracy in accuracies), strict=False)
+    return {**dict(figures), "agreement": asdict(agreement)}
+
+
+def _say_figures(figures: Mapping[str, Any]) -> None:
+    if not figures:
+        say("nothing was measured: too few images to hold any out")
+        return
+    agreement = figures["agreement"]
+    sqnr = "equal" if agreement["sqnr_db"] is None else f"{agreement['sqnr_db']:.1f} dB"
+    columns, agrees = ("same class as float", "SQNR of the logits"), (f"{agreement['top1']:.2f} %", sqnr)
+    if "ptq" not in figures:
+        title = f"Agreement on {agreement['images']} images held out, without labels"
+        table(title, ("network", *columns), [("INT8, post-training", *agrees)])
+        return
+    floats, codes = (
+        (f"{figures[key]['test_top1']:.2f} %", f"{figures[key]['test_loss']:.4f}") for key in ("float", "ptq")
+    )
+    table(
+        f"Accuracy on the test split ({agreement['images']} images)",
+        ("network", "top-1", "loss", *columns),
+        [("float", *floats, "", ""), ("INT8, post-training", *codes, *agrees)],
+    )

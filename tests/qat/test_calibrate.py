@@ -1,0 +1,373 @@
+"""Post-training quantization alone: the same as in qat.train; images without labels, from folder to report."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from commands import Run, one_thread
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.accuracy import compare
+from qat.artifact import Sidecar, UserError, read_sidecar
+from qat.checkpoint import load_checkpoint, training_data
+from qat.compute import Compute
+from qat.data import Data, load_unlabelled
+from qat.models import ModelSpec, build_model
+from qat.options import CalibrateOptions, TrainOptions
+from qat.post_training import quantize_pretrained
+from qat.run import run
+
+CPU = Compute(torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a float network of the trained weights would be saved as."""
+    tensors = load_file(trained / "model.qat")
+    path = tmp_path_factory.mktemp("weights") / "net.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if "quantizer" not in name}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """80 of the images as files, some of them in a folder within; the brightest pixel of image i is 160 + i."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more").mkdir()
+    for index, pixels in enumerate(np.load(trained / "images.npz")["train_images"][:80]):
+        scaled = (128 + pixels / pixels.max() * (32 + index)).round().astype(np.uint8)
+        Image.fromarray(scaled).save((folder / "more" if index % 4 else folder) / f"{index:03}.png")
+    return folder
+
+
+def given(trained: Path, weights: Path, data: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
+    """The options of a run on images of the tiny network's size."""
+    found = {"model": f"{trained / 'net.py'}:net", "weights": str(weights), "data": str(data), "output": output}
+    return {**found, "image_size": 16, "batch_size": 9, "device": "cpu"} | changes
+
+
+def calibrate(*places: Path, **changes: Any) -> Sidecar:
+    """The sidecar of what a run in this process wrote; ``places``: trained, weights, data, output."""
+    options = CalibrateOptions(**given(*places, **changes))
+    quantize_pretrained(options)
+    return read_sidecar(options.output, "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def unlabelled(trained: Path, weights: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose ranges clip so much that some answers change. Not to be changed."""
+    output = tmp_path_factory.mktemp("unlabelled") / "model.qat"
+    calibrate(trained, weights, photos, output, calibrator="percentile", percentile=60.0)
+    return output
+
+
+def float_network(trained: Path, weights: Path) -> nn.Module:
+    model = build_model(ModelSpec(f"{trained / 'net.py'}:net", 3))
+    model.load_state_dict(load_file(weights))
+    return model.eval()
+
+
+def images_of(data: Data, split: str) -> Tensor:
+    """All images of a split, normalized by hand."""
+    images = getattr(data, split)
+    mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (torch.stack([images[index, 0][0] for index in range(len(images))]) / 255 - mean) / std
+
+
+# --- with labels
+
+
+@pytest.mark.parametrize("calibrator", ["mse", "entropy"])
+def test_the_same_network_and_figures_as_training_with_no_epochs(
+    trained: Path, weights: Path, tmp_path: Path, calibrator: str
+) -> None:
+    common = {"weights": str(weights), "calibrator": calibrator}
+    none = tiny.options(trained, output=tmp_path / "t.qat", float_epochs=0, qat_epochs=0, **common)
+    assert run(TrainOptions(**none)) == 0
+    expected = read_sidecar(tmp_path / "t.qat", "checkpoint")
+    found = calibrate(trained, weights, trained / "images.npz", tmp_path / "c.qat", calibrator=calibrator)
+    then, now = load_file(tmp_path / "t.qat"), load_file(tmp_path / "c.qat")
+    assert then.keys() == now.keys()
+    assert [name for name in then if not torch.equal(then[name], now[name])] == []
+    assert {key: found.figures[key] for key in ("float", "ptq")} == {
+        key: expected.figures[key] for key in ("float", "ptq")
+    }
+    assert "qat" not in found.figures
+    assert found.class_names == expected.class_names == tiny.CLASSES
+    assert found.details["splits"] == expected.details["splits"]
+    assert found.details["data"]["labelled"] is True
+
+
+def test_digits(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(3)
+    state = build_model(ModelSpec(f"{trained / 'net.py'}:net", 10)).state_dict()
+    save_file(state, tmp_path / "w.safetensors")
+    sidecar = calibrate(trained, tmp_path / "w.safetensors", Path("digits"), tmp_path / "d.qat")
+    assert sidecar.class_names == tuple("0123456789")
+    assert sidecar.figures["ptq"]["test_images"] == sidecar.figures["agreement"]["images"] == 359
+    said = capsys.readouterr().out
+    assert "Accuracy on the test split (359 images)" in said
+    assert f"{sidecar.figures['agreement']['top1']:.2f} %" in said
+
+
+def test_ranges_of_a_checkpoint_of_pytorch_quantization(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = load_file(weights) | {"conv2._input_quantizer._amax": torch.tensor(7.0)}
+    torch.save({"state_dict": old}, tmp_path / "old.pth")
+    sidecar = calibrate(trained, tmp_path / "old.pth", photos, tmp_path / "o.qat")
+    assert sidecar.details["amax"]["relu"] == 7.0
+    said = capsys.readouterr().out
+    assert "ranges of 1 of" in said
+    assert "not in the checkpoint, calibrated here: x," in said
+
+
+# --- without labels
+
+
+def test_the_command_says_agreement_and_no_accuracy(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, command: Run
+) -> None:
+    done = command("qat.calibrate", *tiny.flags(given(trained, weights, photos, tmp_path / "u.qat")))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"weights: {weights}, 3 classes\n" in done.stdout
+    assert f"data {photos}: no labels, 16x16 pixels; images: calibration 64, test 16\n" in done.stdout
+    assert "Agreement on 16 images held out, without labels" in done.stdout
+    for absent in ("top-1", "loss", "ccuracy", "nan"):
+        assert absent not in done.stdout
+    assert done.stdout.endswith(f"\nnext: python -m export.onnx {tmp_path / 'u.qat'}\n")
+    sidecar = read_sidecar(tmp_path / "u.qat", "checkpoint")
+    assert list(sidecar.figures) == ["agreement"]
+    assert sidecar.figures["agreement"]["sqnr_db"] > 20
+    assert sidecar.details["splits"] == {"calibration": 64, "test": 16}
+    assert sidecar.details["data"]["labelled"] is False
+    assert sidecar.class_names == ("0", "1", "2")
+
+
+def test_agreement_against_a_computation_by_hand(trained: Path, weights: Path, unlabelled: Path) -> None:
+    checkpoint = load_checkpoint(unlabelled)
+    x = images_of(training_data(checkpoint), "test")
+    with torch.no_grad():
+        before, after = (model(x).double().numpy() for model in (float_network(trained, weights), checkpoint.model))
+    found = checkpoint.sidecar.figures["agreement"]
+    same = [left == right for left, right in zip(before.argmax(1), after.argmax(1), strict=True)]
+    assert found["images"] == len(same) == 16
+    assert found["top1"] == 100 * sum(same) / 16
+    assert 0 < found["top1"] < 100  # else a wrong count would not show
+    assert found["sqnr_db"] == pytest.approx(20 * math.log10(np.linalg.norm(before) / np.linalg.norm(after - before)))
+
+
+def test_networks_that_are_equal_have_no_noise(trained: Path, weights: Path, photos: Path) -> None:
+    data, model = load_unlabelled(photos, 16, 0), float_network(trained, weights)
+    agreement, accuracies = compare(model, model, data.test, data, 5, CPU, 0)
+    assert (agreement.top1, agreement.sqnr_db, agreement.images) == (100.0, None, 16)
+    assert accuracies == ()
+
+
+def test_ranges_are_from_the_calibration_images_alone(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path
+) -> None:
+    sidecar = calibrate(trained, weights, photos, tmp_path / "m.qat", calibrator="max", calibration_images=20)
+    data = load_unlabelled(photos, 16, 0, 20)
+    assert data.sizes == sidecar.details["splits"] == {"calibration": 20, "test": 60}
+    amax = {split: float(images_of(data, split).abs().max()) for split in ("calibration", "test")}
+    assert amax["test"] > 1.01 * amax["calibration"]
+    assert sidecar.details["amax"]["x"] == pytest.approx(amax["calibration"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "sizes"),
+    [
+        (512, {"calibration": 64, "test": 16}),
+        (70, {"calibration": 64, "test": 16}),
+        (8, {"calibration": 8, "test": 72}),
+    ],
+)
+def test_images_are_held_out_of_calibration(photos: Path, wanted: int, sizes: dict[str, int]) -> None:
+    data = load_unlabelled(photos, 16, 0, wanted)
+    assert data.sizes == sizes
+    paths: Any = data.test.pixels
+    chosen = [paths.paths[int(index)] for split in (data.calibration, data.test) for index in split.indices]
+    assert len(set(chosen)) == len(chosen) == sum(sizes.values())
+    assert {int(split[0, 0][1]) for split in (data.calibration, data.test)} == {-1}
+    assert not data.labelled
+
+
+def test_no_more_than_1024_images_are_held_out_and_only_chosen_ones_are_read(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "0000.png")
+    for index in range(1, 1100):
+        (tmp_path / f"{index:04}.png").hardlink_to(tmp_path / "0000.png")
+    data = load_unlabelled(tmp_path, 4, 0, 10)
+    assert data.sizes == {"calibration": 10, "test": 1024}
+    left = {str(path) for path in tmp_path.iterdir()} - set(data.test.pixels.paths)  # type: ignore[attr-defined]
+    assert len(left) == 66
+    (tmp_path / "bad").write_bytes(b"no image")
+    (tmp_path / "bad").replace(left.pop())
+    assert load_unlabelled(tmp_path, 4, 0, 10).sizes == data.sizes
+
+
+def test_the_seed_decides(trained: Path, weights: Path, photos: Path, tmp_path: Path) -> None:
+    one, again, other = (
+        calibrate(trained, weights, photos, tmp_path / f"{name}.qat", seed=seed, calibration_images=20)
+        for name, seed in (("one", 0), ("again", 0), ("other", 1))
+    )
+    assert one.sha256 == again.sha256
+    assert one.figures == again.figures
+    assert one.details["amax"] != other.details["amax"]
+
+
+def test_too_few_images_to_hold_any_out(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, command: Run
+) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in sorted(photos.glob("*.png"))[:4]:
+        (few / path.name).write_bytes(path.read_bytes())
+    done = command("qat.calibrate", *tiny.flags(given(trained, weights, few, tmp_path / "f.qat")))
+    assert done.returncode == 0
+    assert done.stderr == "warning: only 4 images to calibrate on: ranges may not hold for others; add images\n"
+    assert "nothing was measured: too few images to hold any out" in done.stdout
+    assert read_sidecar(tmp_path / "f.qat", "checkpoint").figures == {}
+    done = command("export.onnx", tmp_path / "f.qat")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"ONNX Runtime on the calibration split of {few}: 0 of 4 images" in done.stdout
+
+
+# --- what comes after
+
+
+def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from deploy import build
+    from deploy.report import ReportOptions, main
+    from export.convert import export_checkpoint
+    from export.options import ExportOptions
+
+    onnx = export_checkpoint(ExportOptions(checkpoint=unlabelled, output=unlabelled.with_name("m.onnx")))
+    said = capsys.readouterr()
+    assert said.err == ""
+    reference = onnx.details["reference"]
+    assert (reference["images"], reference["top1"]) == (16, None)
+    assert onnx.figures["parity"]["other_top1"] == 0
+    assert onnx.figures["parity"]["images"] == 16
+    assert (np.load(unlabelled.with_name("m.reference.npz"))["labels"] == -1).all()
+    model = unlabelled.with_name("m.onnx")
+    assert build.main(build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    capsys.readouterr()
+    main(ReportOptions(engine=unlabelled.with_name("m.engine")))
+    agreement = read_sidecar(unlabelled, "checkpoint").figures["agreement"]
+    same = f"{agreement['top1']:.2f} %"
+    page, said = html.unescape(unlabelled.with_name("report.html").read_text()), capsys.readouterr()
+    assert f"same class<b>{same}</b>" in page
+    assert f"SQNR of the logits<b>{agreement['sqnr_db']:.1f} dB</b>" in page
+    assert "No labels were given, so no accuracy is known." in page
+    assert "64 calibration images (percentile)" in page
+    for absent in ("Accuracy on", "training images", "test images", "epochs chosen", "trained on"):
+        assert absent not in page
+    assert "same class on 16 images" in said.out
+    assert same in said.out
+    assert "top-1 on" not in said.out
+
+
+def test_report_of_a_labelled_checkpoint_has_accuracies_and_no_training(
+    trained: Path, weights: Path, tmp_path: Path
+) -> None:
+    from deploy.report import _accuracies
+
+    sidecar = calibrate(trained, weights, trained / "images.npz", tmp_path / "c.qat")
+    rows = _accuracies(sidecar)
+    assert [row["label"] for row in rows] == ["float", "INT8, post-training"]
+    assert rows[1]["top1"] == sidecar.figures["ptq"]["test_top1"]
+    assert rows[1]["images"] == 60
+
+
+def test_sensitivity_says_that_it_needs_labels(unlabelled: Path, command: Run) -> None:
+    done = command("qat.sensitivity", unlabelled)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "calibrated on images without labels, and losses need labels: run python -m qat.calibrate again" in line
+
+
+# --- what the user can mend
+
+
+def refused(*places: Path, **changes: Any) -> str:
+    """The line that a run is refused with; it leaves nothing behind."""
+    with pytest.raises(UserError) as caught:
+        calibrate(*places, **changes)
+    assert not places[-1].exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"weights": None}, "--weights is missing: give those of a trained network, or train one: python -m qat.train"),
+        ({"classes": 0}, "--classes 0 is not positive"),
+        ({"classes": 4}, "are of 3 classes (fc), not of 4: leave out --classes"),
+        ({"percentile": 0.0}, "--percentile 0.0 is out of range"),
+        ({"calibration_images": 0}, "0 calibration images set no activation range"),
+        ({"batch_size": 0}, "batch size 0 is not positive"),
+        ({"data": "digits"}, "are of 3 classes, data digits has 10: give weights of these classes"),
+        ({"data": "nowhere"}, "unknown data set 'nowhere': no such folder"),
+        ({"model": "resnet18"}, "do not fit the model"),
+    ],
+)
+def test_options_that_do_not_fit(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, changes: dict[str, Any], part: str
+) -> None:
+    assert part in refused(trained, weights, photos, tmp_path / "model.qat", **changes)
+
+
+def test_right_number_of_classes_may_be_told(trained: Path, weights: Path, photos: Path, tmp_path: Path) -> None:
+    assert len(calibrate(trained, weights, photos, tmp_path / "model.qat", classes=3).class_names) == 3
+
+
+def test_folders_that_hold_no_images_or_half_of_a_labelled_set(trained: Path, weights: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "images", tmp_path / "out" / "model.qat"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "notes.txt").write_text("no image")
+    assert f"{folder} has no image (.jpg" in refused(trained, weights, folder, output)
+    (folder / "train").mkdir()
+    assert "has no train/ or no val/ (found: inner, notes.txt, train)" in refused(trained, weights, folder, output)
+
+
+def test_training_refuses_images_without_labels(trained: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"only python -m qat\.calibrate takes images without labels"):
+        run(TrainOptions(**tiny.options(trained, data=str(photos), output=tmp_path / "model.qat")))
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])  # bytes: decoded on demand, or at the start
+def test_a_corrupt_image_is_named(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr("qat.pixels.MEMORY_LIMIT", limit)
+    bad = tmp_path / "images" / "b.png"
+    bad.parent.mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).write_bytes((photos / "000.png").read_bytes())
+    bad.write_bytes(bad.read_bytes()[:-60])
+    line = refused(trained, weights, bad.parent, tmp_path / "model.qat", workers=0)
+    assert line.startswith(f"{bad} is corrupt (")
+
+
+def test_answers_that_are_not_finite(trained: Path, weights: Path, photos: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "nan.safetensors"
+    save_file(load_file(weights) | {"fc.bias": torch.full((3,), math.nan)}, broken)
+    assert "answers NaN or infinity" in refused(trained, broken, photos, tmp_path / "model.qat")
