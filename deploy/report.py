@@ -73,6 +73,7 @@ def render(engine: Path, evaluation: Path | None = None, benchmark: Path | None 
         checkpoint=checkpoint,
         name=engine.name,
         accuracies=_accuracies(checkpoint),
+        agreement=checkpoint.figures.get("agreement") if checkpoint else None,
         curve=_curve(checkpoint),
         layers=_layers(built, checkpoint),
         evaluation=evaluated,
@@ -126,9 +127,11 @@ def _accuracies(checkpoint: Sidecar | None) -> list[dict[str, Any]]:
             "label": label,
             "top1": figures[key]["test_top1"],
             "loss": figures[key]["test_loss"],
+            "images": figures[key]["test_images"],
             "change": figures[key]["test_top1"] - figures["float"]["test_top1"],
         }
         for key, label in PHASES
+        if key in figures  # none without labels, two without training
     ]
 
 
@@ -198,11 +201,12 @@ def _print_summary(engine: Sidecar, onnx: Sidecar | None, checkpoint: Sidecar | 
     figures = engine.figures
     rows: list[tuple[str, str]] = []
     if checkpoint is not None:
-        images = checkpoint.figures["float"]["test_images"]
         rows += [
-            (f"{row['label']}, top-1 on {images} test images", f"{row['top1']:.2f} %")
+            (f"{row['label']}, top-1 on {row['images']} test images", f"{row['top1']:.2f} %")
             for row in _accuracies(checkpoint)
         ]
+        if agreement := checkpoint.figures.get("agreement"):
+            rows.append((f"INT8 and float, same class on {agreement['images']} images", f"{agreement['top1']:.2f} %"))
     if onnx is not None:
         parity = onnx.figures["parity"]
         if (top1 := onnx.details["reference"]["top1"]) is not None:
