@@ -207,7 +207,7 @@ class _Rounding:
         soft = _SoftRounding(weight, scale)
         self._quantized.set_submodule(layer.quantizer, soft)
         gain = torch.where(noise > 0, 1 / noise, 0).float()  # [C]
-        optimizer = torch.optim.Adam(soft.parameters(), lr=_LEARNING_RATE)
+        optimizer = torch.optim.Adam(soft.parameters(), lr=_LEARNING_RATE, fused=True)
         for step, batch in enumerate(self._order()):
             with torch.enable_grad():
                 difference = quantized.output(layer.nodes, batch) - targets[batch]
@@ -219,7 +219,7 @@ class _Rounding:
             optimizer.step()
         self._quantized.set_submodule(layer.quantizer, quantizer)
 
-        by_nearest, chosen = quantize(weight, scale, WEIGHT), soft.codes()
+        by_nearest, chosen = quantize(weight, scale, WEIGHT), quantize(soft.hard(), scale, WEIGHT)
         weight.copy_(chosen * scale)
         rounded = error(targets)
         # A grouped transposed convolution has several output channels to a scale.
@@ -253,24 +253,23 @@ class _SoftRounding(nn.Module):
         """``scale`` broadcasts against ``weight``."""
         super().__init__()
         quotient = weight.float() / scale
-        self.scale, self.floor = scale, quotient.floor()
-        self.V = nn.Parameter(torch.logit((quotient - self.floor - GAMMA) / (ZETA - GAMMA)))
-
-    def up(self) -> Tensor:
-        """How far each weight is on the way from its lower code to the upper one: h(V)."""
-        return (self.V.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        below, above = (codes.clamp(WEIGHT.low, WEIGHT.high) for codes in (quotient.floor(), quotient.ceil()))
+        self.below, self.gap = below * scale, (above - below) * scale  # gap: 0 of weights that are or get a code
+        self.up = quotient - quotient.floor()  # h(V)
+        self.V = nn.Parameter(torch.logit((self.up - GAMMA) / (ZETA - GAMMA)))
 
     def forward(self, weight: Tensor) -> Tensor:
         """The soft weight; of ``weight`` only its type is used."""
-        return ((self.floor + self.up()).clamp(WEIGHT.low, WEIGHT.high) * self.scale).to(weight.dtype)
+        self.up = (self.V.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+        return torch.addcmul(self.below, self.up, self.gap).to(weight.dtype)
 
     def undecided(self, beta: float) -> Tensor:
-        """0 where every weight is at one of its codes, at most 1: []."""
-        return (1 - (2 * self.up() - 1).abs().pow(beta)).mean()
+        """Of the last forward pass: 0 where every weight is at one of its codes, at most 1: []."""
+        return 1 - (2 * self.up - 1).abs().pow(beta).mean()
 
-    def codes(self) -> Tensor:
-        """The nearer of the two codes."""
-        return (self.floor + (self.up() >= 0.5)).clamp(WEIGHT.low, WEIGHT.high)
+    def hard(self) -> Tensor:
+        """The weight, each at the nearer of its codes."""
+        return torch.where(self.V >= 0, self.below + self.gap, self.below)
 
 
 def _beta(done: float) -> float | None:
