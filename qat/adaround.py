@@ -25,18 +25,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat.artifact import UserError
-from qat.calibration import weight_amax_mse
 from qat.compute import exact_float32
 from qat.fx_network import kind_of, label
 from qat.operations import Kind
 from qat.prepare import WEIGHT_QUANTIZERS, weights_and_quantizers
-from qat.quantizer import WEIGHT, ActivationQuantizer, WeightQuantizer, per_channel, quantize
+from qat.quantizer import WEIGHT, ActivationQuantizer, WeightQuantizer, per_channel, quantize, weight_amax
 
 ZETA, GAMMA = 1.1, -0.1  # h reaches 0 and 1 at finite V
-LAMBDA = 0.1
+LAMBDA = 1.0
 BETA = (20.0, 2.0)
 _WARM_START = 0.2
-_LEARNING_RATE = 1e-2
+_LEARNING_RATE = 3e-2
 _IMAGES = 32  # of a step
 _IN_F: tuple[Kind, ...] = ("batch_norm", "activation", "unfused_activation")
 
@@ -185,7 +184,7 @@ class _Rounding:
         in_float, quantized = self._walks
         weight, quantizer = self._weights[layer.quantizer]
         if quantizer.amax is None:
-            quantizer.fix(weight_amax_mse(weight, quantizer.axis))
+            quantizer.fix(weight_amax(weight, quantizer.axis))
         assert quantizer.amax is not None
         scale = per_channel(quantizer.scale(weight), weight.ndim, quantizer.axis)
         channels = 1 if weight.ndim > 2 else -1  # of the output
