@@ -1,17 +1,20 @@
 """AdaRound: which weights to round up and which down, chosen layer by layer from unlabelled images, without training.
 
-    W~   = scale * clamp(floor(W / scale) + h(V), low, high)      h(V) = clamp(sigmoid(V) * (ZETA - GAMMA) + GAMMA, 0, 1)
-    loss = mean over outputs of (f(W x) - f(W~ x_hat))^2 / noise  +  LAMBDA * mean over weights of 1 - |2 h(V) - 1|^beta
+    W~   = scale * clamp(floor(W / scale) + h, low, high)      h = clamp(sigmoid(V) * (ZETA - GAMMA) + GAMMA, 0, 1)
+    loss = mean over outputs of (f(W x) - f(W~ x_hat))^2 / noise  +  LAMBDA * mean over weights of 1 - |2 h - 1|^beta
 
 (Nagel et al. 2020). x is the layer's input in the float network, x_hat that in the quantized one, whose earlier layers
 are rounded already. f is the layer with the batch normalization and the activation function that alone read it. V
 starts where W~ = W and is moved by Adam; the second term, without which the first fifth of the steps does, drives every
-h to 0 or 1 while beta falls from 20 to 2.
+h to 0 or 1 while beta falls from 20 to 2. A weight that is a code already, as zero is, or lies beyond the range, stays.
 
-``noise`` is what rounding to nearest adds to an output channel: the mean of (f(W x_hat) - f(W_nearest x_hat))^2. The
-channels share no weights, so dividing each by a constant moves no optimum; it gives one LAMBDA its meaning for outputs
-of any scale, any number of weights and any number of bits. A channel that rounding does not reach, as behind a ReLU
-that never opens, is rounded to nearest by the second term alone.
+``noise`` is what rounding to nearest adds to an output channel: the mean of (f(W x_hat) - f(W_nearest x_hat))^2. No two
+output channels share a weight, so dividing each by a constant moves no optimum; it gives one LAMBDA its meaning for
+outputs of any scale, any number of weights and of bits. A channel that rounding does not change, as behind a ReLU that
+never opens, is rounded to nearest by the second term alone.
+
+A range that is not fixed yet becomes max |w|, not that of the least squared error: what is clipped cannot be rounded
+back, and counts for more the less rounding costs.
 """
 
 from __future__ import annotations
@@ -52,15 +55,15 @@ class Rounded:
 def adaround(
     prepared: fx.GraphModule,
     batches: Sequence[Tensor],
-    steps: int = 2000,
+    steps: int = 1000,
     on_layer: Callable[[str], None] | None = None,
     seed: int = 0,
 ) -> list[Rounded]:
     """Rounds every quantized weight of a calibrated network to the codes that change its layer's output least.
 
     Weights become code * scale, in place, and their quantizers' ranges are fixed: each gives exactly those codes. A
-    range that is not fixed yet becomes that of the least squared error of the weights. A channel that comes out no
-    better than by rounding to nearest is rounded to nearest. Of layers that share a weight the first one decides.
+    channel that comes out no better than by rounding to nearest is rounded to nearest. Of layers that share a weight
+    the first one decides.
 
     Args:
         prepared: from qat.prepare, calibrated; changed at the very end, so not at all where this raises.
