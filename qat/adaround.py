@@ -73,7 +73,7 @@ def adaround(
         seed: of the order of the images. Equal seeds give equal weights, on a CPU to the last bit.
 
     Kept on the model's device meanwhile are, of all images, both networks' tensors that layers from here on will read,
-    and the float outputs of one layer: at most some 12 MB an image of 224 px in ResNet50.
+    and twice the output of one layer: at most 15 MB an image of 224 px in ResNet50.
 
     Returns the layers in the network's order.
     Raises UserError where there is no image, or where an output is NaN or infinite, as in a network not calibrated.
@@ -174,8 +174,8 @@ class _Rounding:
         self, prepared: fx.GraphModule, images: Sequence[Tensor], steps: int, generator: torch.Generator
     ) -> None:
         self.steps, self.generator, self.batches = steps, generator, range(len(images))
-        self._float, self._quantized = (_evaluated(prepared, enabled) for enabled in (False, True))
-        self._walks = [_Walk(model, prepared.graph, images) for model in (self._float, self._quantized)]
+        in_float, self._quantized = (_evaluated(prepared, enabled) for enabled in (False, True))
+        self._walks = [_Walk(model, prepared.graph, images) for model in (in_float, self._quantized)]
         self._weights = {
             path: (weight, quantizer) for path, weight, quantizer in weights_and_quantizers(self._quantized)
         }
