@@ -13,8 +13,8 @@ output channels share a weight, so dividing each by a constant moves no optimum;
 outputs of any scale, any number of weights and of bits. A channel that rounding does not change, as behind a ReLU that
 never opens, is rounded to nearest by the second term alone.
 
-A range that is not fixed yet becomes max |w|, not that of the least squared error: what is clipped cannot be rounded
-back, and counts for more the less rounding costs.
+A range that is not fixed yet becomes max |w|, as it is without AdaRound. That of the least squared error gave the same
+at 8 bits, within the spread of seeds.
 """
 
 from __future__ import annotations
