@@ -30,7 +30,7 @@ from qat.optimizer import make_optimizer
 from qat.prepare import prepare
 from qat.recipe import Recipe
 
-CLASSES, CALIBRATION_IMAGES, CALIBRATION_BATCH = 1000, 512, 64
+CLASSES, CALIBRATION_IMAGES, CALIBRATION_BATCH = 1000, 512, 128
 METHODS = ("max", "percentile", "mse", "entropy")
 ROUNDS, STEPS, WARM_UP = 12, 10, 3
 

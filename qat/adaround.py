@@ -32,7 +32,7 @@ from qat.compute import exact_float32
 from qat.fx_network import kind_of, label
 from qat.operations import Kind
 from qat.prepare import WEIGHT_QUANTIZERS, weights_and_quantizers
-from qat.quantizer import WEIGHT, ActivationQuantizer, WeightQuantizer, per_channel, quantize, weight_amax
+from qat.quantizer import ActivationQuantizer, CodeRange, WeightQuantizer, per_channel, quantize, weight_amax
 
 ZETA, GAMMA = 1.1, -0.1  # h reaches 0 and 1 at finite V
 LAMBDA = 1.0
@@ -206,7 +206,7 @@ class _Rounding:
         if not nearest.isfinite().all():
             raise UserError(f"the output of {layer.label} is NaN or infinite: calibrate the network before rounding it")
 
-        soft = _SoftRounding(weight, scale)
+        soft = _SoftRounding(weight, scale, quantizer.codes)
         self._quantized.set_submodule(layer.quantizer, soft)
         gain = torch.where(noise > 0, 1 / noise, 0).float()  # [C]
         optimizer = torch.optim.Adam(soft.parameters(), lr=_LEARNING_RATE, fused=True)
@@ -221,7 +221,7 @@ class _Rounding:
             optimizer.step()
         self._quantized.set_submodule(layer.quantizer, quantizer)
 
-        by_nearest, chosen = quantize(weight, scale, WEIGHT), quantize(soft.hard(), scale, WEIGHT)
+        by_nearest, chosen = (quantize(w, scale, quantizer.codes) for w in (weight, soft.hard()))
         weight.copy_(chosen * scale)
         rounded = error(targets)
         # A grouped transposed convolution has several output channels to a scale.
@@ -251,11 +251,11 @@ class _Rounding:
 class _SoftRounding(nn.Module):
     """Stands where a weight's quantizer stood: each weight between its two codes, V being what is learned."""
 
-    def __init__(self, weight: Tensor, scale: Tensor) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, codes: CodeRange) -> None:
         """``scale`` broadcasts against ``weight``."""
         super().__init__()
         quotient = weight.float() / scale
-        below, above = (codes.clamp(WEIGHT.low, WEIGHT.high) for codes in (quotient.floor(), quotient.ceil()))
+        below, above = (code.clamp(codes.low, codes.high) for code in (quotient.floor(), quotient.ceil()))
         self.below, self.gap = below * scale, (above - below) * scale  # gap: 0 of weights that are or get a code
         self.up = quotient - quotient.floor()  # h(V)
         self.V = nn.Parameter(torch.logit((self.up - GAMMA) / (ZETA - GAMMA)))

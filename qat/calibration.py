@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.artifact import UserError
-from qat.histogram import HistogramObserver, check_finite
+from qat.histogram import HistogramObserver, check_finite, largest_of
 from qat.quantizer import (
     SCALE_FLOOR,
     WEIGHT,
@@ -139,18 +139,17 @@ def set_ranges(
     floor) or that no batch reached (its amax stays as it was).
     """
     warnings, quantizers = [], _quantizers(model)
-    ranges: dict[str, tuple[float, float]] = {}
+    ranges: dict[str, float] = {}
     for levels in {quantizer.codes.high + 1 for quantizer in quantizers.values()}:
         alike = [name for name, quantizer in quantizers.items() if quantizer.codes.high + 1 == levels]
-        shown = [observers[name] for name in alike]
-        chosen = zip(choose_ranges(shown, method, percentile, levels), choose_ranges(shown, "max"), strict=True)
+        chosen = choose_ranges([observers[name] for name in alike], method, percentile, levels)
         ranges |= zip(alike, chosen, strict=True)
-    for name, quantizer in quantizers.items():
-        amax, largest = ranges[name]
-        if math.isnan(largest):
+    exact = largest_of([observers[name] for name in quantizers])
+    for (name, quantizer), largest in zip(quantizers.items(), exact, strict=True):
+        if math.isnan(ranges[name]):
             warnings.append(f"tensor {name} was not computed by any calibration batch: it has no range")
             continue
-        quantizer.amax.fill_(amax)
+        quantizer.amax.fill_(ranges[name])
         if largest / quantizer.codes.high < SCALE_FLOOR:
             warnings.append(f"tensor {name} is zero for every calibration image: dead channels, or too few images?")
     return warnings
@@ -180,20 +179,23 @@ def choose_ranges(
     """
     if method not in get_args(Method):
         raise ValueError(f"no calibration method {method!r}: choose max, percentile, mse or entropy")
-    chosen = []
-    for start in range(0, len(observers), _TOGETHER):
-        some = observers[start : start + _TOGETHER]
-        counts, limits, exact = (
-            torch.stack([getattr(o, name) for o in some]) for name in ("counts", "limit", "largest")
-        )
-        if method == "percentile":
-            exact = torch.minimum(exact, amax_percentile(counts, limits, percentile))
-        elif method == "mse":
-            exact = torch.minimum(exact, amax_mse(counts, limits, levels))
-        elif method == "entropy":
-            exact = torch.minimum(exact, amax_entropy(counts, limits, levels))
-        chosen += exact.tolist()
+    if method == "max" or not observers:
+        chosen = largest_of(observers)
+    else:
+        parts = (observers[start : start + _TOGETHER] for start in range(0, len(observers), _TOGETHER))
+        chosen = torch.cat([_chosen(part, method, percentile, levels) for part in parts]).tolist()
     return [amax if observer.seen else math.nan for observer, amax in zip(observers, chosen, strict=True)]
+
+
+def _chosen(observers: Sequence[HistogramObserver], method: Method, percentile: float, levels: int) -> Tensor:
+    """The amax of tensors that are looked at together, [T], by another method than max."""
+    counts, limits, exact = (
+        torch.stack([getattr(observer, name) for observer in observers]) for name in ("counts", "limit", "largest")
+    )
+    if method == "percentile":
+        return torch.minimum(exact, amax_percentile(counts, limits, percentile))
+    choose = amax_mse if method == "mse" else amax_entropy
+    return torch.minimum(exact, choose(counts, limits, levels))
 
 
 def _quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:

@@ -7,7 +7,7 @@ exported network is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,9 @@ _NEVER = 2**31 - 1
 # ResNet50, 224 px, batch 256 on an H200: compiling takes 51 s and saves 84 ms a step with quantizers, 47 s and 17 ms
 # without (benchmarks/gpu_training_step.txt); smaller batches save less.
 _STEPS_THAT_PAY = 1000
+# What the backward pass computes anew behind a normalization reads more tensors than the four up to which inductor
+# joins it to its readers, and was written to memory.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_reads_threshold": 8}
 _LEAST_FLOAT16 = 2.0**-10
 
 Amp = Literal["auto", "float32", "bfloat16", "float16"]
@@ -98,7 +101,7 @@ class _Compiled(nn.Module):
     def __init__(self, model: nn.Module, images: int) -> None:
         super().__init__()
         self.model, self.images = model, images
-        self.whole = torch.compile(model, fullgraph=True, dynamic=False)
+        self.whole = torch.compile(model, fullgraph=True, dynamic=False, options=_OPTIONS)
 
     def forward(self, x: Tensor) -> Any:
         if len(x) != self.images:

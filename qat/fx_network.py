@@ -235,9 +235,10 @@ def shapes(traced: fx.GraphModule, input_shape: Sequence[int]) -> dict[str, tupl
     Raises UserError where the network does not take such an input.
     """
     training, recorder = traced.training, _ShapeRecorder(traced.eval())
+    device = next((parameter.device for parameter in traced.parameters()), None)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            recorder.run(mode.from_tensor(torch.zeros(1, *input_shape)))
+            recorder.run(mode.from_tensor(torch.zeros(1, *input_shape, device=device)))
     except Exception as error:  # whatever the model raises
         shown = "x".join(map(str, input_shape))
         raise UserError(

@@ -11,7 +11,7 @@ memory, for which GPUs have no instruction, and the zeros of a ReLU all meet in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -168,12 +168,16 @@ class HistogramObserver(nn.Module):
             self.counts += torch.histc(part, BINS, 0, limit).long()
 
 
+def largest_of(observers: Sequence[HistogramObserver]) -> list[float]:
+    """The exact max |x| of each tensor. Waits for the GPU, once."""
+    found: list[float] = torch.stack([observer.largest for observer in observers]).tolist() if observers else []
+    return found
+
+
 def check_finite(observers: Iterable[HistogramObserver]) -> None:
     """Raises UserError, naming the first tensor that held NaN or infinity. Waits for the GPU, once."""
     observers = list(observers)
-    if not observers:
-        return
-    for observer, largest in zip(observers, torch.stack([o.largest for o in observers]).tolist(), strict=True):
+    for observer, largest in zip(observers, largest_of(observers), strict=True):
         if not largest <= LARGEST:  # also when it is NaN
             raise UserError(
                 f"calibration found {largest} in tensor {observer.name}: "

@@ -121,3 +121,6 @@ class CalibrateOptions(SharedOptions):
     file; the ranges of a checkpoint of pytorch-quantization are taken over."""
     classes: int | None = None
     """How many classes the network has, where the weights do not tell."""
+    adaround: int = 0
+    """Steps in which AdaRound chooses for each layer which weights to round up and which down, 1000 being usual; on a
+    GPU a minute, on a CPU much longer; 0: all weights are rounded to the nearest code."""

@@ -5,7 +5,7 @@ All of python -m qat.calibrate, and what python -m qat.train does before and bet
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from qat.accuracy import compare
+from qat.adaround import adaround
 from qat.artifact import UserError, check_writable
 from qat.calibration import observe, set_ranges
 from qat.checkpoint import save_checkpoint
@@ -25,7 +26,7 @@ from qat.imported_ranges import set_imported_ranges
 from qat.models import Pretrained, build_pretrained
 from qat.network import Network
 from qat.placement import say_placement
-from qat.prepare import prepare
+from qat.prepare import prepare, weights_and_quantizers
 from qat.rules import place
 from qat.sources import unlabelled_folder
 from qat.tracing import network_of
@@ -42,6 +43,8 @@ def quantize_pretrained(options: CalibrateOptions) -> None:
         raise UserError("--weights is missing: give those of a trained network, or train one: python -m qat.train")
     if options.classes is not None and options.classes < 1:
         raise UserError(f"--classes {options.classes} is not positive: give the number of classes, or leave it out")
+    if options.adaround < 0:
+        raise UserError(f"--adaround {options.adaround} is no number of steps: give 0 or more")
     check_writable(options.output)
     check_percentile(options)
     compute = Compute.of(options.device, "float32", compiled=False)
@@ -53,6 +56,8 @@ def quantize_pretrained(options: CalibrateOptions) -> None:
     _, placement = placed(options, found.model, data, len(class_names))
     compute.place(found.model)
     prepared = quantized(found.model, placement, found.ranges, data, options, compute)
+    if options.adaround:
+        _round(prepared, data, options, compute)
     figures = _compared(found.model, prepared, data, options, compute)
     save_checkpoint(
         options.output,
@@ -61,7 +66,7 @@ def quantize_pretrained(options: CalibrateOptions) -> None:
         data.preprocessing,
         class_names,
         figures,
-        origin(options, data),
+        {**origin(options, data), "adaround": options.adaround},
         options.seed,
     )
     _say_figures(figures)
@@ -120,19 +125,22 @@ def quantized(
     images = data.calibration
     if len(images) < _FEW_IMAGES:
         warn(f"only {len(images)} images to calibrate on: ranges may not hold for others; add images")
-    with progress("calibrating", batch_count(images, options.batch_size)) as task:
-        inputs = (
-            data.preprocessing.normalize(compute.images(x_NCHW))
-            for x_NCHW, _ in batches(images, options.batch_size, None, workers=options.workers, ranks=compute.ranks)
-        )
-        with exact_float32():
-            observers = observe(prepared, inputs, task.advance, compute.ranks)
-            warnings = set_ranges(prepared, observers, options.calibrator, options.percentile)
+    with progress("calibrating", batch_count(images, options.batch_size)) as task, exact_float32():
+        inputs = _calibration_images(data, options, compute)
+        observers = observe(prepared, inputs, task.advance, compute.ranks)
+        warnings = set_ranges(prepared, observers, options.calibrator, options.percentile)
     for line in warnings:
         warn(line)
     for line in set_imported_ranges(prepared, ranges) if ranges else ():
         say(line)
     return prepared
+
+
+def _calibration_images(data: Data, options: SharedOptions, compute: Compute) -> Iterator[Tensor]:
+    """Normalized, in batches, on the device."""
+    size, ranks = options.batch_size, compute.ranks
+    for x_NCHW, _ in batches(data.calibration, size, None, workers=options.workers, ranks=ranks):
+        yield data.preprocessing.normalize(compute.images(x_NCHW))
 
 
 def origin(options: SharedOptions, data: Data) -> dict[str, Any]:
@@ -159,6 +167,17 @@ def _load_data(options: CalibrateOptions) -> Data:
     chosen = (options.image_size, options.seed, options.calibration_images)
     folder = unlabelled_folder(options.data)
     return load_data(options.data, *chosen, options.data_root) if folder is None else load_unlabelled(folder, *chosen)
+
+
+def _round(prepared: fx.GraphModule, data: Data, options: CalibrateOptions, compute: Compute) -> None:
+    """Rounds the weights by AdaRound, on the calibration images."""
+    images = list(_calibration_images(data, options, compute))
+    layers = sum(1 for _ in weights_and_quantizers(prepared))
+    with progress("rounding", layers) as task:
+        found = adaround(prepared, images, options.adaround, lambda layer: task.advance(note=layer), options.seed)
+    shares = sorted(layer.mse / layer.mse_nearest for layer in found if layer.mse_nearest)
+    if shares:
+        say(f"AdaRound: {len(found)} layers; the median one has {shares[len(shares) // 2]:.2f} times the squared error")
 
 
 def _class_names(options: CalibrateOptions, found: Pretrained, data: Data) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from qat.adaround import Rounded, adaround
 from qat.artifact import UserError
 from qat.calibration import calibrate
 from qat.decisions import Decision, Placement, QuantizedRead, QuantizedTensor
+from qat.few_bits import simulate_bits
 from qat.prepare import prepare, weights_and_quantizers
 from qat.quantizer import WEIGHT, ActivationQuantizer, WeightQuantizer, per_channel, quantize, weight_amax
 
@@ -318,3 +319,18 @@ def test_what_cannot_be_rounded_is_refused() -> None:
     uncalibrated = prepare(net().eval(), input_shape=x.shape[1:])
     with pytest.raises(UserError, match="the output of 0 is NaN or infinite: calibrate"):
         adaround(uncalibrated, [x])
+
+
+def test_few_bits_get_their_own_codes() -> None:
+    prepared = prepare(net().eval(), input_shape=(3, 8, 8))
+    simulate_bits(prepared, 3)
+    calibrate(prepared, [images()], "max")
+    adaround(prepared, [images()], steps=40)
+    highest = {}
+    for path, weight, quantizer in weights_and_quantizers(prepared):
+        scale = per_channel(quantizer.scale(weight), weight.ndim, quantizer.axis)
+        found = weight.detach() / scale
+        assert (found - found.round()).abs().max() < 1e-3
+        highest[path] = found.abs().max().round().item()
+    assert highest["3.weight_quantizer"] == 3
+    assert highest["0.weight_quantizer"] == 127

@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from export.convert import export_checkpoint
+from export.options import ExportOptions
 from qat.accuracy import compare
 from qat.artifact import Sidecar, UserError, read_sidecar
 from qat.checkpoint import load_checkpoint, training_data
@@ -25,6 +27,7 @@ from qat.data import Data, load_unlabelled
 from qat.models import ModelSpec, build_model
 from qat.options import CalibrateOptions, TrainOptions
 from qat.post_training import quantize_pretrained
+from qat.prepare import weights_and_quantizers
 from qat.run import run
 
 CPU = Compute(torch.device("cpu"))
@@ -112,6 +115,22 @@ def test_the_same_network_and_figures_as_training_with_no_epochs(
     assert found.class_names == expected.class_names == tiny.CLASSES
     assert found.details["splits"] == expected.details["splits"]
     assert found.details["data"]["labelled"] is True
+
+
+def test_weights_are_rounded_by_adaround(trained: Path, weights: Path, photos: Path, tmp_path: Path) -> None:
+    nearest = calibrate(trained, weights, photos, tmp_path / "nearest.qat")
+    rounded = calibrate(trained, weights, photos, tmp_path / "rounded.qat", adaround=60)
+    assert (nearest.details["adaround"], rounded.details["adaround"]) == (0, 60)
+    one, other = (
+        {path: (quantizer(weight), weight) for path, weight, quantizer in weights_and_quantizers(checkpoint.model)}
+        for checkpoint in (load_checkpoint(tmp_path / f"{name}.qat") for name in ("nearest", "rounded"))
+    )
+    for path, (codes, weight) in other.items():
+        assert torch.equal(codes, weight), path  # it is what the codes stand for
+    assert any(not torch.equal(one[path][0], other[path][0]) for path in one)
+    export_checkpoint(ExportOptions(checkpoint=tmp_path / "rounded.qat"))
+    parity = read_sidecar(tmp_path / "rounded.onnx", "onnx").figures["parity"]
+    assert parity["images"] > 0
 
 
 def test_digits(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -23,7 +24,6 @@ from qat.prepare import activation_quantizers, learn_ranges, prepare, weights_an
 from qat.quantizer import ACTIVATION, WEIGHT, CodeRange
 from qat.rectified import merge_rectifiers
 from qat.run import run
-from tests import tiny
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
