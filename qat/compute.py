@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat.artifact import UserError, one_line
 from qat.console import warn
+from qat.quantizer import ActivationQuantizer
 from qat.ranks import ALONE, Ranks, local_rank
 from qat.rectified import merge_rectifiers
 
@@ -23,9 +24,9 @@ _NEVER = 2**31 - 1
 # ResNet50, 224 px, batch 256 on an H200: compiling takes 51 s and saves 84 ms a step with quantizers, 47 s and 17 ms
 # without (benchmarks/gpu_training_step.txt); smaller batches save less.
 _STEPS_THAT_PAY = 1000
-# What the backward pass computes anew behind a normalization reads more tensors than the four up to which inductor
-# joins it to its readers, and was written to memory.
-_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {"realize_reads_threshold": 8}
+# With quantizers, what the backward pass computes anew behind a normalization reads five tensors; inductor joins to its
+# readers what reads up to four, and writes the rest to memory. Without quantizers the higher limit costs time.
+_OF_QUANTIZED: dict[str, str | int | bool | Callable[..., Any]] = {"realize_reads_threshold": 8}
 _LEAST_FLOAT16 = 2.0**-10
 
 Amp = Literal["auto", "float32", "bfloat16", "float16"]
@@ -101,7 +102,8 @@ class _Compiled(nn.Module):
     def __init__(self, model: nn.Module, images: int) -> None:
         super().__init__()
         self.model, self.images = model, images
-        self.whole = torch.compile(model, fullgraph=True, dynamic=False, options=_OPTIONS)
+        quantized = any(isinstance(module, ActivationQuantizer) for module in model.modules())
+        self.whole = torch.compile(model, fullgraph=True, dynamic=False, options=_OF_QUANTIZED if quantized else None)
 
     def forward(self, x: Tensor) -> Any:
         if len(x) != self.images:
