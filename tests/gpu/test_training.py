@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # tiny
+
+import tiny
+
 torch = pytest.importorskip("torch")
 
-from qat.artifact import UserError  # noqa: E402
-from qat.calibration import choose_ranges  # noqa: E402
+from qat.adaround import adaround  # noqa: E402
+from qat.artifact import UserError, read_sidecar  # noqa: E402
+from qat.calibration import calibrate, choose_ranges  # noqa: E402
+from qat.checkpoint import load_checkpoint  # noqa: E402
+from qat.compute import exact_float32  # noqa: E402
 from qat.data import batches as batches_of  # noqa: E402
 from qat.data import load_data  # noqa: E402
 from qat.histogram import BINS, HistogramObserver, check_finite  # noqa: E402
+from qat.models import ModelSpec, build_model  # noqa: E402
+from qat.options import TrainOptions  # noqa: E402
+from qat.prepare import prepare, weights_and_quantizers  # noqa: E402
+from qat.run import run  # noqa: E402
+
+DEVICE = "cuda"
 
 
 def batches(scale: float = 1.0) -> list[torch.Tensor]:
@@ -46,7 +61,7 @@ def test_counts_are_those_of_the_cpu(scale: float):
 
 
 def test_growth_by_more_than_all_bins():
-    gpu = observed("cuda", [torch.full((7,), 1e-20), torch.tensor([3.0, 1e20])])
+    gpu = observed(DEVICE, [torch.full((7,), 1e-20), torch.tensor([3.0, 1e20])])
     assert gpu.counts[0] == 8
     assert gpu.counts.sum() == 9
     assert gpu.limit >= gpu.amax == pytest.approx(1e20)
@@ -55,7 +70,7 @@ def test_growth_by_more_than_all_bins():
 def test_growth_merges_bins():
     x = torch.rand(5_000, generator=torch.Generator().manual_seed(2))
     x[0] = 1.0
-    before, after = observed("cuda", [x]), observed("cuda", [x, torch.tensor([6.5])])
+    before, after = observed(DEVICE, [x]), observed(DEVICE, [x, torch.tensor([6.5])])
     assert after.limit == 8
     assert torch.equal(after.counts[: BINS // 8], before.counts.view(-1, 8).sum(dim=1))
 
@@ -64,13 +79,13 @@ def test_memory_layout_does_not_matter():
     x = torch.randn(2, 6, 5, 4)
     views = (x.to(memory_format=torch.channels_last), x.permute(2, 0, 3, 1), x[:, ::2, 1:])
     for view in views:
-        assert torch.equal(observed("cuda", [view]).counts, observed("cuda", [view.contiguous()]).counts)
+        assert torch.equal(observed(DEVICE, [view]).counts, observed(DEVICE, [view.contiguous()]).counts)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_names_the_tensor(bad: float):
     with pytest.raises(UserError, match="in tensor x"):
-        check_finite([observed("cuda", [torch.ones(3), torch.tensor([1.0, bad])])])
+        check_finite([observed(DEVICE, [torch.ones(3), torch.tensor([1.0, bad])])])
 
 
 def test_images_in_the_memory_of_the_gpu_make_the_same_batches(tmp_path: Path):
@@ -80,7 +95,7 @@ def test_images_in_the_memory_of_the_gpu_make_the_same_batches(tmp_path: Path):
     }
     np.savez(tmp_path / "data.npz", **arrays, train_labels=np.arange(90) % 3, test_labels=np.arange(90) % 3)
     data = load_data(str(tmp_path / "data.npz"), None, 0)
-    moved = data.on(torch.device("cuda"))
+    moved = data.on(torch.device(DEVICE))
     for split in ("train", "test"):
         ours, theirs = (batches_of(getattr(one, split), 16, 5, epoch=1) for one in (data, moved))
         for (x, labels), (moved_x, moved_labels) in zip(ours, theirs, strict=True):
@@ -89,3 +104,62 @@ def test_images_in_the_memory_of_the_gpu_make_the_same_batches(tmp_path: Path):
             assert x.is_pinned()
             assert torch.equal(x, moved_x.cpu())
             assert torch.equal(labels, moved_labels.cpu())
+
+
+def trained(folder: Path, **changes: Any) -> dict[str, float]:
+    """What a run of the whole pipeline measured of the network that it trained with quantization."""
+    options = TrainOptions(**tiny.options(folder, **({"device": DEVICE} | changes)))
+    assert run(options) == 0
+    found: dict[str, float] = read_sidecar(options.output, "checkpoint").figures["qat"]
+    return found
+
+
+@pytest.mark.parametrize("amp", ["float32", "bfloat16", "float16"])
+def test_training_learns_in_every_type(amp: str, tmp_path: Path):
+    on_cpu = trained(tmp_path, device="cpu", float_epochs=4)
+    on_gpu = trained(tmp_path, amp=amp, float_epochs=4)
+    assert on_cpu["test_top1"] > 60  # of three classes
+    assert on_gpu["test_top1"] > on_cpu["test_top1"] - 15
+    weights = [weight for _, weight, _ in weights_and_quantizers(load_checkpoint(tmp_path / "model.qat").model)]
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compile": True},
+        {"compile": True, "learn_ranges": True, "ema": 0.9},
+        {"compile": True, "distill": 0.5, "distill_features": 0.5},
+        {"bits": 4, "learn_ranges": True, "mixup": 0.2},
+        {"progressive": 1, "accumulate": 2, "clip_norm": 1.0},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_a_run_that_was_stopped_goes_on(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = trained(tmp_path, **changes)
+    with monkeypatch.context() as patch:
+        tiny.stop_in_steps(patch, lambda step: step == tiny.FLOAT_STEPS + tiny.STEPS + 3)
+        with pytest.raises(tiny.Stopped):
+            trained(tmp_path, save_seconds=0.0, **changes)
+    resumed = trained(tmp_path, resume=True, save_seconds=0.0, **changes)
+    assert resumed["test_loss"] == pytest.approx(whole["test_loss"], rel=0.1)  # sums on a GPU have no fixed order
+
+
+def test_a_model_on_the_gpu_is_prepared_and_rounded_there(tmp_path: Path):
+    tiny.options(tmp_path)  # which writes its files
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 16, 16)
+    prepared = {}
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(1)
+        model = build_model(ModelSpec(f"{tmp_path / 'net.py'}:net", 3)).eval().to(device)
+        prepared[device] = prepare(model, input_shape=(3, 16, 16))
+        with exact_float32():
+            calibrate(prepared[device], [x.to(device)], "mse")
+        found = adaround(prepared[device], [x.to(device)], steps=100)
+        assert all(layer.mse <= layer.mse_nearest for layer in found)
+    on_cpu, on_gpu = (prepared[device](x.to(device)).detach().cpu() for device in ("cpu", DEVICE))
+    assert torch.nn.functional.cosine_similarity(on_cpu.flatten(), on_gpu.flatten(), 0) > 0.99
+    for _, weight, quantizer in weights_and_quantizers(prepared[DEVICE]):
+        assert weight.device.type == DEVICE
+        assert torch.equal(quantizer(weight), weight)
