@@ -27,6 +27,7 @@ from qat.models import Pretrained, build_pretrained
 from qat.network import Network
 from qat.placement import say_placement
 from qat.prepare import prepare, weights_and_quantizers
+from qat.ranks import local_rank
 from qat.rules import place
 from qat.sources import unlabelled_folder
 from qat.tracing import network_of
@@ -43,6 +44,8 @@ def quantize_pretrained(options: CalibrateOptions) -> None:
         raise UserError("--weights is missing: give those of a trained network, or train one: python -m qat.train")
     if options.classes is not None and options.classes < 1:
         raise UserError(f"--classes {options.classes} is not positive: give the number of classes, or leave it out")
+    if local_rank() is not None:
+        raise UserError("python -m qat.calibrate is a single process: start it without torchrun")
     if options.adaround < 0:
         raise UserError(f"--adaround {options.adaround} is no number of steps: give 0 or more")
     check_writable(options.output)

@@ -340,6 +340,7 @@ def refused(*places: Path, **changes: Any) -> str:
         ({"weights": None}, "--weights is missing: give those of a trained network, or train one: python -m qat.train"),
         ({"classes": 0}, "--classes 0 is not positive"),
         ({"classes": 4}, "are of 3 classes (fc), not of 4: leave out --classes"),
+        ({"adaround": -1}, "--adaround -1 is no number of steps"),
         ({"percentile": 0.0}, "--percentile 0.0 is out of range"),
         ({"calibration_images": 0}, "0 calibration images set no activation range"),
         ({"batch_size": 0}, "batch size 0 is not positive"),
@@ -352,6 +353,13 @@ def test_options_that_do_not_fit(
     trained: Path, weights: Path, photos: Path, tmp_path: Path, changes: dict[str, Any], part: str
 ) -> None:
     assert part in refused(trained, weights, photos, tmp_path / "model.qat", **changes)
+
+
+def test_torchrun_is_refused(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert "start it without torchrun" in refused(trained, weights, photos, tmp_path / "model.qat")
 
 
 def test_right_number_of_classes_may_be_told(trained: Path, weights: Path, photos: Path, tmp_path: Path) -> None:
