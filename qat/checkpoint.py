@@ -29,7 +29,7 @@ from qat.data import Data, Preprocessing, load_data, load_unlabelled
 from qat.decisions import Placement
 from qat.few_bits import BITS, simulate_bits
 from qat.models import ModelSpec, build_model
-from qat.prepare import activation_quantizers, placement_of, prepare, weights_and_quantizers
+from qat.prepare import activation_quantizers, fix_saved_ranges, placement_of, prepare
 from qat.rules import RULES
 
 _STATE = "training_state"  # entry of the file's header
@@ -91,10 +91,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     model = prepare(build_model(spec), placement)
     simulate_bits(model, sidecar.details.get("bits", BITS))
     tensors = load_tensors(path)
-    for path_of_quantizer, weight, quantizer in weights_and_quantizers(model):
-        amax = tensors.get(f"{path_of_quantizer}.amax")
-        if amax is not None and amax.shape == quantizer.scale(weight).shape:
-            quantizer.fix(amax)
+    fix_saved_ranges(model, tensors)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:

@@ -32,6 +32,9 @@ class SharedOptions(Command):
     qat.placement shows."""
     calibrator: Literal["max", "percentile", "mse", "entropy"] = "mse"
     """How activation ranges are chosen from the calibration images."""
+    weight_calibrator: Literal["max", "mse"] = "max"
+    """How ranges of weights are chosen: max, they follow the largest magnitude of each channel, in training too; mse,
+    they are fixed where the squared error of the codes is least."""
     percentile: float = 99.99
     """Share of the values, in percent, that the percentile calibrator keeps unclipped."""
     calibration_images: int = 512

@@ -26,7 +26,7 @@ from qat.imported_ranges import set_imported_ranges
 from qat.models import Pretrained, build_pretrained
 from qat.network import Network
 from qat.placement import say_placement
-from qat.prepare import prepare, weights_and_quantizers
+from qat.prepare import fix_weight_ranges, prepare, weights_and_quantizers
 from qat.ranks import local_rank
 from qat.rules import place
 from qat.sources import unlabelled_folder
@@ -136,6 +136,8 @@ def quantized(
         warn(line)
     for line in set_imported_ranges(prepared, ranges) if ranges else ():
         say(line)
+    if options.weight_calibrator == "mse" and not ranges:
+        fix_weight_ranges(prepared)
     return prepared
 
 
@@ -155,6 +157,7 @@ def origin(options: SharedOptions, data: Data) -> dict[str, Any]:
         "calibration_images": options.calibration_images,
         "seed": options.seed,
         "calibrator": options.calibrator,
+        "weight_calibrator": options.weight_calibrator,
     }
 
 

@@ -25,13 +25,12 @@ from qat.compute import Compute
 from qat.console import say, speaking, table
 from qat.data import Data, batch_count, load_data
 from qat.few_bits import BITS, check_bits, simulate_bits
-from qat.imported_ranges import set_imported_ranges
 from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
 from qat.objective import CrossEntropy, Distillation, stage_ends
 from qat.post_training import check_percentile, origin, placed, quantized, say_data, say_next
-from qat.prepare import learn_ranges, prepare
+from qat.prepare import fix_saved_ranges, learn_ranges, prepare
 from qat.ranks import Ranks, joined
 from qat.recipe import Recipe
 from qat.tracing import trace
@@ -110,8 +109,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
         else:
             prepared = prepare(model, placement)
             simulate_bits(prepared, options.bits)
-            if ranges:
-                set_imported_ranges(prepared, ranges)  # the same weights' ranges are fixed as then
+            fix_saved_ranges(prepared, reached.model)
             if options.learn_ranges:
                 learn_ranges(prepared)
         steps = options.qat_epochs * batch_count(data.train, options.batch_size, training=True, ranks=compute.ranks)

@@ -117,8 +117,9 @@ def test_exported_codes_are_those_of_the_learned_ranges() -> None:
         torch.testing.assert_close(fold(prepared)[0](x), prepared(x), rtol=1e-4, atol=1e-5)
 
 
-def train(folder: Path, output: Path, **changes: Any) -> dict[str, Tensor]:
-    assert run(TrainOptions(**tiny.options(folder, output=output, learn_ranges=True, **changes))) == 0
+def train(folder: Path, output: Path, learn_ranges: bool = True, **changes: Any) -> dict[str, Tensor]:
+    options = tiny.options(folder, output=output, learn_ranges=learn_ranges, **changes)
+    assert run(TrainOptions(**options)) == 0
     return load_file(output)
 
 
@@ -144,4 +145,23 @@ def test_a_run_learns_ranges_and_its_checkpoint_keeps_them(
     with pytest.raises(tiny.Stopped):
         train(trained, tmp_path / "model.qat", save_seconds=0)
     stopped = train(trained, tmp_path / "model.qat", save_seconds=0, resume=True)
+    assert [name for name in whole if not torch.equal(whole[name], stopped[name])] == []
+
+
+def test_ranges_of_weights_are_fixed_where_the_error_is_least_on_request(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"learn_ranges": False, "weight_calibrator": "mse"}
+    untrained = train(trained, tmp_path / "untrained.qat", qat_epochs=0, **changes)
+    expected = weight_amax_mse(untrained["conv2.weight"], 0)
+    assert (expected < untrained["conv2.weight"].abs().amax((1, 2, 3))).any()
+    assert torch.equal(untrained["conv2.weight_quantizer.amax"], expected)
+    whole = train(trained, tmp_path / "whole.qat", **changes)
+    assert torch.equal(whole["conv2.weight_quantizer.amax"], expected)  # also after training
+    assert not torch.equal(whole["conv2.weight"], untrained["conv2.weight"])
+    assert read_sidecar(tmp_path / "whole.qat", "checkpoint").details["weight_calibrator"] == "mse"
+    tiny.stop_in_steps(monkeypatch, lambda step: step == tiny.FLOAT_STEPS + 5)
+    with pytest.raises(tiny.Stopped):
+        train(trained, tmp_path / "model.qat", save_seconds=0, **changes)
+    stopped = train(trained, tmp_path / "model.qat", save_seconds=0, resume=True, **changes)
     assert [name for name in whole if not torch.equal(whole[name], stopped[name])] == []
