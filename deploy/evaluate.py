@@ -173,6 +173,7 @@ def _loaded(
     options: EvaluateOptions, onnx_path: Path, onnx: Sidecar
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     from qat.data import batches, load_data
+    from qat.preprocessing import Photographs
 
     assert options.data is not None
     try:
@@ -180,8 +181,10 @@ def _loaded(
     except UserError as error:
         warn(f"the checkpoint is not at hand, so a test split that training carved out cannot be told: {error}")
         details = {"seed": 0, "calibration_images": 512}
-    size = onnx.preprocessing["height"]
-    data = load_data(options.data, size, details["seed"], details["calibration_images"], options.data_root)
+    given = onnx.preprocessing
+    photographs = Photographs(given["height"], given["resize"], tuple(given["mean"]), tuple(given["std"]))
+    seed, calibration_images = details["seed"], details["calibration_images"]
+    data = load_data(options.data, given["height"], seed, calibration_images, options.data_root, photographs)
     left = options.images
     for x_NCHW, labels in batches(data.test, 256, None):
         part = slice(0, left)

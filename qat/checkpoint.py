@@ -105,9 +105,10 @@ def training_data(checkpoint: Checkpoint) -> Data:
     details = checkpoint.sidecar.details
     data = details["data"]
     chosen = (data["image_size"], details["seed"], details["calibration_images"])
+    photographs = checkpoint.preprocessing.photographs
     if not has_labels(checkpoint):
-        return load_unlabelled(Path(data["source"]).expanduser(), *chosen)
-    return load_data(data["source"], *chosen, Path(data["root"]))
+        return load_unlabelled(Path(data["source"]).expanduser(), *chosen, photographs)
+    return load_data(data["source"], *chosen, Path(data["root"]), photographs)
 
 
 def has_labels(checkpoint: Checkpoint) -> bool:

@@ -29,16 +29,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from qat.artifact import UserError
 from qat.pixels import MEMORY_LIMIT, ArrayPixels, FilePixels, Pixels, decode_all
-from qat.preprocessing import Augmentation, Preprocessing
+from qat.preprocessing import Augmentation, Photographs, Preprocessing
 from qat.ranks import ALONE, Ranks
-from qat.sources import FOLDER_SIZE, NO_LABEL, Part, Source, read_source, unlabelled_files
+from qat.sources import NO_LABEL, Part, Source, read_source, unlabelled_files
 
-__all__ = ["Data", "ImageSet", "Preprocessing", "batch_count", "batches", "load_data"]
+__all__ = ["Data", "ImageSet", "Photographs", "Preprocessing", "batch_count", "batches", "load_data"]
 __all__ += ["load_unlabelled", "stratified_split"]
 
-_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PHOTOGRAPHS = Photographs()
 _SMALL = 64  # pixels; up to here an image is shifted in training, above it is cropped and resized
-_CROP_MARGIN = 256 / 224  # evaluation of photographs: short side to 256 for a crop of 224, as torchvision does
 
 # Shares of the training images that carved-out splits get. Of what is left at least 3/4 remain for training.
 _TEST_SHARE, _VALIDATION_SHARE, _CALIBRATION_SHARE, _CALIBRATION_MOST = 1 / 5, 1 / 10, 1 / 10, 1 / 4
@@ -137,7 +136,12 @@ class Data:
 
 
 def load_data(
-    source: str, image_size: int | None, seed: int, calibration_images: int = 512, root: Path = Path("data")
+    source: str,
+    image_size: int | None,
+    seed: int,
+    calibration_images: int = 512,
+    root: Path = Path("data"),
+    photographs: Photographs = PHOTOGRAPHS,
 ) -> Data:
     """The data set ``source`` in four disjoint splits.
 
@@ -147,13 +151,14 @@ def load_data(
         seed: decides which images go into the splits that are carved out of the training images.
         calibration_images: upper limit on the calibration split.
         root: where torchvision's data sets are, or are downloaded to.
+        photographs: how the network takes them; mean and deviation are those of all images but digits.
 
     Raises:
         UserError: the source is unknown, damaged or too small.
     """
     _check_request(image_size, seed, calibration_images)
     found = read_source(source, root)
-    preprocessing = _preprocessing(found.default_size, found.cropped, source, image_size)
+    preprocessing = _preprocessing(found.default_size, found.cropped, source, image_size, photographs)
     augmentation = _augmentation(found, source, preprocessing)
     if augmentation.padding:
         found = _resized(found, preprocessing)
@@ -177,7 +182,13 @@ def load_data(
     )
 
 
-def load_unlabelled(folder: Path, image_size: int | None, seed: int, calibration_images: int = 512) -> Data:
+def load_unlabelled(
+    folder: Path,
+    image_size: int | None,
+    seed: int,
+    calibration_images: int = 512,
+    photographs: Photographs = PHOTOGRAPHS,
+) -> Data:
     """Images without labels: those in ``folder`` and in the folders within it, whose names mean nothing.
 
     The seed chooses up to ``calibration_images`` of them; of the others up to 1024, or a fifth of all where fewer are
@@ -194,7 +205,7 @@ def load_unlabelled(folder: Path, image_size: int | None, seed: int, calibration
     groups = stratified_split(torch.full((total,), NO_LABEL), list(counts.values()), seed)
     paths = [files[index] for group in groups[:2] for index in group.tolist()]
     pixels = FilePixels(paths, decode_all(paths))
-    preprocessing = _preprocessing((FOLDER_SIZE, FOLDER_SIZE), False, str(folder), image_size)
+    preprocessing = _preprocessing(None, False, str(folder), image_size, photographs)
 
     def image_set(start: int, stop: int) -> ImageSet:
         return ImageSet(pixels, torch.arange(start, stop), torch.full((stop - start,), NO_LABEL), preprocessing)
@@ -333,13 +344,15 @@ def _check_request(image_size: int | None, seed: int, calibration_images: int) -
         raise UserError(f"seed {seed} is out of range: give one from 0 to {(1 << 32) - 1}")
 
 
-def _preprocessing(default_size: tuple[int, int], cropped: bool, source: str, image_size: int | None) -> Preprocessing:
-    height, width = (image_size, image_size) if image_size else default_size
+def _preprocessing(
+    default_size: tuple[int, int] | None, cropped: bool, source: str, image_size: int | None, photographs: Photographs
+) -> Preprocessing:
+    height, width = (image_size, image_size) if image_size else default_size or (photographs.size, photographs.size)
     short = min(height, width)
     if not cropped and short > _SMALL:
-        short = round(short * _CROP_MARGIN)
-    # Digits: their own mean and deviation. Elsewhere ImageNet's, which pretrained weights expect.
-    mean, std = ((0.305,) * 3, (0.376,) * 3) if source == "digits" else (_IMAGENET_MEAN, _IMAGENET_STD)
+        short = round(short * photographs.short_side / photographs.size)
+    # Digits: their own mean and deviation. Elsewhere what pretrained weights expect.
+    mean, std = ((0.305,) * 3, (0.376,) * 3) if source == "digits" else (photographs.mean, photographs.std)
     return Preprocessing(height, width, mean, std, short)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from qat.artifact import UserError, one_line
 from qat.imported_ranges import split_ranges
+from qat.preprocessing import Photographs, three_floats
 from qat.sources import did_you_mean
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
@@ -232,6 +233,25 @@ def _is_file(weights: str) -> bool:
 def _tensors(name: str, weights: str) -> dict[str, Tensor]:
     """The state dict that ``weights`` of model ``name`` are: a file's, or torchvision's."""
     return _state_dict(Path(weights).expanduser()) if _is_file(weights) else _torchvision_weights(name, weights)
+
+
+def photographs_of(name: str, weights: str | None) -> Photographs:
+    """How ``weights`` of the model ``name`` were trained to take photographs, as far as torchvision or timm tell."""
+    if weights is not None and name.startswith("timm/") and importlib.util.find_spec("timm"):
+        import timm
+
+        told = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+        if told is not None and told.crop_pct:
+            size = told.input_size[-1]
+            return Photographs(size, round(size / told.crop_pct), three_floats(told.mean), three_floats(told.std))
+    if weights is not None and not _is_file(weights) and name in _torchvision_names():
+        known = torchvision.models.get_model_weights(name)
+        entry: Any = known.__members__.get(weights.removeprefix(f"{known.__name__}."))
+        preset: Any = entry.transforms() if entry else None
+        if hasattr(preset, "crop_size"):  # for classification
+            mean, std = three_floats(preset.mean), three_floats(preset.std)
+            return Photographs(preset.crop_size[0], preset.resize_size[0], mean, std)
+    return Photographs()
 
 
 def _categories(name: str, weights: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from qat.data import Data, batch_count, batches, load_data, load_unlabelled
 from qat.decisions import Placement
 from qat.few_bits import BITS, simulate_bits
 from qat.imported_ranges import set_imported_ranges
-from qat.models import Pretrained, build_pretrained
+from qat.models import Pretrained, build_pretrained, photographs_of
 from qat.network import Network
 from qat.placement import say_placement
 from qat.prepare import fix_weight_ranges, prepare, weights_and_quantizers
@@ -171,8 +171,10 @@ def say_next(output: Path) -> None:
 
 def _load_data(options: CalibrateOptions) -> Data:
     chosen = (options.image_size, options.seed, options.calibration_images)
-    folder = unlabelled_folder(options.data)
-    return load_data(options.data, *chosen, options.data_root) if folder is None else load_unlabelled(folder, *chosen)
+    folder, photographs = unlabelled_folder(options.data), photographs_of(options.model, options.weights)
+    if folder is not None:
+        return load_unlabelled(folder, *chosen, photographs)
+    return load_data(options.data, *chosen, options.data_root, photographs)
 
 
 def _round(prepared: fx.GraphModule, data: Data, options: CalibrateOptions, compute: Compute) -> None:

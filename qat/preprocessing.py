@@ -25,6 +25,20 @@ _CROP_SCALE, _CROP_RATIO, _CROP_TRIALS = (0.35, 1.0), (3 / 4, 4 / 3), 10
 
 
 @dataclass(frozen=True)
+class Photographs:
+    """How a network takes photographs: as most weights for ImageNet do, where nobody knows better.
+
+    ``size``: height and width of its input in pixels, unless another is asked for; ``short_side``: the length that the
+    short side gets before a crop of that size.
+    """
+
+    size: int = 224
+    short_side: int = 256
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
 class Preprocessing:
     """From an RGB image to the network's input: resize, center crop, normalize. Stored in every sidecar.
 
@@ -44,7 +58,7 @@ class Preprocessing:
     def from_json(cls, content: Mapping[str, Any]) -> Preprocessing:
         """The inverse of ``dataclasses.asdict``. Raises UserError when an entry is missing or of no use."""
         try:
-            colors = {name: _three_floats(content[name]) for name in ("mean", "std")}
+            colors = {name: three_floats(content[name]) for name in ("mean", "std")}
             found = cls(**{**content, **colors})
             if found.interpolation != "bilinear" or found.color != "RGB" or min(colors["std"]) <= 0:
                 raise ValueError(f"{found.interpolation}, {found.color}, std {found.std}")
@@ -55,6 +69,11 @@ class Preprocessing:
                 f"preprocessing lacks or misstates an entry ({type(error).__name__}: {error}): make it again"
             ) from error
         return found
+
+    @property
+    def photographs(self) -> Photographs:
+        """What ``load_data`` makes the same preprocessing of again."""
+        return Photographs(self.height, self.resize, self.mean, self.std)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] on the same device: (x / 255 - mean) / std."""
@@ -123,6 +142,7 @@ def _random_box(height: int, width: int, generator: torch.Generator) -> tuple[in
     return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _three_floats(values: Sequence[float]) -> tuple[float, float, float]:
+def three_floats(values: Sequence[float]) -> tuple[float, float, float]:
+    """One for each color."""
     red, green, blue = map(float, values)
     return red, green, blue

@@ -26,7 +26,7 @@ from qat.console import say, speaking, table
 from qat.data import Data, batch_count, load_data
 from qat.few_bits import BITS, check_bits, simulate_bits
 from qat.log import TrainingLog
-from qat.models import ModelSpec, build_model, load_weights
+from qat.models import ModelSpec, build_model, load_weights, photographs_of
 from qat.network import Network
 from qat.objective import CrossEntropy, Distillation, stage_ends
 from qat.post_training import check_percentile, origin, placed, quantized, say_data, say_next
@@ -77,7 +77,14 @@ def _run(options: TrainOptions, compute: Compute) -> int:
     compute.ranks.share_of(options.batch_size)
     reached = _resumed(options, compute.ranks) if options.resume else Progress()
     with compute.ranks.first_of_machine_before_others():  # it may download
-        data = load_data(options.data, options.image_size, options.seed, options.calibration_images, options.data_root)
+        data = load_data(
+            options.data,
+            options.image_size,
+            options.seed,
+            options.calibration_images,
+            options.data_root,
+            photographs_of(options.model, options.weights),
+        )
     say_data(data)
     data = data.on(compute.device)
     torch.manual_seed(options.seed)

@@ -24,7 +24,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from qat.artifact import UserError, one_line
 from qat.pixels import ArrayPixels, FilePixels, Pixels, TorchvisionPixels, decode_all, images_nchw
 
-FOLDER_SIZE = 224  # pixels: what networks for photographs are trained at
 NO_LABEL = -1
 
 
@@ -40,15 +39,15 @@ class Part:
 class Source:
     """What a reader found. A part that the source does not have is None.
 
-    ``default_size`` is (height, width) in pixels; ``cropped``: all images have one size and are taken whole, without
-    a margin to crop in evaluation; ``mirrors``: the mirror image of a class still belongs to it.
+    ``default_size`` is (height, width) in pixels, None for photographs; ``cropped``: all images have one size and are
+    taken whole, without a margin to crop in evaluation; ``mirrors``: the mirror image of a class still belongs to it.
     """
 
     train: Part
     validation: Part | None
     test: Part | None
     class_names: tuple[str, ...]
-    default_size: tuple[int, int]
+    default_size: tuple[int, int] | None
     cropped: bool = True
     mirrors: bool = True
     notes: tuple[str, ...] = ()
@@ -123,7 +122,7 @@ def _read_folder(folder: Path) -> Source:
         parts["val"] if has_test else None,
         parts["test" if has_test else "val"],
         tuple(files["train"]),
-        (FOLDER_SIZE, FOLDER_SIZE),
+        None,
         cropped=False,
         notes=(f"test: {folder / 'test'}" if has_test else f"test: {folder / 'val'}, as there is no test/",),
     )
@@ -322,12 +321,12 @@ def _read_torchvision(name: str, root: Path) -> Source:
     assert train is not None
     assert test is not None
     in_memory = isinstance(train.pixels, ArrayPixels)
-    height, width = train.pixels[0].shape[1:] if in_memory else (FOLDER_SIZE, FOLDER_SIZE)
+    size = (train.pixels[0].shape[-2], train.pixels[0].shape[-1]) if in_memory else None
     classes = getattr(datasets[0], "classes", range(int(train.labels.max()) + 1))
     # ImageNet's class names are tuples of synonyms.
     class_names = tuple(", ".join(c) if isinstance(c, (tuple, list)) else str(c) for c in classes)
     mirrors = name not in _NOT_MIRRORED
-    return Source(train, validation, test, class_names, (height, width), cropped=in_memory, mirrors=mirrors)
+    return Source(train, validation, test, class_names, size, cropped=in_memory, mirrors=mirrors)
 
 
 def _open(name: str, root: Path, options: dict[str, Any]) -> Any:

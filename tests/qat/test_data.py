@@ -17,7 +17,17 @@ from PIL import Image
 
 import qat.pixels
 from qat.artifact import UserError
-from qat.data import SPLITS, Data, ImageSet, Preprocessing, batch_count, batches, load_data, stratified_split
+from qat.data import (
+    SPLITS,
+    Data,
+    ImageSet,
+    Photographs,
+    Preprocessing,
+    batch_count,
+    batches,
+    load_data,
+    stratified_split,
+)
 
 # Python 3.12 and later warn of any fork in a process with threads, which torch always has.
 ignore_fork = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -267,6 +277,19 @@ def test_a_batch_is_shifted_and_mirrored_as_its_images_are(tmp_path: Path) -> No
         )
     assert {mirrored for _, _, mirrored in moves} == {False, True}
     assert len(moves) > 30
+
+
+def test_photographs_are_taken_as_the_weights_have_it(tmp_path: Path) -> None:
+    folder = str(make_folder(tmp_path))
+    others = Photographs(96, 100, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    found = load_data(folder, None, 0, photographs=others).preprocessing
+    assert found == Preprocessing(96, 96, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 100)
+    assert load_data(folder, 192, 0, photographs=others).preprocessing.resize == 200
+    assert load_data(folder, None, 0, photographs=found.photographs).preprocessing == found
+    assert load_data("digits", None, 0, photographs=others).preprocessing == load_data("digits", None, 0).preprocessing
+    images = load_data(folder, None, 0, photographs=others).test
+    x = torch.full((1, 3, 96, 96), 51, dtype=torch.uint8)  # 0.2
+    assert torch.allclose(images.preprocessing.normalize(x)[0, :, 0, 0], torch.tensor([-3.0, -1.0, -1 / 3]), atol=1e-6)
 
 
 def test_photographs_are_cropped_and_mirrored(tmp_path: Path) -> None:

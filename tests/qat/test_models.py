@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat.artifact import UserError
-from qat.models import ModelSpec, build_model, build_pretrained, load_weights
+from qat.models import ModelSpec, build_model, build_pretrained, load_weights, photographs_of
+from qat.preprocessing import Photographs
 
 NET = """
 from torch import nn
@@ -273,3 +274,27 @@ def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of its first use
     model = build_model(ModelSpec("squeezenet1_1", 4))
     refused_weights(model, "DEFAULT", "cannot download weights", "check the network", "https://")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "size", "short_side"),
+    [
+        ("resnet50", "IMAGENET1K_V2", 224, 232),
+        ("resnet50", "ResNet50_Weights.IMAGENET1K_V1", 224, 256),
+        ("efficientnet_b4", "DEFAULT", 380, 384),
+        ("inception_v3", "DEFAULT", 299, 342),
+        ("timm/inception_v3", "some.pth", 299, 342),
+        ("resnet50", "some.pth", 224, 256),
+        ("resnet50", None, 224, 256),
+        ("resnet50", "UNKNOWN", 224, 256),
+    ],
+)
+def test_weights_tell_how_they_take_photographs(name: str, weights: str | None, size: int, short_side: int) -> None:
+    found = photographs_of(name, weights)
+    assert (found.size, found.short_side) == (size, short_side)
+
+
+def test_weights_tell_their_mean_and_deviation() -> None:
+    assert photographs_of("efficientnet_v2_l", "DEFAULT").mean == (0.5, 0.5, 0.5)
+    assert photographs_of("timm/vit_base_patch16_224", "some.pth").std == (0.5, 0.5, 0.5)
+    assert photographs_of("resnet50", "DEFAULT").mean == Photographs().mean == (0.485, 0.456, 0.406)
