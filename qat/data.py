@@ -151,7 +151,7 @@ def load_data(
         seed: decides which images go into the splits that are carved out of the training images.
         calibration_images: upper limit on the calibration split.
         root: where torchvision's data sets are, or are downloaded to.
-        photographs: how the network takes them; mean and deviation are those of all images but digits.
+        photographs: how the network takes them; mean and deviation hold for other images too.
 
     Raises:
         UserError: the source is unknown, damaged or too small.
@@ -351,8 +351,9 @@ def _preprocessing(
     short = min(height, width)
     if not cropped and short > _SMALL:
         short = round(short * photographs.short_side / photographs.size)
-    # Digits: their own mean and deviation. Elsewhere what pretrained weights expect.
-    mean, std = ((0.305,) * 3, (0.376,) * 3) if source == "digits" else (photographs.mean, photographs.std)
+    mean, std = photographs.mean, photographs.std
+    if source == "digits" and (mean, std) == (PHOTOGRAPHS.mean, PHOTOGRAPHS.std):
+        mean, std = (0.305,) * 3, (0.376,) * 3  # their own, unless others are asked for
     return Preprocessing(height, width, mean, std, short)
 
 

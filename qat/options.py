@@ -27,6 +27,11 @@ class SharedOptions(Command):
     checkpoint of pytorch-quantization are taken over."""
     image_size: int | None = None
     """Height and width of the network's input in pixels; by default what suits the data."""
+    mean: tuple[float, float, float] | None = None
+    """By which images are normalized: of red, green and blue, each in 0..1; by default what the weights were trained
+    with where that is known, else ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """As --mean: the deviation."""
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
     qat.placement shows."""

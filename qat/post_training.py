@@ -6,7 +6,7 @@ All of python -m qat.calibrate, and what python -m qat.train does before and bet
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from qat.models import Pretrained, build_pretrained, photographs_of
 from qat.network import Network
 from qat.placement import say_placement
 from qat.prepare import fix_weight_ranges, prepare, weights_and_quantizers
+from qat.preprocessing import Photographs
 from qat.ranks import local_rank
 from qat.rules import place
 from qat.sources import unlabelled_folder
@@ -83,6 +84,14 @@ def check_percentile(options: SharedOptions) -> None:
     """Raises UserError when it is out of range."""
     if not 0 < options.percentile <= 100:
         raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
+
+
+def photographs(options: SharedOptions) -> Photographs:
+    """How the network takes photographs. Raises UserError where they could not be normalized so."""
+    told = photographs_of(options.model, options.weights)
+    if options.std is not None and not min(options.std) > 0:
+        raise UserError(f"--std {' '.join(map(str, options.std))}: deviations must be above 0")
+    return replace(told, mean=options.mean or told.mean, std=options.std or told.std)
 
 
 def say_data(data: Data) -> None:
@@ -171,10 +180,10 @@ def say_next(output: Path) -> None:
 
 def _load_data(options: CalibrateOptions) -> Data:
     chosen = (options.image_size, options.seed, options.calibration_images)
-    folder, photographs = unlabelled_folder(options.data), photographs_of(options.model, options.weights)
+    folder, taken = unlabelled_folder(options.data), photographs(options)
     if folder is not None:
-        return load_unlabelled(folder, *chosen, photographs)
-    return load_data(options.data, *chosen, options.data_root, photographs)
+        return load_unlabelled(folder, *chosen, taken)
+    return load_data(options.data, *chosen, options.data_root, taken)
 
 
 def _round(prepared: fx.GraphModule, data: Data, options: CalibrateOptions, compute: Compute) -> None:

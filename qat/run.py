@@ -26,10 +26,10 @@ from qat.console import say, speaking, table
 from qat.data import Data, batch_count, load_data
 from qat.few_bits import BITS, check_bits, simulate_bits
 from qat.log import TrainingLog
-from qat.models import ModelSpec, build_model, load_weights, photographs_of
+from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
 from qat.objective import CrossEntropy, Distillation, stage_ends
-from qat.post_training import check_percentile, origin, placed, quantized, say_data, say_next
+from qat.post_training import check_percentile, origin, photographs, placed, quantized, say_data, say_next
 from qat.prepare import fix_saved_ranges, learn_ranges, prepare
 from qat.ranks import Ranks, joined
 from qat.recipe import Recipe
@@ -83,7 +83,7 @@ def _run(options: TrainOptions, compute: Compute) -> int:
             options.seed,
             options.calibration_images,
             options.data_root,
-            photographs_of(options.model, options.weights),
+            photographs(options),
         )
     say_data(data)
     data = data.on(compute.device)

@@ -241,6 +241,19 @@ def test_no_more_than_1024_images_are_held_out_and_only_chosen_ones_are_read(tmp
     assert load_unlabelled(tmp_path, 4, 0, 10).sizes == data.sizes
 
 
+def test_images_are_normalized_as_asked_for(trained: Path, weights: Path, photos: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)}
+    calibrate(trained, weights, photos, tmp_path / "model.qat", **asked)
+    checkpoint = load_checkpoint(tmp_path / "model.qat")
+    assert (checkpoint.preprocessing.mean, checkpoint.preprocessing.std) == (asked["mean"], asked["std"])
+    data = training_data(checkpoint)
+    assert data.preprocessing == checkpoint.preprocessing
+    pixels = torch.stack([data.calibration[index, 0][0] for index in range(len(data.calibration))]) / 255
+    mean, std = (torch.tensor(asked[name]).reshape(3, 1, 1) for name in ("mean", "std"))
+    largest = calibrate(trained, weights, photos, tmp_path / "max.qat", calibrator="max", **asked)
+    assert largest.details["amax"]["x"] == pytest.approx(float(((pixels - mean) / std).abs().max()), rel=1e-5)
+
+
 def test_the_seed_decides(trained: Path, weights: Path, photos: Path, tmp_path: Path) -> None:
     one, again, other = (
         calibrate(trained, weights, photos, tmp_path / f"{name}.qat", seed=seed, calibration_images=20)
@@ -340,6 +353,7 @@ def refused(*places: Path, **changes: Any) -> str:
         ({"weights": None}, "--weights is missing: give those of a trained network, or train one: python -m qat.train"),
         ({"classes": 0}, "--classes 0 is not positive"),
         ({"classes": 4}, "are of 3 classes (fc), not of 4: leave out --classes"),
+        ({"std": (0.2, 0.0, 0.2)}, "--std 0.2 0.0 0.2: deviations must be above 0"),
         ({"adaround": -1}, "--adaround -1 is no number of steps"),
         ({"percentile": 0.0}, "--percentile 0.0 is out of range"),
         ({"calibration_images": 0}, "0 calibration images set no activation range"),

@@ -286,7 +286,10 @@ def test_photographs_are_taken_as_the_weights_have_it(tmp_path: Path) -> None:
     assert found == Preprocessing(96, 96, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 100)
     assert load_data(folder, 192, 0, photographs=others).preprocessing.resize == 200
     assert load_data(folder, None, 0, photographs=found.photographs).preprocessing == found
-    assert load_data("digits", None, 0, photographs=others).preprocessing == load_data("digits", None, 0).preprocessing
+    digits = load_data("digits", None, 0).preprocessing
+    assert digits.mean != Photographs().mean
+    assert load_data("digits", None, 0, photographs=digits.photographs).preprocessing == digits
+    assert load_data("digits", None, 0, photographs=others).preprocessing.mean == others.mean
     images = load_data(folder, None, 0, photographs=others).test
     x = torch.full((1, 3, 96, 96), 51, dtype=torch.uint8)  # 0.2
     assert torch.allclose(images.preprocessing.normalize(x)[0, :, 0, 0], torch.tensor([-3.0, -1.0, -1 / 3]), atol=1e-6)
