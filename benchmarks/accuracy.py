@@ -34,16 +34,17 @@ from qat.accuracy import evaluate
 from qat.adaround import adaround
 from qat.calibration import observe, set_ranges
 from qat.compute import Compute, exact_float32
-from qat.data import Data, batches, load_data
+from qat.data import Data, batch_count, batches, load_data
 from qat.few_bits import simulate_bits
 from qat.models import ModelSpec, build_model
 from qat.objective import CrossEntropy, Distillation, stage_ends
 from qat.prepare import learn_ranges, prepare
 from qat.recipe import Recipe
+from qat.thresholds import Method
 from qat.tracing import network_of, trace
 from qat.trainer import Fit
 
-METHODS = ("max", "percentile", "mse", "entropy")
+METHODS: tuple[Method, ...] = ("max", "percentile", "mse", "entropy")
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,8 @@ class Rows:
         side = self.data.preprocessing
         network = network_of(build_model(self.spec), (3, side.height, side.width))
         teacher = trace(self.float_network())
-        images, steps = self.setting.batch, recipe.epochs
+        images = self.setting.batch
+        steps = recipe.epochs * batch_count(self.data.train, images, training=True)
         smoothing = self.setting.label_smoothing
         points = stage_ends(network)
         return Distillation(teacher, self.compute, smoothing, 0.9, 4.0, 0.0, points, images, steps)
@@ -187,12 +189,13 @@ class Rows:
 
     def ptq(self) -> None:
         """Post-training quantization, by each calibrator, AdaRound and ModelOpt."""
-        prepared, observers = self.quantized()
         for method in METHODS:
             with self.row(f"PTQ, {method}") as done:
-                set_ranges(prepared, observers, method)  # type: ignore[arg-type]
+                prepared, observers = self.quantized()
+                set_ranges(prepared, observers, method)
                 done(prepared)
         with self.row("PTQ, AdaRound") as done:
+            prepared, observers = self.quantized()
             set_ranges(prepared, observers, "mse")
             adaround(prepared, list(self.calibration_images()), self.setting.adaround_steps, seed=self.seed)
             done(prepared)
@@ -215,14 +218,15 @@ class Rows:
             done(self.train(self.modelopt(), self.tuned()), recipe=asdict(self.tuned()))
 
     def stress(self) -> None:
-        """Four bits, of which post-training quantization loses nearly all."""
-        prepared, observers = self.quantized(bits=4)
-        with self.row("4 bits, PTQ, mse") as done:
-            set_ranges(prepared, observers, "mse")
-            done(prepared)
-        recipe = self.tuned(self.setting.stress_epochs, self.setting.stress_lr, ranges_lr=1.0)
-        with self.row("4 bits, QAT, LSQ, distillation") as done:
-            done(self.trained(recipe, True, True, bits=4), recipe=asdict(recipe))
+        """Fewer bits, which no engine computes: what learned ranges and distillation give back."""
+        for bits, lr in ((4, self.setting.stress_lr), (2, 4 * self.setting.stress_lr)):
+            with self.row(f"{bits} bits (simulated), PTQ, mse") as done:
+                prepared, observers = self.quantized(bits)
+                set_ranges(prepared, observers, "mse")
+                done(prepared)
+            recipe = self.tuned(self.setting.stress_epochs, lr, ranges_lr=1.0)
+            with self.row(f"{bits} bits (simulated), QAT, LSQ, distilled") as done:
+                done(self.trained(recipe, True, True, bits), recipe=asdict(recipe))
 
     def trained(self, recipe: Recipe, learns: bool, distills: bool, bits: int = 8) -> nn.Module:
         """The network after quantization-aware training from ranges of the least squared error."""
@@ -258,12 +262,12 @@ def table(files: list[str]) -> None:
     for setting, rows in found.items():
         images = {entry["images"] for entries in rows.values() for entry in entries}
         print(f"\n{setting}: {', '.join(map(str, images))} test images")
-        print(f"  {'':34} {'top-1, %':>9} {'deviation':>9} {'seeds':>6} {'loss':>8} {'seconds':>8}")
+        print(f"  {'':40} {'top-1, %':>9} {'deviation':>9} {'seeds':>6} {'loss':>8} {'seconds':>8}")
         for name, entries in rows.items():
             top1, loss, seconds = ([entry[key] for entry in entries] for key in ("top1", "loss", "seconds"))
             spread = f"{statistics.stdev(top1):9.2f}" if len(top1) > 1 else f"{'-':>9}"
             means = f"{statistics.mean(loss):8.4f} {statistics.mean(seconds):8.0f}"
-            print(f"  {name:34} {statistics.mean(top1):9.2f} {spread} {len(entries):6} {means}")
+            print(f"  {name:40} {statistics.mean(top1):9.2f} {spread} {len(entries):6} {means}")
 
 
 def main() -> None:

@@ -20,9 +20,10 @@ import tyro
 from deploy.benchmark import FP16
 from qat.artifact import Sidecar, UserError, atomic_write, check_writable, read_parent, read_sidecar
 from qat.console import Command, run_command, say, table
+from qat.options import BITS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-PHASES = (("float", "float"), ("ptq", "INT8, post-training"), ("qat", "INT8, trained (QAT)"))
+PHASES = (("float", "float"), ("ptq", "INT{bits}, post-training"), ("qat", "INT{bits}, trained (QAT)"))
 MB = 1e6
 _COMMANDS = {"evaluation": "evaluate", "benchmark": "benchmark"}
 
@@ -121,10 +122,10 @@ def _speeds(benchmark: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _accuracies(checkpoint: Sidecar | None) -> list[dict[str, Any]]:
     if checkpoint is None:
         return []
-    figures = checkpoint.figures
+    figures, bits = checkpoint.figures, checkpoint.details.get("bits", BITS)
     return [
         {
-            "label": label,
+            "label": label.format(bits=bits),
             "top1": figures[key]["test_top1"],
             "loss": figures[key]["test_loss"],
             "images": figures[key]["test_images"],

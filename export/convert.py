@@ -37,7 +37,7 @@ from qat.artifact import (
 )
 from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.console import say, warn
-from qat.few_bits import BITS
+from qat.options import BITS
 from qat.preprocessing import Preprocessing
 from qat.quantizer import ACTIVATION, quantize
 

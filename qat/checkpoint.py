@@ -25,10 +25,12 @@ from qat.artifact import (
     read_sidecar,
     write_artifact,
 )
+from qat.console import warn
 from qat.data import Data, Preprocessing, load_data, load_unlabelled
 from qat.decisions import Placement
-from qat.few_bits import BITS, simulate_bits
+from qat.few_bits import simulate_bits
 from qat.models import ModelSpec, build_model
+from qat.options import BITS
 from qat.prepare import activation_quantizers, fix_saved_ranges, placement_of, prepare
 from qat.rules import RULES
 
@@ -106,9 +108,15 @@ def training_data(checkpoint: Checkpoint) -> Data:
     data = details["data"]
     chosen = (data["image_size"], details["seed"], details["calibration_images"])
     photographs = checkpoint.preprocessing.photographs
-    if not has_labels(checkpoint):
-        return load_unlabelled(Path(data["source"]).expanduser(), *chosen, photographs)
-    return load_data(data["source"], *chosen, Path(data["root"]), photographs)
+    if has_labels(checkpoint):
+        found = load_data(data["source"], *chosen, Path(data["root"]), photographs)
+    else:
+        found = load_unlabelled(Path(data["source"]).expanduser(), *chosen, photographs)
+    then = {name: size for name, size in details["splits"].items() if size}
+    if found.sizes != then:
+        sizes = " to ".join(", ".join(f"{name} {size}" for name, size in one.items()) for one in (then, found.sizes))
+        warn(f"{data['source']} has changed since ({sizes} images): its splits may not be those of then")
+    return found
 
 
 def has_labels(checkpoint: Checkpoint) -> bool:

@@ -111,7 +111,9 @@ class Data:
     source: str
 
     def on(self, device: torch.device) -> Data:
-        """The same, on a GPU with the sets that are ready in its memory, where they take a quarter of it at most."""
+        """The same, on a GPU with the splits that are ready in its memory, if train is, where a quarter of it does."""
+        if not self.train.ready:
+            return self
         sets = {name: split for name in SPLITS if (split := getattr(self, name)).ready}
         stores = {id(split.pixels): split.pixels.images for split in sets.values()}
         size = sum(images.nbytes for images in stores.values())

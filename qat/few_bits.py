@@ -1,8 +1,8 @@
 """Simulation of networks of fewer than 8 bits, which no engine of this project computes: they cannot be exported.
 
 As in the literature (Esser et al. 2020), the first and the last layer keep 8 bits, in weights and activations, and
-tensors that hold no value below zero have codes 0 .. 2^bits - 1; others have those of two's complement, weights without
-the lowest.
+tensors that can hold no value below zero have codes 0 .. 2^bits - 1; others have those of two's complement, weights
+without the lowest.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from torch import fx, nn
 
 from qat.artifact import UserError
-from qat.fx_network import kind_of
+from qat.fx_network import function_name, kind_of
 from qat.operations import COMMUTING, POOLS
+from qat.options import BITS
 from qat.prepare import WEIGHT_QUANTIZERS, activation_quantizers, placement_of, weights_and_quantizers
 from qat.quantizer import ActivationQuantizer, CodeRange
-from qat.rectified import is_relu
 
-BITS = 8
+_NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")  # functions, and modules in small letters
 
 
 def check_bits(bits: int) -> None:
@@ -31,10 +31,10 @@ def simulate_bits(prepared: fx.GraphModule, bits: int) -> None:
         return
     half, whole = 2 ** (bits - 1), 2**bits
     placement, nodes = placement_of(prepared), {node.name: node for node in prepared.graph.nodes}
-    layers = [decision.op for decision in placement.weights if decision.quantized]
-    ends = {layers[0], layers[-1]} if layers else set()
+    layers = placement.weights
+    ends = {end.op for end in (layers[:1] + layers[-1:]) if end.quantized}
     modules = dict(prepared.named_modules())
-    spared = {id(_read_by(nodes[layer], prepared)) for layer in ends}
+    spared = {id(_read_by(nodes[end], prepared)) for end in ends}
     weights = {f"{nodes[end].target}.weight_quantizer" for end in ends} | {f"{WEIGHT_QUANTIZERS}.{end}" for end in ends}
     for path, _, weight_quantizer in weights_and_quantizers(prepared):
         if path not in weights:
@@ -47,7 +47,7 @@ def simulate_bits(prepared: fx.GraphModule, bits: int) -> None:
 
 
 def _read_by(node: fx.Node, prepared: fx.GraphModule) -> ActivationQuantizer | None:
-    """The quantizer that ``node`` reads, through what only moves data."""
+    """The quantizer that a quantized layer reads; between them nothing computes."""
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         if node.op == "call_module":
@@ -58,10 +58,11 @@ def _read_by(node: fx.Node, prepared: fx.GraphModule) -> ActivationQuantizer | N
 
 
 def _never_negative(node: fx.Node, prepared: fx.GraphModule, modules: dict[str, nn.Module]) -> bool:
-    """Whether ReLUs made all that ``node`` gives."""
-    if is_relu(node, prepared):
+    """Whether no value that ``node`` gives can be below zero, by what made it."""
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    if (type(module).__name__ if module else function_name(node)).lower().rstrip("_") in _NEVER_NEGATIVE:
         return True
-    quantizes = node.op == "call_module" and isinstance(modules[str(node.target)], ActivationQuantizer)
-    keeps_sign = quantizes or kind_of(node, modules) in (*COMMUTING, *POOLS, "concat")
-    inputs = node.all_input_nodes
+    kind, inputs = kind_of(node, modules), node.all_input_nodes
+    of_two = kind in ("add", "multiply") and len(inputs) == 2  # not with a constant, which may be below zero
+    keeps_sign = of_two or kind in (*COMMUTING, *POOLS, "concat") or isinstance(module, ActivationQuantizer)
     return keeps_sign and bool(inputs) and all(_never_negative(made_by, prepared, modules) for made_by in inputs)

@@ -145,6 +145,8 @@ def _load(model: nn.Module, weights: str, found: Mapping[str, Tensor], remedy: s
     head = _other_classifier(own, found)
     misfits = _misfits(own, {key: tensor for key, tensor in found.items() if not _belongs(key, head)}, head)
     if misfits:
+        if not all("of another shape" in misfit for misfit in misfits):
+            remedy = ""  # no number of classes makes up for it
         raise UserError(
             f"weights {weights} do not fit the model: {'; '.join(misfits)}; give weights of this model{remedy}"
         )

@@ -6,10 +6,12 @@ All of python -m qat.calibrate, and what python -m qat.train does before and bet
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from qat.accuracy import compare
@@ -21,10 +23,11 @@ from qat.compute import Compute, exact_float32
 from qat.console import progress, say, table, warn
 from qat.data import Data, batch_count, batches, load_data, load_unlabelled
 from qat.decisions import Placement
-from qat.few_bits import BITS, simulate_bits
+from qat.few_bits import simulate_bits
 from qat.imported_ranges import set_imported_ranges
 from qat.models import Pretrained, build_pretrained, photographs_of
 from qat.network import Network
+from qat.options import BITS
 from qat.placement import say_placement
 from qat.prepare import fix_weight_ranges, prepare, weights_and_quantizers
 from qat.preprocessing import Photographs
@@ -119,6 +122,8 @@ def placed(options: SharedOptions, model: nn.Module, data: Data, classes: int) -
         )
     placement = place(network, options.keep_float)
     say_placement(placement)
+    if not any(decision.quantized for decision in placement.decisions):
+        warn("nothing of this network is quantized: python -m qat.placement shows why")
     return network, placement
 
 
@@ -137,7 +142,8 @@ def quantized(
     images = data.calibration
     if len(images) < _FEW_IMAGES:
         warn(f"only {len(images)} images to calibrate on: ranges may not hold for others; add images")
-    with progress("calibrating", batch_count(images, options.batch_size)) as task, exact_float32():
+    count = batch_count(images, options.batch_size)
+    with _fitting("--batch-size"), progress("calibrating", count) as task, exact_float32():
         inputs = _calibration_images(data, options, compute)
         observers = observe(prepared, inputs, task.advance, compute.ranks)
         warnings = set_ranges(prepared, observers, options.calibrator, options.percentile)
@@ -148,6 +154,15 @@ def quantized(
     if options.weight_calibrator == "mse" and not ranges:
         fix_weight_ranges(prepared)
     return prepared
+
+
+@contextmanager
+def _fitting(option: str) -> Iterator[None]:
+    """Where the GPU's memory does not do, UserError names the option that asks for less."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"the GPU has not enough free memory: free some, or give a smaller {option}") from None
 
 
 def _calibration_images(data: Data, options: SharedOptions, compute: Compute) -> Iterator[Tensor]:
@@ -190,7 +205,7 @@ def _round(prepared: fx.GraphModule, data: Data, options: CalibrateOptions, comp
     """Rounds the weights by AdaRound, on the calibration images."""
     images = list(_calibration_images(data, options, compute))
     layers = sum(1 for _ in weights_and_quantizers(prepared))
-    with progress("rounding", layers) as task:
+    with _fitting("--calibration-images"), progress("rounding", layers) as task:
         found = adaround(prepared, images, options.adaround, lambda layer: task.advance(note=layer), options.seed)
     shares = sorted(layer.mse / layer.mse_nearest for layer in found if layer.mse_nearest)
     if shares:
@@ -214,7 +229,8 @@ def _compared(
     """What was measured on the test split, as the checkpoint records it: accuracies only where there are labels."""
     if not len(data.test):
         return {}
-    agreement, accuracies = compare(model, prepared, data.test, data, options.batch_size, compute, options.workers)
+    with _fitting("--batch-size"):
+        agreement, accuracies = compare(model, prepared, data.test, data, options.batch_size, compute, options.workers)
     figures = zip(("float", "ptq"), (accuracy.test_figures() for accuracy in accuracies), strict=False)
     return {**dict(figures), "agreement": asdict(agreement)}
 

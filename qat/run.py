@@ -24,11 +24,12 @@ from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.compute import Compute
 from qat.console import say, speaking, table
 from qat.data import Data, batch_count, load_data
-from qat.few_bits import BITS, check_bits, simulate_bits
+from qat.few_bits import check_bits, simulate_bits
 from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights
 from qat.network import Network
 from qat.objective import CrossEntropy, Distillation, stage_ends
+from qat.options import BITS
 from qat.post_training import check_percentile, origin, photographs, placed, quantized, say_data, say_next
 from qat.prepare import fix_saved_ranges, learn_ranges, prepare
 from qat.ranks import Ranks, joined

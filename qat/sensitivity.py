@@ -18,6 +18,7 @@ import tyro
 
 from qat.artifact import UserError, check_writable, write_json
 from qat.console import Command, progress, run_command, say, table
+from qat.options import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,7 @@ def main(options: SensitivityOptions) -> None:
             task.advance()
         kept = measured.keep_float(costs, unquantized.top1 - options.target_drop)
     _print(costs, unquantized, quantized, options.show)
-    _suggest(kept, unquantized, quantized, options.target_drop)
+    _suggest(kept, unquantized, quantized, options.target_drop, checkpoint.sidecar.details.get("bits", BITS))
     if options.json is not None:
         content = {"images": quantized.images, "float": _figures(unquantized), "quantized": _figures(quantized)}
         content |= {"operations": [asdict(cost) for cost in costs], "target_drop": options.target_drop}
@@ -126,24 +127,31 @@ def _print(costs: list[Cost], unquantized: Accuracy, quantized: Accuracy, show: 
         )
         for cost in ranked[:show]
     ]
-    columns = ("operation", "SQNR, dB", "loss, it alone INT8", "loss, it alone float", "multiply-adds")
+    columns = ("operation", "SQNR, dB", "loss, it alone quantized", "loss, it alone float", "multiply-adds")
     table(f"Cost of quantization ({len(rows)} of {len(costs)} operations)", columns, rows)
     say("SQNR: of its output. Losses: against the float network, and against the quantized one.")
 
 
-def _suggest(kept: list[tuple[Cost, Accuracy]], unquantized: Accuracy, quantized: Accuracy, target: float) -> None:
+def _below(drop: float) -> str:
+    return f"{abs(drop):.2f} points {'below' if drop >= 0 else 'above'}"
+
+
+def _suggest(
+    kept: list[tuple[Cost, Accuracy]], unquantized: Accuracy, quantized: Accuracy, target: float, bits: int
+) -> None:
     images = quantized.images
     noise = f"one of {images} images is {100 / images:.2f} points"
     if not kept:
         drop = unquantized.top1 - quantized.top1
-        say(f"the quantized network is {drop:.2f} points below the float one, {noise}: nothing has to stay in float")
+        say(f"the quantized network is {_below(drop)} the float one, {noise}: nothing has to stay in float")
         return
     drop = unquantized.top1 - kept[-1][1].top1
     share = sum(cost.multiply_adds for cost, _ in kept)
     reached = "which is enough" if drop <= target else "which is not enough: train longer, or look at the data"
     say(f"suggested: --keep-float {shlex.join(cost.label for cost, _ in kept)}")
-    say(f"with these {len(kept)} in float the network is {drop:.2f} points below the float one, {reached} ({noise})")
-    say(f"{100 * share:.1f} % of the multiply-adds leave INT8 then, and a GPU computes those at half the rate or less")
+    say(f"with these {len(kept)} in float the network is {_below(drop)} the float one, {reached} ({noise})")
+    if bits == BITS:
+        say(f"{100 * share:.1f} % of the multiply-adds leave INT8 then: a GPU computes those at half the rate or less")
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ def read_source(source: str, root: Path) -> Source:
         return _read_npz(path)
     known = ["digits", *(f"torchvision:{name}" for name in _names())]
     raise UserError(
-        f"unknown data set {source!r}: no such folder{did_you_mean(source, known)}; give digits, a folder with "
-        f"train/ and val/, an .npz file, or torchvision:NAME with one of {', '.join(_names())}"
+        f"unknown data set {source!r}: no such folder{did_you_mean(source, known)}; give digits, a folder with train/ "
+        "and val/ (to python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with one of "
+        f"{', '.join(_names())}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import qat.post_training
 from export.convert import export_checkpoint
 from export.options import ExportOptions
 from qat.accuracy import compare
@@ -367,6 +369,42 @@ def test_options_that_do_not_fit(
     trained: Path, weights: Path, photos: Path, tmp_path: Path, changes: dict[str, Any], part: str
 ) -> None:
     assert part in refused(trained, weights, photos, tmp_path / "model.qat", **changes)
+
+
+def test_a_full_gpu_names_the_option_that_asks_for_less(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    options = {"adaround": "--calibration-images", "observe": "--batch-size", "compare": "--batch-size"}
+    for name, option in options.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(qat.post_training, name, full)
+            line = refused(trained, weights, photos, tmp_path / "model.qat", adaround=5)
+        assert line == f"the GPU has not enough free memory: free some, or give a smaller {option}"
+
+
+def test_nothing_quantized_is_said(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate(trained, weights, photos, tmp_path / "model.qat", keep_float=("*",))
+    assert "nothing of this network is quantized" in capsys.readouterr().err
+
+
+def test_images_that_were_added_since_are_noticed(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    calibrate(trained, weights, folder, tmp_path / "model.qat")
+    checkpoint = load_checkpoint(tmp_path / "model.qat")
+    training_data(checkpoint)
+    assert "has changed since" not in capsys.readouterr().err
+    for index in range(20):
+        shutil.copy(next(photos.rglob("*.png")), folder / f"added{index}.png")
+    training_data(checkpoint)
+    assert "has changed since" in capsys.readouterr().err
 
 
 def test_torchrun_is_refused(

@@ -50,6 +50,37 @@ def test_the_first_and_the_last_layer_keep_eight_bits_and_all_others_do_not() ->
     assert {codes for name, codes in tensors.items() if name not in whole | signed} == {CodeRange(0, 15)}
 
 
+def test_tensors_that_cannot_be_negative_use_all_codes_for_what_they_hold() -> None:
+    torch.manual_seed(0)
+    for name in ("mobilenet_v2", "mobilenet_v3_large"):
+        prepared = prepare(torchvision.models.get_model(name, num_classes=7).eval(), input_shape=(3, 32, 32))
+        calibrate(prepared, [IMAGES], "max")
+        lowest: dict[str, float] = {}
+        for tensor, quantizer in activation_quantizers(prepared).items():
+            quantizer.enabled = False
+            quantizer.register_forward_hook(
+                lambda _, given, __, tensor=tensor, lowest=lowest: lowest.update({tensor: given[0].min().item()})
+            )
+        prepared(IMAGES)
+        simulate_bits(prepared, 4)
+        unsigned = {key for key, one in activation_quantizers(prepared).items() if one.codes == CodeRange(0, 15)}
+        assert len(unsigned) > 10
+        assert all(lowest[key] >= 0 for key in unsigned)
+        if name == "mobilenet_v2":
+            signed = {key for key in lowest if key not in unsigned}
+            assert not [key for key in signed if lowest[key] >= 0 and key != "flatten"]
+
+
+@pytest.mark.parametrize(("kept", "eight"), [("conv1", {"fc"}), ("fc", {"conv1"})])
+def test_keeping_an_end_in_float_leaves_all_others_at_few_bits(kept: str, eight: set[str]) -> None:
+    prepared = prepare(torchvision.models.resnet18(num_classes=7), input_shape=(3, 32, 32), keep_float=[kept])
+    simulate_bits(prepared, 4)
+    weights = {path: quantizer.codes for path, _, quantizer in weights_and_quantizers(prepared)}
+    assert {path for path, codes in weights.items() if codes == WEIGHT} == {
+        f"{name}.weight_quantizer" for name in eight
+    }
+
+
 def test_eight_bits_change_nothing() -> None:
     prepared = network(8)
     assert all(quantizer.codes == ACTIVATION for quantizer in activation_quantizers(prepared).values())
