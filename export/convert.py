@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from export.options import ExportOptions
 
 _PARITY_BATCH = 32
+_ALIKE = 0.95  # cosine of the logits that no rounding brings a network of any use below
 
 
 def export_checkpoint(options: ExportOptions) -> Sidecar:
@@ -114,6 +115,8 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
         pairs = _pairs(images, checkpoint.preprocessing, options.input, preprocessing.get("input_scale"))
         parity, logits = measure(folded, path, pairs, options.layer_images)
         say(f"PyTorch against ONNX Runtime on {images.source}: {parity}")
+        if parity.smallest_logit_cosine < _ALIKE:
+            warn("ONNX Runtime computes other answers than PyTorch: are the network's own of any use? if so, report it")
         figures["parity"] = {"source": images.source} | parity.to_json()
         if trained is not None:
             figures["merging"] = _merging(trained, images, checkpoint.preprocessing, logits)

@@ -16,6 +16,7 @@ import onnx
 import pytest
 import torch
 
+import export.convert
 from deploy.reference import network_input
 from export.convert import export_checkpoint
 from export.fold import fold
@@ -88,6 +89,23 @@ def test_parity_on_the_test_split_is_stated(chain: Path, exported: Sidecar) -> N
     assert len(found["layers"]) == len(quantizers) + 1
     assert found["worst_layer"] in found["layers"]
     assert found["worst_layer"]["sqnr_db"] is None or found["worst_layer"]["sqnr_db"] > 100
+
+
+def test_answers_that_differ_are_warned_of(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ExportOptions(checkpoint=chain / "model.qat", output=tmp_path / "model.onnx")
+    export_checkpoint(options)
+    assert "other answers" not in capsys.readouterr().err
+    real = export.convert.measure
+
+    def negated(*given: Any) -> Any:
+        parity, logits = real(*given)
+        return dataclasses.replace(parity, smallest_logit_cosine=-parity.smallest_logit_cosine), logits
+
+    monkeypatch.setattr(export.convert, "measure", negated)
+    export_checkpoint(options)
+    assert "ONNX Runtime computes other answers than PyTorch" in capsys.readouterr().err
 
 
 def test_the_file_alone_says_how_to_use_it(chain: Path, exported: Sidecar) -> None:
