@@ -32,9 +32,10 @@ from torch import Tensor, fx, nn
 
 from qat.accuracy import evaluate
 from qat.adaround import adaround
+from qat.batches import batch_count, batches
 from qat.calibration import observe, set_ranges
 from qat.compute import Compute, exact_float32
-from qat.data import Data, batch_count, batches, load_data
+from qat.data import Data, load_data
 from qat.few_bits import simulate_bits
 from qat.models import ModelSpec, build_model
 from qat.objective import CrossEntropy, Distillation, stage_ends

@@ -172,7 +172,8 @@ def _images(
 def _loaded(
     options: EvaluateOptions, onnx_path: Path, onnx: Sidecar
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    from qat.data import batches, load_data
+    from qat.batches import batches
+    from qat.data import load_data
     from qat.preprocessing import Photographs
 
     assert options.data is not None

@@ -31,7 +31,7 @@ from export.grown_concats import take_earlier_concats
 from export.names import unused_name
 from export.onnx_network import WEIGHTED
 from qat.artifact import UserError
-from qat.data import Preprocessing
+from qat.preprocessing import Preprocessing
 
 InputKind = Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"]
 

@@ -36,9 +36,10 @@ from qat.artifact import (
     sidecar_path,
     write_artifact,
 )
+from qat.batches import batches
 from qat.calibration import choose_ranges
 from qat.console import progress, say, warn
-from qat.data import Data, batches, load_data
+from qat.data import Data, load_data
 from qat.decisions import Placement
 from qat.histogram import HistogramObserver, check_finite
 from qat.placement import say_placement

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from qat.artifact import UserError, atomic_write, sha256_of
+from qat.batches import batches
 from qat.checkpoint import Checkpoint, training_data
 from qat.console import warn
-from qat.data import Data, batches
+from qat.data import Data
 from qat.sources import NO_LABEL
 
 _BATCH = 32

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.artifact import UserError
+from qat.batches import ImageSet, batches
 from qat.compute import Compute, exact_float32
 from qat.console import progress
-from qat.data import Data, ImageSet, batches
+from qat.data import Data
 from qat.ranks import ALONE, Ranks
 
 

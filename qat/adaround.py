@@ -33,6 +33,7 @@ from qat.fx_network import kind_of, label
 from qat.operations import Kind
 from qat.prepare import WEIGHT_QUANTIZERS, weights_and_quantizers
 from qat.quantizer import ActivationQuantizer, CodeRange, WeightQuantizer, per_channel, quantize, weight_amax
+from qat.walk import Walk
 
 ZETA, GAMMA = 1.1, -0.1  # h reaches 0 and 1 at finite V
 LAMBDA = 1.0
@@ -135,38 +136,6 @@ def _dealt(batches: Sequence[Tensor], generator: torch.Generator) -> list[Tensor
     return list(images[torch.randperm(len(images), generator=generator).to(images.device)].split(_IMAGES))
 
 
-class _Walk:
-    """A network on its way through its nodes: of each mini-batch, the tensors that nodes to come will read."""
-
-    def __init__(self, model: fx.GraphModule, graph: fx.Graph, images: Sequence[Tensor]) -> None:
-        """``graph`` is that of ``model`` or of the model that it is a copy of."""
-        self._interpreter = fx.Interpreter(model, graph=graph)
-        (given,) = graph.find_nodes(op="placeholder")
-        device = next(model.parameters()).device
-        # Copies, because operations in place change them.
-        self._tensors = [{given: x_NCHW.to(device, copy=True)} for x_NCHW in images]
-        self._ahead = [node for node in graph.nodes if node is not given]
-
-    def to(self, node: fx.Node) -> None:
-        """Runs all that stands before ``node``."""
-        position = self._ahead.index(node)
-        passed, self._ahead = self._ahead[:position], self._ahead[position:]
-        for tensors in self._tensors:
-            self._interpreter.env = tensors
-            for done in passed:
-                tensors[done] = self._interpreter.run_node(done)
-                for read in self._interpreter.user_to_last_uses.get(done, ()):
-                    del tensors[read]
-
-    def output(self, nodes: Sequence[fx.Node], batch: int) -> Tensor:
-        """What the last of ``nodes``, the next on the way, makes of a mini-batch; the walk stays where it is."""
-        self._interpreter.env = dict(self._tensors[batch])
-        for node in nodes:
-            self._interpreter.env[node] = self._interpreter.run_node(node)
-        output: Tensor = self._interpreter.env[nodes[-1]]
-        return output
-
-
 class _Rounding:
     """Two copies of a network under way, one in float, one quantized and rounded up to here."""
 
@@ -175,7 +144,7 @@ class _Rounding:
     ) -> None:
         self.steps, self.generator, self.batches = steps, generator, range(len(images))
         in_float, self._quantized = (_evaluated(prepared, enabled) for enabled in (False, True))
-        self._walks = [_Walk(model, prepared.graph, images) for model in (in_float, self._quantized)]
+        self._walks = [Walk(model, prepared.graph, images) for model in (in_float, self._quantized)]
         self._weights = {
             path: (weight, quantizer) for path, weight, quantizer in weights_and_quantizers(self._quantized)
         }

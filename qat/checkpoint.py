@@ -26,12 +26,13 @@ from qat.artifact import (
     write_artifact,
 )
 from qat.console import warn
-from qat.data import Data, Preprocessing, load_data, load_unlabelled
+from qat.data import Data, load_data, load_unlabelled
 from qat.decisions import Placement
 from qat.few_bits import simulate_bits
 from qat.models import ModelSpec, build_model
 from qat.options import BITS
 from qat.prepare import activation_quantizers, fix_saved_ranges, placement_of, prepare
+from qat.preprocessing import Preprocessing
 from qat.rules import RULES
 
 _STATE = "training_state"  # entry of the file's header

@@ -17,11 +17,12 @@ from torch import Tensor, fx, nn
 from qat.accuracy import compare
 from qat.adaround import adaround
 from qat.artifact import UserError, check_writable
+from qat.batches import batch_count, batches
 from qat.calibration import observe, set_ranges
 from qat.checkpoint import save_checkpoint
 from qat.compute import Compute, exact_float32
 from qat.console import progress, say, table, warn
-from qat.data import Data, batch_count, batches, load_data, load_unlabelled
+from qat.data import Data, load_data, load_unlabelled
 from qat.decisions import Placement
 from qat.few_bits import simulate_bits
 from qat.imported_ranges import set_imported_ranges

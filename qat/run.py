@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from qat.accuracy import Accuracy, evaluate
 from qat.artifact import UserError, check_writable
+from qat.batches import batch_count
 from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.compute import Compute
 from qat.console import say, speaking, table
-from qat.data import Data, batch_count, load_data
+from qat.data import Data, load_data
 from qat.few_bits import check_bits, simulate_bits
 from qat.log import TrainingLog
 from qat.models import ModelSpec, build_model, load_weights

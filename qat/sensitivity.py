@@ -96,8 +96,8 @@ def main(options: SensitivityOptions) -> None:
 
 
 def _batches(options: SensitivityOptions, checkpoint: Checkpoint, compute: Compute) -> list[tuple[Tensor, Tensor]]:
+    from qat.batches import batches
     from qat.checkpoint import training_data
-    from qat.data import batches
 
     found, left = [], options.images
     for x_NCHW, labels in batches(training_data(checkpoint).validation, _BATCH, None):

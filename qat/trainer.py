@@ -23,9 +23,10 @@ from torchvision.transforms import v2
 
 from qat.accuracy import evaluate
 from qat.artifact import UserError
+from qat.batches import batch_count, batches
 from qat.compute import Compute
 from qat.console import progress, say
-from qat.data import Data, batch_count, batches
+from qat.data import Data
 from qat.failures import first_not_finite, fitting_batch
 from qat.log import TrainingLog
 from qat.objective import CrossEntropy

@@ -17,8 +17,8 @@ from export.fold import fold, fold_float
 from export.hard_rules import hard_findings
 from export.session import session, sqnr_db
 from qat.artifact import UserError
-from qat.data import Preprocessing
 from qat.prepare import prepare
+from qat.preprocessing import Preprocessing
 from qat.quantizer import ActivationQuantizer
 
 PIXELS = 32

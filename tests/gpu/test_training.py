@@ -18,10 +18,10 @@ torch = pytest.importorskip("torch")
 
 from qat.adaround import adaround  # noqa: E402
 from qat.artifact import UserError, read_sidecar  # noqa: E402
+from qat.batches import batches as batches_of  # noqa: E402
 from qat.calibration import calibrate, choose_ranges  # noqa: E402
 from qat.checkpoint import load_checkpoint  # noqa: E402
 from qat.compute import exact_float32  # noqa: E402
-from qat.data import batches as batches_of  # noqa: E402
 from qat.data import load_data  # noqa: E402
 from qat.histogram import BINS, HistogramObserver, check_finite  # noqa: E402
 from qat.models import ModelSpec, build_model  # noqa: E402

@@ -17,17 +17,9 @@ from PIL import Image
 
 import qat.pixels
 from qat.artifact import UserError
-from qat.data import (
-    SPLITS,
-    Data,
-    ImageSet,
-    Photographs,
-    Preprocessing,
-    batch_count,
-    batches,
-    load_data,
-    stratified_split,
-)
+from qat.batches import ImageSet, batch_count, batches
+from qat.data import SPLITS, Data, load_data, stratified_split
+from qat.preprocessing import Photographs, Preprocessing
 
 # Python 3.12 and later warn of any fork in a process with threads, which torch always has.
 ignore_fork = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

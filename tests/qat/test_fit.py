@@ -22,9 +22,10 @@ from torch import Tensor, nn
 import qat.quantizer
 from qat.accuracy import evaluate
 from qat.artifact import UserError, read_sidecar
+from qat.batches import ImageSet
 from qat.calibration import calibrate
 from qat.compute import Compute
-from qat.data import Data, ImageSet
+from qat.data import Data
 from qat.failures import first_not_finite
 from qat.log import TrainingLog
 from qat.options import TrainOptions

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 import qat.trainer
 from qat.accuracy import evaluate
 from qat.artifact import UserError, read_sidecar, sha256_of
+from qat.batches import ImageSet
 from qat.checkpoint import load_checkpoint, load_state
 from qat.compute import Compute
-from qat.data import Data, ImageSet, Preprocessing
+from qat.data import Data
 from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
 from qat.pixels import ArrayPixels
+from qat.preprocessing import Preprocessing
 from qat.recipe import Recipe
 from qat.run import run
 from qat.trainer import Fit, FitState

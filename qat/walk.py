@@ -1,0 +1,39 @@
+"""Running a network piece by piece: to a node, over and over what comes next, and on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, fx
+
+
+class Walk:
+    """A network on its way through its nodes: of each mini-batch, the tensors that nodes to come will read."""
+
+    def __init__(self, model: fx.GraphModule, graph: fx.Graph, images: Sequence[Tensor]) -> None:
+        """``graph`` is that of ``model`` or of the model that it is a copy of."""
+        self._interpreter = fx.Interpreter(model, graph=graph)
+        (given,) = graph.find_nodes(op="placeholder")
+        device = next(model.parameters()).device
+        # Copies, because operations in place change them.
+        self._tensors = [{given: x_NCHW.to(device, copy=True)} for x_NCHW in images]
+        self._ahead = [node for node in graph.nodes if node is not given]
+
+    def to(self, node: fx.Node) -> None:
+        """Runs all that stands before ``node``."""
+        position = self._ahead.index(node)
+        passed, self._ahead = self._ahead[:position], self._ahead[position:]
+        for tensors in self._tensors:
+            self._interpreter.env = tensors
+            for done in passed:
+                tensors[done] = self._interpreter.run_node(done)
+                for read in self._interpreter.user_to_last_uses.get(done, ()):
+                    del tensors[read]
+
+    def output(self, nodes: Sequence[fx.Node], batch: int) -> Tensor:
+        """What the last of ``nodes``, the next on the way, makes of a mini-batch; the walk stays where it is."""
+        self._interpreter.env = dict(self._tensors[batch])
+        for node in nodes:
+            self._interpreter.env[node] = self._interpreter.run_node(node)
+        output: Tensor = self._interpreter.env[nodes[-1]]
+        return output
