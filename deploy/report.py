@@ -75,6 +75,7 @@ def render(engine: Path, evaluation: Path | None = None, benchmark: Path | None 
         name=engine.name,
         accuracies=_accuracies(checkpoint),
         agreement=checkpoint.figures.get("agreement") if checkpoint else None,
+        rounding=_rounding(checkpoint),
         curve=_curve(checkpoint),
         layers=_layers(built, checkpoint),
         evaluation=evaluated,
@@ -95,6 +96,12 @@ def _family(engine: Path) -> tuple[Sidecar, Sidecar | None, Sidecar | None]:
         return built, None, None
     _, checkpoint = read_parent(path, onnx, "checkpoint")
     return built, onnx, checkpoint
+
+
+def _rounding(checkpoint: Sidecar | None) -> str:
+    """How the weights of a network that was not trained became codes."""
+    steps = checkpoint.details.get("adaround", 0) if checkpoint else 0
+    return f"rounded by AdaRound in {steps} steps a layer" if steps else "without training"
 
 
 def _results(path: Path | None, kind: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import qat.post_training
+from deploy import build, report
 from export.convert import export_checkpoint
 from export.options import ExportOptions
 from qat.accuracy import compare
@@ -131,8 +132,12 @@ def test_weights_are_rounded_by_adaround(trained: Path, weights: Path, photos: P
         assert torch.equal(codes, weight), path  # it is what the codes stand for
     assert any(not torch.equal(one[path][0], other[path][0]) for path in one)
     export_checkpoint(ExportOptions(checkpoint=tmp_path / "rounded.qat"))
-    parity = read_sidecar(tmp_path / "rounded.onnx", "onnx").figures["parity"]
-    assert parity["images"] > 0
+    assert read_sidecar(tmp_path / "rounded.onnx", "onnx").figures["parity"]["other_top1"] == 0
+    model = tmp_path / "rounded.onnx"
+    assert build.main(build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    report.main(report.ReportOptions(engine=tmp_path / "rounded.engine"))
+    page = (tmp_path / "report.html").read_text()
+    assert "rounded by AdaRound in 60 steps a layer" in " ".join(page.split())
 
 
 def test_digits(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,11 +292,6 @@ def test_too_few_images_to_hold_any_out(
 
 
 def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from deploy import build
-    from deploy.report import ReportOptions, main
-    from export.convert import export_checkpoint
-    from export.options import ExportOptions
-
     onnx = export_checkpoint(ExportOptions(checkpoint=unlabelled, output=unlabelled.with_name("m.onnx")))
     said = capsys.readouterr()
     assert said.err == ""
@@ -303,7 +303,7 @@ def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: py
     model = unlabelled.with_name("m.onnx")
     assert build.main(build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     capsys.readouterr()
-    main(ReportOptions(engine=unlabelled.with_name("m.engine")))
+    report.main(report.ReportOptions(engine=unlabelled.with_name("m.engine")))
     agreement = read_sidecar(unlabelled, "checkpoint").figures["agreement"]
     same = f"{agreement['top1']:.2f} %"
     page, said = html.unescape(unlabelled.with_name("report.html").read_text()), capsys.readouterr()
