@@ -228,10 +228,12 @@ def _compared(
     model: nn.Module, prepared: nn.Module, data: Data, options: CalibrateOptions, compute: Compute
 ) -> dict[str, Any]:
     """What was measured on the test split, as the checkpoint records it: accuracies only where there are labels."""
-    if not len(data.test):
-        return {}
+    held_out = len(data.test) > 0
+    images = data.test if held_out else data.calibration  # on these too a network must answer with numbers
     with _fitting("--batch-size"):
-        agreement, accuracies = compare(model, prepared, data.test, data, options.batch_size, compute, options.workers)
+        agreement, accuracies = compare(model, prepared, images, data, options.batch_size, compute, options.workers)
+    if not held_out:
+        return {}
     figures = zip(("float", "ptq"), (accuracy.test_figures() for accuracy in accuracies), strict=False)
     return {**dict(figures), "agreement": asdict(agreement)}
 

@@ -449,4 +449,8 @@ def test_a_corrupt_image_is_named(
 def test_answers_that_are_not_finite(trained: Path, weights: Path, photos: Path, tmp_path: Path) -> None:
     broken = tmp_path / "nan.safetensors"
     save_file(load_file(weights) | {"fc.bias": torch.full((3,), math.nan)}, broken)
-    assert "answers NaN or infinity" in refused(trained, broken, photos, tmp_path / "model.qat")
+    few = tmp_path / "few"
+    few.mkdir()
+    shutil.copy(next(photos.glob("*.png")), few)
+    for folder in (photos, few):  # of few images none is held out
+        assert "answers NaN or infinity" in refused(trained, broken, folder, tmp_path / "model.qat")
