@@ -6,9 +6,8 @@
 
 The second argument is a setting (SETTINGS), the first a group of rows (GROUPS) or 'table'. 'float' comes first: it
 leaves the network that the others start from. Each group adds its rows to a file of its own, so that several can run at
-once.
-All train in one loop, qat.trainer.Fit, on the same images in the same order. Epochs are chosen on the validation split;
-top-1 is of the test split.
+once. All train in one loop, qat.trainer.Fit, on the same images in the same order. Epochs are chosen on the validation
+split; top-1 is of the test split.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
-from qat.accuracy import evaluate
+from qat.accuracy import evaluate, inputs
 from qat.adaround import adaround
-from qat.batches import batch_count, batches
+from qat.batches import batch_count
 from qat.calibration import observe, set_ranges
 from qat.compute import Compute, exact_float32
 from qat.data import Data, load_data
@@ -132,8 +131,7 @@ class Rows:
 
     def calibration_images(self) -> Iterator[Tensor]:
         """Normalized, in batches."""
-        for x_NCHW, _ in batches(self.data.calibration, self.setting.batch, None, workers=self.workers):
-            yield self.data.preprocessing.normalize(self.compute.images(x_NCHW))
+        return (x for x, _ in inputs(self.data.calibration, self.setting.batch, self.compute, self.workers))
 
     def train(self, model: nn.Module, recipe: Recipe, objective: CrossEntropy | None = None) -> nn.Module:
         """Trains ``model``; ModelOpt's quantizers cannot be compiled."""
@@ -148,7 +146,7 @@ class Rows:
         setting = self.setting
         return setting.recipe(self.seed, epochs or setting.qat_epochs, lr or setting.qat_lr, "cosine", **changes)
 
-    def distillation(self, model: fx.GraphModule, recipe: Recipe) -> Distillation:
+    def distillation(self, recipe: Recipe) -> Distillation:
         """The float network's answers as nine tenths of the loss, at temperature 4."""
         side = self.data.preprocessing
         network = network_of(build_model(self.spec), (3, side.height, side.width))
@@ -166,7 +164,7 @@ class Rows:
 
         def done(model: nn.Module, **more: Any) -> None:
             seconds = time.perf_counter() - start
-            found = evaluate(model, self.data.test, self.data, 4 * self.setting.batch, self.compute, self.workers)
+            found = evaluate(model, self.data.test, 4 * self.setting.batch, self.compute, self.workers)
             line = {"setting": self.name, "seed": self.seed, "row": name, "top1": found.top1, "loss": found.loss}
             line |= {"images": found.images, "seconds": round(seconds, 1), **more}
             with self.log.open("a", encoding="utf-8") as file:
@@ -235,7 +233,7 @@ class Rows:
         set_ranges(prepared, observers, "mse")
         if learns:
             learn_ranges(prepared)
-        return self.train(prepared, recipe, self.distillation(prepared, recipe) if distills else None)
+        return self.train(prepared, recipe, self.distillation(recipe) if distills else None)
 
     def modelopt(self) -> nn.Module:
         """ModelOpt's network, calibrated on the same images."""

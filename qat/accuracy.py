@@ -46,9 +46,13 @@ class Agreement:
     images: int
 
 
-def evaluate(
-    model: nn.Module, images: ImageSet, data: Data, batch_size: int, compute: Compute, workers: int = 0
-) -> Accuracy:
+def inputs(images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """All of ``images`` in order, or a process's share: normalized [N, C, H, W] and labels int64 [N], on the device."""
+    for x_NCHW, labels in batches(images, batch_size, None, workers=workers, ranks=compute.ranks):
+        yield images.preprocessing.normalize(compute.images(x_NCHW)), labels.to(compute.device)
+
+
+def evaluate(model: nn.Module, images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Accuracy:
     """Accuracy of ``model`` on all of ``images``, in evaluation mode and exact float32.
 
     Where several processes train, each computes its share, and all get the result.
@@ -58,8 +62,8 @@ def evaluate(
     model.eval()
 
     def given() -> Iterator[tuple[Tensor, Tensor]]:
-        for x_NCHW, labels in batches(images, batch_size, None, workers=workers, ranks=compute.ranks):
-            yield data.preprocessing.normalize(compute.images(x_NCHW)), labels.to(compute.device)
+        for x, labels in inputs(images, batch_size, compute, workers):
+            yield x, labels
             task.advance(len(labels) * compute.ranks.size)
 
     with exact_float32(), progress("evaluating", len(images)) as task:
@@ -98,11 +102,10 @@ def compare(
     counts = tuple(_Counts() for _ in models if data.labelled)
     same, power, noise = 0, 0.0, 0.0
     with exact_float32(), progress("comparing", len(images)) as task:
-        for x_NCHW, labels in batches(images, batch_size, None, workers=workers):
-            x = data.preprocessing.normalize(compute.images(x_NCHW))
+        for x, labels in inputs(images, batch_size, compute, workers):
             answers = [model(x) for model in models]
             for count, logits in zip(counts, answers, strict=False):
-                count.add(logits, labels.to(compute.device))
+                count.add(logits, labels)
             before, after = (logits.double() for logits in answers)
             same += int((before.argmax(1) == after.argmax(1)).sum())
             power += float(before.square().sum())

@@ -34,7 +34,7 @@ def simulate_bits(prepared: fx.GraphModule, bits: int) -> None:
     layers = placement.weights
     ends = {end.op for end in (layers[:1] + layers[-1:]) if end.quantized}
     modules = dict(prepared.named_modules())
-    spared = {id(_read_by(nodes[end], prepared)) for end in ends}
+    spared = {id(_read_by(nodes[end], modules)) for end in ends}
     weights = {f"{nodes[end].target}.weight_quantizer" for end in ends} | {f"{WEIGHT_QUANTIZERS}.{end}" for end in ends}
     for path, _, weight_quantizer in weights_and_quantizers(prepared):
         if path not in weights:
@@ -42,22 +42,22 @@ def simulate_bits(prepared: fx.GraphModule, bits: int) -> None:
     for name, quantizer in activation_quantizers(prepared).items():
         if id(quantizer) not in spared:
             made_by = [nodes[tensor.tensor] for tensor in placement.tensors if tensor.quantizer == name]
-            rectified = all(_never_negative(node, prepared, modules) for node in made_by)
+            rectified = all(_never_negative(node, modules) for node in made_by)
             quantizer.codes = CodeRange(0, whole - 1) if rectified else CodeRange(-half, half - 1)
 
 
-def _read_by(node: fx.Node, prepared: fx.GraphModule) -> ActivationQuantizer | None:
+def _read_by(node: fx.Node, modules: dict[str, nn.Module]) -> ActivationQuantizer | None:
     """The quantizer that a quantized layer reads; between them nothing computes."""
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         if node.op == "call_module":
-            module = prepared.get_submodule(str(node.target))
+            module = modules[str(node.target)]
             if isinstance(module, ActivationQuantizer):
                 return module
     return None
 
 
-def _never_negative(node: fx.Node, prepared: fx.GraphModule, modules: dict[str, nn.Module]) -> bool:
+def _never_negative(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether no value that ``node`` gives can be below zero, by what made it."""
     module = modules[str(node.target)] if node.op == "call_module" else None
     if (type(module).__name__ if module else function_name(node)).lower().rstrip("_") in _NEVER_NEGATIVE:
@@ -65,4 +65,4 @@ def _never_negative(node: fx.Node, prepared: fx.GraphModule, modules: dict[str, 
     kind, inputs = kind_of(node, modules), node.all_input_nodes
     of_two = kind in ("add", "multiply") and len(inputs) == 2  # not with a constant, which may be below zero
     keeps_sign = of_two or kind in (*COMMUTING, *POOLS, "concat") or isinstance(module, ActivationQuantizer)
-    return keeps_sign and bool(inputs) and all(_never_negative(made_by, prepared, modules) for made_by in inputs)
+    return keeps_sign and bool(inputs) and all(_never_negative(made_by, modules) for made_by in inputs)

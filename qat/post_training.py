@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat.accuracy import compare
+from qat.accuracy import compare, inputs
 from qat.adaround import adaround
 from qat.artifact import UserError, check_writable
-from qat.batches import batch_count, batches
+from qat.batches import batch_count
 from qat.calibration import observe, set_ranges
 from qat.checkpoint import save_checkpoint
 from qat.compute import Compute, exact_float32
@@ -145,8 +145,8 @@ def quantized(
         warn(f"only {len(images)} images to calibrate on: ranges may not hold for others; add images")
     count = batch_count(images, options.batch_size)
     with _fitting("--batch-size"), progress("calibrating", count) as task, exact_float32():
-        inputs = _calibration_images(data, options, compute)
-        observers = observe(prepared, inputs, task.advance, compute.ranks)
+        given = _calibration_images(data, options, compute)
+        observers = observe(prepared, given, task.advance, compute.ranks)
         warnings = set_ranges(prepared, observers, options.calibrator, options.percentile)
     for line in warnings:
         warn(line)
@@ -168,9 +168,7 @@ def _fitting(option: str) -> Iterator[None]:
 
 def _calibration_images(data: Data, options: SharedOptions, compute: Compute) -> Iterator[Tensor]:
     """Normalized, in batches, on the device."""
-    size, ranks = options.batch_size, compute.ranks
-    for x_NCHW, _ in batches(data.calibration, size, None, workers=options.workers, ranks=ranks):
-        yield data.preprocessing.normalize(compute.images(x_NCHW))
+    return (x for x, _ in inputs(data.calibration, options.batch_size, compute, options.workers))
 
 
 def origin(options: SharedOptions, data: Data) -> dict[str, Any]:

@@ -48,12 +48,9 @@ def merge_rectifiers(model: nn.Module) -> nn.Module:
 
 def _merges(node: fx.Node, model: fx.GraphModule) -> bool:
     """Whether it is a ReLU whose input and output have no other readers: one in place changes its input."""
-    return is_relu(node, model) and len(node.users) == 1 and len(node.all_input_nodes[0].users) == 1
-
-
-def is_relu(node: fx.Node, model: fx.GraphModule) -> bool:
-    """Whether ``node`` is a ReLU."""
     if node.op == "call_module":
-        return type(model.get_submodule(str(node.target))) is nn.ReLU
-    name = getattr(node.target, "__name__", node.target)
-    return node.op in ("call_function", "call_method") and name in ("relu", "relu_")
+        rectifies = type(model.get_submodule(str(node.target))) is nn.ReLU
+    else:
+        name = getattr(node.target, "__name__", node.target)
+        rectifies = node.op in ("call_function", "call_method") and name in ("relu", "relu_")
+    return rectifies and len(node.users) == 1 and len(node.all_input_nodes[0].users) == 1

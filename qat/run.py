@@ -172,7 +172,7 @@ class _Trainer:
     def test(self, what: str, model: nn.Module) -> dict[str, float]:
         """Accuracy on the test split, as it is recorded."""
         measured: Accuracy = evaluate(
-            model, self.data.test, self.data, self.options.batch_size, self.compute, self.options.workers
+            model, self.data.test, self.options.batch_size, self.compute, self.options.workers
         )
         say(f"{what}: {measured} test images right")
         return measured.test_figures()

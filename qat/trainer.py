@@ -277,7 +277,7 @@ class Fit:
         state, recipe = self.state, self.recipe
         for model in self._models:
             self.ranks.take_buffers_of_first(model)
-        measured = evaluate(self.result, self.data.validation, self.data, recipe.batch_size, self.compute, self.workers)
+        measured = evaluate(self.result, self.data.validation, recipe.batch_size, self.compute, self.workers)
         train_loss = float(state.loss_sum) / max(self.total, 1)
         scores = {"train_loss": train_loss, "validation_top1": measured.top1, "validation_loss": measured.loss}
         state.history.append(scores)

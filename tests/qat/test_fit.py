@@ -451,7 +451,7 @@ def test_evaluation_is_exact_float32(model: nn.Module, data: Data) -> None:
         lambda *_: seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
     )
     before = torch.backends.cudnn.conv.fp32_precision
-    evaluate(model, data.validation, data, 9, CPU)
+    evaluate(model, data.validation, 9, CPU)
     assert set(seen) == {("ieee", "ieee")}
     assert torch.backends.cudnn.conv.fp32_precision == before
 

@@ -437,7 +437,7 @@ def fitted(model: nn.Module, data: Data, state: FitState, **changes: Any) -> Fit
 def test_fit_never_looks_at_the_test_split(model: nn.Module, data: Data) -> None:
     blind = dataclasses.replace(data, test=Untouchable(), calibration=Untouchable())  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="was used"):
-        evaluate(model, blind.test, blind, 9, CPU)
+        evaluate(model, blind.test, 9, CPU)
     assert len(fitted(model, blind, FitState()).history) == 2
 
 
@@ -445,7 +445,7 @@ def test_the_weights_of_the_epoch_that_is_best_on_validation_are_kept(model: nn.
     state = fitted(model, data, FitState(), epochs=4)
     scores = [(epoch["validation_top1"], -epoch["validation_loss"]) for epoch in state.history]
     assert state.best_epoch == scores.index(max(scores))
-    measured = evaluate(model, data.validation, data, 9, CPU)
+    measured = evaluate(model, data.validation, 9, CPU)
     assert (measured.top1, -measured.loss) == max(scores)
 
 
@@ -480,9 +480,8 @@ def test_evaluate_against_a_computation_by_hand() -> None:
     pixels = ArrayPixels(colors.reshape(5, 3, 1, 1).expand(5, 3, 4, 4).contiguous())
     preprocessing = Preprocessing(4, 4, (0.0,) * 3, (1.0,) * 3, 4)  # type: ignore[arg-type]
     images = ImageSet(pixels, torch.arange(5), labels, preprocessing)
-    data = Data(images, images, images, images, tiny.CLASSES, preprocessing, (), "by hand")
     model = nn.Sequential(nn.Dropout(0.99), nn.AvgPool2d(4), nn.Flatten())
-    measured = evaluate(model, images, data, 2, CPU)
+    measured = evaluate(model, images, 2, CPU)
     right, wrong = math.log(math.e + 2) - 1, math.log(math.e + 2)
     assert (measured.top1, measured.images) == (60.0, 5)
     assert measured.loss == pytest.approx((3 * right + 2 * wrong) / 5, rel=1e-6)
