@@ -82,7 +82,7 @@ SETTINGS = {
         "benchmarks/cifar_models.py:resnet50",
         pixels=32,
         batch=256,
-        float_epochs=60,
+        float_epochs=80,
         float_lr=2e-3,
         qat_epochs=5,
         qat_lr=4e-5,

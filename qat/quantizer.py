@@ -196,12 +196,20 @@ def _open_bounds(low: int, high: int) -> tuple[float, float]:
     return low * (1 + _FLOAT32_STEP), high * (1 + _FLOAT32_STEP)
 
 
+def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes * scale``; takes the memory of ``codes``."""
+    # Not where it is compiled: torch 2.11 silently drops the gradient of a function that returns what it changed in
+    # place, or what .to() left as it was (github.com/pytorch/pytorch/issues/180642).
+    values = codes * scale if torch.compiler.is_compiling() else codes.mul_(scale)
+    return values if values.dtype == dtype else values.to(dtype)
+
+
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.codes = (low, high)
-        return quantize(x, scale, CodeRange(low, high)).mul_(scale).to(x.dtype)
+        return _dequantized(quantize(x, scale, CodeRange(low, high)), scale, x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -230,7 +238,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, axis: int, high: int) -> Tensor:
         scale = per_channel(scale_from_amax(weight_amax(weight, axis), CodeRange(-high, high)), weight.ndim, axis)
-        return (weight.float() / scale).round_().mul_(scale).to(weight.dtype)
+        return _dequantized((weight.float() / scale).round_(), scale, weight.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -16,6 +16,8 @@ import tiny
 
 torch = pytest.importorskip("torch")
 
+from compiled import gradient_errors  # noqa: E402
+
 from qat.adaround import adaround  # noqa: E402
 from qat.artifact import UserError, read_sidecar  # noqa: E402
 from qat.batches import batches as batches_of  # noqa: E402
@@ -26,7 +28,7 @@ from qat.data import load_data  # noqa: E402
 from qat.histogram import BINS, HistogramObserver, check_finite  # noqa: E402
 from qat.models import ModelSpec, build_model  # noqa: E402
 from qat.options import TrainOptions  # noqa: E402
-from qat.prepare import prepare, weights_and_quantizers  # noqa: E402
+from qat.prepare import learn_ranges, prepare, weights_and_quantizers  # noqa: E402
 from qat.run import run  # noqa: E402
 
 DEVICE = "cuda"
@@ -114,6 +116,22 @@ def trained(folder: Path, **changes: Any) -> dict[str, float]:
     return found
 
 
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("amp", [torch.float32, torch.bfloat16])
+def test_compiled_gradients_are_those_of_the_network_as_it_is(amp: torch.dtype, learns: bool, tmp_path: Path):
+    tiny.options(tmp_path)  # which writes its files
+    torch.manual_seed(0)
+    x = torch.randn(32, 3, 16, 16)
+    model = prepare(build_model(ModelSpec(f"{tmp_path / 'net.py'}:net", 3)), input_shape=(3, 16, 16))
+    calibrate(model, [x], "mse")
+    if learns:
+        learn_ranges(model)
+    model.get_submodule("dropout").p = 0.0  # compiled code draws other random numbers
+    errors = gradient_errors(model, DEVICE, amp, x)
+    assert errors
+    assert max(errors.values()) < (1e-2 if amp == torch.float32 else 0.3), errors
+
+
 @pytest.mark.parametrize("amp", ["float32", "bfloat16", "float16"])
 def test_training_learns_in_every_type(amp: str, tmp_path: Path):
     on_cpu = trained(tmp_path, device="cpu", float_epochs=4)
@@ -135,8 +153,11 @@ def test_training_learns_in_every_type(amp: str, tmp_path: Path):
     ],
     ids=lambda changes: "-".join(changes),
 )
-def test_a_run_that_was_stopped_goes_on(changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_was_stopped_goes_on(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     whole = trained(tmp_path, **changes)
+    assert "torch.compile fails" not in capfd.readouterr().err
     with monkeypatch.context() as patch:
         tiny.stop_in_steps(patch, lambda step: step == tiny.FLOAT_STEPS + tiny.STEPS + 3)
         with pytest.raises(tiny.Stopped):

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from compiled import gradient_errors
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
@@ -206,6 +207,16 @@ def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
     assert calls == [9, 9]
     assert states[1].history[0]["train_loss"] == pytest.approx(states[0].history[0]["train_loss"], rel=1e-3)
     torch.testing.assert_close(weights(compiled), weights(plain), rtol=0, atol=5e-4)
+
+
+def test_compiled_gradients_are_those_of_the_network_as_it_is(model: nn.Module) -> None:
+    x = torch.randn(8, 3, 16, 16)
+    prepared = prepare(model, input_shape=(3, 16, 16))
+    calibrate(prepared, [x], "max")
+    prepared.get_submodule("dropout").p = 0.0
+    errors = gradient_errors(prepared, "cpu", torch.float32, x)
+    assert len(errors) == len(list(model.parameters()))
+    assert max(errors.values()) < 1e-3
 
 
 def test_on_a_cpu_auto_changes_nothing() -> None:

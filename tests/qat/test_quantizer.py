@@ -18,6 +18,7 @@ from qat.quantizer import (
     WeightQuantizer,
     fake_quantize,
     fake_quantize_weight,
+    learned_fake_quantize,
     per_channel,
     quantize,
     scale_from_amax,
@@ -180,6 +181,26 @@ class TestGradient:
         x = gaussian(10).requires_grad_()
         fake_quantize(x, scale).sum().backward()
         assert scale.grad is None
+
+
+class TestCompiled:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", ["activation", "rectified", "learned", "weight"])
+    def test_the_gradient_is_the_same(self, name: str, dtype: torch.dtype):
+        scale = torch.tensor(0.02, requires_grad=name == "learned")
+        function = {
+            "activation": lambda x: fake_quantize(x, scale),
+            "rectified": lambda x: fake_quantize(x, scale, CodeRange(0, 127)),
+            "learned": lambda x: learned_fake_quantize(x, scale),
+            "weight": lambda x: fake_quantize_weight(x, 0),
+        }[name]
+        x, grad = gaussian(8, 100).to(dtype).requires_grad_(), gaussian(8, 100, seed=1).to(dtype)
+        learned = [x, *([scale] if scale.requires_grad else [])]
+        torch._dynamo.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        expected, found = (torch.autograd.grad(made(x), learned, grad) for made in (function, compiled))
+        assert all(one.any() for one in expected)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 class TestTypes:

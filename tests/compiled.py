@@ -1,0 +1,29 @@
+"""Gradients of what torch.compile makes, against those of the same network as it is."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from qat.compute import Compute
+
+
+def _gradients(model: nn.Module, compute: Compute, x: Tensor) -> dict[str, Tensor]:
+    torch._dynamo.reset()
+    placed = compute.place(copy.deepcopy(model)).train()
+    forward = compute.forward(placed, len(x), steps=1)
+    with compute.autocast():
+        found = forward(compute.images(x))
+    assert not compute.compiled or forward.whole is not forward.model, "it could not be compiled"
+    found.float().square().mean().backward()
+    return {name: parameter.grad.detach().cpu() for name, parameter in placed.named_parameters()}
+
+
+def gradient_errors(model: nn.Module, device: str, amp: torch.dtype, x: Tensor) -> dict[str, float]:
+    """For each parameter of ``model``: distance of the compiled gradient from the plain one, relative to its length."""
+    plain, compiled = (
+        _gradients(model, Compute(torch.device(device), amp, compiled=compiled), x) for compiled in (False, True)
+    )
+    return {name: float((compiled[name] - grad).norm() / grad.norm()) for name, grad in plain.items()}
