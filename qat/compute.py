@@ -7,12 +7,12 @@ exported network is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qat.artifact import UserError, one_line
 from qat.console import warn
@@ -25,8 +25,9 @@ _NEVER = 2**31 - 1
 # without (benchmarks/gpu_training_step.txt); smaller batches save less.
 _STEPS_THAT_PAY = 1000
 # With quantizers, what the backward pass computes anew behind a normalization reads five tensors; inductor joins to its
-# readers what reads up to four, and writes the rest to memory. Without quantizers the higher limit costs time.
-_OF_QUANTIZED: dict[str, str | int | bool | Callable[..., Any]] = {"realize_reads_threshold": 8}
+# readers what reads up to four, and writes the rest to memory. In the forward pass, and without quantizers, the higher
+# limit costs time.
+_OF_BACKWARD = {"realize_reads_threshold": 8}
 _LEAST_FLOAT16 = 2.0**-10
 
 Amp = Literal["auto", "float32", "bfloat16", "float16"]
@@ -103,7 +104,8 @@ class _Compiled(nn.Module):
         super().__init__()
         self.model, self.images = model, images
         quantized = any(isinstance(module, ActivationQuantizer) for module in model.modules())
-        self.whole = torch.compile(model, fullgraph=True, dynamic=False, options=_OF_QUANTIZED if quantized else None)
+        backend = _inductor_for_quantizers if quantized else "inductor"
+        self.whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
 
     def forward(self, x: Tensor) -> Any:
         if len(x) != self.images:
@@ -114,6 +116,17 @@ class _Compiled(nn.Module):
             warn(f"torch.compile fails ({one_line(error)}): training goes on without, as with --compile False")
             self.whole = self.model
             return self.model(x)
+
+
+def _inductor_for_quantizers(network: fx.GraphModule, inputs: Any) -> Any:
+    """The backend "inductor", with ``_OF_BACKWARD`` where it compiles a backward pass."""
+    import torch._inductor.compile_fx as inductor  # takes a second
+
+    def compile_pass(graph: fx.GraphModule, inputs: Any, **about: Any) -> Any:
+        with torch._inductor.config.patch(_OF_BACKWARD if about.get("is_backward") else {}):
+            return inductor.compile_fx_inner(graph, inputs, **about)
+
+    return inductor.compile_fx(network, inputs, inner_compile=compile_pass)
 
 
 @contextlib.contextmanager
