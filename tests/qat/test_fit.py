@@ -205,10 +205,14 @@ def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
             made.whole = lambda x: calls.append(len(x)) or whole(x)
             return made
 
+    before = weights(plain)
     states = [fitted(plain, data, lr=1e-4), fitted(compiled, data, Counting(torch.device("cpu")), lr=1e-4)]
     assert calls == [9, 9]
     assert states[1].history[0]["train_loss"] == pytest.approx(states[0].history[0]["train_loss"], rel=1e-3)
     torch.testing.assert_close(weights(compiled), weights(plain), rtol=0, atol=5e-4)
+    for name, parameter in plain.named_parameters():
+        moved, expected = compiled.get_parameter(name) - before[name], parameter - before[name]
+        assert F.cosine_similarity(moved.flatten(), expected.flatten(), 0) > 0.9, name
 
 
 def test_compiled_gradients_are_those_of_the_network_as_it_is(model: nn.Module) -> None:
