@@ -39,6 +39,7 @@ from qat.few_bits import simulate_bits
 from qat.models import ModelSpec, build_model
 from qat.objective import CrossEntropy, Distillation, stage_ends
 from qat.prepare import learn_ranges, prepare
+from qat.ranks import ALONE, Ranks, joined
 from qat.recipe import Recipe
 from qat.thresholds import Method
 from qat.tracing import network_of, trace
@@ -82,7 +83,7 @@ SETTINGS = {
         "benchmarks/cifar_models.py:resnet50",
         pixels=32,
         batch=256,
-        float_epochs=80,
+        float_epochs=60,
         float_lr=2e-3,
         qat_epochs=5,
         qat_lr=4e-5,
@@ -101,14 +102,14 @@ SETTINGS = {
 class Rows:
     """One seed of one setting: trains, measures, and writes a line for each row."""
 
-    def __init__(self, name: str, group: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, group: str, options: argparse.Namespace, ranks: Ranks = ALONE) -> None:
         self.name, self.setting, self.seed, self.workers = name, options.setting_used, options.seed, options.workers
         self.folder: Path = options.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / f"{name}-{group}-{self.seed}.jsonl"
         self.weights = self.folder / f"{name}-{self.seed}.safetensors"
         plain = Compute.of("auto")
-        self.compute = replace(plain, compiled=self.setting.compiled and plain.device.type == "cuda")
+        self.compute = replace(plain, compiled=self.setting.compiled and plain.device.type == "cuda", ranks=ranks)
         self.data: Data = load_data(options.data, self.setting.pixels, self.seed).on(self.compute.device)
         torch.manual_seed(self.seed)
         self.spec = ModelSpec(self.setting.model, len(self.data.class_names))
@@ -127,7 +128,7 @@ class Rows:
         simulate_bits(prepared, bits)
         prepared = self.compute.place(prepared)
         with exact_float32():
-            return prepared, observe(prepared, self.calibration_images())
+            return prepared, observe(prepared, self.calibration_images(), ranks=self.compute.ranks)
 
     def calibration_images(self) -> Iterator[Tensor]:
         """Normalized, in batches."""
@@ -137,7 +138,6 @@ class Rows:
         """Trains ``model``; ModelOpt's quantizers cannot be compiled."""
         theirs = any(type(module).__module__.startswith("modelopt") for module in model.modules())
         compute = replace(self.compute, compiled=False) if theirs else self.compute
-        torch._dynamo.reset()
         Fit("qat", model, self.data, recipe, compute, self.workers, objective=objective).run(lambda: None, 1e9)
         return model
 
@@ -165,6 +165,8 @@ class Rows:
         def done(model: nn.Module, **more: Any) -> None:
             seconds = time.perf_counter() - start
             found = evaluate(model, self.data.test, 4 * self.setting.batch, self.compute, self.workers)
+            if not self.compute.ranks.leads:
+                return
             line = {"setting": self.name, "seed": self.seed, "row": name, "top1": found.top1, "loss": found.loss}
             line |= {"images": found.images, "seconds": round(seconds, 1), **more}
             with self.log.open("a", encoding="utf-8") as file:
@@ -211,21 +213,33 @@ class Rows:
             with self.row(name) as done:
                 done(self.trained(recipe, bool(learns), bool(distills)), recipe=asdict(recipe))
 
+    def parallel(self) -> None:
+        """Row QAT, trained by the processes of torchrun together."""
+        recipe = self.tuned(ranges_lr=10.0)
+        with self.row(f"QAT, {self.compute.ranks.size} GPUs") as done:
+            done(self.trained(recipe, False, False), recipe=asdict(recipe))
+
     def peer(self) -> None:
         """ModelOpt's network, trained as ours."""
         with self.row("ModelOpt QAT") as done:
             done(self.train(self.modelopt(), self.tuned()), recipe=asdict(self.tuned()))
 
-    def stress(self) -> None:
+    def four_bits(self) -> None:
         """Fewer bits, which no engine computes: what learned ranges and distillation give back."""
-        for bits, lr in ((4, self.setting.stress_lr), (2, 4 * self.setting.stress_lr)):
-            with self.row(f"{bits} bits (simulated), PTQ, mse") as done:
-                prepared, observers = self.quantized(bits)
-                set_ranges(prepared, observers, "mse")
-                done(prepared)
-            recipe = self.tuned(self.setting.stress_epochs, lr, ranges_lr=1.0)
-            with self.row(f"{bits} bits (simulated), QAT, LSQ, distilled") as done:
-                done(self.trained(recipe, True, True, bits), recipe=asdict(recipe))
+        self._stress(4, self.setting.stress_lr)
+
+    def two_bits(self) -> None:
+        """The same with four levels of a weight."""
+        self._stress(2, 4 * self.setting.stress_lr)
+
+    def _stress(self, bits: int, lr: float) -> None:
+        with self.row(f"{bits} bits (simulated), PTQ, mse") as done:
+            prepared, observers = self.quantized(bits)
+            set_ranges(prepared, observers, "mse")
+            done(prepared)
+        recipe = self.tuned(self.setting.stress_epochs, lr, ranges_lr=1.0)
+        with self.row(f"{bits} bits (simulated), QAT, LSQ, distilled") as done:
+            done(self.trained(recipe, True, True, bits), recipe=asdict(recipe))
 
     def trained(self, recipe: Recipe, learns: bool, distills: bool, bits: int = 8) -> nn.Module:
         """The network after quantization-aware training from ranges of the least squared error."""
@@ -248,7 +262,7 @@ class Rows:
         return model
 
 
-GROUPS = {name: getattr(Rows, name) for name in ("float", "ptq", "qat", "peer", "stress")}
+GROUPS = {name: getattr(Rows, name) for name in ("float", "qat", "four_bits", "ptq", "peer", "parallel", "two_bits")}
 
 
 def table(files: list[str]) -> None:
@@ -284,7 +298,8 @@ def main() -> None:
     options = parser.parse_args()
     changes = {name: json.loads(value) for name, _, value in (change.partition("=") for change in options.change)}
     options.setting_used = replace(SETTINGS[options.setting], **changes)
-    GROUPS[options.group](Rows(options.setting, options.group, options))
+    with joined(Compute.of("auto").device) as ranks:
+        GROUPS[options.group](Rows(options.setting, options.group, options, ranks))
 
 
 if __name__ == "__main__":

@@ -118,16 +118,18 @@ def compare(
 
 
 class _Counts:
-    """Right answers, summed cross-entropy and images so far."""
+    """Right answers, summed cross-entropy and images so far; where they are computed, so that no batch waits."""
 
     def __init__(self) -> None:
-        self.correct, self.loss, self.images = 0.0, 0.0, 0.0
+        self.correct: Tensor | float = 0.0
+        self.loss: Tensor | float = 0.0
+        self.images = 0.0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        self.correct += int((logits.argmax(1) == labels).sum())
-        self.loss += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
+        self.correct = self.correct + (logits.argmax(1) == labels).sum()
+        self.loss = self.loss + F.cross_entropy(logits.float(), labels, reduction="sum").double()
         self.images += len(labels)
 
     def accuracy(self, ranks: Ranks = ALONE) -> Accuracy:
-        correct, loss, images = ranks.sums(self.correct, self.loss, self.images)
+        correct, loss, images = ranks.sums(float(self.correct), float(self.loss), self.images)
         return Accuracy(100 * correct / images, loss / images, int(images))

@@ -31,7 +31,9 @@ from qat.quantizer import (
 from qat.ranks import ALONE, Ranks
 from qat.thresholds import LEVELS, Method, amax_entropy, amax_mse, amax_percentile
 
-_TOGETHER = 16  # tensors whose ranges are chosen at a time: 32 MB for each table of mse and entropy
+# Tensors whose ranges are chosen at a time, each 2 MB of every table of mse and entropy. Of many small operations a GPU
+# waits for the CPU.
+_TOGETHER, _TOGETHER_ON_GPU = 16, 64
 
 
 def weight_amax_mse(weight: Tensor, axis: int, codes: CodeRange = WEIGHT, candidates: int = 100) -> Tensor:
@@ -69,7 +71,7 @@ def observe(
     Raises UserError when there is no batch, a tensor holds NaN or infinity, or every channel is one constant.
     """
     quantizers = _quantizers(model)
-    observers = {name: HistogramObserver(name).to(q.amax.device) for name, q in quantizers.items()}
+    observers = {name: HistogramObserver(name, q.amax.device) for name, q in quantizers.items()}
     device = next(model.parameters()).device
     extremes: list[Tensor] = []
     with _observing(model, observers), torch.no_grad():
@@ -182,7 +184,8 @@ def choose_ranges(
     if method == "max" or not observers:
         chosen = largest_of(observers)
     else:
-        parts = (observers[start : start + _TOGETHER] for start in range(0, len(observers), _TOGETHER))
+        count = _TOGETHER_ON_GPU if observers[0].counts.is_cuda else _TOGETHER
+        parts = (observers[start : start + count] for start in range(0, len(observers), count))
         chosen = torch.cat([_chosen(part, method, percentile, levels) for part in parts]).tolist()
     return [amax if observer.seen else math.nan for observer, amax in zip(observers, chosen, strict=True)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -69,15 +70,21 @@ class Compute:
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return images_NCHW.to(self.device, non_blocking=True).contiguous(memory_format=layout)
 
-    def forward(self, model: nn.Module, images: int, steps: int) -> nn.Module:
+    def forward(self, model: nn.Module, images: int, steps: int, accumulates: bool = False) -> nn.Module:
         """What computes ``model`` in training; shares its modules.
 
         Compiled for batches of ``images``, where that is asked for and works, or pays in so many ``steps``; where
-        several processes train, its gradients are averaged over them.
+        several processes train, its gradients are averaged over them. ``accumulates``: gradients of several batches
+        are added up, which must not lie where the next backward pass of a CUDA graph puts its own.
         """
         merged = merge_rectifiers(model)
         compiled = steps >= _STEPS_THAT_PAY if self.compiled is None else self.compiled
-        return self.ranks.parallel(_Compiled(merged, images) if compiled else merged)
+        graphs = self.device.type == "cuda" and not accumulates
+        return self.ranks.parallel(_Compiled(merged, images, graphs) if compiled else merged)
+
+    def release(self) -> None:
+        """Gives back the memory that compiled models hold; what ``forward`` gave is not to be called any more."""
+        torch._dynamo.reset()
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Around the forward pass of training."""
@@ -98,13 +105,17 @@ class Compute:
 
 
 class _Compiled(nn.Module):
-    """Compiles a model at its first batch of ``images``; one that cannot be compiled stays as it is, with a warning."""
+    """Compiles a model at its first batch of ``images``; one that cannot be compiled stays as it is, with a warning.
 
-    def __init__(self, model: nn.Module, images: int) -> None:
+    ``graphs``: its kernels are recorded, and sent to the GPU together. One by one they take a CPU 25 ms a step of
+    ResNet50, and the GPU 12 ms with 256 images of 32 pixels.
+    """
+
+    def __init__(self, model: nn.Module, images: int, graphs: bool) -> None:
         super().__init__()
         self.model, self.images = model, images
         quantized = any(isinstance(module, ActivationQuantizer) for module in model.modules())
-        backend = _inductor_for_quantizers if quantized else "inductor"
+        backend = partial(_inductor, graphs=graphs, of_backward=_OF_BACKWARD if quantized else {})
         self.whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
 
     def forward(self, x: Tensor) -> Any:
@@ -118,15 +129,18 @@ class _Compiled(nn.Module):
             return self.model(x)
 
 
-def _inductor_for_quantizers(network: fx.GraphModule, inputs: Any) -> Any:
-    """The backend "inductor", with ``_OF_BACKWARD`` where it compiles a backward pass."""
+def _inductor(network: fx.GraphModule, inputs: Any, graphs: bool, of_backward: dict[str, Any]) -> Any:
+    """The backend "inductor", with CUDA graphs or without, and options for the backward pass alone."""
     import torch._inductor.compile_fx as inductor  # takes a second
 
     def compile_pass(graph: fx.GraphModule, inputs: Any, **about: Any) -> Any:
-        with torch._inductor.config.patch(_OF_BACKWARD if about.get("is_backward") else {}):
+        with torch._inductor.config.patch(of_backward if about.get("is_backward") else {}):
             return inductor.compile_fx_inner(graph, inputs, **about)
 
-    return inductor.compile_fx(network, inputs, inner_compile=compile_pass)
+    # Where it compiles the backward pass, which is later, these still hold; a context around it would not.
+    return inductor.compile_fx(
+        network, inputs, inner_compile=compile_pass, config_patches={"triton.cudagraphs": graphs}
+    )
 
 
 @contextlib.contextmanager

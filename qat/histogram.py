@@ -3,9 +3,10 @@
     counts[j] = how many |x| lie in [j, j + 1) * limit / B        j = 0 .. B-1, B = 2048
 
 ``limit`` starts as the max of the first batch; when a larger value comes it doubles and adjacent bins merge, so that no
-count is lost. On a GPU nothing waits for a result: what the kernels below decide stays there. They count 3 times as
-fast as torch.histc does, behind a ReLU 36 times (benchmarks/gpu_training_step.txt): that adds float32 numbers in shared
-memory, for which GPUs have no instruction, and the zeros of a ReLU all meet in one bin.
+count is lost. On a GPU nothing waits for a result: what the kernels below decide stays there, and they mostly read a
+tensor once, as fast as the memory gives it. torch.histc takes 3 times as long, behind a ReLU 36 times
+(benchmarks/gpu_training_step.txt): it adds float32 numbers in shared memory, for which GPUs have no instruction, and
+the zeros of a ReLU all meet in one bin.
 """
 
 from __future__ import annotations
@@ -31,21 +32,47 @@ LARGEST, SMALLEST_LIMIT = torch.finfo(torch.float32).max / 2, BINS * SCALE_FLOOR
 _THREADS, _BLOCKS_PER_PROCESSOR = 1024, 2
 _CONSTANTS = f"""
 #define BINS {BINS}
+#define THREADS {_THREADS}
+#define BLOCKS_PER_PROCESSOR {_BLOCKS_PER_PROCESSOR}
 #define LARGEST {LARGEST:.9e}f
 #define SMALLEST_LIMIT {SMALLEST_LIMIT:.9e}f
 """
 _KERNELS = """
-// Shows ``see`` every element that is this thread's share; four at a time where they lie so that one load takes them.
-template <typename See> __device__ void each(const float* __restrict__ x, int size, See see) {
-    long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x, stride = (long long)gridDim.x * blockDim.x;
-    int fours = (unsigned long long)x % sizeof(float4) ? 0 : size / 4;
-    #pragma unroll 4
-    for (long long i = first; i < fours; i += stride) {
-        float4 some = reinterpret_cast<const float4*>(x)[i];
+// Shows ``see`` every element that is this thread's share: where they lie so, four of one load, while the next come.
+template <typename See> __device__ void each(const float* __restrict__ x, unsigned int size, See see) {
+    unsigned int first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
+    unsigned int fours = (unsigned long long)x % sizeof(float4) ? 0 : size / 4;
+    const float4* x4 = reinterpret_cast<const float4*>(x);
+    float4 next = first < fours ? x4[first] : float4();
+    for (unsigned int i = first; i < fours; i += stride) {
+        float4 some = next;
+        if (i + stride < fours) next = x4[i + stride];
         see(some.x), see(some.y), see(some.z), see(some.w);
     }
-    for (long long i = 4ll * fours + first; i < size; i += stride) see(x[i]);
+    for (unsigned int i = 4 * fours + first; i < size; i += stride) see(x[i]);
 }
+
+// What one block counts. Zeros, most of a ReLU's values, each thread counts for itself.
+struct Found {
+    unsigned int* bins;
+    float bins_per_unit;
+    unsigned int zeros = 0;
+
+    __device__ Found(unsigned int* shared, float limit) : bins(shared), bins_per_unit(limit > 0 ? BINS / limit : 0) {
+        for (int j = threadIdx.x; j < BINS; j += blockDim.x) bins[j] = 0;
+        __syncthreads();
+    }
+    __device__ void add(float magnitude) {
+        if (magnitude == 0) ++zeros;
+        else atomicAdd(&bins[min((int)(magnitude * bins_per_unit), BINS - 1)], 1u);
+    }
+    __device__ void add_to(unsigned long long* counts) {
+        atomicAdd(&bins[0], zeros);
+        __syncthreads();
+        for (int j = threadIdx.x; j < BINS; j += blockDim.x)
+            if (bins[j]) atomicAdd(&counts[j], (unsigned long long)bins[j]);
+    }
+};
 
 // By one block. As many doublings of the limit as ``largest`` needs; each merges two bins.
 __device__ void grow(float largest, float* limit, unsigned long long* counts) {
@@ -66,36 +93,60 @@ __device__ void grow(float largest, float* limit, unsigned long long* counts) {
     for (int j = threadIdx.x; j < BINS; j += blockDim.x) counts[j] = merged[j];
 }
 
-// Floats that are not negative have the order of their bits; NaN's are above those of all numbers.
-extern "C" __global__ void extreme(const float* x, int size, unsigned int* largest, float* limit,
-                                   unsigned long long* counts, unsigned int* blocks_done) {
+// What the two kernels tell each other. Floats that are not negative have the order of their bits; NaN's are above
+// those of all numbers.
+struct Scratch {
+    unsigned int blocks_done, largest;
+    float rest;  // the magnitude from which on the values of the tensor are not counted yet; negative: all are counted
+};
+
+// Counts what is below the limit, finds the largest, and lets the limit grow to it.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR) count(
+    const float* x, int size, float* largest, float* limit, unsigned long long* counts, Scratch* scratch) {
+    __shared__ unsigned int bins[BINS];
     __shared__ bool is_last;
-    unsigned int found = 0;
-    each(x, size, [&](float value) { found = max(found, __float_as_uint(fabsf(value))); });
-    for (int lanes = 16; lanes; lanes /= 2) found = max(found, __shfl_xor_sync(0xffffffff, found, lanes));
-    if ((threadIdx.x & 31) == 0) atomicMax(largest, found);
+    float reach = *limit;
+    unsigned int most = 0;
+    if (reach == 0) {
+        each(x, size, [&](float value) { most = max(most, __float_as_uint(fabsf(value))); });
+    } else {
+        Found found(bins, reach);
+        each(x, size, [&](float value) {
+            float magnitude = fabsf(value);
+            most = max(most, __float_as_uint(magnitude));
+            if (magnitude < reach) found.add(magnitude);
+        });
+        found.add_to(counts);
+    }
+    for (int lanes = 16; lanes; lanes /= 2) most = max(most, __shfl_xor_sync(0xffffffff, most, lanes));
+    if ((threadIdx.x & 31) == 0) atomicMax(&scratch->largest, most);
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicInc(blocks_done, gridDim.x - 1) == gridDim.x - 1;  // which sets it to 0
+    if (threadIdx.x == 0) is_last = atomicInc(&scratch->blocks_done, gridDim.x - 1) == gridDim.x - 1;  // then it is 0
     __syncthreads();
-    if (is_last) grow(__uint_as_float(atomicMax(largest, 0u)), limit, counts);
+    if (!is_last) return;
+    if (threadIdx.x == 0) {
+        unsigned int here = atomicExch(&scratch->largest, 0u);
+        scratch->rest = __uint_as_float(here) < reach ? -1 : reach;
+        *largest = __uint_as_float(max(here, __float_as_uint(*largest)));
+    }
+    __threadfence();
+    __syncthreads();
+    grow(*largest, limit, counts);
 }
 
-extern "C" __global__ void count(const float* x, int size, const float* limit, unsigned long long* counts) {
-    __shared__ unsigned int found[BINS];
-    for (int j = threadIdx.x; j < BINS; j += blockDim.x) found[j] = 0;
-    __syncthreads();
-    float bins_per_unit = *limit > 0 ? BINS / *limit : 0;
-    unsigned int first = 0;  // most of a ReLU's values: counted by each thread for itself
+// Counts what was not below the limit, which has grown since; mostly there is nothing to do.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR) count_rest(
+    const float* x, int size, const float* limit, unsigned long long* counts, const Scratch* scratch) {
+    __shared__ unsigned int bins[BINS];
+    float rest = scratch->rest;
+    if (rest < 0) return;
+    Found found(bins, *limit);
     each(x, size, [&](float value) {
-        int j = min((int)(fabsf(value) * bins_per_unit), BINS - 1);
-        if (j == 0) ++first;
-        else atomicAdd(&found[j], 1u);
+        float magnitude = fabsf(value);
+        if (magnitude >= rest) found.add(magnitude);
     });
-    atomicAdd(&found[0], first);
-    __syncthreads();
-    for (int j = threadIdx.x; j < BINS; j += blockDim.x)
-        if (found[j]) atomicAdd(&counts[j], (unsigned long long)found[j]);
+    found.add_to(counts);
 }
 """
 
@@ -113,15 +164,16 @@ class HistogramObserver(nn.Module):
     counts: Tensor
     limit: Tensor
     largest: Tensor
-    blocks_done: Tensor
+    scratch: Tensor
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.name, self.seen = name, False
-        self.register_buffer("counts", torch.zeros(BINS, dtype=torch.int64), persistent=False)
-        self.register_buffer("limit", torch.zeros(()), persistent=False)
-        self.register_buffer("largest", torch.zeros(()), persistent=False)
-        self.register_buffer("blocks_done", torch.zeros((), dtype=torch.int32), persistent=False)  # of a kernel
+        with torch.device(device):
+            self.register_buffer("counts", torch.zeros(BINS, dtype=torch.int64), persistent=False)
+            self.register_buffer("limit", torch.zeros(()), persistent=False)
+            self.register_buffer("largest", torch.zeros(()), persistent=False)
+            self.register_buffer("scratch", torch.zeros(3, dtype=torch.int32), persistent=False)  # of the kernels
 
     @property
     def amax(self) -> float:
@@ -190,17 +242,17 @@ def _flat(x: Tensor) -> Tensor:
     return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
 
 
-_Kernels = tuple[Any, Any, dict[str, Any]]  # extreme, count; the launch of both
+_Kernels = tuple[Any, Any, dict[str, Any]]  # count, count_rest; the launch of both
 
 
 def _count_on_gpu(kernels: _Kernels, x: Tensor, observer: HistogramObserver) -> None:
-    extreme, count, launch = kernels
+    count, count_rest, launch = kernels
     parts = x.split(2**30) if x.numel() > 2**30 else (x,)
     with torch.cuda.device(x.device):
         for part in parts:
-            bins = [observer.limit, observer.counts]
-            extreme(args=[part, part.numel(), observer.largest, *bins, observer.blocks_done], **launch)
-            count(args=[part, part.numel(), *bins], **launch)
+            bins = [observer.limit, observer.counts, observer.scratch]
+            count(args=[part, part.numel(), observer.largest, *bins], **launch)
+            count_rest(args=[part, part.numel(), *bins], **launch)
 
 
 @lru_cache(maxsize=16)
@@ -209,9 +261,9 @@ def _kernels(device: torch.device) -> _Kernels | None:
     with torch.cuda.device(device):
         # Underscored, but there in every version that pyproject.toml admits; Triton's histogram is ten times as slow.
         try:
-            extreme, count = (torch.cuda._compile_kernel(_CONSTANTS + _KERNELS, name) for name in ("extreme", "count"))
+            compiled = [torch.cuda._compile_kernel(_CONSTANTS + _KERNELS, name) for name in ("count", "count_rest")]
         except (OSError, RuntimeError) as error:
             warn(f"calibration is slower than it could be: its kernels cannot be compiled ({one_line(error)})")
             return None
     blocks = _BLOCKS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-    return extreme, count, {"grid": (blocks, 1, 1), "block": (_THREADS, 1, 1)}
+    return compiled[0], compiled[1], {"grid": (blocks, 1, 1), "block": (_THREADS, 1, 1)}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -77,10 +78,7 @@ class Preprocessing:
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] on the same device: (x / 255 - mean) / std."""
-        mean, std = (
-            torch.tensor(values, dtype=torch.float32, device=images_NCHW.device).reshape(3, 1, 1)
-            for values in (self.mean, self.std)
-        )
+        mean, std = (_per_channel(values, images_NCHW.device) for values in (self.mean, self.std))
         return (images_NCHW.float() / 255 - mean) / std
 
     def fit(self, image: Tensor) -> Tensor:
@@ -140,6 +138,12 @@ def _random_box(height: int, width: int, generator: torch.Generator) -> tuple[in
             return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
     side = min(height, width)
     return (height - side) // 2, (width - side) // 2, side, side
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [3, 1, 1]. Made once: a copy to a GPU waits until it has done all before, here all of a training step."""
+    return torch.tensor(values, dtype=torch.float32, device=device).reshape(3, 1, 1)
 
 
 def three_floats(values: Sequence[float]) -> tuple[float, float, float]:

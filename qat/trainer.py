@@ -83,13 +83,13 @@ class Fit:
         self.total = batch_count(data.train, recipe.batch_size, training=True, ranks=self.ranks)
         self._optimizer = make_optimizer(model, recipe)
         self._scaler = compute.scaler()
-        decay = get_ema_multi_avg_fn(recipe.ema)
-        self._average = AveragedModel(model, multi_avg_fn=decay, use_buffers=True) if recipe.ema else None
+        self._average = AveragedModel(model) if recipe.ema else None
         self.objective = objective or CrossEntropy(recipe.label_smoothing)
         self._forward = compute.forward(
             self.objective.network(model),
             self.ranks.share_of(recipe.batch_size),
             steps=0 if recipe.progressive else recipe.epochs * self.total,  # each part would be compiled for itself
+            accumulates=recipe.accumulate > 1,
         )
         self._mix = _mixing(recipe, len(data.class_names))
         self._unchecked: list[Tensor] = []  # batches whose loss nobody has looked at
@@ -158,6 +158,7 @@ class Fit:
                 if stopping:
                     self.ranks.wait()
                     raise Interrupted
+        self.compute.release()
         if self.state.best_weights:
             self.model.load_state_dict(self.state.best_weights)
         return self.state
@@ -235,7 +236,7 @@ class Fit:
             self._scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if self._average is not None:
-                self._average.update_parameters(self.model)
+                _follow(self._average, self.model, recipe.ema)
         return loss.detach()
 
     def _images_of_step(self, first: int) -> int:
@@ -321,6 +322,18 @@ class Fit:
         times = -(-recipe.batch_size * recipe.accumulate // fits)
         made = f"which makes steps of {fits * times} images"
         return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times}, {made}")
+
+
+def _follow(average: AveragedModel, model: nn.Module, decay: float) -> None:
+    """A step of the moving average, of buffers too, which begins as ``model``.
+
+    ``AveragedModel.update_parameters`` copies its count of steps to the GPU, for which the CPU waits.
+    """
+    update = get_ema_multi_avg_fn(decay if average.n_averaged else 0.0)
+    average.n_averaged += 1
+    ours, theirs = ([*one.parameters(), *one.buffers()] for one in (average.module, model))
+    for dtype in {tensor.dtype for tensor in ours}:
+        update(*([tensor for tensor in one if tensor.dtype == dtype] for one in (ours, theirs)), 0)
 
 
 def _quantize_part(model: nn.Module, share: float) -> None:

@@ -17,24 +17,30 @@ import tiny
 torch = pytest.importorskip("torch")
 
 from compiled import gradient_errors  # noqa: E402
+from torchvision.models import resnet18  # noqa: E402
 
 from qat.adaround import adaround  # noqa: E402
 from qat.artifact import UserError, read_sidecar  # noqa: E402
 from qat.batches import batches as batches_of  # noqa: E402
 from qat.calibration import calibrate, choose_ranges  # noqa: E402
 from qat.checkpoint import load_checkpoint  # noqa: E402
-from qat.compute import exact_float32  # noqa: E402
+from qat.compute import Compute, exact_float32  # noqa: E402
 from qat.data import load_data  # noqa: E402
 from qat.histogram import BINS, HistogramObserver, check_finite  # noqa: E402
 from qat.models import ModelSpec, build_model  # noqa: E402
 from qat.options import TrainOptions  # noqa: E402
 from qat.prepare import learn_ranges, prepare, weights_and_quantizers  # noqa: E402
+from qat.recipe import Recipe  # noqa: E402
 from qat.run import run  # noqa: E402
+from qat.trainer import Fit  # noqa: E402
 
 DEVICE = "cuda"
 
-# Inductor's advice about float32; as an error it ends the compilation.
-pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+# Inductor's advice about float32, and a warning that it provokes and drops; as errors they end the compilation.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),
+]
 
 
 def batches(scale: float = 1.0) -> list[torch.Tensor]:
@@ -117,6 +123,36 @@ def trained(folder: Path, **changes: Any) -> dict[str, float]:
     assert run(options) == 0
     found: dict[str, float] = read_sidecar(options.output, "checkpoint").figures["qat"]
     return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"cutmix": 1.0}, {"mixup": 0.2, "ema": 0.9, "clip_norm": 1.0, "accumulate": 2}],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("learns", [False, True])
+def test_no_step_waits_for_the_gpu(changes: dict[str, Any], learns: bool, tmp_path: Path):
+    """While the GPU computes a step the next ones are sent; only where the loss is looked at, the CPU waits."""
+    random, compute = np.random.default_rng(0), Compute.of(DEVICE, "bfloat16")
+    images, labels = random.integers(0, 256, (400, 32, 32, 3), dtype=np.uint8), np.arange(400) % 3
+    splits = {"train_images": images, "train_labels": labels, "test_images": images[:9], "test_labels": labels[:9]}
+    np.savez(tmp_path / "data.npz", **splits)
+    data = load_data(str(tmp_path / "data.npz"), None, 0).on(compute.device)
+    model = prepare(resnet18(num_classes=3), input_shape=(3, 32, 32))
+    calibrate(model, [torch.randn(8, 3, 32, 32)], "max")
+    if learns:
+        learn_ranges(model)
+    fit = Fit("qat", compute.place(model), data, Recipe(1, 1e-4, "cosine", 16, 0.05, 0.1, 0, **changes), compute)
+    steps = fit._epoch()
+    for _ in range(2):  # what is made once
+        next(steps)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(10):
+            next(steps)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("learns", [False, True])
