@@ -59,6 +59,7 @@ def jobs(data: Path, out: Path, seeds: list[int], groups: list[str]) -> list[Job
 def run(waiting: list[Job], gpus: int, out: Path) -> None:
     """All of ``waiting``; what fails is noted with its exit code, and what needs it is left out."""
     free, codes = list(range(gpus)), dict[str | None, int]({None: 0})
+    threads = str(max(1, (os.cpu_count() or 1) // (2 * gpus)))  # else each job's are as many as there are cores
     running: list[tuple[Job, list[int], subprocess.Popen[bytes], float]] = []
     while waiting or running:
         for job in list(waiting):
@@ -68,7 +69,7 @@ def run(waiting: list[Job], gpus: int, out: Path) -> None:
             elif job.after in codes and job.gpus <= len(free):
                 waiting.remove(job)
                 own = [free.pop() for _ in range(job.gpus)]
-                seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own))}
+                seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own)), "OMP_NUM_THREADS": threads}
                 with open(out / f"{job.name}.txt", "wb") as log:
                     process = subprocess.Popen(job.command, stdout=log, stderr=log, env=os.environ | seen)
                 running.append((job, own, process, time.monotonic()))

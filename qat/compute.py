@@ -22,7 +22,7 @@ from qat.ranks import ALONE, Ranks, local_rank
 from qat.rectified import merge_rectifiers
 
 _NEVER = 2**31 - 1
-# ResNet50, 224 px, batch 256 on an H200: compiling takes 51 s and saves 84 ms a step with quantizers, 47 s and 17 ms
+# ResNet50, 224 px, batch 256 on an H200: compiling takes 55 s and saves 86 ms a step with quantizers, 35 s and 18 ms
 # without (benchmarks/gpu_training_step.txt); smaller batches save less.
 _STEPS_THAT_PAY = 1000
 # With quantizers, what the backward pass computes anew behind a normalization reads five tensors; inductor joins to its
@@ -108,7 +108,7 @@ class _Compiled(nn.Module):
     """Compiles a model at its first batch of ``images``; one that cannot be compiled stays as it is, with a warning.
 
     ``graphs``: its kernels are recorded, and sent to the GPU together. One by one they take a CPU 25 ms a step of
-    ResNet50, and the GPU 12 ms with 256 images of 32 pixels.
+    ResNet50, and the GPU 12 ms with 256 images of 32 pixels (benchmarks/gpu_training_step.txt).
     """
 
     def __init__(self, model: nn.Module, images: int, graphs: bool) -> None:

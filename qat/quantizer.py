@@ -23,6 +23,7 @@ Shapes: amax and scale are [] (per tensor) or [C] (per channel, along ``axis``);
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +108,7 @@ class ActivationQuantizer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("amax", torch.tensor(float("nan")))
-        self.observer: nn.Module | None = None
+        self.observer: Callable[[Tensor], None] | None = None
         self.enabled = True
         self.codes = ACTIVATION
 

@@ -52,7 +52,7 @@ def batches(scale: float = 1.0) -> list[torch.Tensor]:
 
 
 def observed(on: str, tensors: list[torch.Tensor]) -> HistogramObserver:
-    observer = HistogramObserver("x").to(on)
+    observer = HistogramObserver("x", on)
     for x in tensors:
         observer(x.to(on))
     return observer

@@ -180,7 +180,7 @@ def _observe_a_share(rank: int, size: int, order: list[int], file: str, output: 
     with torch.no_grad():
         shares = [SEEN[i].reshape(-1, 1) for i in order[rank::size]]
         found = observe(model, shares, ranks=Ranks(rank, size))
-    torch.save([(o.counts, o.limit, o.amax) for o in found.values()], f"{output}{rank}")
+    torch.save([(o.counts.clone(), o.limit.clone(), o.amax) for o in found.values()], f"{output}{rank}")
     torch.distributed.destroy_process_group()
 
 
