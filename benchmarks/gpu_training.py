@@ -1,9 +1,9 @@
-"""Training on all GPUs of a machine: tests, the time of a step, two GPUs against one, and CIFAR-10 with every row.
+"""Training on all GPUs of a machine: tests, times of a step and of calibration, two GPUs against one, and CIFAR-10.
 
     python -m benchmarks.gpu_training CIFAR10.npz OUTPUT_FOLDER [--seeds 0 1 2]
 
 Each job is a process with GPUs of its own; it starts when they are free and what it needs is there. The tables are
-step.txt, scaling-*.txt and accuracy.txt; rows/ has a line of JSON for each row of a seed.
+step.txt, calibration.txt, scaling-*.txt and accuracy.txt; rows/ has a line of JSON for each row of a seed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def jobs(data: Path, out: Path, seeds: list[int], groups: list[str]) -> list[Job
     measure = [*PYTHON, "benchmarks.gpu_training_step", "--json", str(out / "step.json")]
     first = [Job("step", measure)]
     later = [
+        Job("calibration", [*PYTHON, "benchmarks.calibration"]),
         Job("tests", [*PYTHON, "pytest", *TESTS]),
         Job("scaling-1", [*PYTHON, "benchmarks.gpu_scaling"]),
         Job("scaling-2", [*TWO_GPUS, "benchmarks.gpu_scaling"], gpus=2),

@@ -1,11 +1,10 @@
-"""Time and memory of a training step with fake quantization against the float step, and time of calibration, on a GPU.
+"""Time and memory of a training step with fake quantization against the float step, on a GPU.
 
     python -m benchmarks.gpu_training_step [--batch 256] [--pixels 224] [--json FILE]
 
 ResNet50 in bfloat16, channels last, each step as qat.trainer.Fit does it (mixing of images and logging aside): float
 and quantized, plain and compiled, and NVIDIA ModelOpt's where it is installed. All take turns in one process, in blocks
-of steps without a pause between them; medians of the blocks are compared. Calibration: all four methods over 512 images
-against the bare forward passes.
+of steps without a pause between them; medians of the blocks are compared.
 """
 
 from __future__ import annotations
@@ -24,14 +23,13 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from qat.calibration import calibrate, observe, set_ranges
+from qat.calibration import calibrate
 from qat.compute import Compute
 from qat.optimizer import make_optimizer
 from qat.prepare import prepare
 from qat.recipe import Recipe
 
-CLASSES, CALIBRATION_IMAGES, CALIBRATION_BATCH = 1000, 512, 128
-METHODS = ("max", "percentile", "mse", "entropy")
+CLASSES = 1000
 ROUNDS, STEPS, WARM_UP = 12, 10, 3
 
 
@@ -140,38 +138,10 @@ def steps(x: Tensor, labels: Tensor, device: torch.device) -> dict[str, dict[str
     }
 
 
-def calibration(pixels: int, device: torch.device, images: int) -> dict[str, float]:
-    """Seconds of the forward passes in float32, alone and with all four calibrators."""
-    model = prepare(network(), input_shape=(3, pixels, pixels)).to(device)
-    plain = network().to(device).eval()
-    batch = min(CALIBRATION_BATCH, images)
-    inputs = [torch.randn(batch, 3, pixels, pixels, device=device) for _ in range(images // batch)]
-
-    def bare() -> None:
-        with torch.no_grad():
-            for x in inputs:
-                plain(x)
-
-    def all_four() -> None:
-        observers = observe(model, inputs)
-        for method in METHODS:
-            set_ranges(model, observers, method)
-
-    seconds: dict[str, list[float]] = {"forward_s": [], "calibration_s": []}
-    for index in range(4):
-        for name, run in (("forward_s", bare), ("calibration_s", all_four)):
-            start = now()
-            run()
-            if index:
-                seconds[name].append(now() - start)
-    return {name: round(statistics.median(values), 4) for name, values in seconds.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--pixels", type=int, default=224)
-    parser.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -181,7 +151,6 @@ def main() -> None:
     labels = torch.randint(0, CLASSES, (options.batch,), device=device)
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "batch": options.batch}
     found |= {"pixels": options.pixels, "steps": steps(x, labels, device)}
-    calibrated = found["calibration"] = calibration(options.pixels, device, options.calibration_images)
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"\n{name}, torch {torch.__version__}, ResNet50, {options.pixels} px, batch {options.batch}, bfloat16")
@@ -193,11 +162,6 @@ def main() -> None:
     print(f"  quantized / float, compiled: {ours / base:.3f}")
     if "ModelOpt" in found["steps"]:
         print(f"  ModelOpt / quantized, compiled: {found['steps']['ModelOpt']['median_ms'] / ours:.3f}")
-    ratio = calibrated["calibration_s"] / calibrated["forward_s"]
-    print(
-        f"  {options.calibration_images} images, float32: forward {calibrated['forward_s']:.3f} s, with all four "
-        f"calibrators {calibrated['calibration_s']:.3f} s: {ratio:.2f} times"
-    )
 
 
 if __name__ == "__main__":
