@@ -53,15 +53,16 @@ def jobs(data: Path, out: Path, seeds: list[int], groups: list[str]) -> list[Job
             if group == "float":
                 first.append(job)
             else:
-                later.append(Job(job.name, job.command, gpus, after=f"float-{seed}"))
+                later.append(Job(job.name, job.command, gpus, after=f"float-{seed}" if "float" in groups else None))
     return first + later
 
 
-def run(waiting: list[Job], gpus: int, out: Path) -> None:
-    """All of ``waiting``; what fails is noted with its exit code, and what needs it is left out."""
-    free, codes = list(range(gpus)), dict[str | None, int]({None: 0})
-    threads = str(max(1, (os.cpu_count() or 1) // (2 * gpus)))  # else each job's are as many as there are cores
-    running: list[tuple[Job, list[int], subprocess.Popen[bytes], float]] = []
+def run(waiting: list[Job], gpus: list[str], out: Path) -> bool:
+    """All of ``waiting``; what fails is noted, and what needs it is left out. Whether all went well."""
+    free, codes = list(gpus), dict[str | None, int]({None: 0})
+    threads = str(max(1, (os.cpu_count() or 1) // (2 * len(gpus))))  # else each job's are as many as there are cores
+    count = len(waiting)
+    running: list[tuple[Job, list[str], subprocess.Popen[bytes], float]] = []
     while waiting or running:
         for job in list(waiting):
             if codes.get(job.after, 0):
@@ -70,7 +71,7 @@ def run(waiting: list[Job], gpus: int, out: Path) -> None:
             elif job.after in codes and job.gpus <= len(free):
                 waiting.remove(job)
                 own = [free.pop() for _ in range(job.gpus)]
-                seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, own)), "OMP_NUM_THREADS": threads}
+                seen = {"CUDA_VISIBLE_DEVICES": ",".join(own), "OMP_NUM_THREADS": threads}
                 with open(out / f"{job.name}.txt", "wb") as log:
                     process = subprocess.Popen(job.command, stdout=log, stderr=log, env=os.environ | seen)
                 running.append((job, own, process, time.monotonic()))
@@ -87,6 +88,7 @@ def run(waiting: list[Job], gpus: int, out: Path) -> None:
         for job in waiting if stuck else ():
             note(out, f"{job.name} left out: it needs {job.gpus} GPUs, and {job.after or 'nothing'}")
         waiting = [] if stuck else waiting
+    return len(codes) == 1 + count and not any(codes.values())
 
 
 def note(out: Path, text: str) -> None:
@@ -105,11 +107,16 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    run(jobs(options.data, options.out, options.seeds, options.groups), torch.cuda.device_count(), options.out)
+    every = [str(index) for index in range(torch.cuda.device_count())]
+    gpus = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if os.environ.get("CUDA_VISIBLE_DEVICES") else every
+    if not gpus:
+        parser.error("there is no GPU")
+    well = run(jobs(options.data, options.out, options.seeds, options.groups), gpus, options.out)
     rows = sorted(map(str, (options.out / "rows").glob("*.jsonl")))
     table = subprocess.run([*PYTHON, "benchmarks.accuracy", "table", *rows], stdout=subprocess.PIPE, text=True).stdout
     (options.out / "accuracy.txt").write_text(table, encoding="utf-8")
     print(table)
+    sys.exit(not well)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Agreement:
 def inputs(images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """All of ``images`` in order, or a process's share: normalized [N, C, H, W] and labels int64 [N], on the device."""
     for x_NCHW, labels in batches(images, batch_size, None, workers=workers, ranks=compute.ranks):
-        yield images.preprocessing.normalize(compute.images(x_NCHW)), labels.to(compute.device)
+        yield images.preprocessing.normalize(compute.images(x_NCHW)), labels.to(compute.device, non_blocking=True)
 
 
 def evaluate(model: nn.Module, images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Accuracy:
@@ -121,9 +121,9 @@ class _Counts:
     """Right answers, summed cross-entropy and images so far; where they are computed, so that no batch waits."""
 
     def __init__(self) -> None:
-        self.correct: Tensor | float = 0.0
+        self.correct: Tensor | int = 0
         self.loss: Tensor | float = 0.0
-        self.images = 0.0
+        self.images = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         self.correct = self.correct + (logits.argmax(1) == labels).sum()

@@ -7,6 +7,7 @@ exported network is.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -80,11 +81,27 @@ class Compute:
         merged = merge_rectifiers(model)
         compiled = steps >= _STEPS_THAT_PAY if self.compiled is None else self.compiled
         graphs = self.device.type == "cuda" and not accumulates
+        if compiled and graphs:
+            torch.cuda.empty_cache()  # what is recorded cannot take memory that is only kept for later
         return self.ranks.parallel(_Compiled(merged, images, graphs) if compiled else merged)
 
     def release(self) -> None:
-        """Gives back the memory that compiled models hold; what ``forward`` gave is not to be called any more."""
-        torch._dynamo.reset()
+        """Gives back what compiled models hold: memory of CUDA graphs. Called again, they are compiled again."""
+        if "torch._inductor" in sys.modules:
+            torch._dynamo.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def give_up_graphs(self, network: nn.Module) -> bool:
+        """No CUDA graphs from now on, whose memory other work cannot use. Whether there were some.
+
+        ``network``: what ``forward`` gave. Several processes go on as they are: they would have to agree.
+        """
+        if not (isinstance(network, _Compiled) and network.graphs and _Compiled.graphs_fit):
+            return False
+        _Compiled.graphs_fit = False
+        self.release()
+        return True
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Around the forward pass of training."""
@@ -111,9 +128,11 @@ class _Compiled(nn.Module):
     ResNet50, and the GPU 12 ms with 256 images of 32 pixels (benchmarks/gpu_training_step.txt).
     """
 
+    graphs_fit = True  # into the GPU's memory, as far as is known
+
     def __init__(self, model: nn.Module, images: int, graphs: bool) -> None:
         super().__init__()
-        self.model, self.images = model, images
+        self.model, self.images, self.graphs = model, images, graphs
         quantized = any(isinstance(module, ActivationQuantizer) for module in model.modules())
         backend = partial(_inductor, graphs=graphs, of_backward=_OF_BACKWARD if quantized else {})
         self.whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
@@ -138,9 +157,8 @@ def _inductor(network: fx.GraphModule, inputs: Any, graphs: bool, of_backward: d
             return inductor.compile_fx_inner(graph, inputs, **about)
 
     # Where it compiles the backward pass, which is later, these still hold; a context around it would not.
-    return inductor.compile_fx(
-        network, inputs, inner_compile=compile_pass, config_patches={"triton.cudagraphs": graphs}
-    )
+    recorded = {"triton.cudagraphs": graphs and _Compiled.graphs_fit}
+    return inductor.compile_fx(network, inputs, inner_compile=compile_pass, config_patches=recorded)
 
 
 @contextlib.contextmanager

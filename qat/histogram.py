@@ -30,8 +30,10 @@ EXACT_COUNT = 2**24
 LARGEST, SMALLEST_LIMIT = torch.finfo(torch.float32).max / 2, BINS * SCALE_FLOOR
 
 _THREADS, _BLOCKS_PER_PROCESSOR = 1024, 2
+_WORDS_BEHIND_COUNTS = 3  # of the kernels' State
 _CONSTANTS = f"""
 #define BINS {BINS}
+#define STATE_BYTES {8 * (BINS + _WORDS_BEHIND_COUNTS)}
 #define THREADS {_THREADS}
 #define BLOCKS_PER_PROCESSOR {_BLOCKS_PER_PROCESSOR}
 #define LARGEST {LARGEST:.9e}f
@@ -80,8 +82,9 @@ struct State {
     unsigned long long counts[BINS];
     float limit, largest;
     unsigned int blocks_done, largest_here;
-    float rest;  // the magnitude from which on the values of the tensor are not counted yet; negative: all are counted
+    float rest;  // the magnitude above which the values of the tensor are not counted yet; negative: all are counted
 };
+static_assert(sizeof(State) == STATE_BYTES, "the tensor that holds it");
 
 // By one block. As many doublings of the limit as the largest value needs; each merges two bins.
 __device__ void grow(State* state) {
@@ -102,24 +105,20 @@ __device__ void grow(State* state) {
     for (int j = threadIdx.x; j < BINS; j += blockDim.x) state->counts[j] = merged[j];
 }
 
-// Counts what is below the limit, finds the largest, and lets the limit grow to it.
+// Counts what is within the limit, finds the largest, and lets the limit grow to it.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 count(const float* x, int size, State* state) {
     __shared__ unsigned int bins[BINS];
     __shared__ bool is_last;
     float reach = state->limit;
     unsigned int most = 0;
-    if (reach == 0) {
-        each(x, size, [&](float value) { most = max(most, __float_as_uint(fabsf(value))); });
-    } else {
-        Found found(bins, reach);
-        each(x, size, [&](float value) {
-            float magnitude = fabsf(value);
-            most = max(most, __float_as_uint(magnitude));
-            if (magnitude < reach) found.add(magnitude);
-        });
-        found.add_to(state->counts);
-    }
+    Found found(bins, reach);
+    each(x, size, [&](float value) {
+        float magnitude = fabsf(value);
+        most = max(most, __float_as_uint(magnitude));
+        if (magnitude <= reach) found.add(magnitude);
+    });
+    found.add_to(state->counts);
     for (int lanes = 16; lanes; lanes /= 2) most = max(most, __shfl_xor_sync(0xffffffff, most, lanes));
     if ((threadIdx.x & 31) == 0) atomicMax(&state->largest_here, most);
     __threadfence();
@@ -129,7 +128,7 @@ count(const float* x, int size, State* state) {
     if (!is_last) return;
     if (threadIdx.x == 0) {
         unsigned int here = atomicExch(&state->largest_here, 0u);
-        state->rest = __uint_as_float(here) < reach ? -1 : reach;
+        state->rest = __uint_as_float(here) <= reach ? -1 : reach;
         state->largest = __uint_as_float(max(here, __float_as_uint(state->largest)));
     }
     __threadfence();
@@ -137,7 +136,7 @@ count(const float* x, int size, State* state) {
     grow(state);
 }
 
-// Counts what was not below the limit, which has grown since; mostly there is nothing to do.
+// Counts what was above the limit, which has grown since; mostly there is nothing to do.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 count_rest(const float* x, int size, State* state) {
     __shared__ unsigned int bins[BINS];
@@ -146,7 +145,7 @@ count_rest(const float* x, int size, State* state) {
     Found found(bins, state->limit);
     each(x, size, [&](float value) {
         float magnitude = fabsf(value);
-        if (magnitude >= rest) found.add(magnitude);
+        if (magnitude > rest) found.add(magnitude);
     });
     found.add_to(state->counts);
 }
@@ -165,7 +164,7 @@ class HistogramObserver:
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         self.name, self.seen = name, False
-        self.state = torch.zeros(BINS + 3, dtype=torch.int64, device=device)  # the kernels' State, which they share
+        self.state = torch.zeros(BINS + _WORDS_BEHIND_COUNTS, dtype=torch.int64, device=device)
         self.counts = self.state[:BINS]
         self.limit, self.largest = self.state[BINS:].view(torch.float32)[:2]
 

@@ -25,7 +25,7 @@ from qat.accuracy import evaluate
 from qat.artifact import UserError
 from qat.batches import batch_count, batches
 from qat.compute import Compute
-from qat.console import progress, say
+from qat.console import progress, say, warn
 from qat.data import Data
 from qat.failures import first_not_finite, fitting_batch
 from qat.log import TrainingLog
@@ -208,6 +208,11 @@ class Fit:
         with contextlib.suppress(torch.OutOfMemoryError):
             return self._step(x_NCHW, labels, ends_step)
         # Outside, where the error does not hold on to the memory any more.
+        if self.compute.give_up_graphs(self._forward):
+            warn("the GPU has not enough memory for CUDA graphs too: training goes on without them")
+            self._optimizer.zero_grad(set_to_none=True)
+            return self._step_that_fits(x_NCHW, labels, ends_step)
+        self.compute.release()
         raise self._too_large(x_NCHW, labels)
 
     def _step(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:

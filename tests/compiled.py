@@ -9,15 +9,20 @@ from torch import Tensor, nn
 
 from qat.compute import Compute
 
+_STEPS = 4  # of a CUDA graph the first warms up and the second records
+
 
 def _gradients(model: nn.Module, compute: Compute, x: Tensor) -> dict[str, Tensor]:
+    """Of the last step, whose input is another one than the first's."""
     torch._dynamo.reset()
     placed = compute.place(copy.deepcopy(model)).train()
-    forward = compute.forward(placed, len(x), steps=1)
-    with compute.autocast():
-        found = forward(compute.images(x))
+    forward = compute.forward(placed, len(x), steps=_STEPS)
+    for step in range(_STEPS):
+        placed.zero_grad(set_to_none=True)
+        with compute.autocast():
+            found = forward(compute.images(x.roll(step, -1)))
+        found.float().square().mean().backward()
     assert not compute.compiled or forward.whole is not forward.model, "it could not be compiled"
-    found.float().square().mean().backward()
     return {name: parameter.grad.detach().cpu() for name, parameter in placed.named_parameters()}
 
 

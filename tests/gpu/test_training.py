@@ -131,10 +131,10 @@ def trained(folder: Path, **changes: Any) -> dict[str, float]:
     ids=lambda changes: "-".join(changes) or "plain",
 )
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("learns", [False, True])
-def test_no_step_waits_for_the_gpu(changes: dict[str, Any], learns: bool, tmp_path: Path):
+@pytest.mark.parametrize(("learns", "compiled"), [(False, False), (True, False), (True, True)])
+def test_no_step_waits_for_the_gpu(changes: dict[str, Any], learns: bool, compiled: bool, tmp_path: Path):
     """While the GPU computes a step the next ones are sent; only where the loss is looked at, the CPU waits."""
-    random, compute = np.random.default_rng(0), Compute.of(DEVICE, "bfloat16")
+    random, compute = np.random.default_rng(0), Compute.of(DEVICE, "bfloat16", compiled)
     images, labels = random.integers(0, 256, (400, 32, 32, 3), dtype=np.uint8), np.arange(400) % 3
     splits = {"train_images": images, "train_labels": labels, "test_images": images[:9], "test_labels": labels[:9]}
     np.savez(tmp_path / "data.npz", **splits)
@@ -145,7 +145,7 @@ def test_no_step_waits_for_the_gpu(changes: dict[str, Any], learns: bool, tmp_pa
         learn_ranges(model)
     fit = Fit("qat", compute.place(model), data, Recipe(1, 1e-4, "cosine", 16, 0.05, 0.1, 0, **changes), compute)
     steps = fit._epoch()
-    for _ in range(2):  # what is made once
+    for _ in range(4):  # what is made once, CUDA graphs too
         next(steps)
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -185,6 +185,7 @@ def test_training_learns_in_every_type(amp: str, tmp_path: Path):
     "changes",
     [
         {"compile": True},
+        {"compile": True, "accumulate": 2},
         {"compile": True, "learn_ranges": True, "ema": 0.9},
         {"compile": True, "distill": 0.5, "distill_features": 0.5},
         {"bits": 4, "learn_ranges": True, "mixup": 0.2},

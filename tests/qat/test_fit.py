@@ -27,7 +27,7 @@ from qat.accuracy import evaluate
 from qat.artifact import UserError, read_sidecar
 from qat.batches import ImageSet
 from qat.calibration import calibrate
-from qat.compute import Compute
+from qat.compute import Compute, _Compiled
 from qat.data import Data
 from qat.failures import first_not_finite
 from qat.log import TrainingLog
@@ -380,6 +380,46 @@ def test_a_batch_that_does_not_fit_in_memory_says_which_would(data: Data) -> Non
         fitted(Hungry(5), data)
     with pytest.raises(UserError, match="nor for 2: free some, or give a smaller --image-size"):
         fitted(Hungry(1), data)
+
+
+class AsOnGpu(Compute):
+    """Makes what a GPU would get, but does not compile it."""
+
+    def forward(self, *about: Any, **more: Any) -> nn.Module:
+        made = Compute(torch.device("cuda"), compiled=True).forward(*about, **more)
+        made.whole = None
+        made.whole = made.model
+        self.made.append(made)
+        return made
+
+
+@pytest.fixture
+def as_on_gpu() -> Compute:
+    compute = AsOnGpu(torch.device("cpu"))
+    object.__setattr__(compute, "made", [])
+    return compute
+
+
+def test_gradients_that_are_added_up_do_not_come_from_cuda_graphs(data: Data, as_on_gpu: Compute) -> None:
+    for accumulate in (1, 2):
+        fitted(linear(), data, as_on_gpu, accumulate=accumulate)
+    assert [made.graphs for made in as_on_gpu.made] == [True, False]
+
+
+def test_cuda_graphs_are_given_up_where_they_take_too_much_memory(
+    data: Data, as_on_gpu: Compute, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(Hungry):
+        def forward(self, x: Tensor) -> Tensor:
+            if _Compiled.graphs_fit:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return super().forward(x)
+
+    monkeypatch.setattr(_Compiled, "graphs_fit", True)
+    assert fitted(Full(9), data, as_on_gpu).epoch == 1
+    assert "training goes on without them" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UserError, match="for batches of 9 images; 4 fit"):
+        fitted(Full(5), data, as_on_gpu)
 
 
 # --- the log
