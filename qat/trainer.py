@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from qat.optimizer import load_optimizer, make_optimizer, optimizer_tensors
 from qat.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.ranks import averaging_later, unwrapped
 from qat.recipe import Recipe
+
+_Result = TypeVar("_Result")
 
 _SECONDS_OF_ONE_INTERRUPT = 1.0
 _STEPS_BETWEEN_LOSS_CHECKS = 16  # on a GPU, where reading the loss waits for it
@@ -206,14 +208,22 @@ class Fit:
     def _step_that_fits(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:
         """``_step``. Raises UserError where the GPU's memory does not do for it."""
         with contextlib.suppress(torch.OutOfMemoryError):
-            return self._step(x_NCHW, labels, ends_step)
-        # Outside, where the error does not hold on to the memory any more.
-        if self.compute.give_up_graphs(self._forward):
-            warn("the GPU has not enough memory for CUDA graphs too: training goes on without them")
-            self._optimizer.zero_grad(set_to_none=True)
-            return self._step_that_fits(x_NCHW, labels, ends_step)
+            return self._beside_graphs(lambda: self._step(x_NCHW, labels, ends_step))
         self.compute.release()
         raise self._too_large(x_NCHW, labels)
+
+    def _beside_graphs(self, work: Callable[[], _Result]) -> _Result:
+        """What ``work`` gives, done again without CUDA graphs where memory is missing that they keep."""
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        # Outside, where the error does not hold on to the memory any more.
+        if not self.compute.give_up_graphs(self._forward):
+            raise torch.OutOfMemoryError(reason)
+        warn("the GPU has not enough memory for CUDA graphs too: training goes on without them")
+        self._optimizer.zero_grad(set_to_none=True)
+        return work()
 
     def _step(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:
         """Forward and backward pass of one batch, and the optimizer's step where it ends one; the loss."""
@@ -283,7 +293,8 @@ class Fit:
         state, recipe = self.state, self.recipe
         for model in self._models:
             self.ranks.take_buffers_of_first(model)
-        measured = evaluate(self.result, self.data.validation, recipe.batch_size, self.compute, self.workers)
+        given = (self.result, self.data.validation, recipe.batch_size, self.compute, self.workers)
+        measured = self._beside_graphs(lambda: evaluate(*given))
         train_loss = float(state.loss_sum) / max(self.total, 1)
         scores = {"train_loss": train_loss, "validation_top1": measured.top1, "validation_loss": measured.loss}
         state.history.append(scores)
