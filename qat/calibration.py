@@ -31,8 +31,8 @@ from qat.quantizer import (
 from qat.ranks import ALONE, Ranks
 from qat.thresholds import LEVELS, Method, amax_entropy, amax_mse, amax_percentile
 
-# Tensors whose ranges are chosen at a time, each 2 MB of every table of mse and entropy. Of many small operations a GPU
-# waits for the CPU.
+# Tensors whose ranges are chosen at a time, each with 2 MB in every table of mse and entropy. On a GPU, sending small
+# operations takes longer than computing them.
 _TOGETHER, _TOGETHER_ON_GPU = 16, 64
 
 
