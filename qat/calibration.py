@@ -31,10 +31,6 @@ from qat.quantizer import (
 from qat.ranks import ALONE, Ranks
 from qat.thresholds import LEVELS, Method, amax_entropy, amax_mse, amax_percentile
 
-# Tensors whose ranges are chosen at a time, each with 2 MB in every table of mse and entropy. On a GPU, sending small
-# operations takes longer than computing them.
-_TOGETHER, _TOGETHER_ON_GPU = 16, 64
-
 
 def weight_amax_mse(weight: Tensor, axis: int, codes: CodeRange = WEIGHT, candidates: int = 100) -> Tensor:
     """The range of each channel of ``axis`` with the least mean squared error of the codes: [C], float32.
@@ -181,24 +177,17 @@ def choose_ranges(
     """
     if method not in get_args(Method):
         raise ValueError(f"no calibration method {method!r}: choose max, percentile, mse or entropy")
-    if method == "max" or not observers:
-        chosen = largest_of(observers)
-    else:
-        count = _TOGETHER_ON_GPU if observers[0].counts.is_cuda else _TOGETHER
-        parts = (observers[start : start + count] for start in range(0, len(observers), count))
-        chosen = torch.cat([_chosen(part, method, percentile, levels) for part in parts]).tolist()
+    chosen = largest_of(observers)
+    if method != "max" and observers:
+        counts, limits, exact = (
+            torch.stack([getattr(observer, name) for observer in observers]) for name in ("counts", "limit", "largest")
+        )
+        if method == "percentile":
+            found = amax_percentile(counts, limits, percentile)
+        else:
+            found = (amax_mse if method == "mse" else amax_entropy)(counts, limits, levels)
+        chosen = torch.minimum(exact, found).tolist()
     return [amax if observer.seen else math.nan for observer, amax in zip(observers, chosen, strict=True)]
-
-
-def _chosen(observers: Sequence[HistogramObserver], method: Method, percentile: float, levels: int) -> Tensor:
-    """The amax of tensors that are looked at together, [T], by another method than max."""
-    counts, limits, exact = (
-        torch.stack([getattr(observer, name) for observer in observers]) for name in ("counts", "limit", "largest")
-    )
-    if method == "percentile":
-        return torch.minimum(exact, amax_percentile(counts, limits, percentile))
-    choose = amax_mse if method == "mse" else amax_entropy
-    return torch.minimum(exact, choose(counts, limits, levels))
 
 
 def _quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:

@@ -142,10 +142,13 @@ class _Compiled(nn.Module):
             return self.model(x)
         try:
             return self.whole(x)
-        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            warn(f"torch.compile fails ({one_line(error)}): training goes on without, as with --compile False")
-            self.whole = self.model
-            return self.model(x)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            reason = "it compiles the network anew in every step; TORCH_LOGS=recompiles shows what changes"
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = one_line(error)
+        warn(f"torch.compile fails ({reason}): training goes on without, as with --compile False")
+        self.whole = self.model
+        return self.model(x)
 
 
 def _inductor(network: fx.GraphModule, inputs: Any, graphs: bool, of_backward: dict[str, Any]) -> Any:

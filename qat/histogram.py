@@ -14,13 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat.artifact import UserError, one_line
 from qat.console import warn
+from qat.cuda_kernels import Kernels
 from qat.quantizer import SCALE_FLOOR
 
 BINS = 2048
@@ -31,6 +31,7 @@ LARGEST, SMALLEST_LIMIT = torch.finfo(torch.float32).max / 2, BINS * SCALE_FLOOR
 
 _THREADS, _BLOCKS_PER_PROCESSOR = 1024, 2
 _WORDS_BEHIND_COUNTS = 3  # of the kernels' State
+_MOST = 2**30  # elements that they count at a time
 _CONSTANTS = f"""
 #define BINS {BINS}
 #define STATE_BYTES {8 * (BINS + _WORDS_BEHIND_COUNTS)}
@@ -39,7 +40,7 @@ _CONSTANTS = f"""
 #define LARGEST {LARGEST:.9e}f
 #define SMALLEST_LIMIT {SMALLEST_LIMIT:.9e}f
 """
-_KERNELS = """
+_SOURCE = """
 // Shows ``see`` every element that is this thread's share: where they lie so, four of one load, while the next come.
 template <typename See> __device__ void each(const float* __restrict__ x, unsigned int size, See see) {
     unsigned int first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
@@ -176,10 +177,12 @@ class HistogramObserver:
     def __call__(self, x: Tensor) -> None:
         """Counts ``x``: any shape, memory layout and floating-point type. Ask ``check_finite`` before using counts."""
         self.seen = True
-        x = _flat(x.detach()).float()
+        x = x.detach().float()
         if x.is_cuda and (kernels := _kernels(x.device)) is not None:
-            _count_on_gpu(kernels, x, self)
+            for part in (x,) if x.is_contiguous() and x.numel() <= _MOST else _flat(x).split(_MOST):
+                kernels.launch(part, part.numel(), self.state)
             return
+        x = _flat(x)
         low, high = torch.aminmax(x)
         torch.maximum(self.largest, torch.maximum(-low, high), out=self.largest)
         if self.largest <= LARGEST:  # not when it is NaN
@@ -235,27 +238,11 @@ def _flat(x: Tensor) -> Tensor:
     return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
 
 
-_Kernels = tuple[Any, Any, dict[str, Any]]  # count, count_rest; the launch of both
-
-
-def _count_on_gpu(kernels: _Kernels, x: Tensor, observer: HistogramObserver) -> None:
-    count, count_rest, launch = kernels
-    parts = x.split(2**30) if x.numel() > 2**30 else (x,)
-    with torch.cuda.device(x.device):
-        for part in parts:
-            for kernel in (count, count_rest):
-                kernel(args=[part, part.numel(), observer.state], **launch)
-
-
 @lru_cache(maxsize=16)
-def _kernels(device: torch.device) -> _Kernels | None:
-    """Compiled where there is CUDA's toolkit, whose folder torch wants to know; without, torch.histc has to do."""
-    with torch.cuda.device(device):
-        # Underscored, but there in every version that pyproject.toml admits; Triton's histogram is ten times as slow.
-        try:
-            compiled = [torch.cuda._compile_kernel(_CONSTANTS + _KERNELS, name) for name in ("count", "count_rest")]
-        except (OSError, RuntimeError) as error:
-            warn(f"calibration is slower than it could be: its kernels cannot be compiled ({one_line(error)})")
-            return None
-    blocks = _BLOCKS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-    return compiled[0], compiled[1], {"grid": (blocks, 1, 1), "block": (_THREADS, 1, 1)}
+def _kernels(device: torch.device) -> Kernels | None:
+    """None where they cannot be compiled and torch.histc has to do; Triton's histogram is ten times as slow."""
+    try:
+        return Kernels(_CONSTANTS + _SOURCE, ["count", "count_rest"], device, _THREADS, _BLOCKS_PER_PROCESSOR)
+    except (OSError, RuntimeError) as error:
+        warn(f"calibration is slower than it could be: its kernels cannot be compiled ({one_line(error)})")
+        return None

@@ -29,8 +29,9 @@ so that prefix sums of c, c log c and [c > 0], read at 129 edges for each i, giv
   to counts[1]. Measured on 4 million of max(0, gaussian): SQNR 39.4 dB instead of 17.0 dB with the zeros
   kept; a signed gaussian, which has no such spike, gets 39.5 dB either way.
 
-MSE is read from prefix sums in the same way: the bins that share code k are neighbours, and with the scale
-s = amax / 127 their error is  sum c x^2 - 2 k s sum c x + (k s)^2 sum c.
+MSE is linear in c: with step i / 127, in bins, and k_ij the code of x_j, it is
+
+    sum_j c_j x_j^2  -  2 step sum_j k_ij c_j x_j  +  step^2 sum_j k_ij^2 c_j
 
 Legend: B bins, T candidates i, K = 128 groups or codes; "..." may be several tensors at once, or none.
 """
@@ -50,6 +51,10 @@ from qat.quantizer import ACTIVATION, SCALE_FLOOR
 Method = Literal["max", "percentile", "mse", "entropy"]
 
 LEVELS = ACTIVATION.high + 1
+
+# Tensors that entropy looks at together, each with 2 MB in every table: on a CPU as many as its caches hold; on a GPU
+# sending small operations takes longer than computing them.
+_TOGETHER, _TOGETHER_ON_GPU = 4, 64
 
 
 def amax_percentile(counts: Tensor, limit: Tensor | float, percentile: float = 99.99) -> Tensor:
@@ -81,7 +86,10 @@ def amax_entropy(counts: Tensor, limit: Tensor | float, levels: int = LEVELS) ->
     """
     without_zeros = counts.clone()
     without_zeros[..., 0] = torch.minimum(counts[..., 0], counts[..., 1])
-    return _best_threshold(kl_of_thresholds(without_zeros, levels), levels).double() * limit / counts.shape[-1]
+    tensors = without_zeros.reshape(-1, counts.shape[-1])
+    parts = tensors.split(_TOGETHER_ON_GPU if counts.is_cuda else _TOGETHER)
+    chosen = torch.cat([_best_threshold(kl_of_thresholds(part, levels), levels) for part in parts])
+    return chosen.view(counts.shape[:-1]).double() * limit / counts.shape[-1]
 
 
 def mse_of_thresholds(counts: Tensor, levels: int = LEVELS) -> Tensor:
@@ -94,10 +102,10 @@ def mse_of_thresholds(counts: Tensor, levels: int = LEVELS) -> Tensor:
     x = torch.arange(bins, device=c.device, dtype=torch.float64) + 0.5
     ends = _ends(counts, levels)
     i = torch.arange(levels, int(ends.max()) + 1, device=c.device)  # [T]
-    edges = _code_edges(bins, levels, c.device)[: len(i)]
-    mass, first = (_sums(_prefix(moment), edges) for moment in (c, c * x))  # [..., T, K]
-    codes = torch.arange(levels, device=c.device) * (i.double() / (levels - 1))[:, None]  # [T, K]
-    errors = (c * x * x).sum(-1, keepdim=True) + torch.linalg.vecdot(codes, codes * mass - 2 * first)
+    step = i.double() / (levels - 1)
+    codes = (x / step[:, None]).round_().clamp_(max=levels - 1)  # [T, B]
+    products = (c * x) @ codes.T  # [..., T]
+    errors = (c * x * x).sum(-1, keepdim=True) + step * (step * (c @ codes.square_().T) - 2 * products)
     return errors.masked_fill(i > ends, math.inf)
 
 
@@ -120,15 +128,16 @@ def kl_of_thresholds(counts: Tensor, levels: int = LEVELS) -> Tensor:
     clipped = prefix[..., -1:] - kept
     clips = clipped > 0
 
-    group_mass = _sums(prefix, edges)  # S_k: [..., T, K]
-    filled = _sums(_prefix((c > 0).double()), edges)  # n_k
-    filled[..., -1] += (c_last == 0) & clips
+    group_mass = _sums(prefix, edges)  # S_k: [T, K, ...]
+    filled = _sums(_prefix((c > 0).float()), edges)  # n_k
+    filled[:, -1] += ((c_last == 0) & clips).movedim(-1, 0)
     # An empty group gets the log of an arbitrary value above 0, which its mass of 0 then cancels.
     log_q = group_mass.clamp(min=SCALE_FLOOR).div_(filled.clamp_(min=1)).log_()
-    p_log_q = torch.linalg.vecdot(group_mass, log_q) + clipped * log_q[..., -1] - kept.log()
+    last_mass, last_log_q = (of_groups[:, -1].movedim(0, -1) for of_groups in (group_mass, log_q))
+    p_log_q = (group_mass * log_q).sum(1).movedim(0, -1) + clipped * last_log_q - kept.log()
     p_last = c_last + clipped
     p_log_p = _prefix(torch.xlogy(c, c))[..., levels - 1 : end] + torch.xlogy(p_last, p_last)
-    impossible = (kept == 0) | (clips & (group_mass[..., -1] == 0)) | (i > ends)
+    impossible = (kept == 0) | (clips & (last_mass == 0)) | (i > ends)
     return torch.where(impossible, math.inf, p_log_p - p_log_q)
 
 
@@ -143,9 +152,12 @@ def _prefix(values: Tensor) -> Tensor:
 
 
 def _sums(prefix: Tensor, edges: Tensor) -> Tensor:
-    """Sums between neighbouring edges: prefix sums [..., B+1] and edges [T, K+1] to [..., T, K]."""
-    read = prefix.index_select(-1, edges.flatten())
-    return read.view(*prefix.shape[:-1], *edges.shape).diff(dim=-1)
+    """Sums between neighbouring edges: prefix sums [..., B+1] and edges [T, K+1] to [T, K, ...].
+
+    Tensors come last: what is read of all of them lies together.
+    """
+    read = prefix.movedim(-1, 0).contiguous().index_select(0, edges.flatten())
+    return read.unflatten(0, edges.shape).diff(dim=1)
 
 
 def _ends(counts: Tensor, levels: int) -> Tensor:
@@ -159,16 +171,3 @@ def _group_edges(bins: int, levels: int, device: torch.device) -> Tensor:
     """[B-K+1, K+1]: floor(k * i / K) for i = K .. B."""
     i = torch.arange(levels, bins + 1, device=device)[:, None]
     return (torch.arange(levels + 1, device=device) * i // levels).int()
-
-
-@lru_cache(maxsize=4)
-def _code_edges(bins: int, levels: int, device: torch.device) -> Tensor:
-    """[B-K+1, K+1]: the first bin whose center has code k or higher when amax is i bins, for i = K .. B.
-
-    The center j + 1/2 reaches code k where (j + 1/2) * (K - 1) / i >= k - 1/2. A tie has the same error on both
-    sides. The last code, K - 1, extends to bin B.
-    """
-    i = torch.arange(levels, bins + 1, device=device)[:, None]
-    edges = ((torch.arange(levels + 1, device=device) - 0.5) * i / (levels - 1) - 0.5).ceil().int()
-    edges[:, 0], edges[:, -1] = 0, bins
-    return edges

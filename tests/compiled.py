@@ -27,8 +27,14 @@ def _gradients(model: nn.Module, compute: Compute, x: Tensor) -> dict[str, Tenso
 
 
 def gradient_errors(model: nn.Module, device: str, amp: torch.dtype, x: Tensor) -> dict[str, float]:
-    """For each parameter of ``model``: distance of the compiled gradient from the plain one, relative to its length."""
-    plain, compiled = (
-        _gradients(model, Compute(torch.device(device), amp, compiled=compiled), x) for compiled in (False, True)
+    """For each parameter of ``model``: distance of the compiled gradient from the plain one, relative to its length.
+
+    To the length is added how far ``amp`` alone moves the plain gradient: terms that cancel may leave nothing else.
+    """
+    on = torch.device(device)
+    exact, plain, compiled = (
+        _gradients(model, Compute(on, dtype, compiled=compiled), x)
+        for dtype, compiled in ((torch.float32, False), (amp, False), (amp, True))
     )
-    return {name: float((compiled[name] - grad).norm() / grad.norm()) for name, grad in plain.items()}
+    lengths = {name: grad.norm() + (grad - exact[name]).norm() for name, grad in plain.items()}
+    return {name: float((compiled[name] - grad).norm() / lengths[name]) for name, grad in plain.items()}

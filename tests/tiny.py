@@ -26,7 +26,7 @@ passes = 0
 def stop(module, inputs, output):
     global passes
     passes += module.training
-    if module.training and passes == int(os.environ.get("STOP_IN_PASS", 0)):
+    if module.training and passes == int(os.environ["STOP_IN_PASS"]):
         os.kill(os.getpid(), int(os.environ["STOP_BY"]))
 
 class Net(nn.Module):
@@ -35,7 +35,8 @@ class Net(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8)
         self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
         self.dropout, self.fc = nn.Dropout(0.1), nn.Linear(8, num_classes)
-        self.bn1.register_forward_hook(stop)
+        if "STOP_IN_PASS" in os.environ:  # otherwise what is compiled would be compiled anew in each pass
+            self.bn1.register_forward_hook(stop)
 
     def forward(self, x):
         x = self.bn1(self.conv1(x)).relu()

@@ -500,25 +500,38 @@ def test_a_short_last_batch_weighs_what_it_holds(data: Data) -> None:
     torch.testing.assert_close(weights(parts), weights(whole))
 
 
-class NotCompiled(nn.Module):
+class Breaking(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc = nn.Linear(3, 3)
+        self.fc, self.passes = nn.Linear(3, 3), 0
 
     def forward(self, x: Tensor) -> Tensor:
         print(end="")  # a graph break
         return self.fc(x.mean((2, 3)))
 
 
-def test_what_cannot_be_compiled_is_trained_all_the_same(data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+class Counting(Breaking):
+    """Is another program in every pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.fc(x.mean((2, 3))) + 0.1 * self.passes
+
+
+@pytest.mark.parametrize(("network", "reason"), [(Breaking, "print"), (Counting, "TORCH_LOGS=recompiles")])
+def test_what_cannot_be_compiled_is_trained_all_the_same(
+    network: type[Breaking], reason: str, data: Data, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
-    plain = NotCompiled()
+    plain = network()
     other = copy.deepcopy(plain)
-    fitted(plain, data)
-    fitted(other, data, Compute(torch.device("cpu"), compiled=True))
-    assert torch.equal(plain.fc.weight, other.fc.weight)
+    fitted(plain, data, epochs=2)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        fitted(other, data, Compute(torch.device("cpu"), compiled=True), epochs=2)
+    torch.testing.assert_close(plain.fc.weight, other.fc.weight)
     warning = " ".join(capsys.readouterr().err.split())
     assert warning.count("torch.compile fails (") == 1
+    assert reason in warning
     assert "as with --compile False" in warning
 
 
