@@ -1,4 +1,4 @@
-"""The optimizer: what it moves and how fast, and its state as named tensors."""
+"""The optimizer: what it moves and how fast, its state as named tensors, and the moving average of what it moves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qat.recipe import Recipe
 
@@ -43,3 +44,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
         for name, value in entries.items():
             if value.shape == parameter.shape:
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def follow(average: AveragedModel, model: nn.Module, decay: float) -> None:
+    """A step of the moving average, of buffers too, which begins as ``model``.
+
+    ``AveragedModel.update_parameters`` copies its count of steps to the GPU, for which the CPU waits.
+    """
+    update = get_ema_multi_avg_fn(decay if average.n_averaged else 0.0)
+    average.n_averaged += 1
+    ours, theirs = ([*one.parameters(), *one.buffers()] for one in (average.module, model))
+    for dtype in {tensor.dtype for tensor in ours}:
+        update(*([tensor for tensor in one if tensor.dtype == dtype] for one in (ours, theirs)), 0)

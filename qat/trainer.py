@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
 from qat.accuracy import evaluate
@@ -28,16 +27,16 @@ from qat.compute import Compute
 from qat.console import progress, say, warn
 from qat.data import Data
 from qat.failures import first_not_finite, fitting_batch
+from qat.interrupts import Clock, Interrupted, deferred_interrupt
 from qat.log import TrainingLog
 from qat.objective import CrossEntropy
-from qat.optimizer import load_optimizer, make_optimizer, optimizer_tensors
+from qat.optimizer import follow, load_optimizer, make_optimizer, optimizer_tensors
 from qat.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.ranks import averaging_later, unwrapped
 from qat.recipe import Recipe
 
 _Result = TypeVar("_Result")
 
-_SECONDS_OF_ONE_INTERRUPT = 1.0
 _STEPS_BETWEEN_LOSS_CHECKS = 16  # on a GPU, where reading the loss waits for it
 
 
@@ -58,10 +57,6 @@ class FitState:
         """All but the tensors, for JSON."""
         content = {name: value for name, value in vars(self).items() if name != "best_weights"}
         return content | {"best_loss": min(self.best_loss, 1e30)}  # JSON has no infinity
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, raised between two steps, after the state was saved."""
 
 
 class Fit:
@@ -131,7 +126,7 @@ class Fit:
         ``save`` is called every ``seconds_between_saves``, and before Interrupted is raised by Ctrl-C. Raises UserError
         when the loss became NaN or infinite.
         """
-        clock = _Clock(seconds_between_saves)
+        clock = Clock(seconds_between_saves)
         self.log.begin(self.phase, self._steps_done())
 
         def save_now() -> None:
@@ -142,7 +137,7 @@ class Fit:
             save()
             clock.reset()
 
-        with _deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupted:
             while self.state.epoch < self.recipe.epochs:
                 for may_stop in self._epoch():
                     if may_stop:
@@ -251,7 +246,7 @@ class Fit:
             self._scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if self._average is not None:
-                _follow(self._average, self.model, recipe.ema)
+                follow(self._average, self.model, recipe.ema)
         return loss.detach()
 
     def _images_of_step(self, first: int) -> int:
@@ -340,18 +335,6 @@ class Fit:
         return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times}, {made}")
 
 
-def _follow(average: AveragedModel, model: nn.Module, decay: float) -> None:
-    """A step of the moving average, of buffers too, which begins as ``model``.
-
-    ``AveragedModel.update_parameters`` copies its count of steps to the GPU, for which the CPU waits.
-    """
-    update = get_ema_multi_avg_fn(decay if average.n_averaged else 0.0)
-    average.n_averaged += 1
-    ours, theirs = ([*one.parameters(), *one.buffers()] for one in (average.module, model))
-    for dtype in {tensor.dtype for tensor in ours}:
-        update(*([tensor for tensor in one if tensor.dtype == dtype] for one in (ours, theirs)), 0)
-
-
 def _quantize_part(model: nn.Module, share: float) -> None:
     """Turns on the first ``share`` of the quantizers of weights, and of activations, and the others off."""
     for kind in (WeightQuantizer, ActivationQuantizer):
@@ -375,40 +358,5 @@ def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Te
     return v2.RandomChoice(chosen) if chosen else None
 
 
-class _Clock:
-    """Says when the next save is due."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.reset()
-
-    def reset(self) -> None:
-        self.last = time.monotonic()
-
-    def due(self) -> bool:
-        return time.monotonic() - self.last >= self.seconds
-
-
 def _step_seed(seed: int, phase: str, epoch: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + sum(phase.encode()) * 7_919 + epoch * 104_729 + step + rank * 15_485_863) % 2**63
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Holds Ctrl-C and SIGTERM back until the loop asks; a second Ctrl-C, seconds later, interrupts at once.
-
-    At the same time they come twice: from the terminal or scheduler, and from torchrun, which passes them on.
-    """
-    seen: list[float] = []
-
-    def note(number: int, frame: object) -> None:
-        if seen and time.monotonic() - seen[0] > _SECONDS_OF_ONE_INTERRUPT:
-            raise KeyboardInterrupt
-        seen.append(time.monotonic())
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

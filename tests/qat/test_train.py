@@ -20,13 +20,13 @@ from commands import ONE_THREAD, ROOT, Run, one_thread
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import qat.trainer
 from qat.accuracy import evaluate
 from qat.artifact import UserError, read_sidecar, sha256_of
 from qat.batches import ImageSet
 from qat.checkpoint import load_checkpoint, load_state
 from qat.compute import Compute
 from qat.data import Data
+from qat.interrupts import Interrupted
 from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
 from qat.pixels import ArrayPixels
@@ -244,7 +244,7 @@ def test_nothing_to_resume(trained: Path, output: Path, command: Run) -> None:
 def test_a_truncated_state_is_refused(trained: Path, output: Path, monkeypatch: pytest.MonkeyPatch, keep: int) -> None:
     for name, value in stop(1, INTERRUPT).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(qat.trainer.Interrupted):
+    with pytest.raises(Interrupted):
         train(trained, output)
     state = output.with_name("model.qat.state")
     state.write_bytes(state.read_bytes()[:keep])
