@@ -143,7 +143,7 @@ class _Compiled(nn.Module):
         try:
             return self.whole(x)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
-            reason = "it compiles the network anew in every step; TORCH_LOGS=recompiles shows what changes"
+            reason = "the network changed more often than it allows; TORCH_LOGS=recompiles shows where"
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = one_line(error)
         warn(f"torch.compile fails ({reason}): training goes on without, as with --compile False")

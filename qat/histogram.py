@@ -178,7 +178,7 @@ class HistogramObserver:
         """Counts ``x``: any shape, memory layout and floating-point type. Ask ``check_finite`` before using counts."""
         self.seen = True
         x = x.detach().float()
-        if x.is_cuda and (kernels := _kernels(x.device)) is not None:
+        if x.is_cuda and x.device == self.state.device and (kernels := _kernels(x.device)) is not None:
             for part in (x,) if x.is_contiguous() and x.numel() <= _MOST else _flat(x).split(_MOST):
                 kernels.launch(part, part.numel(), self.state)
             return
@@ -234,8 +234,8 @@ def check_finite(observers: Iterable[HistogramObserver]) -> None:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """All elements of ``x``, in the order of memory: no copy for channels_last and other dense layouts."""
-    return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
+    """All elements of ``x``, one behind the other in memory; not copied where they lie so, as in channels_last."""
+    return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1).contiguous()
 
 
 @lru_cache(maxsize=16)
@@ -244,5 +244,5 @@ def _kernels(device: torch.device) -> Kernels | None:
     try:
         return Kernels(_CONSTANTS + _SOURCE, ["count", "count_rest"], device, _THREADS, _BLOCKS_PER_PROCESSOR)
     except (OSError, RuntimeError) as error:
-        warn(f"calibration is slower than it could be: its kernels cannot be compiled ({one_line(error)})")
+        warn(f"calibration is slower than it could be: its kernels cannot be used ({one_line(error)})")
         return None

@@ -55,6 +55,7 @@ LEVELS = ACTIVATION.high + 1
 # Tensors that entropy looks at together, each with 2 MB in every table: on a CPU as many as its caches hold; on a GPU
 # sending small operations takes longer than computing them.
 _TOGETHER, _TOGETHER_ON_GPU = 4, 64
+_ROUNDING = 1e-8  # relative; costs that differ by less are equal
 
 
 def amax_percentile(counts: Tensor, limit: Tensor | float, percentile: float = 99.99) -> Tensor:
@@ -143,7 +144,9 @@ def kl_of_thresholds(counts: Tensor, levels: int = LEVELS) -> Tensor:
 
 def _best_threshold(cost: Tensor, levels: int = LEVELS) -> Tensor:
     """The i of the least of ``cost`` [..., T], and of equal ones the largest: [...]."""
-    return levels + cost.shape[-1] - 1 - cost.flip(-1).argmin(-1)
+    least = cost.amin(-1, keepdim=True)
+    equal = cost <= least + _ROUNDING * least.abs()
+    return levels + cost.shape[-1] - 1 - equal.flip(-1).int().argmax(-1)
 
 
 def _prefix(values: Tensor) -> Tensor:

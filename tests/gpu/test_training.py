@@ -17,6 +17,8 @@ import tiny
 torch = pytest.importorskip("torch")
 
 from compiled import gradient_errors  # noqa: E402
+from processes import NET, train  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torchvision.models import resnet18  # noqa: E402
 
 from qat.adaround import adaround  # noqa: E402
@@ -88,7 +90,13 @@ def test_growth_merges_bins():
 
 def test_memory_layout_does_not_matter():
     x = torch.randn(2, 6, 5, 4)
-    views = (x.to(memory_format=torch.channels_last), x.permute(2, 0, 3, 1), x[:, ::2, 1:])
+    views = (
+        x.to(memory_format=torch.channels_last),
+        x.permute(2, 0, 3, 1),
+        x[:, ::2, 1:],
+        x[..., ::2],  # one stride reaches all elements
+        x[0, 0, 0, :1].expand(3, 7),
+    )
     for view in views:
         assert torch.equal(observed(DEVICE, [view]).counts, observed(DEVICE, [view.contiguous()]).counts)
 
@@ -224,3 +232,24 @@ def test_a_model_on_the_gpu_is_prepared_and_rounded_there(tmp_path: Path):
     for _, weight, quantizer in weights_and_quantizers(prepared[DEVICE]):
         assert weight.device.type == DEVICE
         assert torch.equal(quantizer(weight), weight)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="training on several GPUs: torch finds fewer than two")
+@pytest.mark.parametrize("changes", [{}, {"compile": "True"}, {"accumulate": 2}], ids=lambda changes: "-".join(changes))
+def test_two_gpus_train_the_network_that_one_trains(changes: dict[str, Any], tmp_path: Path):
+    (tmp_path / "plain.py").write_text(NET)
+    found = {}
+    for gpus in (1, 2):
+        output = tmp_path / f"{gpus}.qat"
+        about = {"model": f"{tmp_path / 'plain.py'}:net", "output": output, "device": DEVICE, "amp": "float32"}
+        done = train(tmp_path, gpus, batch_size=16, float_epochs=6, float_lr=2e-2, **about, **changes)
+        assert done.returncode == 0, done.stderr
+        assert "torch.compile fails" not in " ".join(done.stderr.split())
+        found[gpus] = load_file(output), read_sidecar(output, "checkpoint").figures
+    (one, figures), (two, figures_of_two) = found.values()
+    for key in ("float", "ptq", "qat"):
+        assert figures_of_two[key]["test_loss"] == pytest.approx(figures[key]["test_loss"], abs=0.02)
+    ranges = [name for name in one if name.endswith(".amax")]
+    assert ranges
+    for name in ranges:
+        torch.testing.assert_close(two[name], one[name], rtol=0.05, atol=1e-4)

@@ -86,6 +86,14 @@ def test_dense_layouts_are_not_copied():
     assert histogram._flat(x).data_ptr() == x.data_ptr()
 
 
+@pytest.mark.parametrize("where", [(..., slice(None, None, 2)), (..., 0), (slice(None), 0)])
+def test_layouts_with_gaps_are_copied(where: tuple[slice | int, ...]):
+    view = torch.randn(2, 3, 4, 6)[where]
+    flat = histogram._flat(view)
+    assert flat.is_contiguous()  # or the kernels of a GPU would read what lies in the gaps
+    assert torch.equal(flat.sort().values, view.flatten().sort().values)
+
+
 def test_more_counts_than_float32_holds():
     observer = observed(torch.ones(1), torch.zeros(2**24 + 5), torch.zeros(2))
     assert observer.counts[0] == 2**24 + 7

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +10,13 @@ import pytest
 import tiny
 import torch
 import torch.multiprocessing
-from commands import ONE_THREAD, ROOT
+from processes import NET, train
 from safetensors.torch import load_file
 from torch import Tensor
 
 from qat.artifact import UserError, read_sidecar
 from qat.histogram import HistogramObserver
 from qat.ranks import ALONE, Ranks
-
-# Nothing in it depends on the other images of a batch, so that shares of a batch make the gradient of the whole.
-NET = """
-import json
-import os
-from torch import nn
-
-passes = 0
-
-def fail(module, inputs, output):
-    global passes
-    passes += module.training
-    if os.environ.get("RANK") == os.environ.get("FAILS", "nobody") and passes == 5:
-        os._exit(7)
-
-class Net(nn.Module):
-    def __init__(self, num_classes):
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.fc = nn.Linear(8, num_classes)
-        self.fc.register_forward_hook(fail)
-
-    def forward(self, x):
-        x = self.conv2(self.conv1(x).relu()).relu()
-        return self.fc(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
-
-def net(num_classes):
-    return Net(num_classes)
-"""
-
-
-def train(folder: Path, processes: int, environment: dict[str, str] | None = None, **changes: Any) -> Any:
-    """python -m qat.train in so many processes."""
-    options = tiny.options(folder, **({"batch_size": 8, "float_lr": 2e-3} | changes))
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(start if processes > 1 else []), "-m", "qat.train", *tiny.flags(options)]
-    return subprocess.run(
-        command, cwd=ROOT, env=_environment() | (environment or {}), capture_output=True, text=True, timeout=90
-    )
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,15 @@ def test_of_equal_minima_the_largest_threshold_is_chosen():
     assert thresholds._best_threshold(torch.tensor([1.0, 0.5, 0.5, 2.0])) == 128 + 2
 
 
+@pytest.mark.parametrize("many", [10, 777, 1000, 10**6])
+def test_rounding_does_not_decide_between_equal_minima(many: int):
+    counts = torch.zeros(2048, dtype=torch.int64)
+    counts[0], counts[-1] = many, 9  # zeros and the largest value: its code is as exact with one bin less
+    errors = thresholds.mse_of_thresholds(counts)
+    assert errors[-2] == pytest.approx(errors[-1].item(), rel=1e-8)
+    assert thresholds.amax_mse(counts, 1.0) == 1.0
+
+
 @pytest.mark.parametrize("percentile", [0.01, 50, 99, 99.99, 100])
 def test_percentile_is_numpys_to_one_bin(percentile: float):
     x = np.abs(np.random.default_rng(0).normal(size=100_000)).astype(np.float32)
