@@ -12,7 +12,6 @@ qat.calibrate calibrate in exact float32, without TF32.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -22,6 +21,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from benchmarks.gpu_training_step import now
 from benchmarks.stamp import stamp
 from qat.calibration import observe, set_ranges
 from qat.compute import exact_float32
@@ -82,17 +82,9 @@ def measure(model: nn.Module, prepared: nn.Module, batches: list[Tensor]) -> tup
 
 def seconds(work: Callable[[], Result]) -> tuple[float, Result]:
     """Wall-clock seconds that ``work`` takes, and what it returns."""
-    now()
-    start = time.perf_counter()
+    start = now()
     result = work()
     return now() - start, result
-
-
-def now() -> float:
-    """Seconds, when all that was asked of the GPU is done."""
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

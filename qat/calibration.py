@@ -177,8 +177,9 @@ def choose_ranges(
     """
     if method not in get_args(Method):
         raise ValueError(f"no calibration method {method!r}: choose max, percentile, mse or entropy")
-    chosen = largest_of(observers)
-    if method != "max" and observers:
+    if method == "max" or not observers:
+        chosen = largest_of(observers)
+    else:
         counts, limits, exact = (
             torch.stack([getattr(observer, name) for observer in observers]) for name in ("counts", "limit", "largest")
         )

@@ -129,32 +129,27 @@ class Fit:
         clock = Clock(seconds_between_saves)
         self.log.begin(self.phase, self._steps_done())
 
-        def save_now() -> None:
-            # The loss was of the weights before the step; what is saved are those after it.
-            bad = [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]
-            if bad:
-                raise self._diverged(f"{bad[0]} became NaN or infinite")
-            save()
-            clock.reset()
+        def save_or_stop() -> None:
+            stopping, saving = self.ranks.any(interrupted(), clock.due())
+            if stopping or saving:
+                self._check_loss()
+                # The loss was of the weights before the step; what is saved are those after it.
+                bad = [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]
+                if bad:
+                    raise self._diverged(f"{bad[0]} became NaN or infinite")
+                save()
+                clock.reset()
+            if stopping:
+                self.ranks.wait()  # one writes for all, and is ended when another ends
+                raise Interrupted
 
         with deferred_interrupt() as interrupted:
             while self.state.epoch < self.recipe.epochs:
                 for may_stop in self._epoch():
                     if may_stop:
-                        stopping, saving = self.ranks.any(interrupted(), clock.due())
-                        if stopping or saving:
-                            self._check_loss()
-                            save_now()
-                        if stopping:
-                            self.ranks.wait()  # one writes for all, and is ended when another ends
-                            raise Interrupted
+                        save_or_stop()
                 self._end_epoch()
-                stopping, saving = self.ranks.any(interrupted(), clock.due())
-                if stopping or saving:
-                    save_now()
-                if stopping:
-                    self.ranks.wait()
-                    raise Interrupted
+                save_or_stop()
         self.compute.release()
         if self.state.best_weights:
             self.model.load_state_dict(self.state.best_weights)

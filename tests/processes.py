@@ -42,13 +42,15 @@ def net(num_classes):
 """
 
 
-def train(folder: Path, processes: int, environment: dict[str, str] | None = None, **changes: Any) -> Any:
-    """python -m qat.train in so many processes."""
+def train(
+    folder: Path, processes: int, environment: dict[str, str] | None = None, seconds: int = 90, **changes: Any
+) -> Any:
+    """python -m qat.train in so many processes; an error where it takes longer than ``seconds``."""
     options = tiny.options(folder, **({"batch_size": 8, "float_lr": 2e-3} | changes))
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(start if processes > 1 else []), "-m", "qat.train", *tiny.flags(options)]
     return subprocess.run(
-        command, cwd=ROOT, env=_environment() | (environment or {}), capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=_environment() | (environment or {}), capture_output=True, text=True, timeout=seconds
     )
 
 

@@ -242,7 +242,7 @@ def test_two_gpus_train_the_network_that_one_trains(changes: dict[str, Any], tmp
     for gpus in (1, 2):
         output = tmp_path / f"{gpus}.qat"
         about = {"model": f"{tmp_path / 'plain.py'}:net", "output": output, "device": DEVICE, "amp": "float32"}
-        done = train(tmp_path, gpus, batch_size=16, float_epochs=6, float_lr=2e-2, **about, **changes)
+        done = train(tmp_path, gpus, seconds=300, batch_size=16, float_epochs=6, float_lr=2e-2, **about, **changes)
         assert done.returncode == 0, done.stderr
         assert "torch.compile fails" not in " ".join(done.stderr.split())
         found[gpus] = load_file(output), read_sidecar(output, "checkpoint").figures

@@ -20,7 +20,7 @@ class Driver:
         self.launched: list[tuple[Any, ...]] = []
         self.error = 0
 
-    def cuLaunchKernel(self, function: str, *about: Any) -> int:  # noqa: N802
+    def cuLaunchKernel(self, function: str, *about: Any) -> int:  # noqa: N802 (the driver's name)
         *sizes, stream, addresses, extra = about
         pointer = ctypes.cast(addresses[0], ctypes.POINTER(ctypes.c_void_p))[0]
         number = ctypes.cast(addresses[1], ctypes.POINTER(ctypes.c_int))[0]

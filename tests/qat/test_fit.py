@@ -518,9 +518,12 @@ class Counting(Breaking):
         return self.fc(x.mean((2, 3))) + 0.1 * self.passes
 
 
-@pytest.mark.parametrize(("network", "reason"), [(Breaking, "print"), (Counting, "TORCH_LOGS=recompiles")])
+@pytest.mark.parametrize(
+    ("network", "reason", "rounding"),
+    [(Breaking, "print", 0), (Counting, "TORCH_LOGS=recompiles", 1e-6)],  # its first pass is compiled
+)
 def test_what_cannot_be_compiled_is_trained_all_the_same(
-    network: type[Breaking], reason: str, data: Data, capsys: pytest.CaptureFixture[str]
+    network: type[Breaking], reason: str, rounding: float, data: Data, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
     plain = network()
@@ -528,7 +531,7 @@ def test_what_cannot_be_compiled_is_trained_all_the_same(
     fitted(plain, data, epochs=2)
     with torch._dynamo.config.patch(recompile_limit=1):
         fitted(other, data, Compute(torch.device("cpu"), compiled=True), epochs=2)
-    torch.testing.assert_close(plain.fc.weight, other.fc.weight)
+    torch.testing.assert_close(plain.fc.weight, other.fc.weight, rtol=0, atol=rounding)
     warning = " ".join(capsys.readouterr().err.split())
     assert warning.count("torch.compile fails (") == 1
     assert reason in warning
