@@ -35,7 +35,7 @@ def main() -> None:
         x = torch.randn(options.batch, 3, options.pixels, options.pixels, device=compute.device)
         x = x.contiguous(memory_format=torch.channels_last)
         labels = torch.randint(0, CLASSES, (options.batch,), device=compute.device)
-        step = Step(lambda: quantized(x), compute, len(x))
+        step = Step(lambda: quantized("resnet50", x), compute, len(x))
         for _ in range(ROUNDS):
             step.measure(x, labels)
         median = ranks.mean(statistics.median(step.milliseconds))

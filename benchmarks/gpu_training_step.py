@@ -1,10 +1,10 @@
 """Time and memory of a training step with fake quantization against the float step, on a GPU.
 
-    python -m benchmarks.gpu_training_step [--batch 256] [--pixels 224] [--json FILE]
+    python -m benchmarks.gpu_training_step [--model resnet50] [--batch 256] [--pixels 224] [--json FILE]
 
-ResNet50 in bfloat16, channels last, each step as qat.trainer.Fit does it (mixing of images and logging aside): float
-and quantized, plain and compiled, and NVIDIA ModelOpt's where it is installed. All take turns in one process, in blocks
-of steps without a pause between them; medians of the blocks are compared.
+A network by name (qat/models.py) in bfloat16, channels last, each step as qat.trainer.Fit does it (mixing of images and
+logging aside): float and quantized, plain and compiled, and NVIDIA ModelOpt's where it is installed. All take turns in
+one process, in blocks of steps without a pause between them; medians of the blocks are compared.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from qat.calibration import calibrate
 from qat.compute import Compute
+from qat.models import ModelSpec, build_model
 from qat.optimizer import make_optimizer
 from qat.prepare import prepare
 from qat.recipe import Recipe
@@ -84,38 +84,38 @@ def allocated() -> int:
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
-def network() -> nn.Module:
-    return torchvision.models.resnet50(num_classes=CLASSES, zero_init_residual=True)
+def network(name: str) -> nn.Module:
+    return build_model(ModelSpec(name, CLASSES))
 
 
-def quantized(x: Tensor) -> nn.Module:
-    prepared = prepare(network(), input_shape=tuple(x.shape[1:]))
+def quantized(name: str, x: Tensor) -> nn.Module:
+    prepared = prepare(network(name), input_shape=tuple(x.shape[1:]))
     calibrate(prepared, [x[:4].cpu()], "max")
     return prepared
 
 
-def modelopt(x: Tensor) -> nn.Module:
+def modelopt(name: str, x: Tensor) -> nn.Module:
     import modelopt.torch.quantization as mtq
 
     def forward(model: nn.Module) -> None:
         with torch.no_grad():
             model(x[:4])
 
-    model: nn.Module = mtq.quantize(network().to(x.device), mtq.INT8_DEFAULT_CFG, forward)
+    model: nn.Module = mtq.quantize(network(name).to(x.device), mtq.INT8_DEFAULT_CFG, forward)
     return model
 
 
-def steps(x: Tensor, labels: Tensor, device: torch.device) -> dict[str, dict[str, float]]:
+def steps(model: str, x: Tensor, labels: Tensor, device: torch.device) -> dict[str, dict[str, float]]:
     plain = Compute(device, torch.bfloat16, channels_last=True)
     compiled = Compute(device, torch.bfloat16, channels_last=True, compiled=True)
     variants: dict[str, tuple[Callable[[], nn.Module], Compute]] = {
-        "float": (network, plain),
-        "float, compiled": (network, compiled),
-        "quantized": (lambda: quantized(x), plain),
-        "quantized, compiled": (lambda: quantized(x), compiled),
+        "float": (lambda: network(model), plain),
+        "float, compiled": (lambda: network(model), compiled),
+        "quantized": (lambda: quantized(model, x), plain),
+        "quantized, compiled": (lambda: quantized(model, x), compiled),
     }
     if importlib.util.find_spec("modelopt"):
-        variants["ModelOpt"] = (lambda: modelopt(x), plain)
+        variants["ModelOpt"] = (lambda: modelopt(model, x), plain)
     found = {}
     for name, (make, compute) in variants.items():
         start = now()
@@ -140,6 +140,7 @@ def steps(x: Tensor, labels: Tensor, device: torch.device) -> dict[str, dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--json", type=Path)
@@ -149,11 +150,11 @@ def main() -> None:
     x = torch.randn(options.batch, 3, options.pixels, options.pixels, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, CLASSES, (options.batch,), device=device)
-    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "batch": options.batch}
-    found |= {"pixels": options.pixels, "steps": steps(x, labels, device)}
+    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "model": options.model}
+    found |= {"batch": options.batch, "pixels": options.pixels, "steps": steps(options.model, x, labels, device)}
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{name}, torch {torch.__version__}, ResNet50, {options.pixels} px, batch {options.batch}, bfloat16")
+    print(f"\n{name}, torch {torch.__version__}, {options.model}, {options.pixels} px, batch {options.batch}, bfloat16")
     for variant, step in found["steps"].items():
         spread = f"({step['low_ms']:.2f} to {step['high_ms']:.2f})"
         print(f"  {variant:22} {step['median_ms']:8.2f} ms {spread:22} {step['peak_gib']:7.2f} GiB in a step")

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from qat.artifact import UserError, one_line
 from qat.console import warn
-from qat.quantizer import ActivationQuantizer
+from qat.inductor import training_backend
 from qat.ranks import ALONE, Ranks, local_rank
 from qat.rectified import merge_rectifiers
 
@@ -26,10 +26,6 @@ _NEVER = 2**31 - 1
 # ResNet50, 224 px, batch 256 on an H200: compiling takes 55 s and saves 86 ms a step with quantizers, 35 s and 18 ms
 # without (benchmarks/gpu_training_step.txt); smaller batches save less.
 _STEPS_THAT_PAY = 1000
-# With quantizers, what the backward pass computes anew behind a normalization reads five tensors; inductor joins to its
-# readers what reads up to four, and writes the rest to memory. In the forward pass, and without quantizers, the higher
-# limit costs time.
-_OF_BACKWARD = {"realize_reads_threshold": 8}
 _LEAST_FLOAT16 = 2.0**-10
 
 Amp = Literal["auto", "float32", "bfloat16", "float16"]
@@ -133,8 +129,7 @@ class _Compiled(nn.Module):
     def __init__(self, model: nn.Module, images: int, graphs: bool) -> None:
         super().__init__()
         self.model, self.images, self.graphs = model, images, graphs
-        quantized = any(isinstance(module, ActivationQuantizer) for module in model.modules())
-        backend = partial(_inductor, graphs=graphs, of_backward=_OF_BACKWARD if quantized else {})
+        backend = partial(_compile, graphs=graphs)
         self.whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
 
     def forward(self, x: Tensor) -> Any:
@@ -151,17 +146,8 @@ class _Compiled(nn.Module):
         return self.model(x)
 
 
-def _inductor(network: fx.GraphModule, inputs: Any, graphs: bool, of_backward: dict[str, Any]) -> Any:
-    """The backend "inductor", with CUDA graphs or without, and options for the backward pass alone."""
-    import torch._inductor.compile_fx as inductor  # takes a second
-
-    def compile_pass(graph: fx.GraphModule, inputs: Any, **about: Any) -> Any:
-        with torch._inductor.config.patch(of_backward if about.get("is_backward") else {}):
-            return inductor.compile_fx_inner(graph, inputs, **about)
-
-    # Where it compiles the backward pass, which is later, these still hold; a context around it would not.
-    recorded = {"triton.cudagraphs": graphs and _Compiled.graphs_fit}
-    return inductor.compile_fx(network, inputs, inner_compile=compile_pass, config_patches=recorded)
+def _compile(network: fx.GraphModule, inputs: Any, graphs: bool) -> Any:
+    return training_backend(network, inputs, graphs and _Compiled.graphs_fit)
 
 
 @contextlib.contextmanager

@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import torch._inductor.compile_fx as inductor
 import torch.nn.functional as F
 from compiled import gradient_errors
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
-from torch._inductor import config as inductor_config
 
 import qat.quantizer
 from qat.accuracy import evaluate
@@ -223,27 +221,6 @@ def test_compiled_gradients_are_those_of_the_network_as_it_is(model: nn.Module) 
     errors = gradient_errors(prepared, "cpu", torch.float32, x)
     assert len(errors) == len(list(model.parameters()))
     assert max(errors.values()) < 1e-3
-
-
-def test_inductor_joins_more_in_the_backward_pass_of_a_quantized_network(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared = prepare(model, input_shape=(3, 16, 16))
-    calibrate(prepared, [torch.randn(8, 3, 16, 16)], "max")
-    found = []
-    compile_pass = inductor.compile_fx_inner
-
-    def compile_noting(*args: Any, **about: Any) -> Any:
-        found.append((about.get("is_backward", False), inductor_config.realize_reads_threshold))
-        return compile_pass(*args, **about)
-
-    usual = inductor_config.realize_reads_threshold
-    monkeypatch.setattr(inductor, "compile_fx_inner", compile_noting)
-    torch._dynamo.reset()
-    forward = Compute(torch.device("cpu"), compiled=True).forward(prepared.train(), 8, steps=1)
-    forward(torch.randn(8, 3, 16, 16)).sum().backward()
-    assert found == [(False, usual), (True, 8)]
-    assert usual < 8
 
 
 def test_on_a_cpu_auto_changes_nothing() -> None:

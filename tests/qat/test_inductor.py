@@ -1,0 +1,116 @@
+"""What a compiled backward pass writes to memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.compile_fx as inductor
+from torch import Tensor, fx, nn
+from torch._inductor import config, metrics
+from torch._inductor.utils import fresh_cache
+
+import qat.inductor
+from qat.calibration import calibrate
+from qat.compute import Compute
+from qat.prepare import prepare
+
+BLOCKS, SHAPE = 4, (4, 8, 16, 16)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x)) + x)
+
+
+def network(quantized: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Conv2d(8, 8, 1), *(Block() for _ in range(BLOCKS)))
+    if quantized:
+        model = prepare(model, input_shape=SHAPE[1:])
+        calibrate(model, [torch.randn(SHAPE)], "max")
+    return model.train()
+
+
+@pytest.fixture
+def all_are_large(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(qat.inductor, "_LARGE", 4 * 8 * 16 * 16)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def trained_once(model: nn.Module, amp: torch.dtype = torch.float32) -> None:
+    compute = Compute(torch.device("cpu"), amp, compiled=True)
+    forward = compute.forward(model, SHAPE[0], steps=1)
+    with compute.autocast():
+        found = forward(torch.randn(SHAPE))
+    found.float().square().mean().backward()
+    assert forward.whole is not forward.model, "it could not be compiled"
+
+
+def bytes_accessed(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Of the kernels that inductor makes of a training step, by its own count."""
+    metrics.reset()
+    monkeypatch.setattr(inductor.inductor_metrics_log, "isEnabledFor", lambda level: True)
+    with fresh_cache():
+        trained_once(model)
+    return metrics.num_bytes_accessed
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("amp", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("all_are_large")
+def test_the_gradient_of_a_residual_sum_is_written_in_the_type_of_training(
+    quantized: bool, amp: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[fx.Node] = []
+    write_shared = qat.inductor.write_shared
+    monkeypatch.setattr(qat.inductor, "write_shared", lambda graph: written.extend(write_shared(graph)))
+    monkeypatch.setattr(inductor, "compile_fx_inner", as_it_is)
+    trained_once(network(quantized), amp)
+    # The last block's comes from the loss alone, and a mask.
+    values = [node.meta["val"] for node in written]
+    assert [(tuple(value.shape), value.dtype) for value in values] == [(SHAPE, amp)] * (BLOCKS - 1)
+
+
+def as_it_is(graph: fx.GraphModule, inputs: Any, **_: Any) -> Any:
+    """In the place of inductor's compiler: the graph."""
+
+    def run(inputs: list[Any]) -> Any:
+        given = list(inputs)
+        inputs.clear()
+        return graph(*given)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def test_inductor_joins_more_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def noting(graph: fx.GraphModule, inputs: Any, **about: Any) -> Any:
+        thresholds = config.realize_reads_threshold, config.realize_opcount_threshold
+        found.append((about.get("is_backward", False), thresholds))
+        return as_it_is(graph, inputs)
+
+    usual = config.realize_reads_threshold, config.realize_opcount_threshold
+    monkeypatch.setattr(inductor, "compile_fx_inner", noting)
+    torch._dynamo.reset()
+    trained_once(network(quantized=True))
+    assert found == [(False, usual), (True, (16, 60))]
+    assert usual != (16, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("all_are_large")
+def test_a_step_of_a_quantized_network_accesses_less_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bytes_accessed(network(quantized=True), monkeypatch)
+    monkeypatch.setattr(qat.inductor, "write_shared", lambda graph: [])
+    assert 0 < found < 0.9 * bytes_accessed(network(quantized=True), monkeypatch)
