@@ -5,13 +5,16 @@ what it reads, as long as that is computed from few tensors, among which it coun
 That is wrong twice in a residual network:
 
 - The gradient of a residual sum has three readers: the two kernels of the normalization before it, and the gradient of
-  the sum before that. Each would read the masks and gradients of up to four blocks. ``write_shared`` has it written.
+  the sum before that. Each would read the masks and gradients of several blocks. ``write_shared`` has it written.
 - The mask of a quantizer behind a normalization is computed from one activation, four vectors and a range, by more
   operations than inductor repeats. Its readers read that activation anyway: it is not written (``_JOINED``).
 """
 
 from __future__ import annotations
 
+import hashlib
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor, fx
 
 _FROM = 3  # tensors; to write one and read it in their place pays where two or more kernels do
 _LARGE = 2**20  # elements; what is smaller stays in the GPU's cache
-_JOINED = {"realize_reads_threshold": 16, "realize_opcount_threshold": 60}  # tensors, operations
+_JOINED = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}  # tensors, operations
 _WRITTEN = "inductor_realize_to_strides"  # in a node's meta: inductor writes it, laid out as it is
 
 
@@ -27,16 +30,22 @@ def training_backend(network: fx.GraphModule, inputs: Any, graphs: bool) -> Any:
     """The backend "inductor", with CUDA graphs or without, for a training step."""
     import torch._inductor.compile_fx as inductor  # takes a second
 
+    # The keys of inductor's caches know nothing of what this module changes.
+    keys: Any = torch.compiler.config
+    tag = f"{keys.cache_key_tag} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    tagged = partial(keys.patch, cache_key_tag=tag)
+
     def compile_pass(graph: fx.GraphModule, inputs: Any, **about: Any) -> Any:
         backward = about.get("is_backward", False)
         if backward:
             write_shared(graph)
-        with torch._inductor.config.patch(_JOINED if backward else {}):
+        with tagged(), torch._inductor.config.patch(_JOINED if backward else {}):
             return inductor.compile_fx_inner(graph, inputs, **about)
 
     # Where it compiles the backward pass, which is later, these still hold; a context around it would not.
     recorded = {"triton.cudagraphs": graphs}
-    return inductor.compile_fx(network, inputs, inner_compile=compile_pass, config_patches=recorded)
+    with tagged():
+        return inductor.compile_fx(network, inputs, inner_compile=compile_pass, config_patches=recorded)
 
 
 def write_shared(graph: fx.GraphModule) -> list[fx.Node]:
@@ -52,9 +61,13 @@ def write_shared(graph: fx.GraphModule) -> list[fx.Node]:
         if not _is_pointwise(node) or not all(_is_pointwise(user) or _is_reduction(user) for user in node.users):
             reads[node] = {node}
             continue
-        alike = [reads[source] for source in node.all_input_nodes if _elements(source) == _elements(node) > 0]
+        elements = _elements(node)
+        if any(_elements(source) > elements for source in node.all_input_nodes):  # a slice
+            reads[node] = {node}
+            continue
+        alike = [reads[source] for source in node.all_input_nodes if _elements(source) == elements > 0]
         reads[node] = set().union(*alike)
-        if len(node.users) > 1 and len(reads[node]) >= _FROM and _elements(node) >= _LARGE:
+        if len(node.users) > 1 and len(reads[node]) >= _FROM and elements >= _LARGE:
             narrow = _before_widening(node)
             narrow.meta[_WRITTEN] = True
             written.append(narrow)

@@ -29,7 +29,8 @@ def _gradients(model: nn.Module, compute: Compute, x: Tensor) -> dict[str, Tenso
 def gradient_errors(model: nn.Module, device: str, amp: torch.dtype, x: Tensor) -> dict[str, float]:
     """For each parameter of ``model``: distance of the compiled gradient from the plain one, relative to its length.
 
-    To the length is added how far ``amp`` alone moves the plain gradient: terms that cancel may leave nothing else.
+    To the length is added how far ``amp`` alone moves the plain gradient: terms that cancel may leave nothing else. The
+    error of a gradient without length, all zeros, is 0 where the compiled one is zero too, and large elsewhere.
     """
     on = torch.device(device)
     exact, plain, compiled = (
@@ -37,4 +38,7 @@ def gradient_errors(model: nn.Module, device: str, amp: torch.dtype, x: Tensor) 
         for dtype, compiled in ((torch.float32, False), (amp, False), (amp, True))
     )
     lengths = {name: grad.norm() + (grad - exact[name]).norm() for name, grad in plain.items()}
-    return {name: float((compiled[name] - grad).norm() / lengths[name]) for name, grad in plain.items()}
+    least = torch.finfo(torch.float32).tiny
+    return {
+        name: float((compiled[name] - grad).norm() / lengths[name].clamp(min=least)) for name, grad in plain.items()
+    }

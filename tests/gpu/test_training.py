@@ -176,7 +176,8 @@ def test_compiled_gradients_are_those_of_the_network_as_it_is(amp: torch.dtype, 
     model.get_submodule("dropout").p = 0.0  # compiled code draws other random numbers
     errors = gradient_errors(model, DEVICE, amp, x)
     assert errors
-    assert max(errors.values()) < (1e-2 if amp == torch.float32 else 0.3), errors
+    bound = 1e-2 if amp == torch.float32 else 0.3
+    assert all(error < bound for error in errors.values()), errors
 
 
 @pytest.mark.parametrize("amp", ["float32", "bfloat16", "float16"])
