@@ -147,6 +147,7 @@ class _Compiled(nn.Module):
 
 
 def _compile(network: fx.GraphModule, inputs: Any, graphs: bool) -> Any:
+    """The backend, asked for at the first batch and after ``release``: whether graphs fit may have changed."""
     return training_backend(network, inputs, graphs and _Compiled.graphs_fit)
 
 

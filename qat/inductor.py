@@ -58,13 +58,10 @@ def write_shared(graph: fx.GraphModule) -> list[fx.Node]:
     for node in graph.graph.nodes:
         if not isinstance(node.meta.get("val"), Tensor):
             continue
-        if not _is_pointwise(node) or not all(_is_pointwise(user) or _is_reduction(user) for user in node.users):
+        if _in_memory(node):
             reads[node] = {node}
             continue
         elements = _elements(node)
-        if any(_elements(source) > elements for source in node.all_input_nodes):  # a slice
-            reads[node] = {node}
-            continue
         alike = [reads[source] for source in node.all_input_nodes if _elements(source) == elements > 0]
         reads[node] = set().union(*alike)
         if len(node.users) > 1 and len(reads[node]) >= _FROM and elements >= _LARGE:
@@ -73,6 +70,13 @@ def write_shared(graph: fx.GraphModule) -> list[fx.Node]:
             written.append(narrow)
             reads[node] = {narrow}
     return written
+
+
+def _in_memory(node: fx.Node) -> bool:
+    """Whether it is read from memory, marked or not: no kernel computes it in passing, or it is a slice of more."""
+    if not _is_pointwise(node) or not all(_is_pointwise(user) or _is_reduction(user) for user in node.users):
+        return True
+    return any(_elements(source) > _elements(node) for source in node.all_input_nodes)
 
 
 def _is_pointwise(node: fx.Node) -> bool:
