@@ -6,8 +6,8 @@
 
 The second argument is a setting (SETTINGS), the first a group of rows (GROUPS) or 'table'. 'float' comes first: it
 leaves the network that the others start from. Each group adds its rows to a file of its own, so that several can run at
-once. All train in one loop, qat.trainer.Fit, on the same images in the same order. Epochs are chosen on the validation
-split; top-1 is of the test split.
+once. All train in one loop, qat.training.trainer.Fit, on the same images in the same order. Epochs are chosen on the
+validation split; top-1 is of the test split.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
-from qat.accuracy import evaluate, inputs
-from qat.adaround import adaround
-from qat.batches import batch_count
-from qat.calibration import observe, set_ranges
-from qat.compute import Compute, exact_float32
-from qat.data import Data, load_data
-from qat.few_bits import simulate_bits
+from qat.calibration.activation_ranges import observe, set_ranges
+from qat.calibration.adaround import adaround
+from qat.calibration.thresholds import Method
+from qat.compute.device import Compute, exact_float32
+from qat.compute.processes import ALONE, Ranks, joined
+from qat.data.batches import batch_count
+from qat.data.splits import Data, load_data
+from qat.evaluate import evaluate, inputs
+from qat.fake_quantize.low_bit import simulate_bits
+from qat.fake_quantize.prepare import learn_ranges, prepare
+from qat.graph.tracing import network_of, trace
 from qat.models import ModelSpec, build_model
-from qat.objective import CrossEntropy, Distillation, stage_ends
-from qat.prepare import learn_ranges, prepare
-from qat.ranks import ALONE, Ranks, joined
-from qat.recipe import Recipe
-from qat.thresholds import Method
-from qat.tracing import network_of, trace
-from qat.trainer import Fit
+from qat.training.loss import CrossEntropy, Distillation, stage_ends
+from qat.training.recipe import Recipe
+from qat.training.trainer import Fit
 
 METHODS: tuple[Method, ...] = ("max", "percentile", "mse", "entropy")
 

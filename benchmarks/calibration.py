@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_training_step import now
 from benchmarks.stamp import stamp
-from qat.calibration import observe, set_ranges
-from qat.compute import exact_float32
-from qat.prepare import prepare
-from qat.thresholds import Method
+from qat.calibration.activation_ranges import observe, set_ranges
+from qat.calibration.thresholds import Method
+from qat.compute.device import exact_float32
+from qat.fake_quantize.prepare import prepare
 
 ROUNDS = 7
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from stamp import stamp
 
-from qat.artifact import read_sidecar
-from qat.calibration import calibrate
+from qat.base.artifact import read_sidecar
+from qat.calibration.activation_ranges import calibrate
 from qat.checkpoint import save_checkpoint
+from qat.data.preprocessing import Preprocessing
+from qat.fake_quantize.prepare import prepare
 from qat.models import ModelSpec, build_model
-from qat.prepare import prepare
-from qat.preprocessing import Preprocessing
 
 CLASSES, PIXELS = 1000, 224
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from export_and_build import write_checkpoint
 
-from export.convert import export_checkpoint
+from export.from_checkpoint import export_checkpoint
 from export.options import ExportOptions
 
 

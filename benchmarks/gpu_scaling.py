@@ -3,8 +3,8 @@
     python -m benchmarks.gpu_scaling [--batch 256] [--json FILE]
     torchrun --nproc-per-node 2 -m benchmarks.gpu_scaling [--batch 256] [--json FILE]
 
-ResNet50, 224 px, bfloat16, channels last, compiled, ``--batch`` images on each GPU, steps as those of qat.trainer.Fit.
-Median of blocks of steps without a pause between them.
+ResNet50, 224 px, bfloat16, channels last, compiled, ``--batch`` images on each GPU, steps as those of
+qat.training.trainer.Fit. Median of blocks of steps without a pause between them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_training_step import CLASSES, ROUNDS, STEPS, Step, quantized
-from qat.compute import Compute
-from qat.ranks import joined
+from qat.compute.device import Compute
+from qat.compute.processes import joined
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_training_step [--model resnet50] [--batch 256] [--pixels 224] [--json FILE]
 
-A network by name (qat/models.py) in bfloat16, channels last, each step as qat.trainer.Fit does it (mixing of images and
-logging aside): float and quantized, plain and compiled, and NVIDIA ModelOpt's where it is installed. All take turns in
-one process, in blocks of steps without a pause between them; medians of the blocks are compared.
+A network by name (qat/models.py) in bfloat16, channels last, each step as qat.training.trainer.Fit does it (mixing of
+images and logging aside): float and quantized, plain and compiled, and NVIDIA ModelOpt's where it is installed. All
+take turns in one process, in blocks of steps without a pause between them; medians of the blocks are compared.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.calibration import calibrate
-from qat.compute import Compute
+from qat.calibration.activation_ranges import calibrate
+from qat.compute.device import Compute
+from qat.fake_quantize.prepare import prepare
 from qat.models import ModelSpec, build_model
-from qat.optimizer import make_optimizer
-from qat.prepare import prepare
-from qat.recipe import Recipe
+from qat.training.optimizer import make_optimizer
+from qat.training.recipe import Recipe
 
 CLASSES = 1000
 ROUNDS, STEPS, WARM_UP = 12, 10, 3

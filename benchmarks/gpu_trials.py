@@ -21,7 +21,7 @@ from deploy.measure import latencies, throughput
 from deploy.runtime import Engine
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import find_toolkit
-from qat.artifact import UserError
+from qat.base.artifact import UserError
 
 FLOAT, INT8 = "resnet50.onnx", "resnet50_int8-nchw.onnx"
 FLOAT_PADDED, INT8_PADDED = "resnet50.padded.onnx", "resnet50_int8-nchw.padded.onnx"  # with zero channels

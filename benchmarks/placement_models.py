@@ -18,8 +18,8 @@ import zoo
 
 from export.emit import emit
 from export.fold import fold, fold_float
-from qat.calibration import calibrate
-from qat.prepare import prepare
+from qat.calibration.activation_ranges import calibrate
+from qat.fake_quantize.prepare import prepare
 
 
 def main() -> None:

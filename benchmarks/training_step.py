@@ -14,9 +14,9 @@ import torchvision
 from stamp import stamp
 from torch import nn
 
-from qat.compute import Compute
-from qat.prepare import prepare
-from qat.quantizer import ActivationQuantizer
+from qat.compute.device import Compute
+from qat.fake_quantize.prepare import prepare
+from qat.fake_quantize.quantizer import ActivationQuantizer
 
 STEPS, WARMUP, BATCH, PIXELS = 30, 4, 16, 64
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deploy import cuda
-from qat.artifact import TensorSpec, UserError
+from qat.base.artifact import TensorSpec, UserError
 
 
 @dataclass(frozen=True)

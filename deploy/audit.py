@@ -18,8 +18,8 @@ import tyro
 
 from deploy.layers import EngineLayer
 from deploy.precision import Finding
-from qat.artifact import Sidecar, UserError, check_writable, read_sidecar, write_json
-from qat.console import Command, run_command, say, table, warn
+from qat.base.artifact import Sidecar, UserError, check_writable, read_sidecar, write_json
+from qat.base.console import Command, run_command, say, table, warn
 
 NAME_WIDTH, TACTIC_WIDTH = 50, 44
 _NOT_TELLING = ("quantize", ".weight", ".bias", "(Unnamed Layer", "transpose_before_", "unsqueeze_node_after_")

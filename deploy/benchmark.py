@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
-from deploy.contenders import Column, Contenders
+from deploy.candidates import Column, Contenders
 from deploy.settings import Precision
-from qat.artifact import UserError, check_writable, sha256_of, write_json
-from qat.console import Command, run_command, say, table, warn
+from qat.base.artifact import UserError, check_writable, sha256_of, write_json
+from qat.base.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
     from deploy.layer_costs import Slower

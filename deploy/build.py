@@ -19,7 +19,7 @@ import tyro
 
 from deploy.settings import BuilderOptions, BuildSettings, Profile
 from deploy.timing_cache import TimingCacheFile
-from qat.artifact import (
+from qat.base.artifact import (
     Parent,
     Sidecar,
     UserError,
@@ -29,7 +29,7 @@ from qat.artifact import (
     sidecar_path,
     write_artifact,
 )
-from qat.console import Command, run_command, say, table, warn
+from qat.base.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
     from deploy.builder import Built

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from deploy import diagnose, implicit
 from deploy.buildlog import BuildLog
-from deploy.graph import Graph
 from deploy.layers import layers_from_inspector, layers_from_log
+from deploy.parsed_network import Graph
 from deploy.precision import Audit, audit, declared_layers
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
-from qat.artifact import TensorSpec, UserError
-from qat.console import progress, say
+from qat.base.artifact import TensorSpec, UserError
+from qat.base.console import progress, say
 
 if TYPE_CHECKING:
     import tensorrt as trt

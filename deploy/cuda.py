@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qat.artifact import UserError
+from qat.base.artifact import UserError
 
 if TYPE_CHECKING:
     from cuda.bindings import runtime

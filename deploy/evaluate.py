@@ -22,8 +22,8 @@ import tyro
 
 from deploy.reference import network_input, read_reference
 from deploy.settings import BuildSettings
-from qat.artifact import Sidecar, UserError, check_writable, read_parent, read_sidecar, write_json
-from qat.console import Command, run_command, say, table, warn
+from qat.base.artifact import Sidecar, UserError, check_writable, read_parent, read_sidecar, write_json
+from qat.base.console import Command, run_command, say, table, warn
 
 if TYPE_CHECKING:
     from deploy.runtime import Engine
@@ -172,9 +172,9 @@ def _images(
 def _loaded(
     options: EvaluateOptions, onnx_path: Path, onnx: Sidecar
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
-    from qat.batches import batches
-    from qat.data import load_data
-    from qat.preprocessing import Photographs
+    from qat.data.batches import batches
+    from qat.data.preprocessing import Photographs
+    from qat.data.splits import load_data
 
     assert options.data is not None
     try:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from deploy.builder import parsed
-from deploy.graph import Graph
 from deploy.layers import EngineLayer, node_names
+from deploy.parsed_network import Graph
 from deploy.precision import CONVOLUTION_TYPES, MATRIX_TYPES
 from deploy.settings import BuildSettings
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deploy import cuda
-from deploy.lane import Bound
+from deploy.executor import Bound
 from deploy.layers import EngineLayer, layers_from_inspector
 from deploy.runtime import Engine
 

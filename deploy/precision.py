@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from deploy.graph import Graph
 from deploy.layers import EngineLayer
+from deploy.parsed_network import Graph
 
 if TYPE_CHECKING:
     import tensorrt as trt

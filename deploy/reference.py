@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qat.artifact import Sidecar, UserError, sha256_of
+from qat.base.artifact import Sidecar, UserError, sha256_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +56,8 @@ def network_input(images_NHWC: np.ndarray, sidecar: Sidecar) -> np.ndarray:
     """uint8 [N, H, W, 3] in RGB -> what the network's input takes, by the ``sidecar`` of its ONNX file or engine.
 
     That is the images as they are, or float32 [N, 3, H, W], (x / 255 - mean) / std, the same to the last bit as
-    qat.preprocessing computes it, or the INT8 codes of that, by the recorded ``input_scale``. Raises UserError for an
-    input of another type or shape.
+    qat.data.preprocessing computes it, or the INT8 codes of that, by the recorded ``input_scale``. Raises UserError for
+    an input of another type or shape.
     """
     (spec,) = sidecar.inputs
     given = images_NHWC

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import tyro
 
 from deploy.benchmark import FP16
-from qat.artifact import Sidecar, UserError, atomic_write, check_writable, read_parent, read_sidecar
-from qat.console import Command, run_command, say, table
+from qat.base.artifact import Sidecar, UserError, atomic_write, check_writable, read_parent, read_sidecar
+from qat.base.console import Command, run_command, say, table
 from qat.options import BITS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 from deploy import cuda
 from deploy.arrays import InputBatch, pinned_array, read_inputs, sized
 from deploy.buildlog import BuildLog
-from deploy.lane import Lane
+from deploy.executor import Lane
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import BuilderName, Toolkit, find_toolkit, numpy_name, sizes
-from qat.artifact import Sidecar, TensorSpec, UserError, parent_paths, read_sidecar, sha256_of, sidecar_path
+from qat.base.artifact import Sidecar, TensorSpec, UserError, parent_paths, read_sidecar, sha256_of, sidecar_path
 
 if TYPE_CHECKING:
     import tensorrt as trt

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from qat.artifact import UserError
+from qat.base.artifact import UserError
 
 Precision = Literal["explicit", "fp32", "tf32", "fp16", "implicit"]
 """``explicit``: INT8 where the Q/DQ nodes say so. The others build a float network, for comparison: in FP32, with

@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qat.artifact import Sidecar, UserError, WrongKindError, check_writable, read_sidecar, sidecar_path, write_artifact
-from qat.console import say, warn
+from qat.base.artifact import (
+    Sidecar,
+    UserError,
+    WrongKindError,
+    check_writable,
+    read_sidecar,
+    sidecar_path,
+    write_artifact,
+)
+from qat.base.console import say, warn
 
 if TYPE_CHECKING:
     from deploy.builder import Built

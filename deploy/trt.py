@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from deploy import cuda
 from deploy.buildlog import BuildLog, progress_monitor, raise_if_out_of_memory, recorder
 from deploy.settings import BuildSettings, Precision
-from qat.artifact import UserError
+from qat.base.artifact import UserError
 
 if TYPE_CHECKING:
     import tensorrt as trt

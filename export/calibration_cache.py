@@ -14,7 +14,7 @@ import math
 import struct
 from pathlib import Path
 
-from qat.artifact import UserError
+from qat.base.artifact import UserError
 
 _HEADER = "TRT-"
 

@@ -27,11 +27,11 @@ from torch import Tensor, fx, nn
 
 from export import ops
 from export.fold import DequantizeInput, QuantizeDequantize
-from export.grown_concats import take_earlier_concats
 from export.names import unused_name
 from export.onnx_network import WEIGHTED
-from qat.artifact import UserError
-from qat.preprocessing import Preprocessing
+from export.reuse_concats import take_earlier_concats
+from qat.base.artifact import UserError
+from qat.data.preprocessing import Preprocessing
 
 InputKind = Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"]
 

@@ -17,9 +17,8 @@ from torch import Tensor, fx, nn
 
 from export import ops
 from export.lower import lower, unused_path
-from qat.fx_network import label, layer_of
-from qat.layers import quantized_layer
-from qat.quantizer import (
+from qat.fake_quantize.layers import quantized_layer
+from qat.fake_quantize.quantizer import (
     SCALE_FLOOR,
     WEIGHT,
     ActivationQuantizer,
@@ -28,6 +27,7 @@ from qat.quantizer import (
     quantize,
     scale_from_amax,
 )
+from qat.graph.fx_network import label, layer_of
 
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 

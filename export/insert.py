@@ -1,6 +1,6 @@
 """Writes a placement into a float ONNX graph: Q/DQ nodes around activations, INT8 codes for weights.
 
-Numerics are those of qat/quantizer.py. Q and DQ of all tensors that share a scale share its initializers.
+Numerics are those of qat/fake_quantize/quantizer.py. Q and DQ of all tensors that share a scale share its initializers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from export.names import unused_name
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork
 from export.qdq import output_axis
-from qat import quantizer
-from qat.decisions import Placement
-from qat.quantizer import SCALE_FLOOR, per_channel, quantize, scale_from_amax, weight_amax
+from qat.fake_quantize import quantizer
+from qat.fake_quantize.quantizer import SCALE_FLOOR, per_channel, quantize, scale_from_amax, weight_amax
+from qat.rules.placement import Placement
 
 
 def insert(
@@ -32,7 +32,7 @@ def insert(
     Args:
         model: a float network.
         view: what ``network_from_onnx`` read of it.
-        placement: what qat.rules.place decided about ``view.network``.
+        placement: what qat.rules.place.place decided about ``view.network``.
         amax: the largest magnitude by the name of each quantizer of ``placement``.
 
     Returns:

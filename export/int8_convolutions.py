@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from export.fold import Dequantize, QuantizeDequantize
-from qat.fx_network import function_name, kind_of
+from qat.graph.fx_network import function_name, kind_of
 
 
 class Int8Convolutions:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qat.artifact import UserError, check_writable, write_json
-from qat.console import Command, run_command, say
+from qat.base.artifact import UserError, check_writable, write_json
+from qat.base.console import Command, run_command, say
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -68,10 +68,10 @@ def main(options: LintOptions) -> int:
 
 def lint(model: ir.Model) -> list[Finding]:
     """All findings in ``model``, errors first; [] when TensorRT takes it and the placement is right."""
-    from export.grown_concats import repeated_concat
     from export.hard_rules import hard_findings
     from export.onnx_network import network_from_onnx
     from export.placement_rules import placement_findings
+    from export.reuse_concats import repeated_concat
 
     findings = [
         *hard_findings(model),

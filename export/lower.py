@@ -14,8 +14,8 @@ from torch import Tensor, fx, nn
 
 from export import ops
 from export.names import unused_name
-from qat.fx_network import arguments, function_name, kind_of
-from qat.tracing import PLAIN_NORMS
+from qat.graph.fx_network import arguments, function_name, kind_of
+from qat.graph.tracing import PLAIN_NORMS
 
 FLATTEN = torch.ops.int8.flatten.default
 POOL = torch.ops.int8.global_average_pool.default

@@ -12,12 +12,12 @@ Next: python -m deploy.build runs/model.onnx
 from __future__ import annotations
 
 from export.options import ExportOptions
-from qat.console import run_command
+from qat.base.console import run_command
 
 
 def main(options: ExportOptions) -> None:
     """Exports. Torch is imported here, so that --help answers at once."""
-    from export.convert import export_checkpoint
+    from export.from_checkpoint import export_checkpoint
 
     export_checkpoint(options)
 

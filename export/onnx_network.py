@@ -1,4 +1,4 @@
-"""The neutral view (qat/network.py) of an ONNX graph, float or with Q/DQ nodes, and where it is quantized.
+"""The neutral view (qat/graph/network.py) of an ONNX graph, float or with Q/DQ nodes, and where it is quantized.
 
 Q and DQ nodes are no operations of the view: who reads a tensor through them is noted as a quantized read. Operations
 are named after the tensor that they make; a GELU of several operators is one. What is computed from constants alone is
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from export.composed import Composed, composed_activations
-from qat.network import ConstantWeight, Network, Op, exact_kind
-from qat.operations import Kind, kind_of_onnx
+from export.composed_activations import Composed, composed_activations
+from qat.graph.network import ConstantWeight, Network, Op, exact_kind
+from qat.graph.operations import Kind, kind_of_onnx
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from qat.quantizer import ACTIVATION, per_channel, quantize
+from qat.fake_quantize.quantizer import ACTIVATION, per_channel, quantize
 
 
 @torch.library.custom_op("int8::quantize_dequantize", mutates_args=())

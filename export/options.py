@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from qat.console import Command
+from qat.base.console import Command
 
 
 @dataclass(frozen=True, kw_only=True)

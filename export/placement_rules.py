@@ -1,4 +1,4 @@
-"""An ONNX file's Q/DQ nodes held against where qat/rules.py wants them; each finding says what the difference costs.
+"""An ONNX file's Q/DQ nodes held against where qat/rules wants them; each finding says what the difference costs.
 
 The float network behind the Q/DQ nodes is placed anew, and each decision is compared with what the file does. Where a
 scale passes through data movement it does not matter on which side of it the Q stands, and a Q behind a concatenation
@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterator
 
 from export.findings import Finding, megabytes
 from export.onnx_network import OnnxNetwork
-from qat.decisions import Decision, Placement
-from qat.network import Op
-from qat.operations import COMMUTING, WEIGHTED
-from qat.rules import RULES, place
-from qat.sharing import Reads, all_quantized
+from qat.graph.network import Op
+from qat.graph.operations import COMMUTING, WEIGHTED
+from qat.rules.place import RULES, place
+from qat.rules.placement import Decision, Placement
+from qat.rules.scale_groups import Reads, all_quantized
 
 _FP16_BYTES = 2
 

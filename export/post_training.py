@@ -18,14 +18,14 @@ from onnxscript.rewriter.rules import common as rewrites
 
 from export.calibration_cache import read_calibration_cache
 from export.float_weights import save
-from export.grown_concats import take_earlier_concats
 from export.hard_rules import hard_findings
 from export.insert import insert
 from export.onnx_network import OnnxNetwork, network_from_onnx
 from export.read import is_quantized, read_onnx
 from export.reference import Sample, first_images, reference_path, write_reference
+from export.reuse_concats import take_earlier_concats
 from export.session import run, session, session_with_tensors, sqnr_db
-from qat.artifact import (
+from qat.base.artifact import (
     Parent,
     Sidecar,
     TensorSpec,
@@ -36,15 +36,15 @@ from qat.artifact import (
     sidecar_path,
     write_artifact,
 )
-from qat.batches import batches
-from qat.calibration import choose_ranges
-from qat.console import progress, say, warn
-from qat.data import Data, load_data
-from qat.decisions import Placement
-from qat.histogram import HistogramObserver, check_finite
+from qat.base.console import progress, say, warn
+from qat.calibration.activation_ranges import choose_ranges
+from qat.calibration.histogram import HistogramObserver, check_finite
+from qat.data.batches import batches
+from qat.data.preprocessing import Preprocessing
+from qat.data.splits import Data, load_data
 from qat.placement import say_placement
-from qat.preprocessing import Preprocessing
-from qat.rules import place
+from qat.rules.place import place
+from qat.rules.placement import Placement
 
 if TYPE_CHECKING:
     from export.options import QuantizeOptions

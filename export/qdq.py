@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, WEIGHTED, constant, permutation
-from qat.operations import COMMUTING, kind_of_onnx
+from qat.graph.operations import COMMUTING, kind_of_onnx
 
 Q_DQ = (QUANTIZE, DEQUANTIZE)
 DATA, SCALE, ZERO_POINT = 0, 1, 2

@@ -11,7 +11,7 @@ Next: python -m deploy.build model.int8.onnx
 from __future__ import annotations
 
 from export.options import QuantizeOptions
-from qat.console import run_command
+from qat.base.console import run_command
 
 
 def main(options: QuantizeOptions) -> None:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.artifact import UserError, atomic_write, sha256_of
-from qat.batches import batches
+from qat.base.artifact import UserError, atomic_write, sha256_of
+from qat.base.console import warn
 from qat.checkpoint import Checkpoint, training_data
-from qat.console import warn
-from qat.data import Data
-from qat.sources import NO_LABEL
+from qat.data.batches import batches
+from qat.data.sources import NO_LABEL
+from qat.data.splits import Data
 
 _BATCH = 32
 _RANDOM_IMAGES = 8

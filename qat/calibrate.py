@@ -11,7 +11,7 @@ Next: python -m export.onnx runs/model.qat
 
 from __future__ import annotations
 
-from qat.console import run_command
+from qat.base.console import run_command
 from qat.options import CalibrateOptions
 
 

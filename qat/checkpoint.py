@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, fx
 
-from qat.artifact import (
+from qat.base.artifact import (
     FORMAT_VERSION,
     Sidecar,
     TensorSpec,
@@ -25,15 +25,15 @@ from qat.artifact import (
     read_sidecar,
     write_artifact,
 )
-from qat.console import warn
-from qat.data import Data, load_data, load_unlabelled
-from qat.decisions import Placement
-from qat.few_bits import simulate_bits
+from qat.base.console import warn
+from qat.data.preprocessing import Preprocessing
+from qat.data.splits import Data, load_data, load_unlabelled
+from qat.fake_quantize.low_bit import simulate_bits
+from qat.fake_quantize.prepare import activation_quantizers, fix_saved_ranges, placement_of, prepare
 from qat.models import ModelSpec, build_model
 from qat.options import BITS
-from qat.prepare import activation_quantizers, fix_saved_ranges, placement_of, prepare
-from qat.preprocessing import Preprocessing
-from qat.rules import RULES
+from qat.rules.place import RULES
+from qat.rules.placement import Placement
 
 _STATE = "training_state"  # entry of the file's header
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qat.accuracy import Accuracy, accuracy
-from qat.network import Network, Op
-from qat.objective import with_tensors
-from qat.operations import COMMUTING
-from qat.prepare import WEIGHT_QUANTIZERS, placement_of, weights_and_quantizers
-from qat.quantizer import ActivationQuantizer
+from qat.evaluate import Accuracy, accuracy
+from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, placement_of, weights_and_quantizers
+from qat.fake_quantize.quantizer import ActivationQuantizer
+from qat.graph.network import Network, Op
+from qat.graph.operations import COMMUTING
+from qat.training.loss import with_tensors
 
 _OUTPUT_IMAGES = 8  # on which outputs are compared
 

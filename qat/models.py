@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qat.artifact import UserError, one_line
-from qat.imported_ranges import split_ranges
-from qat.preprocessing import Photographs, three_floats
-from qat.sources import did_you_mean
+from qat.base.artifact import UserError, one_line
+from qat.calibration.pytorch_quantization import split_ranges
+from qat.data.preprocessing import Photographs, three_floats
+from qat.data.sources import did_you_mean
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
 _NO_AUXILIARY = {"aux_logits": False, "init_weights": False, "transform_input": True}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qat.console import Command
+from qat.base.console import Command
 
 BITS = 8  # of what can be exported
 

@@ -20,13 +20,13 @@ from typing import Annotated
 
 import tyro
 
-from qat.artifact import UserError, atomic_write, check_writable, sidecar_path, write_json
-from qat.console import Command, console, run_command, say
-from qat.decisions import Decision, Placement
-from qat.kept import KEPT_FLOAT
-from qat.network import Network
-from qat.operations import WEIGHTED
-from qat.rules import RULES, Rule, place
+from qat.base.artifact import UserError, atomic_write, check_writable, sidecar_path, write_json
+from qat.base.console import Command, console, run_command, say
+from qat.graph.network import Network
+from qat.graph.operations import WEIGHTED
+from qat.rules.keep_float import KEPT_FLOAT
+from qat.rules.place import RULES, Rule, place
+from qat.rules.placement import Decision, Placement
 
 IMAGE_SIZE, CLASSES = 224, 1000
 TOGETHER = 40  # operations of one module that are listed under its name; those of a larger one by its parts
@@ -74,7 +74,7 @@ def main(options: PlacementOptions) -> None:
         write_json(options.json, as_json(shown))
         say(f"JSON: {options.json}")
     if options.svg is not None:
-        from qat.drawing import draw
+        from qat.rules.drawing import draw
 
         picture = draw(shown.network, shown.placement, shown.rules, shown.title, shown.placement.summary())
         with atomic_write(options.svg) as temporary:
@@ -84,8 +84,8 @@ def main(options: PlacementOptions) -> None:
 
 def of_model(options: PlacementOptions) -> Shown:
     """The placement of a model by name, as it would be trained."""
+    from qat.graph.tracing import network_of
     from qat.models import ModelSpec, build_model
-    from qat.tracing import network_of
 
     size = IMAGE_SIZE if options.image_size is None else options.image_size
     classes = CLASSES if options.num_classes is None else options.num_classes
@@ -102,9 +102,9 @@ def of_checkpoint(options: PlacementOptions, path: Path) -> Shown:
                 f"--{name.replace('_', '-')} was fixed when {path} was trained: leave it out, or give the model's name"
             )
     from qat.checkpoint import load_checkpoint
+    from qat.fake_quantize.prepare import placement_of
+    from qat.graph.tracing import network_of
     from qat.models import ModelSpec, build_model
-    from qat.prepare import placement_of
-    from qat.tracing import network_of
 
     checkpoint = load_checkpoint(path)
     details, preprocessing = checkpoint.sidecar.details, checkpoint.preprocessing

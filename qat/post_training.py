@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat.accuracy import compare, inputs
-from qat.adaround import adaround
-from qat.artifact import UserError, check_writable
-from qat.batches import batch_count
-from qat.calibration import observe, set_ranges
+from qat.base.artifact import UserError, check_writable
+from qat.base.console import progress, say, table, warn
+from qat.calibration.activation_ranges import observe, set_ranges
+from qat.calibration.adaround import adaround
+from qat.calibration.pytorch_quantization import set_imported_ranges
 from qat.checkpoint import save_checkpoint
-from qat.compute import Compute, exact_float32
-from qat.console import progress, say, table, warn
-from qat.data import Data, load_data, load_unlabelled
-from qat.decisions import Placement
-from qat.few_bits import simulate_bits
-from qat.imported_ranges import set_imported_ranges
+from qat.compute.device import Compute, exact_float32
+from qat.compute.processes import local_rank
+from qat.data.batches import batch_count
+from qat.data.preprocessing import Photographs
+from qat.data.sources import unlabelled_folder
+from qat.data.splits import Data, load_data, load_unlabelled
+from qat.evaluate import compare, inputs
+from qat.fake_quantize.low_bit import simulate_bits
+from qat.fake_quantize.prepare import fix_weight_ranges, prepare, weights_and_quantizers
+from qat.graph.network import Network
+from qat.graph.tracing import network_of
 from qat.models import Pretrained, build_pretrained, photographs_of
-from qat.network import Network
 from qat.options import BITS
 from qat.placement import say_placement
-from qat.prepare import fix_weight_ranges, prepare, weights_and_quantizers
-from qat.preprocessing import Photographs
-from qat.ranks import local_rank
-from qat.rules import place
-from qat.sources import unlabelled_folder
-from qat.tracing import network_of
+from qat.rules.place import place
+from qat.rules.placement import Placement
 
 if TYPE_CHECKING:
     from qat.options import CalibrateOptions, SharedOptions

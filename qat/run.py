@@ -18,25 +18,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.accuracy import Accuracy, evaluate
-from qat.artifact import UserError, check_writable
-from qat.batches import batch_count
+from qat.base.artifact import UserError, check_writable
+from qat.base.console import say, speaking, table
 from qat.checkpoint import load_state, save_checkpoint, save_state
-from qat.compute import Compute
-from qat.console import say, speaking, table
-from qat.data import Data, load_data
-from qat.few_bits import check_bits, simulate_bits
-from qat.log import TrainingLog
+from qat.compute.device import Compute
+from qat.compute.processes import Ranks, joined
+from qat.data.batches import batch_count
+from qat.data.splits import Data, load_data
+from qat.evaluate import Accuracy, evaluate
+from qat.fake_quantize.low_bit import check_bits, simulate_bits
+from qat.fake_quantize.prepare import fix_saved_ranges, learn_ranges, prepare
+from qat.graph.network import Network
+from qat.graph.tracing import trace
 from qat.models import ModelSpec, build_model, load_weights
-from qat.network import Network
-from qat.objective import CrossEntropy, Distillation, stage_ends
 from qat.options import BITS
 from qat.post_training import check_percentile, origin, photographs, placed, quantized, say_data, say_next
-from qat.prepare import fix_saved_ranges, learn_ranges, prepare
-from qat.ranks import Ranks, joined
-from qat.recipe import Recipe
-from qat.tracing import trace
-from qat.trainer import Fit, FitState
+from qat.training.log import TrainingLog
+from qat.training.loss import CrossEntropy, Distillation, stage_ends
+from qat.training.recipe import Recipe
+from qat.training.trainer import Fit, FitState
 
 if TYPE_CHECKING:
     from qat.options import TrainOptions

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from qat.artifact import UserError, check_writable, write_json
-from qat.console import Command, progress, run_command, say, table
+from qat.base.artifact import UserError, check_writable, write_json
+from qat.base.console import Command, progress, run_command, say, table
 from qat.options import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qat.accuracy import Accuracy
     from qat.checkpoint import Checkpoint
-    from qat.compute import Compute
+    from qat.compute.device import Compute
     from qat.costs import Cost
+    from qat.evaluate import Accuracy
 
 _BATCH = 64
 
@@ -52,10 +52,10 @@ class SensitivityOptions(Command):
 def main(options: SensitivityOptions) -> None:
     """Measures and prints. Torch is imported here, so that --help answers at once."""
     from qat.checkpoint import has_labels, load_checkpoint
-    from qat.compute import Compute, exact_float32
+    from qat.compute.device import Compute, exact_float32
     from qat.costs import PartlyQuantized
+    from qat.graph.tracing import network_of
     from qat.models import ModelSpec, build_model
-    from qat.tracing import network_of
 
     if options.images < 1:
         raise UserError(f"--images {options.images}: at least 1 is needed")
@@ -96,8 +96,8 @@ def main(options: SensitivityOptions) -> None:
 
 
 def _batches(options: SensitivityOptions, checkpoint: Checkpoint, compute: Compute) -> list[tuple[Tensor, Tensor]]:
-    from qat.batches import batches
     from qat.checkpoint import training_data
+    from qat.data.batches import batches
 
     found, left = [], options.images
     for x_NCHW, labels in batches(training_data(checkpoint).validation, _BATCH, None):

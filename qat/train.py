@@ -8,7 +8,7 @@ Next: python -m export.onnx runs/digits/model.qat
 
 from __future__ import annotations
 
-from qat.console import run_command
+from qat.base.console import run_command
 from qat.options import TrainOptions
 
 

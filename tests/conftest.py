@@ -21,7 +21,7 @@ def _launcher() -> Iterator[subprocess.Popen[str]]:
     launcher = subprocess.Popen(
         [sys.executable, "-c", "import launcher; launcher.serve()"],
         cwd=ROOT,
-        env={**os.environ, **ONE_THREAD, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env={**os.environ, **ONE_THREAD, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -87,7 +87,7 @@ def checkpoint(trained: Path, tmp_path: Path) -> Path:
 def chain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model.qat, the ONNX file made of it, the engine made of that, and their sidecars. Not to change."""
     from deploy import build
-    from export.convert import export_checkpoint
+    from export.from_checkpoint import export_checkpoint
     from export.options import ExportOptions
 
     folder = tmp_path_factory.mktemp("chain")

@@ -17,7 +17,7 @@ import torch
 from commands import Run
 from PIL import Image
 
-from qat.artifact import sidecar_path
+from qat.base.artifact import sidecar_path
 
 
 @dataclass
@@ -293,4 +293,4 @@ def test_debug_shows_the_traceback(place: Workplace, command: Run, module: str) 
     loud = command(module, *given, "--output", place.output, "--debug")
     assert loud.returncode != 0
     assert "Traceback (most recent call last)" in loud.stderr
-    assert loud.stderr.splitlines()[-1].startswith("qat.artifact.UserError: ")
+    assert loud.stderr.splitlines()[-1].startswith("qat.base.artifact.UserError: ")

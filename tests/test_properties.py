@@ -22,8 +22,8 @@ from export.fold import fold
 from export.lint import lint
 from export.parity import measure
 from export.read import read_onnx
-from qat.calibration import calibrate
-from qat.prepare import placement_of, prepare
+from qat.calibration.activation_ranges import calibrate
+from qat.fake_quantize.prepare import placement_of, prepare
 
 SIZE = 8  # pixels at the input; nothing but a pool or a stride makes them fewer
 CHANNELS = (8, 16)

@@ -19,11 +19,11 @@ from export.fold import fold
 from export.lint import lint
 from export.parity import measure
 from export.read import read_onnx
-from qat.calibration import calibrate
-from qat.fx_network import network_from_fx
-from qat.prepare import placement_of, prepare
-from qat.rules import place
-from qat.tracing import trace
+from qat.calibration.activation_ranges import calibrate
+from qat.fake_quantize.prepare import placement_of, prepare
+from qat.graph.fx_network import network_from_fx
+from qat.graph.tracing import trace
+from qat.rules.place import place
 
 # The five that differ most: residual, dense concatenation, gates, channel shuffle, transposed convolutions.
 DIFFERENT = ("resnet18", "densenet121", "mobilenet_v3_large", "shufflenet_v2_x1_0", "unet")

@@ -12,7 +12,7 @@ from deploy import audit, build
 from deploy.audit import AuditOptions, EngineAudit
 from deploy.layers import EngineLayer
 from deploy.precision import Finding
-from qat.artifact import UserError
+from qat.base.artifact import UserError
 
 
 def engine(make, folder: Path) -> Path:

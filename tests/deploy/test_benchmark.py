@@ -12,9 +12,9 @@ from qdq_models import residual
 from deploy import cuda
 from deploy.benchmark import Bench, BenchmarkOptions, _check_names, _columns, _named, main
 from deploy.builder import Repetition, build
-from deploy.contenders import Column, Contenders
+from deploy.candidates import Column, Contenders
 from deploy.trt import Toolkit, find_toolkit
-from qat.artifact import UserError
+from qat.base.artifact import UserError
 
 
 @pytest.fixture

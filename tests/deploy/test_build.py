@@ -27,7 +27,7 @@ from deploy.build import EXIT_NOT_INT8, Options, _build, main
 from deploy.builder import Repetition
 from deploy.trt import find_toolkit
 from export.session import session
-from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of, sidecar_path, write_artifact
+from qat.base.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of, sidecar_path, write_artifact
 
 
 def build(model: Path, **options) -> int:

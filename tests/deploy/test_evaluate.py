@@ -10,7 +10,7 @@ import pytest
 from deploy.evaluate import Answers, EvaluateOptions, _images, engine_logits, main
 from deploy.reference import read_reference
 from deploy.settings import Profile
-from qat.artifact import UserError, read_sidecar
+from qat.base.artifact import UserError, read_sidecar
 
 
 def test_accuracy_and_agreement():

@@ -12,8 +12,8 @@ import torch
 
 from deploy.reference import network_input, read_reference
 from export.session import session
-from qat.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of
-from qat.preprocessing import Preprocessing
+from qat.base.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of
+from qat.data.preprocessing import Preprocessing
 
 FLOAT = TensorSpec("input", (-1, 3, 16, 16), "float32")
 BYTES = TensorSpec("input", (-1, 16, 16, 3), "uint8")

@@ -18,7 +18,7 @@ from deploy import build
 from deploy.report import ReportOptions, _ticks, main, render
 from export.options import QuantizeOptions
 from export.post_training import quantize_file
-from qat.artifact import Sidecar, UserError, read_sidecar, sidecar_path, write_artifact
+from qat.base.artifact import Sidecar, UserError, read_sidecar, sidecar_path, write_artifact
 
 NAMES = ("model.qat", "model.onnx", "model.engine")
 

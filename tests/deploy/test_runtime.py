@@ -17,7 +17,7 @@ import pytest
 from deploy import cuda
 from deploy.runtime import Engine
 from deploy.settings import Profile
-from qat.artifact import TensorSpec, UserError, sidecar_path
+from qat.base.artifact import TensorSpec, UserError, sidecar_path
 
 
 @pytest.fixture

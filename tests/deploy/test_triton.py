@@ -15,7 +15,7 @@ from commands import ROOT, Run
 from google.protobuf import json_format, text_format
 
 from deploy.triton import PAGE_MARK, TritonOptions, load_schema, main
-from qat.artifact import Kind, Sidecar, TensorSpec, UserError, sidecar_path, write_artifact
+from qat.base.artifact import Kind, Sidecar, TensorSpec, UserError, sidecar_path, write_artifact
 
 ONE = ({"min": 1, "opt": 8, "max": 32},)
 SEVERAL = ({"min": 1, "opt": 1, "max": 1}, {"min": 1, "opt": 16, "max": 64}, {"min": 2, "opt": 8, "max": 16})

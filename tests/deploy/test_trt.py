@@ -12,7 +12,7 @@ from qdq_models import convolution
 from deploy.buildlog import BuildLog
 from deploy.settings import BuildSettings
 from deploy.trt import find_toolkit, numpy_name
-from qat.artifact import UserError
+from qat.base.artifact import UserError
 
 
 @pytest.fixture(scope="module")

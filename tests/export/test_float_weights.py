@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))  # qdq_models
-
 from qdq_models import Graph, classifier, matrix_product, merged_shortcut, residual, siblings
 
 from export.float_weights import float_weights, with_float_weights

@@ -15,8 +15,8 @@ from torch import fx, nn
 from export.fold import fold, fold_float
 from export.lower import BatchNorm
 from qat.checkpoint import load_checkpoint
-from qat.prepare import prepare
-from qat.quantizer import SCALE_FLOOR, ActivationQuantizer, WeightQuantizer
+from qat.fake_quantize.prepare import prepare
+from qat.fake_quantize.quantizer import SCALE_FLOOR, ActivationQuantizer, WeightQuantizer
 
 
 def lively_norms(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from export.findings import Finding
 from export.hard_rules import hard_findings
 from export.lint import lint
 from export.read import read_onnx
-from qat.artifact import UserError
+from qat.base.artifact import UserError
 
 Part = Callable[[Graph], str]
 Verdict = Literal["INT8", "float", "refused"]

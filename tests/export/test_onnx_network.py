@@ -21,10 +21,10 @@ from torch import nn
 
 from export.onnx_network import OnnxNetwork, constant, network_from_onnx
 from export.read import read_onnx
-from qat.fx_network import network_from_fx
-from qat.network import ConstantWeight, Network
-from qat.rules import place
-from qat.tracing import trace
+from qat.graph.fx_network import network_from_fx
+from qat.graph.network import ConstantWeight, Network
+from qat.graph.tracing import trace
+from qat.rules.place import place
 
 
 @pytest.fixture

@@ -6,20 +6,16 @@ test_training.py, need torch and a GPU, and no TensorRT. Elsewhere they are skip
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "deploy"))  # qdq_models
-
 import qdq_models
 
 from deploy import build
 from deploy.runtime import Engine
 from deploy.trt import Toolkit, find_toolkit
-from qat.artifact import Sidecar, TensorSpec, UserError, sha256_of, write_artifact
+from qat.base.artifact import Sidecar, TensorSpec, UserError, sha256_of, write_artifact
 
 
 def _toolkit() -> Toolkit | str:

@@ -13,7 +13,7 @@ import qdq_models
 
 from deploy import audit, benchmark, build, evaluate
 from deploy.runtime import Engine
-from qat.artifact import UserError, read_sidecar, sidecar_path
+from qat.base.artifact import UserError, read_sidecar, sidecar_path
 
 
 def built(model: Path, name: str, **options) -> Path:

@@ -13,9 +13,9 @@ import pytest
 
 from deploy import cuda
 from deploy.arrays import DeviceArray
-from deploy.lane import GRAPHS_PER_LANE
+from deploy.executor import GRAPHS_PER_LANE
 from deploy.runtime import Engine
-from qat.artifact import UserError, read_sidecar, sidecar_path, write_artifact
+from qat.base.artifact import UserError, read_sidecar, sidecar_path, write_artifact
 
 
 def on_gpu(array: np.ndarray) -> DeviceArray:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))  # tiny
-
 import tiny
 
 torch = pytest.importorskip("torch")
@@ -21,20 +17,20 @@ from processes import NET, train  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torchvision.models import resnet18  # noqa: E402
 
-from qat.adaround import adaround  # noqa: E402
-from qat.artifact import UserError, read_sidecar  # noqa: E402
-from qat.batches import batches as batches_of  # noqa: E402
-from qat.calibration import calibrate, choose_ranges  # noqa: E402
+from qat.base.artifact import UserError, read_sidecar  # noqa: E402
+from qat.calibration.activation_ranges import calibrate, choose_ranges  # noqa: E402
+from qat.calibration.adaround import adaround  # noqa: E402
+from qat.calibration.histogram import BINS, HistogramObserver, check_finite  # noqa: E402
 from qat.checkpoint import load_checkpoint  # noqa: E402
-from qat.compute import Compute, exact_float32  # noqa: E402
-from qat.data import load_data  # noqa: E402
-from qat.histogram import BINS, HistogramObserver, check_finite  # noqa: E402
+from qat.compute.device import Compute, exact_float32  # noqa: E402
+from qat.data.batches import batches as batches_of  # noqa: E402
+from qat.data.splits import load_data  # noqa: E402
+from qat.fake_quantize.prepare import learn_ranges, prepare, weights_and_quantizers  # noqa: E402
 from qat.models import ModelSpec, build_model  # noqa: E402
 from qat.options import TrainOptions  # noqa: E402
-from qat.prepare import learn_ranges, prepare, weights_and_quantizers  # noqa: E402
-from qat.recipe import Recipe  # noqa: E402
 from qat.run import run  # noqa: E402
-from qat.trainer import Fit  # noqa: E402
+from qat.training.recipe import Recipe  # noqa: E402
+from qat.training.trainer import Fit  # noqa: E402
 
 DEVICE = "cuda"
 

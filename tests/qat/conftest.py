@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qat.data import Data, load_data
+from qat.data.splits import Data, load_data
 from qat.models import ModelSpec, build_model
 
 

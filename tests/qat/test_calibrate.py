@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 import qat.post_training
 from deploy import build, report
-from export.convert import export_checkpoint
+from export.from_checkpoint import export_checkpoint
 from export.options import ExportOptions
-from qat.accuracy import compare
-from qat.artifact import Sidecar, UserError, read_sidecar
+from qat.base.artifact import Sidecar, UserError, read_sidecar
 from qat.checkpoint import load_checkpoint, training_data
-from qat.compute import Compute
-from qat.data import Data, load_unlabelled
+from qat.compute.device import Compute
+from qat.data.splits import Data, load_unlabelled
+from qat.evaluate import compare
+from qat.fake_quantize.prepare import weights_and_quantizers
 from qat.models import ModelSpec, build_model
 from qat.options import CalibrateOptions, TrainOptions
 from qat.post_training import quantize_pretrained
-from qat.prepare import weights_and_quantizers
 from qat.run import run
 
 CPU = Compute(torch.device("cpu"))
@@ -436,7 +436,7 @@ def test_training_refuses_images_without_labels(trained: Path, photos: Path, tmp
 def test_a_corrupt_image_is_named(
     trained: Path, weights: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    monkeypatch.setattr("qat.pixels.MEMORY_LIMIT", limit)
+    monkeypatch.setattr("qat.data.pixels.MEMORY_LIMIT", limit)
     bad = tmp_path / "images" / "b.png"
     bad.parent.mkdir()
     for name in ("a.png", "b.png"):

@@ -13,9 +13,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat.artifact import UserError
+from qat.base.artifact import UserError
+from qat.data.preprocessing import Photographs
 from qat.models import ModelSpec, build_model, build_pretrained, load_weights, photographs_of
-from qat.preprocessing import Photographs
 
 NET = """
 from torch import nn

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from commands import Run
 
-from qat.artifact import sidecar_path
+from qat.base.artifact import sidecar_path
 from qat.checkpoint import load_checkpoint
-from qat.decisions import Placement
-from qat.drawing import draw
-from qat.layout import Wire, lay_out
+from qat.fake_quantize.prepare import placement_of
+from qat.graph.network import Network
+from qat.graph.tracing import network_of
 from qat.models import ModelSpec, build_model
-from qat.network import Network
 from qat.placement import PlacementOptions, main, of_model
-from qat.prepare import placement_of
-from qat.rules import RULES, place
-from qat.tracing import network_of
+from qat.rules.drawing import draw
+from qat.rules.graph_layout import Wire, lay_out
+from qat.rules.place import RULES, place
+from qat.rules.placement import Placement
 
 NET = """
 import torch

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from commands import Run
 from torch import Tensor, nn
 
-from qat.accuracy import Accuracy
-from qat.calibration import calibrate
+from qat.calibration.activation_ranges import calibrate
 from qat.checkpoint import load_checkpoint
 from qat.costs import Cost, PartlyQuantized, multiply_adds
-from qat.prepare import activation_quantizers, prepare
-from qat.quantizer import fake_quantize, fake_quantize_weight, scale_from_amax
-from qat.tracing import network_of
+from qat.evaluate import Accuracy
+from qat.fake_quantize.prepare import activation_quantizers, prepare
+from qat.fake_quantize.quantizer import fake_quantize, fake_quantize_weight, scale_from_amax
+from qat.graph.tracing import network_of
 
 
 class Network(nn.Module):
@@ -153,7 +153,7 @@ def test_a_network_that_quantization_ruins_gets_a_list(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    from qat.artifact import read_sidecar, write_artifact
+    from qat.base.artifact import read_sidecar, write_artifact
     from qat.sensitivity import SensitivityOptions, main
 
     ruined = tmp_path / "ruined.qat"

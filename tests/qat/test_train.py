@@ -20,20 +20,20 @@ from commands import ONE_THREAD, ROOT, Run, one_thread
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qat.accuracy import evaluate
-from qat.artifact import UserError, read_sidecar, sha256_of
-from qat.batches import ImageSet
+from qat.base.artifact import UserError, read_sidecar, sha256_of
 from qat.checkpoint import load_checkpoint, load_state
-from qat.compute import Compute
-from qat.data import Data
-from qat.interrupts import Interrupted
+from qat.compute.device import Compute
+from qat.data.batches import ImageSet
+from qat.data.pixels import ArrayPixels
+from qat.data.preprocessing import Preprocessing
+from qat.data.splits import Data
+from qat.evaluate import evaluate
 from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
-from qat.pixels import ArrayPixels
-from qat.preprocessing import Preprocessing
-from qat.recipe import Recipe
 from qat.run import run
-from qat.trainer import Fit, FitState
+from qat.training.interrupts import Interrupted
+from qat.training.recipe import Recipe
+from qat.training.trainer import Fit, FitState
 
 CPU = Compute(torch.device("cpu"))
 KILL, INTERRUPT = signal.SIGKILL, signal.SIGINT

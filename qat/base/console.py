@@ -1,0 +1,158 @@
+"""The face of every command: arguments, one-line errors, progress, tables. No torch, TensorRT or GPU needed.
+
+A command is a dataclass of options that extends ``Command`` and a ``main`` that takes it; ``run_command`` joins the
+two. A user's mistake (UserError) becomes one line and exit code 2. On a terminal progress is a bar; in a log it is
+a line every few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, NoReturn, TypeVar, get_type_hints
+
+import docstring_parser
+import rich.console
+import rich.progress
+import rich.table
+import tyro
+
+from qat.base.artifact import UserError
+
+SECONDS_BETWEEN_LOG_LINES = 5.0
+LOG_WIDTH = 140
+
+_terminal = sys.stdout.isatty()
+console = rich.console.Console(width=None if _terminal else LOG_WIDTH, highlight=False)
+_errors = rich.console.Console(stderr=True, highlight=False)
+_speaker = ""
+
+Options = TypeVar("Options", bound="Command")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Options that every command has."""
+
+    debug: bool = False
+    """Show the full traceback of an error."""
+
+
+def run_command(main: Callable[[Options], int | None], options: type[Options]) -> NoReturn:
+    """Parses the command line into ``options``, runs ``main`` and exits with its code.
+
+    Exit codes: 0 done, 1 a fault of the program, 2 a user's mistake, 130 interrupted; others are ``main``'s own.
+    """
+    module = sys.modules[main.__module__]
+    name = module.__spec__.name if module.__spec__ else None
+    chosen = tyro.cli(
+        _with_flowing_help(options),
+        prog=f"python -m {name}" if name else None,
+        description=module.__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    try:
+        code = main(chosen) or 0
+    except UserError as error:
+        if chosen.debug:
+            raise
+        _one_line("error", str(error))
+        code = 2
+    except KeyboardInterrupt as interrupt:
+        if chosen.debug:
+            raise
+        _one_line("interrupted", str(interrupt) or "nothing half-written was left behind")
+        code = 130
+    except Exception as error:
+        if chosen.debug:
+            raise
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        _one_line("internal error", f"{type(error).__name__}: {first_line}; run again with --debug and report it")
+        code = 1
+    sys.exit(code)
+
+
+def _with_flowing_help(options: type[Options]) -> type[Options]:
+    """``options`` with its docstrings as one line each: tyro keeps the breaks of lines that are indented."""
+    for base in options.__mro__[:-1]:
+        hints = get_type_hints(base, include_extras=True)
+        for attribute in docstring_parser.parse_from_object(base).params:
+            flowing = " ".join((attribute.description or "").split())
+            base.__annotations__[attribute.arg_name] = Annotated[hints[attribute.arg_name], tyro.conf.arg(help=flowing)]
+    return options
+
+
+@contextmanager
+def speaking(aloud: bool, name: str) -> Iterator[None]:
+    """While it lasts, a process that does not speak ``aloud`` prints errors alone, its ``name`` before them.
+
+    An error that ends it is still its own: it is printed after this.
+    """
+    global _speaker
+    console.quiet, _speaker = not aloud, "" if aloud else f"{name}: "
+    yield
+    console.quiet, _speaker = False, ""
+
+
+def say(text: str) -> None:
+    """Prints a line; rich markup is not interpreted, so that names with brackets survive."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Prints a warning line on standard error."""
+    if not console.quiet:
+        _one_line("warning", text)
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Prints a table; every column but the first is aligned right."""
+    grid = rich.table.Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        grid.add_row(*(rich.markup.escape(str(cell)) for cell in row))
+    console.print(grid)
+
+
+class Task:
+    """A piece of work with a known number of steps; see ``progress``."""
+
+    def __init__(self, description: str, total: int, bar: rich.progress.Progress | None):
+        self.description, self.total, self.done = description, total, 0
+        self._bar = bar
+        self._bar_task = bar.add_task(description, total=total, note="") if bar else None
+        self._last_line = self._start = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Says that ``steps`` more are done; ``note`` is shown beside the bar."""
+        self.done += steps
+        if self._bar is not None and self._bar_task is not None:
+            self._bar.update(self._bar_task, completed=self.done, note=note)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LOG_LINES:
+            self._last_line = time.monotonic()
+            say(f"{self.description}: {self.done}/{self.total} {note}".rstrip())
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Task]:
+    """Shows progress of ``total`` steps while the block runs: a bar on a terminal, lines in a log."""
+    if not console.is_terminal:
+        yield Task(description, total, None)
+        return
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[note]}"),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+        yield Task(description, total, bar)
+
+
+def _one_line(label: str, text: str) -> None:
+    _errors.print(f"{_speaker}{label}: " + " ".join(text.split()), markup=False, soft_wrap=True)

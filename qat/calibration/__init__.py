@@ -1,0 +1,1 @@
+"""Activation ranges from images, and weights rounded by them."""

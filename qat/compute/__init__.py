@@ -1,0 +1,1 @@
+"""What computes, and how: device, types, processes, compilation, kernels."""

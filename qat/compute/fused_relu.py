@@ -1,0 +1,56 @@
+"""For training: a ReLU and the quantizer behind it as one operation, with one mask for the backward pass, not two.
+
+Each of the two would keep a byte an element to say where the gradient passes: one those above zero, the other those in
+its range. Together they keep one, and the tensor between them is not written. Codes and gradients stay what they were.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from qat.fake_quantize.quantizer import ActivationQuantizer
+
+
+class RectifiedQuantizer(nn.Module):
+    """``quantizer(relu(x))``; the quantizer is shared with the network that it came from."""
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of any shape to the same shape and type."""
+        quantizer = self.quantizer
+        if quantizer.passes:
+            return quantizer(F.relu(x))
+        return quantizer.rectified(x)
+
+
+def merge_rectifiers(model: nn.Module) -> nn.Module:
+    """``model`` with every ReLU merged into the quantizer that alone reads it; shares all modules. Not for export."""
+    if not isinstance(model, fx.GraphModule):
+        return model
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(model.graph, {}))
+    merged = fx.GraphModule(model, graph)
+    for node in list(graph.find_nodes(op="call_module")):
+        quantizer, relu = merged.get_submodule(str(node.target)), node.args[0]
+        if isinstance(quantizer, ActivationQuantizer) and isinstance(relu, fx.Node) and _merges(relu, merged):
+            path = f"rectified.{node.name}"
+            merged.add_submodule(path, RectifiedQuantizer(quantizer))
+            node.target = path
+            node.replace_input_with(relu, relu.all_input_nodes[0])
+            graph.erase_node(relu)
+    merged.recompile()
+    return merged
+
+
+def _merges(node: fx.Node, model: fx.GraphModule) -> bool:
+    """Whether it is a ReLU whose input and output have no other readers: one in place changes its input."""
+    if node.op == "call_module":
+        rectifies = type(model.get_submodule(str(node.target))) is nn.ReLU
+    else:
+        name = getattr(node.target, "__name__", node.target)
+        rectifies = node.op in ("call_function", "call_method") and name in ("relu", "relu_")
+    return rectifies and len(node.users) == 1 and len(node.all_input_nodes[0].users) == 1

@@ -1,0 +1,170 @@
+"""The images of a split, one by one or in batches.
+
+What is random in a training image comes only from the seed in its key, never from the process that loads it or
+from what was loaded before: the same batches come from any number of workers, and from a run that was stopped
+and resumed.
+
+Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on
+the device that trains.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from qat.base.artifact import UserError
+from qat.compute.processes import ALONE, Ranks
+from qat.data.pixels import ArrayPixels, Pixels
+from qat.data.preprocessing import Augmentation, Preprocessing
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet(Dataset[tuple[Tensor, int]]):
+    """One split. Its key is (index, seed); it gives (uint8 [3, height, width], label). ``labels``: int64 [N].
+
+    The seed decides the augmentation and is ignored without one.
+    """
+
+    pixels: Pixels
+    indices: Tensor
+    labels: Tensor
+    preprocessing: Preprocessing
+    augmentation: Augmentation | None = None
+
+    @property
+    def augment(self) -> bool:
+        """Whether images are changed at random: in the train split only."""
+        return self.augmentation is not None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def ready(self) -> bool:
+        """Whether all images are in memory and need no resampling: then ``take`` gives whole batches."""
+        size = (self.preprocessing.height, self.preprocessing.width)
+        fitting = isinstance(self.pixels, ArrayPixels) and self.pixels.images.shape[-2:] == size
+        return fitting and (self.augmentation is None or self.augmentation.padding > 0)
+
+    def take(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a set that is ready, the images of int64 ``keys`` [N, 2]: uint8 [N, 3, height, width] and labels [N]."""
+        assert isinstance(self.pixels, ArrayPixels)
+        index, seeds = keys.to(self.labels.device, non_blocking=True).unbind(1)
+        images_NCHW = self.pixels.images[self.indices[index]]
+        if self.augmentation is not None:
+            images_NCHW = self.augmentation.shift(images_NCHW, seeds)
+        return images_NCHW, self.labels[index]
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = key
+        image = self.pixels[int(self.indices[index])]
+        if self.augmentation is None:
+            image = self.preprocessing.fit(image)
+        else:
+            image = self.augmentation(image, self.preprocessing, seed)
+        return image, int(self.labels[index])
+
+
+def batch_count(images: ImageSet, batch_size: int, training: bool = False, ranks: Ranks = ALONE) -> int:
+    """How many batches there are for all ``ranks`` together. Raises UserError when there is none."""
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} is not positive: give at least 1")
+    whole, rest = divmod(len(images), batch_size)
+    count = whole + (rest >= (2 * ranks.size if training else 1))
+    if count == 0:
+        raise UserError(f"{len(images)} images make no batch to train on: add images")
+    return count
+
+
+def batches(
+    images: ImageSet,
+    batch_size: int,
+    seed: int | None,
+    epoch: int = 0,
+    start: int = 0,
+    workers: int = 0,
+    training: bool = False,
+    ranks: Ranks = ALONE,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]), where they are, or pinned for a GPU.
+
+    Args:
+        images: the split.
+        batch_size: images in a batch, of all ``ranks`` together; the last one may be smaller.
+        seed: None for the images in order; else order and augmentation are a function of (seed, epoch) alone.
+        epoch: from 0.
+        start: number of batches to skip; they are not loaded.
+        workers: processes that load; a set that is ready needs none.
+        training: leaves out a last batch that has one image for a process, which BatchNorm cannot train on.
+        ranks: of every batch each process gets its share; of a last small one, perhaps none.
+
+    Raises:
+        UserError: an image is corrupt (the line names the file).
+    """
+    count, pins = batch_count(images, batch_size, training, ranks), torch.cuda.is_available()
+    keys = _keys(len(images), seed, epoch)
+    wholes = (keys[i * batch_size : (i + 1) * batch_size] for i in range(start, count))
+    chunks = [share for whole in wholes if len(share := whole[ranks.rank :: ranks.size])]
+    if images.ready:
+        for chunk in chunks:
+            images_NCHW, labels = images.take(chunk)
+            yield (images_NCHW.pin_memory() if pins and not images_NCHW.is_cuda else images_NCHW), labels
+        return
+    loader: DataLoader[Any] = DataLoader(
+        _ErrorsAsItems(images),
+        batch_sampler=[chunk.tolist() for chunk in chunks],
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pins,
+        worker_init_fn=_ignore_interrupts,
+        generator=torch.Generator(),  # else the loader draws from the global one, and resuming changes what follows
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        images_NCHW, labels = batch
+        yield images_NCHW, labels
+
+
+def _keys(count: int, seed: int | None, epoch: int) -> Tensor:
+    """(index, seed) of every image of an epoch, in order: int64 [N, 2]."""
+    if seed is None:
+        return torch.stack([torch.arange(count), torch.zeros(count, dtype=torch.int64)], 1)
+    random = np.random.default_rng([seed, epoch])
+    return torch.from_numpy(np.stack([random.permutation(count), random.integers(1 << 32, size=count)], 1))
+
+
+@dataclass(frozen=True)
+class _ErrorsAsItems(Dataset[Any]):
+    """Gives a UserError instead of raising it: one raised in a worker arrives as a page of traceback."""
+
+    images: ImageSet
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | UserError:
+        try:
+            return self.images[key]
+        except UserError as error:
+            return UserError(str(error))
+
+
+def _collate(items: list[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Tensor] | UserError:
+    images, labels = [], []
+    for item in items:
+        if isinstance(item, UserError):
+            return item
+        images.append(item[0])
+        labels.append(item[1])
+    return torch.stack(images).contiguous(), torch.tensor(labels)
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the main one decides when to stop, and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

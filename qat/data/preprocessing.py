@@ -1,0 +1,152 @@
+"""From a decoded image to the network's input, in training (at random) and in evaluation.
+
+Evaluation is what an engine must repeat, so its few numbers are stored in every sidecar. Resampling is torchvision's,
+bilinear with antialiasing.
+
+Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on the
+device that trains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from qat.base.artifact import UserError
+
+_CROP_SCALE, _CROP_RATIO, _CROP_TRIALS = (0.35, 1.0), (3 / 4, 4 / 3), 10
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """How a network takes photographs: as most weights for ImageNet do, where nobody knows better.
+
+    ``size``: height and width of its input in pixels, unless another is asked for; ``short_side``: the length that the
+    short side gets before a crop of that size.
+    """
+
+    size: int = 224
+    short_side: int = 256
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an RGB image to the network's input: resize, center crop, normalize. Stored in every sidecar.
+
+    ``resize`` is the length in pixels that the short side gets before the center crop of ``height`` x ``width``.
+    An image that has it already is not resampled.
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: int
+    interpolation: Literal["bilinear"] = "bilinear"
+    color: Literal["RGB"] = "RGB"
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of ``dataclasses.asdict``. Raises UserError when an entry is missing or of no use."""
+        try:
+            colors = {name: three_floats(content[name]) for name in ("mean", "std")}
+            found = cls(**{**content, **colors})
+            if found.interpolation != "bilinear" or found.color != "RGB" or min(colors["std"]) <= 0:
+                raise ValueError(f"{found.interpolation}, {found.color}, std {found.std}")
+            if not 0 < min(found.height, found.width) <= found.resize:
+                raise ValueError(f"{found.height}x{found.width} out of {found.resize}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"preprocessing lacks or misstates an entry ({type(error).__name__}: {error}): make it again"
+            ) from error
+        return found
+
+    @property
+    def photographs(self) -> Photographs:
+        """What ``load_data`` makes the same preprocessing of again."""
+        return Photographs(self.height, self.resize, self.mean, self.std)
+
+    def normalize(self, images_NCHW: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] on the same device: (x / 255 - mean) / std."""
+        mean, std = (_per_channel(values, images_NCHW.device) for values in (self.mean, self.std))
+        return (images_NCHW.float() / 255 - mean) / std
+
+    def fit(self, image: Tensor) -> Tensor:
+        """uint8 [..., 3, h, w] -> [..., 3, height, width]: short side to ``resize``, center crop."""
+        if min(image.shape[-2:]) != self.resize:
+            image = transforms.resize(image, [self.resize], InterpolationMode.BILINEAR, antialias=True)
+        if image.shape[-2:] != (self.height, self.width):
+            image = transforms.center_crop(image, [self.height, self.width])
+        return image
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a training image.
+
+    ``padding``: shift by up to as many pixels, filling with black; 0: crop 35..100 % of the area and resize it.
+    ``flip``: mirror half of the images left to right.
+    """
+
+    padding: int
+    flip: bool
+
+    def __call__(self, image: Tensor, preprocessing: Preprocessing, seed: int) -> Tensor:
+        """uint8 [3, h, w] -> [3, height, width], a function of ``seed`` alone."""
+        if self.padding:
+            return self.shift(preprocessing.fit(image)[None], torch.tensor([seed]))[0]
+        generator = torch.Generator().manual_seed(seed)
+        size = [preprocessing.height, preprocessing.width]
+        box = _random_box(image.shape[-2], image.shape[-1], generator)
+        image = transforms.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True)
+        if self.flip and torch.rand((), generator=generator) < 0.5:
+            image = transforms.horizontal_flip(image)
+        return image
+
+    def shift(self, images_NCHW: Tensor, seeds: Tensor) -> Tensor:
+        """Shifts and mirrors uint8 [N, 3, H, W], each image as its seed says (int64 [N], at least 0, on its device)."""
+        count, _, height, width = images_NCHW.shape
+        reach = 2 * self.padding + 1
+        down, right, mirrored = seeds % reach, seeds // reach % reach, seeds // reach**2 % 2 == 1
+        rows, columns = (torch.arange(size, device=seeds.device).expand(count, size) for size in (height, width))
+        if self.flip:
+            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        rows, columns = rows + down[:, None], columns + right[:, None]
+        padded_NHWC = transforms.pad(images_NCHW, [self.padding]).permute(0, 2, 3, 1)
+        every = torch.arange(count, device=seeds.device)
+        return padded_NHWC[every[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _random_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random part of an image (Inception's crop, Szegedy et al. 2015)."""
+    log_ratio = [math.log(ratio) for ratio in _CROP_RATIO]
+    for share, skew, down, right in torch.rand(_CROP_TRIALS, 4, generator=generator).tolist():
+        area = height * width * (_CROP_SCALE[0] + share * (_CROP_SCALE[1] - _CROP_SCALE[0]))
+        ratio = math.exp(log_ratio[0] + skew * (log_ratio[1] - log_ratio[0]))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+    side = min(height, width)
+    return (height - side) // 2, (width - side) // 2, side, side
+
+
+@lru_cache(maxsize=16)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 [3, 1, 1]. Made once: a copy to a GPU waits until it has done all before, here all of a training step."""
+    return torch.tensor(values, dtype=torch.float32, device=device).reshape(3, 1, 1)
+
+
+def three_floats(values: Sequence[float]) -> tuple[float, float, float]:
+    """One for each color."""
+    red, green, blue = map(float, values)
+    return red, green, blue

@@ -1,0 +1,359 @@
+"""Where images come from: digits, an image folder, an .npz file, torchvision's data sets; a folder without labels.
+
+Every reader checks all that it can before training starts, and says in one line what is wrong. How the images are
+split is decided in qat/data/splits.py, how they are decoded and kept in qat/data/pixels.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from qat.base.artifact import UserError, one_line
+from qat.data.pixels import ArrayPixels, FilePixels, Pixels, TorchvisionPixels, decode_all, images_nchw
+
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images and their labels: int64 [N]."""
+
+    pixels: Pixels
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a reader found. A part that the source does not have is None.
+
+    ``default_size`` is (height, width) in pixels, None for photographs; ``cropped``: all images have one size and are
+    taken whole, without a margin to crop in evaluation; ``mirrors``: the mirror image of a class still belongs to it.
+    """
+
+    train: Part
+    validation: Part | None
+    test: Part | None
+    class_names: tuple[str, ...]
+    default_size: tuple[int, int] | None
+    cropped: bool = True
+    mirrors: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def read_source(source: str, root: Path) -> Source:
+    """Reads ``source``: 'digits', 'torchvision:NAME', an .npz file or an image folder.
+
+    ``root`` is where torchvision's data sets are or will be downloaded to. Raises UserError.
+    """
+    path = Path(source).expanduser()
+    if source == "digits":
+        return _read_digits()
+    if source.startswith("torchvision:"):
+        return _read_torchvision(source.removeprefix("torchvision:"), root)
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    known = ["digits", *(f"torchvision:{name}" for name in _names())]
+    raise UserError(
+        f"unknown data set {source!r}: no such folder{did_you_mean(source, known)}; give digits, a folder with train/ "
+        "and val/ (to python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with one of "
+        f"{', '.join(_names())}"
+    )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean A or B?)``, or nothing when no name comes close. Case is ignored."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=3)
+    return f" (did you mean {' or '.join(by_lower[match] for match in close)}?)" if close else ""
+
+
+# --- digits
+
+
+def _read_digits() -> Source:
+    from sklearn.datasets import load_digits  # slow to import: only where it is needed
+
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 0..16 -> 0..255
+    part = Part(ArrayPixels(images_nchw(grey)), torch.as_tensor(digits.target, dtype=torch.int64))
+    return Source(part, None, None, tuple("0123456789"), (32, 32), mirrors=False)
+
+
+# --- image folder
+
+
+def _read_folder(folder: Path) -> Source:
+    if not (folder / "train").is_dir() or not (folder / "val").is_dir():
+        found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
+        raise UserError(
+            f"{folder} has no train/ or no val/ (found: {found}): put <class>/<image> into train/ and val/; only "
+            "python -m qat.calibrate takes images without labels, from a folder that has neither"
+        )
+    splits = [split for split in ("train", "val", "test") if (folder / split).is_dir()]
+    files = {split: _class_files(folder / split) for split in splits}
+    for split in splits[1:]:
+        _check_same_classes(folder, files, split)
+    paths = {split: [path for of_class in files[split].values() for path in of_class] for split in splits}
+    decoded = decode_all([path for split in splits for path in paths[split]])
+    parts, start = {}, 0
+    for split in splits:
+        stop = start + len(paths[split])
+        pixels = FilePixels(paths[split], None if decoded is None else decoded[start:stop])
+        counts = torch.tensor([len(of_class) for of_class in files[split].values()])
+        parts[split] = Part(pixels, torch.repeat_interleave(torch.arange(len(counts)), counts))
+        start = stop
+    has_test = "test" in parts
+    return Source(
+        parts["train"],
+        parts["val"] if has_test else None,
+        parts["test" if has_test else "val"],
+        tuple(files["train"]),
+        None,
+        cropped=False,
+        notes=(f"test: {folder / 'test'}" if has_test else f"test: {folder / 'val'}, as there is no test/",),
+    )
+
+
+def _class_files(split: Path) -> dict[str, list[str]]:
+    """Class name -> its image files, both sorted; files in folders within a class count as the class's."""
+    classes = sorted(child.name for child in split.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not classes:
+        raise UserError(f"{split} has no class folders: put the images of each class into {split}/<class>/")
+    files = {}
+    for name in classes:
+        files[name] = _image_files(split / name)
+        if not files[name]:
+            kinds = " ".join(IMG_EXTENSIONS)
+            raise UserError(f"class folder {split / name} has no image ({kinds}): add some, or remove the folder")
+    return files
+
+
+def _image_files(folder: Path) -> list[str]:
+    """The image files in ``folder`` and in the folders within it, sorted."""
+    return sorted(
+        os.path.join(inner, file)
+        for inner, _, names in os.walk(folder, followlinks=True)
+        for file in names
+        if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
+    )
+
+
+def _check_same_classes(folder: Path, files: dict[str, dict[str, list[str]]], split: str) -> None:
+    for present, absent in (("train", split), (split, "train")):
+        missing = [name for name in files[present] if name not in files[absent]]
+        if missing:
+            listed = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise UserError(
+                f"{len(missing)} of the {len(files[present])} classes in {folder / present} are missing from "
+                f"{folder / absent}: {listed}; add images there, or remove them here"
+            )
+
+
+# --- images without labels
+
+
+def unlabelled_folder(source: str) -> Path | None:
+    """The folder that ``source`` is, if it has neither train/ nor val/: its images have no labels. None otherwise."""
+    path = Path(source).expanduser()
+    labelled = (path / "train").is_dir() or (path / "val").is_dir()
+    named = source == "digits" or source.startswith("torchvision:")
+    return path if path.is_dir() and not labelled and not named else None
+
+
+def unlabelled_files(folder: Path) -> list[str]:
+    """The image files in ``folder`` and in the folders within it, sorted. Raises UserError when there is none."""
+    files = _image_files(folder)
+    if not files:
+        raise UserError(f"{folder} has no image ({' '.join(IMG_EXTENSIONS)}): add some, or give another folder")
+    return files
+
+
+# --- .npz
+
+
+def _read_npz(path: Path) -> Source:
+    arrays = _npz_arrays(path)
+    required = [f"{split}_{kind}" for split in ("train", "test") for kind in ("images", "labels")]
+    missing = [key for key in required if key not in arrays]
+    if missing:
+        found = ", ".join(arrays) or "nothing"
+        raise UserError(f"{path} lacks {', '.join(missing)} (found: {found}): save it with {', '.join(required)}")
+    if ("val_images" in arrays) != ("val_labels" in arrays):
+        raise UserError(f"{path} has only one of val_images and val_labels: save both or neither")
+    splits = [split for split in ("train", "val", "test") if f"{split}_images" in arrays]
+    size = arrays["train_images"].shape[1:3]
+    for split in splits:
+        _check_npz_split(path, split, arrays[f"{split}_images"], arrays[f"{split}_labels"], size)
+    class_names = _npz_class_names(path, arrays)
+    for split in splits:
+        _check_label_range(path, split, arrays[f"{split}_labels"], len(class_names))
+    parts = {
+        split: Part(
+            ArrayPixels(images_nchw(arrays[f"{split}_images"])),
+            torch.as_tensor(arrays[f"{split}_labels"].astype(np.int64)),
+        )
+        for split in splits
+    }
+    return Source(parts["train"], parts.get("val"), parts["test"], class_names, (size[0], size[1]))
+
+
+def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with open(path, "rb") as file:  # np.load itself leaves a damaged file open
+            loaded = np.load(file, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ValueError("one bare array")
+            return {key: loaded[key] for key in loaded.files}
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: check the path") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"{path} is no .npz file, is truncated or holds Python objects ({one_line(error)}): "
+            "save it again with np.savez"
+        ) from error
+
+
+def _check_npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndarray, size: tuple[int, ...]) -> None:
+    grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
+    if images.dtype != np.uint8 or not grey_or_rgb or images.size == 0:
+        raise UserError(
+            f"{path}: {split}_images is {images.dtype} {list(images.shape)}: needed is uint8 [N, H, W, 3] or [N, H, W]"
+        )
+    if images.shape[1:3] != size:
+        raise UserError(
+            f"{path}: {split}_images are {images.shape[1]}x{images.shape[2]} pixels, train_images are "
+            f"{size[0]}x{size[1]}: resize them to one size"
+        )
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)}: needed is an integer for each of the "
+            f"{len(images)} images"
+        )
+
+
+def _npz_class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+    if "class_names" not in arrays:
+        return tuple(str(label) for label in range(max(0, int(arrays["train_labels"].max())) + 1))
+    names = arrays["class_names"]
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise UserError(f"{path}: class_names is {names.dtype} {list(names.shape)}: needed is a list of strings")
+    return tuple(str(name) for name in names)
+
+
+def _check_label_range(path: Path, split: str, labels: np.ndarray, classes: int) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise UserError(
+            f"{path}: {split}_labels range from {low} to {high}, but there are {classes} classes: "
+            f"number the classes from 0 to {classes - 1}"
+        )
+    absent = np.setdiff1d(np.arange(classes), labels)
+    if split == "train" and len(absent):
+        raise UserError(
+            f"{path}: {len(absent)} of {classes} classes have no training image (class {absent[0]} is the first): "
+            "number the classes from 0 without gaps"
+        )
+
+
+# --- torchvision
+
+
+def _named(train: str, test: str, validation: str | None = None) -> tuple[dict[str, Any] | None, ...]:
+    return {"split": train}, None if validation is None else {"split": validation}, {"split": test}
+
+
+_FLAG: tuple[dict[str, Any] | None, ...] = ({"train": True}, None, {"train": False})
+# Name -> the arguments that select (train, validation, test). Where there is no test split with public labels, the
+# validation split is the test split.
+_TORCHVISION: dict[str, tuple[dict[str, Any] | None, ...]] = {
+    "CIFAR10": _FLAG,
+    "CIFAR100": _FLAG,
+    "Country211": _named("train", "test", "valid"),
+    "DTD": _named("train", "test", "val"),
+    "EMNIST": ({"split": "balanced", "train": True}, None, {"split": "balanced", "train": False}),
+    "FGVCAircraft": _named("train", "test", "val"),
+    "FashionMNIST": _FLAG,
+    "Flowers102": _named("train", "test", "val"),
+    "Food101": _named("train", "test"),
+    "GTSRB": _named("train", "test"),
+    "ImageNet": _named("train", "val"),
+    "Imagenette": _named("train", "val"),
+    "KMNIST": _FLAG,
+    "MNIST": _FLAG,
+    "OxfordIIITPet": _named("trainval", "test"),
+    "Places365": _named("train-standard", "val"),
+    "RenderedSST2": _named("train", "test", "val"),
+    "STL10": _named("train", "test"),
+    "SVHN": _named("train", "test"),
+    "StanfordCars": _named("train", "test"),
+    "USPS": _FLAG,
+}
+# Characters and traffic signs: their mirror images are something else.
+_NOT_MIRRORED = {"EMNIST", "GTSRB", "KMNIST", "MNIST", "RenderedSST2", "SVHN", "USPS"}
+
+
+def _names() -> list[str]:
+    return [name for name in _TORCHVISION if hasattr(torchvision.datasets, name)]
+
+
+def _read_torchvision(name: str, root: Path) -> Source:
+    if name not in _names():
+        raise UserError(
+            f"torchvision has no classification data set {name!r} that can be read by name"
+            f"{did_you_mean(name, _names())}; there are {', '.join(_names())}"
+        )
+    datasets = [None if options is None else _open(name, root, options) for options in _TORCHVISION[name]]
+    train, validation, test = (None if dataset is None else _part(dataset) for dataset in datasets)
+    assert train is not None
+    assert test is not None
+    in_memory = isinstance(train.pixels, ArrayPixels)
+    size = (train.pixels[0].shape[-2], train.pixels[0].shape[-1]) if in_memory else None
+    classes = getattr(datasets[0], "classes", range(int(train.labels.max()) + 1))
+    # ImageNet's class names are tuples of synonyms.
+    class_names = tuple(", ".join(c) if isinstance(c, (tuple, list)) else str(c) for c in classes)
+    mirrors = name not in _NOT_MIRRORED
+    return Source(train, validation, test, class_names, size, cropped=in_memory, mirrors=mirrors)
+
+
+def _open(name: str, root: Path, options: dict[str, Any]) -> Any:
+    """The data set from ``root``; downloaded to it where it is not there yet."""
+    make = getattr(torchvision.datasets, name)
+    try:
+        return make(root, **options)
+    except Exception as error:  # each set has its own way to say that its files are not there
+        absent = error
+    if name in ("ImageNet", "StanfordCars"):  # cannot be downloaded
+        raise UserError(f"{name} is not in {root} ({one_line(absent)}): put its files there by hand") from absent
+    try:
+        return make(root, download=True, **options)
+    except Exception as error:
+        raise UserError(
+            f"cannot download {name} to {root} ({one_line(error)}): check the network, or put its files there by "
+            f"hand as torchvision.datasets.{name} expects them"
+        ) from error
+
+
+def _part(dataset: Any) -> Part:
+    data = getattr(dataset, "data", None)
+    pixels: Pixels = (
+        ArrayPixels(images_nchw(data)) if isinstance(data, (np.ndarray, Tensor)) else TorchvisionPixels(dataset)
+    )
+    for attribute in ("targets", "labels", "_labels"):
+        if hasattr(dataset, attribute):
+            return Part(pixels, torch.as_tensor(getattr(dataset, attribute), dtype=torch.int64))
+    return Part(pixels, torch.tensor([label for _, label in dataset._samples], dtype=torch.int64))

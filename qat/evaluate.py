@@ -1,0 +1,135 @@
+"""How many images a model gets right, and on how many two models agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qat.base.artifact import UserError
+from qat.base.console import progress
+from qat.compute.device import Compute, exact_float32
+from qat.compute.processes import ALONE, Ranks
+from qat.data.batches import ImageSet, batches
+from qat.data.splits import Data
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Top-1 accuracy in percent and mean cross-entropy over ``images`` images."""
+
+    top1: float
+    loss: float
+    images: int
+
+    def __str__(self) -> str:
+        return f"{self.top1:.2f} % of {self.images}"
+
+    def test_figures(self) -> dict[str, float]:
+        """As a checkpoint records it, measured on the test split."""
+        return {"test_top1": self.top1, "test_loss": self.loss, "test_images": self.images}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close a quantized model's answers are to the float one's on ``images`` images; needs no labels.
+
+    ``top1``: images with the same class, in percent. ``sqnr_db``: of the logits; None where all are equal.
+    """
+
+    top1: float
+    sqnr_db: float | None
+    images: int
+
+
+def inputs(images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """All of ``images`` in order, or a process's share: normalized [N, C, H, W] and labels int64 [N], on the device."""
+    for x_NCHW, labels in batches(images, batch_size, None, workers=workers, ranks=compute.ranks):
+        yield images.preprocessing.normalize(compute.images(x_NCHW)), labels.to(compute.device, non_blocking=True)
+
+
+def evaluate(model: nn.Module, images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Accuracy:
+    """Accuracy of ``model`` on all of ``images``, in evaluation mode and exact float32.
+
+    Where several processes train, each computes its share, and all get the result.
+
+    Raises UserError when the loss is not finite.
+    """
+    model.eval()
+
+    def given() -> Iterator[tuple[Tensor, Tensor]]:
+        for x, labels in inputs(images, batch_size, compute, workers):
+            yield x, labels
+            task.advance(len(labels) * compute.ranks.size)
+
+    with exact_float32(), progress("evaluating", len(images)) as task:
+        found = accuracy(model, given(), compute.ranks)
+    if not math.isfinite(found.loss):
+        raise UserError(
+            f"the loss is {found.loss} in evaluation, a weight is NaN: start again with a lower learning rate"
+        )
+    return found
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = ALONE) -> Accuracy:
+    """Accuracy of ``model`` as it stands on normalized images [N, C, H, W] and labels int64 [N], on its device."""
+    counts = _Counts()
+    for x, labels in batches:
+        counts.add(model(x), labels)
+    return counts.accuracy(ranks)
+
+
+@torch.no_grad()
+def compare(
+    exact: nn.Module,
+    quantized: nn.Module,
+    images: ImageSet,
+    data: Data,
+    batch_size: int,
+    compute: Compute,
+    workers: int,
+) -> tuple[Agreement, tuple[Accuracy, ...]]:
+    """How ``quantized`` agrees with ``exact`` on all of ``images``; where they have labels, the accuracies of both too.
+
+    In evaluation mode and exact float32, by one process. Raises UserError when an answer is not finite.
+    """
+    models = (exact.eval(), quantized.eval())
+    counts = tuple(_Counts() for _ in models if data.labelled)
+    same, power, noise = 0, 0.0, 0.0
+    with exact_float32(), progress("comparing", len(images)) as task:
+        for x, labels in inputs(images, batch_size, compute, workers):
+            answers = [model(x) for model in models]
+            for count, logits in zip(counts, answers, strict=False):
+                count.add(logits, labels)
+            before, after = (logits.double() for logits in answers)
+            same += int((before.argmax(1) == after.argmax(1)).sum())
+            power += float(before.square().sum())
+            noise += float((after - before).square().sum())
+            task.advance(len(labels))
+    if not math.isfinite(power + noise):
+        raise UserError("the network answers NaN or infinity: a weight is NaN; give other weights")
+    sqnr_db = 10 * math.log10(power / noise) if noise else None
+    return Agreement(100 * same / len(images), sqnr_db, len(images)), tuple(count.accuracy() for count in counts)
+
+
+class _Counts:
+    """Right answers, summed cross-entropy and images so far; where they are computed, so that no batch waits."""
+
+    def __init__(self) -> None:
+        self.correct: Tensor | int = 0
+        self.loss: Tensor | float = 0.0
+        self.images = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        self.correct = self.correct + (logits.argmax(1) == labels).sum()
+        self.loss = self.loss + F.cross_entropy(logits.float(), labels, reduction="sum").double()
+        self.images += len(labels)
+
+    def accuracy(self, ranks: Ranks = ALONE) -> Accuracy:
+        correct, loss, images = ranks.sums(float(self.correct), float(self.loss), self.images)
+        return Accuracy(100 * correct / images, loss / images, int(images))

@@ -1,0 +1,1 @@
+"""Fake quantization: the numerics, and a model with quantizers inside."""

@@ -1,0 +1,144 @@
+"""A float model in, the same model with quantizers at the placed points out.
+
+The result is a torch.fx GraphModule. Its state dict has the keys of the float model, unchanged (of all modules that
+``forward`` calls), and beside them one ``activation_quantizers.<tensor>.amax`` for every quantized activation; weight
+quantizers have no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor, fx, nn
+
+from qat.base.artifact import UserError
+from qat.calibration.activation_ranges import weight_amax_mse
+from qat.fake_quantize.layers import quantized_layer
+from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from qat.graph.fx_network import network_from_fx, weight_axis, weight_source
+from qat.graph.tracing import trace
+from qat.rules.place import place
+from qat.rules.placement import Placement
+
+ACTIVATION_QUANTIZERS = "activation_quantizers"
+WEIGHT_QUANTIZERS = "weight_quantizers"  # of weights that a function reads; a module has its own
+
+
+def prepare(
+    model: nn.Module,
+    placement: Placement | None = None,
+    *,
+    input_shape: Sequence[int] | None = None,
+    keep_float: Iterable[str] = (),
+) -> fx.GraphModule:
+    """A copy of ``model`` with fake quantization inserted; calibrate it before use (qat.calibration.activation_ranges).
+
+    Args:
+        model: a float model that torch.fx can trace.
+        placement: decisions to apply, for one that was saved; None derives them from the graph (qat.rules.place).
+        input_shape: [C, H, W]; without it, the rules cannot tell an addition that broadcasts.
+        keep_float: patterns of what stays in float (qat.rules.place.place).
+
+    Raises:
+        UserError: the model cannot be traced, does not take ``input_shape``, ``placement`` was made for another one, or
+            a pattern matches nothing.
+    """
+    traced = trace(model)
+    if placement is None:
+        placement = place(network_from_fx(traced, input_shape), keep_float)
+    nodes = {node.name: node for node in traced.graph.nodes}
+    _check_fits(placement, nodes)
+
+    for decision in placement.weights:
+        if decision.quantized:
+            _quantize_weight(traced, nodes[decision.op])
+    quantizers = nn.ModuleDict({tensor.quantizer: ActivationQuantizer() for tensor in placement.tensors})
+    traced.add_submodule(ACTIVATION_QUANTIZERS, quantizers.train(traced.training))
+    for tensor in placement.tensors:
+        source = nodes[tensor.tensor]
+        with traced.graph.inserting_after(source):
+            quantized = traced.graph.call_module(f"{ACTIVATION_QUANTIZERS}.{tensor.quantizer}", (source,))
+        for read in tensor.reads:
+            nodes[read.reader].replace_input_with(source, quantized)
+    traced.graph.lint()
+    traced.recompile()
+    traced.meta["placement"] = placement
+    return traced.to(_device(model))
+
+
+def _quantize_weight(traced: fx.GraphModule, node: fx.Node) -> None:
+    if node.op == "call_module":
+        target = str(node.target)
+        module = traced.get_submodule(target)
+        if not hasattr(module, "weight_quantizer"):  # a module may be called twice
+            traced.set_submodule(target, quantized_layer(module))
+        return
+    source = weight_source(node)
+    assert source is not None, "a placement quantizes only constant weights"
+    path = f"{WEIGHT_QUANTIZERS}.{node.name}"
+    traced.add_submodule(path, WeightQuantizer(weight_axis(node)).train(traced.training))
+    with traced.graph.inserting_before(node):
+        node.replace_input_with(source, traced.graph.call_module(path, (source,)))
+
+
+def weights_and_quantizers(prepared: fx.GraphModule) -> Iterator[tuple[str, Tensor, WeightQuantizer]]:
+    """Every quantized weight: the path of its quantizer, the weight, the quantizer."""
+    for path, module in prepared.named_modules():
+        if isinstance(quantizer := getattr(module, "weight_quantizer", None), WeightQuantizer):
+            yield f"{path}.weight_quantizer", module.get_parameter("weight"), quantizer
+    for node in prepared.graph.find_nodes(op="call_module"):
+        if str(node.target).startswith(f"{WEIGHT_QUANTIZERS}."):
+            quantizer = prepared.get_submodule(str(node.target))
+            assert isinstance(quantizer, WeightQuantizer)
+            yield str(node.target), attrgetter(str(node.args[0].target))(prepared), quantizer
+
+
+def fix_saved_ranges(prepared: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
+    """Fixes the ranges of weights that a saved model's ``tensors`` hold: then they can be loaded into ``prepared``."""
+    for path, weight, quantizer in weights_and_quantizers(prepared):
+        amax = tensors.get(f"{path}.amax")
+        if amax is not None and amax.shape == quantizer.scale(weight).shape:
+            quantizer.fix(amax.to(weight.device))
+
+
+def fix_weight_ranges(prepared: fx.GraphModule) -> None:
+    """Fixes the ranges of weights that follow them, where the squared error of the codes is least."""
+    for _, weight, quantizer in weights_and_quantizers(prepared):
+        if quantizer.amax is None:
+            quantizer.fix(weight_amax_mse(weight, quantizer.axis, quantizer.codes))
+
+
+def learn_ranges(prepared: fx.GraphModule) -> None:
+    """Makes the ranges of all quantizers parameters; those of weights start from the least squared error."""
+    fix_weight_ranges(prepared)
+    for _, _, quantizer in weights_and_quantizers(prepared):
+        quantizer.learn()
+    for activation in activation_quantizers(prepared).values():
+        activation.learn()
+
+
+def placement_of(prepared: fx.GraphModule) -> Placement:
+    """The decisions that a prepared model was made with."""
+    return prepared.meta["placement"]
+
+
+def activation_quantizers(prepared: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The activation quantizers of a prepared model, by the name of their tensor."""
+    quantizers = prepared.get_submodule(ACTIVATION_QUANTIZERS)
+    return {name: module for name, module in quantizers.named_children() if isinstance(module, ActivationQuantizer)}
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _check_fits(placement: Placement, nodes: dict[str, fx.Node]) -> None:
+    named = {tensor.tensor for tensor in placement.tensors} | {decision.op for decision in placement.decisions}
+    missing = sorted(named - nodes.keys())
+    if missing:
+        raise UserError(
+            f"the placement names {len(missing)} operations that this model lacks, first {missing[0]!r}: "
+            "it was made for another model or by another version; train again"
+        )

@@ -1,0 +1,246 @@
+"""The numerics of this project: symmetric INT8 fake quantization. This file is the specification.
+
+    scale  = max(amax / 127, SCALE_FLOOR)                   zero point 0
+    code   = clamp(round_half_even(x / scale), low, high)   quotient in float32, also under autocast
+    x_hat  = code * scale
+    dL/dx  = dL/dx_hat where low <= x / scale <= high, else 0        (straight-through estimator)
+
+Activations have one scale a tensor and codes in [-128, 127]; as one operation with the ReLU before, codes in [0, 127]
+and no gradient where x <= 0. Weights have one scale an output channel and codes in [-127, 127]: their amax follows the
+weights (amax = max |w| of the channel), so no code is ever clamped and TensorRT, which would clamp weights to -128,
+computes the same. A weight's amax may also be given, fixed or learned: then weights beyond it are clamped.
+
+Learned step sizes (LSQ, Esser et al. 2020): where amax is a parameter,
+
+    dL/dscale = g * sum dL/dx_hat * (code - x / scale  inside the range, low below it, high above it)
+    g         = 1 / sqrt(elements of a scale * high)
+
+A simulation of fewer bits has fewer codes (qat/fake_quantize/low_bit.py), and their highest in the place of 127.
+
+Shapes: amax and scale are [] (per tensor) or [C] (per channel, along ``axis``); C = output channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# A zero scale is refused by TensorRT and a subnormal one loses digits: the smallest normal float32 is the floor.
+SCALE_FLOOR = torch.finfo(torch.float32).tiny
+_FLOAT32_STEP = torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class CodeRange:
+    """The integer codes that a quantized tensor may take, both ends included."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if not -128 <= self.low <= 0 < self.high <= 127:
+            raise ValueError(f"INT8 codes lie in [-128, 127], got [{self.low}, {self.high}]: use ACTIVATION or WEIGHT")
+
+
+ACTIVATION = CodeRange(-128, 127)
+WEIGHT = CodeRange(-127, 127)
+
+
+def scale_from_amax(amax: Tensor, codes: CodeRange = ACTIVATION) -> Tensor:
+    """The scale for a tensor whose largest magnitude is ``amax`` (same shape, float32, > 0)."""
+    return (amax.float() / codes.high).clamp(min=SCALE_FLOOR)
+
+
+def quantize(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
+    """INT8 codes of ``x`` as float32 integers, same shape; ``scale`` broadcasts against ``x``."""
+    return (x.float() / scale).round_().clamp_(codes.low, codes.high)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange = ACTIVATION) -> Tensor:
+    """``x`` rounded to its INT8 grid, in the type of ``x``, with the straight-through gradient.
+
+    Args:
+        x: any shape, floating point.
+        scale: float32, > 0; broadcasts against ``x``. Gets no gradient.
+        codes: the codes that may be used.
+    """
+    return _FakeQuantize.apply(x, scale, codes.low, codes.high)
+
+
+def learned_fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange = ACTIVATION) -> Tensor:
+    """As ``fake_quantize``, and ``scale`` gets the gradient of learned step sizes."""
+    return _LearnedFakeQuantize.apply(x, scale, codes.low, codes.high)
+
+
+def fake_quantize_weight(weight: Tensor, axis: int, codes: CodeRange = WEIGHT) -> Tensor:
+    """``weight`` rounded per channel of ``axis``, its scales following it; the gradient passes unchanged."""
+    return _FakeQuantizeWeight.apply(weight, axis, codes.high)
+
+
+def weight_amax(weight: Tensor, axis: int) -> Tensor:
+    """Largest magnitude in each channel of ``axis``: [C], float32."""
+    # As a matrix of C rows, because reducing one dimension is faster on a CPU than reducing three; by both extremes,
+    # because |weight| would be a second copy of the weights in every training step.
+    rows = weight.detach().transpose(0, axis).flatten(1)
+    return torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).float()
+
+
+def per_channel(values: Tensor, ndim: int, axis: int) -> Tensor:
+    """Reshapes [C] so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions."""
+    shape = [1] * ndim
+    shape[axis] = -1
+    return values.reshape(shape)
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake-quantizes one activation tensor, per tensor.
+
+    ``amax`` is NaN until calibration sets it; it may become a parameter (``learn``). While ``observer`` is set, the
+    input is shown to it and passes through unchanged; while ``enabled`` is False, it only passes through.
+    """
+
+    amax: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("amax", torch.tensor(float("nan")))
+        self.observer: Callable[[Tensor], None] | None = None
+        self.enabled = True
+        self.codes = ACTIVATION
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of any shape to the same shape and type."""
+        if self.observer is not None:
+            self.observer(x)
+        return x if self.passes else self._quantized(x, self.codes)
+
+    def rectified(self, x: Tensor) -> Tensor:
+        """The codes of relu(x), both in one operation; only where it does not pass its input."""
+        return self._quantized(x, CodeRange(0, self.codes.high))
+
+    @property
+    def passes(self) -> bool:
+        """Whether its input passes through unchanged."""
+        return self.observer is not None or not self.enabled
+
+    def _quantized(self, x: Tensor, codes: CodeRange) -> Tensor:
+        quantized = learned_fake_quantize if isinstance(self.amax, nn.Parameter) else fake_quantize
+        return quantized(x, scale_from_amax(self.amax, codes), codes)
+
+    def learn(self) -> None:
+        """Makes ``amax`` a parameter that starts from what it is."""
+        _learn(self)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"amax={self.amax.item():.4g}, codes {self.codes.low}..{self.codes.high}, per tensor"
+
+
+class WeightQuantizer(nn.Module):
+    """Fake-quantizes a constant weight, one scale a channel of ``axis``.
+
+    ``amax`` [C] is None where it follows the weight; it may be fixed (``fix``) and become a parameter (``learn``).
+    """
+
+    amax: Tensor | None
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+        self.enabled = True
+        self.codes = WEIGHT
+        self.register_buffer("amax", None)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``weight`` to the same shape and type."""
+        if not self.enabled:
+            return weight
+        if self.amax is None:
+            return fake_quantize_weight(weight, self.axis, self.codes)
+        quantized = learned_fake_quantize if isinstance(self.amax, nn.Parameter) else fake_quantize
+        return quantized(weight, per_channel(self.scale(weight), weight.ndim, self.axis), self.codes)
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """The scales of ``weight``: [C], float32, > 0."""
+        return scale_from_amax(weight_amax(weight, self.axis) if self.amax is None else self.amax, self.codes)
+
+    def fix(self, amax: Tensor) -> None:
+        """From now on the weight's range is ``amax``, [C]."""
+        self.amax = amax.detach().float().clone()
+
+    def learn(self) -> None:
+        """Makes ``amax``, which must be fixed, a parameter."""
+        assert self.amax is not None, "fix the range first"
+        _learn(self)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"axis={self.axis}, codes {self.codes.low}..{self.codes.high}, per channel"
+
+
+def _learn(quantizer: nn.Module) -> None:
+    amax = nn.Parameter(quantizer.get_buffer("amax").clone())
+    del quantizer.amax
+    quantizer.register_parameter("amax", amax)
+
+
+# Autograd functions rather than x + (x_hat - x).detach(): that sum is off x_hat by a rounding, and the codes that a
+# network was trained with would no longer be exactly the codes that the engine computes.
+
+
+def _open_bounds(low: int, high: int) -> tuple[float, float]:
+    """What a quotient inside the range lies between: the next float32 beyond both ends; a ReLU's 0 is outside."""
+    return low * (1 + _FLOAT32_STEP), high * (1 + _FLOAT32_STEP)
+
+
+def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes * scale``; takes the memory of ``codes``."""
+    # Not where it is compiled: torch 2.11 silently drops the gradient of a function that returns what it changed in
+    # place, or what .to() left as it was (github.com/pytorch/pytorch/issues/180642).
+    values = codes * scale if torch.compiler.is_compiling() else codes.mul_(scale)
+    return values if values.dtype == dtype else values.to(dtype)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        ctx.codes = (low, high)
+        return _dequantized(quantize(x, scale, CodeRange(low, high)), scale, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale = ctx.saved_tensors
+        low, high = ctx.codes
+        # One pass over memory where comparisons and torch.where take four.
+        clipped = torch.ops.aten.hardtanh_backward(grad.float(), x.float() / scale, *_open_bounds(low, high))
+        return clipped.to(grad.dtype), None, None, None
+
+
+class _LearnedFakeQuantize(_FakeQuantize):
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale = ctx.saved_tensors
+        low, high = ctx.codes
+        quotient = x.float() / scale
+        code = quotient.round().clamp(low, high)
+        below, above = _open_bounds(low, high)
+        inside = (quotient > below) & (quotient < above)
+        of_scale = grad.float() * torch.where(inside, code - quotient, code)
+        of_scale = of_scale.sum_to_size(scale.shape) / math.sqrt(x.numel() / scale.numel() * high)
+        return torch.where(inside, grad, 0), of_scale, None, None
+
+
+class _FakeQuantizeWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, axis: int, high: int) -> Tensor:
+        scale = per_channel(scale_from_amax(weight_amax(weight, axis), CodeRange(-high, high)), weight.ndim, axis)
+        return _dequantized((weight.float() / scale).round_(), scale, weight.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None, None

@@ -1,0 +1,1 @@
+"""A network as a graph: its operations, and how it is traced."""

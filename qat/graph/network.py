@@ -1,0 +1,118 @@
+"""A neutral view of a network: operations, the tensors between them, and what is constant. The rules work on it.
+
+Every operation makes one tensor, which bears the operation's name. The view is read from a torch.fx graph
+(qat/graph/fx_network.py) or from an ONNX graph (export/onnx_network.py); which names mean which kind of operation says
+qat/graph/operations.py. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from qat.graph.operations import COMMUTING, WEIGHTED, Kind
+
+
+@dataclass(frozen=True)
+class ConstantWeight:
+    """The constant weight of a convolution or linear layer: channel counts, groups, kernel extents ([] if linear).
+
+    ``tensor`` names it: operations with the same one share it.
+    """
+
+    tensor: str
+    in_channels: int
+    out_channels: int
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation. ``inputs`` names the operations whose tensors it reads, constants and sizes left out.
+
+    ``shape`` is that of the tensor it makes, batch first, None where it is not known. ``floating`` says whether it
+    makes one tensor of floating-point numbers: nothing else can be quantized.
+    """
+
+    name: str
+    kind: Kind
+    inputs: tuple[str, ...]
+    label: str  # for people: the module's path, or the function's name
+    weight: ConstantWeight | None = None
+    shape: tuple[int, ...] | None = None
+    floating: bool = True
+
+    @property
+    def elements(self) -> int:
+        """Values that the tensor holds for one image; 0 where the shape is not known."""
+        return math.prod(self.shape[1:]) if self.shape else 0
+
+
+def exact_kind(kind: Kind, weight: ConstantWeight | None, constant_data: bool) -> Kind:
+    """The kind of an operation that the table gives ``kind`` to, once its inputs are known.
+
+    A product with a constant matrix is a linear layer, and what moves constants to places that a tensor says looks up
+    in a table.
+    """
+    if kind == "matrix_product" and weight is not None:
+        return "linear"
+    return "other" if kind in COMMUTING and constant_data else kind
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """Operations by name, in an order in which every one comes after its inputs."""
+
+    ops: dict[str, Op]
+    _readers: dict[str, tuple[str, ...]] = field(init=False, repr=False)
+    _position: dict[str, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        readers: dict[str, list[str]] = {name: [] for name in self.ops}
+        for op in self.ops.values():
+            for name in dict.fromkeys(op.inputs):
+                readers[name].append(op.name)
+        object.__setattr__(self, "_readers", {name: tuple(found) for name, found in readers.items()})
+        object.__setattr__(self, "_position", {name: position for position, name in enumerate(self.ops)})
+
+    def __iter__(self) -> Iterator[Op]:
+        return iter(self.ops.values())
+
+    def __reversed__(self) -> Iterator[Op]:
+        return reversed(self.ops.values())
+
+    def __getitem__(self, name: str) -> Op:
+        return self.ops[name]
+
+    def position(self, name: str) -> int:
+        """Where ``name`` stands in the order of the operations."""
+        return self._position[name]
+
+    def readers(self, name: str) -> tuple[Op, ...]:
+        """The operations that read the tensor ``name``, each once."""
+        return tuple(self.ops[reader] for reader in self._readers[name])
+
+    def ancestors(self, name: str) -> set[str]:
+        """``name`` and all operations that its tensor depends on."""
+        found: set[str] = set()
+        waiting = [name]
+        while waiting:
+            current = waiting.pop()
+            if current not in found:
+                found.add(current)
+                waiting.extend(self.ops[current].inputs)
+        return found
+
+    def most_layers(self, start: str, end: str) -> int:
+        """The most weighted layers on a path from behind ``start`` to ``end``; -1 when there is no path.
+
+        Other operations do not count: how many there are depends on who wrote the network down.
+        """
+        count = {start: 0}
+        for op in list(self)[self.position(start) + 1 : self.position(end) + 1]:
+            behind = [count[name] for name in op.inputs if name in count]
+            if behind:
+                count[op.name] = max(behind) + (op.kind in WEIGHTED)
+        return count.get(end, -1)

@@ -1,0 +1,192 @@
+"""A picture of a placement: every operation, coloured by what it computes in, and a dot for every Q/DQ.
+
+What a box, a line or a dot stands for says its tooltip: the rule, its sentence, the reason, who shares the scale.
+Where they stand decides qat/rules/graph_layout.py; what they look like, qat/placement.svg.j2. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qat.graph.network import Network, Op
+from qat.graph.operations import COMMUTING
+from qat.rules.graph_layout import Point, Wire, lay_out
+from qat.rules.keep_float import KEPT_FLOAT
+from qat.rules.place import Rule
+from qat.rules.placement import Decision, Placement
+
+UNKNOWN = "no rule knows such an operation"
+TEMPLATE = Path(__file__).with_name("placement.svg.j2")
+STATES = {
+    "int8": "INT8",
+    "float": "float, by a rule",
+    "kept": "float, on request",
+    "neutral": "no decision of its own",
+}
+OWN_COLOUR = "#14622c"  # of a scale that one tensor has alone
+GROUP_COLOURS = ("#7b3fb5", "#c2255c", "#0b7285", "#a0522d", "#364fc7", "#9c6500", "#d6336c", "#444c56")
+LETTER, SMALL_LETTER = 6.1, 4.9  # mean widths; small are boxes about which nothing was decided
+HEIGHT, SMALL_HEIGHT = 22.0, 15.0
+STUB = 7  # how far a line goes down before it turns
+
+
+@dataclass(frozen=True)
+class _Box:
+    """``x``, ``y``: the left upper corner."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    state: str
+    label: str
+    kind: str
+    tip: str
+
+
+@dataclass(frozen=True)
+class _Line:
+    path: str
+    int8: bool
+    tip: str
+
+
+@dataclass(frozen=True)
+class _Dot:
+    """``group``: the number of a scale that several tensors share, or 0."""
+
+    x: float
+    y: float
+    radius: float
+    group: int
+    colour: str
+    tip: str
+
+
+def draw(network: Network, placement: Placement, rules: Mapping[str, Rule], title: str, summary: Sequence[str]) -> str:
+    """The picture as SVG.
+
+    Args:
+        network: the view that ``placement`` decides about.
+        placement: what is drawn.
+        rules: at least those that ``placement`` names.
+        title: stands above the picture.
+        summary: lines below the title.
+    """
+    import jinja2
+
+    picture = _Picture(network, placement, rules)
+    wires = picture.wires()
+    layout = lay_out({op.name: picture.size(op) for op in network}, list(wires))
+    lines = [picture.line(wire, wires[wire], pieces) for wire, pieces in zip(wires, layout.wires, strict=True)]
+    starts = {wire.source: pieces[0][0] for wire, pieces in zip(wires, layout.wires, strict=True) if wires[wire]}
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        summary=summary,
+        states=STATES,
+        boxes=[picture.box(op, layout.boxes[op.name]) for op in network],
+        lines=sorted(lines, key=lambda line: line.int8),  # INT8 above float
+        dots=[picture.dot(tensor.tensor, starts[tensor.tensor]) for tensor in placement.tensors],
+        width=layout.width,
+        height=layout.height,
+    )
+
+
+class _Picture:
+    """What the picture shows of each operation and each tensor."""
+
+    def __init__(self, network: Network, placement: Placement, rules: Mapping[str, Rule]) -> None:
+        self.network, self.rules = network, rules
+        self.decisions = {decision.op: decision for decision in placement.decisions}
+        self.tensors = {tensor.tensor: tensor for tensor in placement.tensors}
+        self.reads = {(reader, tensor): rule for reader, tensor, rule in placement.reads()}
+        self.groups = placement.scale_groups()
+
+    def size(self, op: Op) -> tuple[float, float]:
+        """Width and height of a box, by the length of its text."""
+        letters = len(f"{op.label} {_kind(op)}")
+        if op.name in self.decisions or op.kind == "other":
+            return letters * LETTER + 16, HEIGHT
+        return letters * SMALL_LETTER + 14, SMALL_HEIGHT
+
+    def wires(self) -> dict[Wire, bool]:
+        """A wire for every tensor's INT8 readers, and one for its other readers: wire -> INT8."""
+        found: dict[Wire, bool] = {}
+        for op in self.network:
+            readers: dict[bool, list[str]] = {True: [], False: []}
+            for reader in self.network.readers(op.name):
+                readers[self._reads_codes(reader, op.name)].append(reader.name)
+            found |= {Wire(op.name, tuple(names)): int8 for int8, names in readers.items() if names}
+        return found
+
+    def box(self, op: Op, centre: Point) -> _Box:
+        """The box of ``op``."""
+        decision, (width, height) = self.decisions.get(op.name), self.size(op)
+        extents = (op.shape or ())[1:]
+        shape = f", makes {'x'.join(map(str, extents))}" if extents else ""
+        tip = f"{op.label} ({op.name})\n{op.kind.replace('_', ' ')}{shape}"
+        if decision is not None:
+            computes = "INT8" if decision.quantized else "float"
+            tip += f"\n{computes} by {self._rule(decision.rule)}"
+            tip += f"\n{decision.reason}" if decision.reason else ""
+        elif op.kind == "other":
+            tip += f"\nfloat: {UNKNOWN}"
+        x, y = centre[0] - width / 2, centre[1] - height / 2
+        return _Box(x, y, width, height, _state(op, decision), op.label, _kind(op), tip)
+
+    def line(self, wire: Wire, int8: bool, pieces: tuple[tuple[Point, Point], ...]) -> _Line:
+        """The line of ``wire``."""
+        readers = ", ".join(self.network[name].label for name in wire.readers)
+        reads = "read as INT8" if int8 else "read in float"
+        return _Line("".join(map(_curve, pieces)), int8, f"{self.network[wire.source].label}, {reads} by {readers}")
+
+    def dot(self, tensor: str, start: Point) -> _Dot:
+        """The dot of a quantized tensor, at the start of its INT8 line."""
+        reads = [f"{self.network[read.reader].label}: {self._rule(read.rule)}" for read in self.tensors[tensor].reads]
+        quantizer, group = self.tensors[tensor].quantizer, 0
+        scale = "a scale of its own"
+        if quantizer in self.groups:
+            group = 1 + list(self.groups).index(quantizer)
+            scale = f"scale {group}, shared by {', '.join(self.groups[quantizer])}"
+        tip = "\n".join([f"Q/DQ of {tensor}", *reads, scale])
+        colour = GROUP_COLOURS[(group - 1) % len(GROUP_COLOURS)] if group else OWN_COLOUR
+        (x, y), radius = start, 7.0 if group else 4.0
+        return _Dot(x, y + radius, radius, group, colour, tip)
+
+    def _rule(self, name: str) -> str:
+        return f"{name}: {self.rules[name].sentence}"
+
+    def _reads_codes(self, reader: Op, tensor: str) -> bool:
+        """Whether ``reader`` reads ``tensor`` through its quantizer, or as codes that were moved into ``tensor``."""
+        while (reader.name, tensor) not in self.reads:
+            op, decision = self.network[tensor], self.decisions.get(reader.name)
+            computes = reader.kind in COMMUTING or (decision is not None and decision.quantized)
+            if not computes or op.kind not in COMMUTING:
+                return False
+            reader, tensor = op, op.inputs[0]
+        return True
+
+
+def _state(op: Op, decision: Decision | None) -> str:
+    if decision is None:
+        return "float" if op.kind == "other" else "neutral"
+    if decision.quantized:
+        return "int8"
+    return "kept" if decision.rule == KEPT_FLOAT else "float"
+
+
+def _kind(op: Op) -> str:
+    """The kind, where it says more than the label."""
+    said = ("other", op.label.rpartition(".")[2])
+    return "" if op.kind in said else op.kind.replace("_", " ")
+
+
+def _curve(piece: tuple[Point, Point]) -> str:
+    (x, y), (end_x, end_y) = piece
+    if abs(x - end_x) < 0.5:
+        return f"M{x:.1f} {y:.1f}V{end_y:.1f}"
+    middle = (y + STUB + end_y) / 2
+    return f"M{x:.1f} {y:.1f}v{STUB}C{x:.1f} {middle:.1f} {end_x:.1f} {middle:.1f} {end_x:.1f} {end_y:.1f}"

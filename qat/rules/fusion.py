@@ -1,0 +1,77 @@
+"""What the rules ask about the shape of a network: which layer takes in which, which products are gates."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from qat.graph.network import Network, Op
+from qat.graph.operations import WEIGHTED
+
+
+def fusing_convolution(network: Network, tensor: str, quantized: set[str]) -> str | None:
+    """The INT8 convolution whose result ``tensor`` is, in the engine, through batch normalization at most."""
+    op = network[tensor]
+    while len(network.readers(op.name)) == 1:
+        if op.kind in WEIGHTED:
+            return op.name if op.name in quantized else None
+        if op.kind not in ("batch_norm", "dropout"):
+            return None
+        op = network[op.inputs[0]]
+    return None
+
+
+def broadcasts(network: Network, op: Op) -> bool:
+    """Whether the inputs of ``op`` are known to differ in shape."""
+    shapes = {network[tensor].shape for tensor in op.inputs}
+    return len(shapes) > 1 and None not in shapes
+
+
+def stands_alone(network: Network, op: Op) -> bool:
+    """Whether ``op`` is a batch normalization that folds into no convolution or linear layer."""
+    if op.kind != "batch_norm":
+        return False
+    made = network[op.inputs[0]]
+    while made.kind == "dropout" and len(network.readers(made.name)) == 1:  # which is not exported
+        made = network[made.inputs[0]]
+    return made.kind not in WEIGHTED or len(network.readers(made.name)) > 1
+
+
+@functools.lru_cache(maxsize=2)
+def gate_products(network: Network) -> set[str]:
+    """The multiplications of a tensor by what is computed from its own global pool."""
+    found = set()
+    for op in network:
+        if op.kind == "multiply" and len(set(op.inputs)) == 2:
+            for value, gate in (op.inputs, op.inputs[::-1]):
+                before = network.ancestors(value)
+                between = [network[name] for name in network.ancestors(gate) - before]
+                if any(made.kind == "global_pool" and made.inputs[0] in before for made in between):
+                    found.add(op.name)
+    return found
+
+
+def written_by(network: Network, layer: Op, takes_in: Callable[[Op, str], bool]) -> str:
+    """The tensor that the engine's kernel of ``layer``, a convolution, writes: behind what fuses into it.
+
+    ``takes_in`` says of an operation that reads a tensor alone whether the convolution that made it takes it in.
+    """
+    tensor = layer.name
+    while True:
+        readers = network.readers(tensor)
+        following = readers[-1] if readers else layer
+        fuses = len(readers) == 1 and takes_in(following, tensor)
+        if not fuses and not (len(readers) == 2 and _is_swish(network, tensor, following)):
+            return tensor
+        tensor = following.name
+
+
+def _is_swish(network: Network, tensor: str, product: Op) -> bool:
+    """Whether ``product`` is ``tensor`` times an activation of it."""
+    others = [name for name in product.inputs if name != tensor]
+    return (
+        product.kind == "multiply"
+        and len(others) == 1
+        and network[others[0]].inputs == (tensor,)
+        and network[others[0]].kind in ("activation", "unfused_activation")
+    )
