@@ -29,23 +29,24 @@ import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
 
+from qat.base.choices import Calibrator
 from qat.calibration.activation_ranges import observe, set_ranges
 from qat.calibration.adaround import adaround
-from qat.calibration.thresholds import Method
 from qat.compute.device import Compute, exact_float32
-from qat.compute.processes import ALONE, Ranks, joined
+from qat.compute.processes import SINGLE_PROCESS, Processes, process_group
 from qat.data.batches import batch_count
 from qat.data.splits import Data, load_data
 from qat.evaluate import evaluate, inputs
 from qat.fake_quantize.low_bit import simulate_bits
-from qat.fake_quantize.prepare import learn_ranges, prepare
+from qat.fake_quantize.prepare import prepare
+from qat.fake_quantize.weight_ranges import learn_ranges
 from qat.graph.tracing import network_of, trace
 from qat.models import ModelSpec, build_model
 from qat.training.loss import CrossEntropy, Distillation, stage_ends
 from qat.training.recipe import Recipe
 from qat.training.trainer import Fit
 
-METHODS: tuple[Method, ...] = ("max", "percentile", "mse", "entropy")
+METHODS: tuple[Calibrator, ...] = ("max", "percentile", "mse", "entropy")
 
 
 @dataclass(frozen=True)
@@ -102,14 +103,18 @@ SETTINGS = {
 class Rows:
     """One seed of one setting: trains, measures, and writes a line for each row."""
 
-    def __init__(self, name: str, group: str, options: argparse.Namespace, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, name: str, group: str, options: argparse.Namespace, processes: Processes = SINGLE_PROCESS
+    ) -> None:
         self.name, self.setting, self.seed, self.workers = name, options.setting_used, options.seed, options.workers
         self.folder: Path = options.folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / f"{name}-{group}-{self.seed}.jsonl"
         self.weights = self.folder / f"{name}-{self.seed}.safetensors"
-        plain = Compute.of("auto")
-        self.compute = replace(plain, compiled=self.setting.compiled and plain.device.type == "cuda", ranks=ranks)
+        plain = Compute.from_options("auto")
+        self.compute = replace(
+            plain, compiled=self.setting.compiled and plain.device.type == "cuda", processes=processes
+        )
         self.data: Data = load_data(options.data, self.setting.pixels, self.seed).on(self.compute.device)
         torch.manual_seed(self.seed)
         self.spec = ModelSpec(self.setting.model, len(self.data.class_names))
@@ -128,7 +133,7 @@ class Rows:
         simulate_bits(prepared, bits)
         prepared = self.compute.place(prepared)
         with exact_float32():
-            return prepared, observe(prepared, self.calibration_images(), ranks=self.compute.ranks)
+            return prepared, observe(prepared, self.calibration_images(), processes=self.compute.processes)
 
     def calibration_images(self) -> Iterator[Tensor]:
         """Normalized, in batches."""
@@ -165,7 +170,7 @@ class Rows:
         def done(model: nn.Module, **more: Any) -> None:
             seconds = time.perf_counter() - start
             found = evaluate(model, self.data.test, 4 * self.setting.batch, self.compute, self.workers)
-            if not self.compute.ranks.leads:
+            if not self.compute.processes.is_main:
                 return
             line = {"setting": self.name, "seed": self.seed, "row": name, "top1": found.top1, "loss": found.loss}
             line |= {"images": found.images, "seconds": round(seconds, 1), **more}
@@ -216,7 +221,7 @@ class Rows:
     def parallel(self) -> None:
         """Row QAT, trained by the processes of torchrun together."""
         recipe = self.tuned(ranges_lr=10.0)
-        with self.row(f"QAT, {self.compute.ranks.size} GPUs") as done:
+        with self.row(f"QAT, {self.compute.processes.world_size} GPUs") as done:
             done(self.trained(recipe, False, False), recipe=asdict(recipe))
 
     def peer(self) -> None:
@@ -298,8 +303,8 @@ def main() -> None:
     options = parser.parse_args()
     changes = {name: json.loads(value) for name, _, value in (change.partition("=") for change in options.change)}
     options.setting_used = replace(SETTINGS[options.setting], **changes)
-    with joined(Compute.of("auto").device) as ranks:
-        GROUPS[options.group](Rows(options.setting, options.group, options, ranks))
+    with process_group(Compute.from_options("auto").device) as processes:
+        GROUPS[options.group](Rows(options.setting, options.group, options, processes))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_training_step import now
 from benchmarks.stamp import stamp
+from qat.base.choices import Calibrator
 from qat.calibration.activation_ranges import observe, set_ranges
-from qat.calibration.thresholds import Method
 from qat.compute.device import exact_float32
 from qat.fake_quantize.prepare import prepare
 
 ROUNDS = 7
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS: tuple[Calibrator, ...] = get_args(Calibrator)
 GPU = torch.cuda.is_available()
 # Images, batch, pixels, exact float32
 CASES = (

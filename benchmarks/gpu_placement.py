@@ -18,7 +18,7 @@ from typing import Any
 
 from deploy.benchmark import FP16, MODEL, BenchmarkOptions
 from deploy.benchmark import main as benchmark
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 OURS, FLOAT = "ours", "float32"
 _PLACEMENTS = {FP16: FLOAT, MODEL: OURS}  # as deploy.benchmark calls them

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu_training_step import CLASSES, ROUNDS, STEPS, Step, quantized
 from qat.compute.device import Compute
-from qat.compute.processes import joined
+from qat.compute.processes import process_group
 
 
 def main() -> None:
@@ -28,21 +28,29 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=224)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    alone = Compute.of("auto", "bfloat16", True)
-    with joined(alone.device) as ranks:
-        compute = replace(alone, ranks=ranks)
-        torch.manual_seed(ranks.rank)
+    alone = Compute.from_options("auto", "bfloat16", True)
+    with process_group(alone.device) as processes:
+        compute = replace(alone, processes=processes)
+        torch.manual_seed(processes.rank)
         x = torch.randn(options.batch, 3, options.pixels, options.pixels, device=compute.device)
         x = x.contiguous(memory_format=torch.channels_last)
         labels = torch.randint(0, CLASSES, (options.batch,), device=compute.device)
         step = Step(lambda: quantized("resnet50", x), compute, len(x))
         for _ in range(ROUNDS):
             step.measure(x, labels)
-        median = ranks.mean(statistics.median(step.milliseconds))
-        if ranks.leads:
+        median = processes.mean(statistics.median(step.milliseconds))
+        if processes.is_main:
             device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-            found = {"device": device, "torch": torch.__version__, "processes": ranks.size, "batch": options.batch}
-            found |= {"median_ms": round(median, 3), "images_per_second": round(1e3 * ranks.size * len(x) / median, 1)}
+            found = {
+                "device": device,
+                "torch": torch.__version__,
+                "processes": processes.world_size,
+                "batch": options.batch,
+            }
+            found |= {
+                "median_ms": round(median, 3),
+                "images_per_second": round(1e3 * processes.world_size * len(x) / median, 1),
+            }
             found |= {"low_ms": min(step.milliseconds), "high_ms": max(step.milliseconds), "steps": STEPS * ROUNDS}
             print(json.dumps(found))
             if options.json is not None:

@@ -21,7 +21,7 @@ from deploy.measure import latencies, throughput
 from deploy.runtime import Engine
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import find_toolkit
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 FLOAT, INT8 = "resnet50.onnx", "resnet50_int8-nchw.onnx"
 FLOAT_PADDED, INT8_PADDED = "resnet50.padded.onnx", "resnet50_int8-nchw.padded.onnx"  # with zero channels
@@ -62,10 +62,10 @@ def run(folder: Path, seconds: float) -> Iterator[dict[str, Any]]:
         settings = BuildSettings(profiles=(Profile(*[trial.batch] * 3),), **trial.settings)
         try:
             plan = build(toolkit, folder / trial.file, settings).plan
-            with Engine.of(plan, toolkit, settings) as engine:
+            with Engine.from_plan(plan, toolkit, settings) as engine:
                 entry |= latencies({"": engine}, trial.batch)[""].to_json()
             for contexts in trial.contexts:
-                with Engine.of(plan, toolkit, settings, contexts=contexts) as engine:
+                with Engine.from_plan(plan, toolkit, settings, contexts=contexts) as engine:
                     entry[f"contexts_{contexts}"] = round(throughput(engine, trial.batch))
         except (UserError, RuntimeError) as error:
             entry["error"] = str(error)

@@ -21,7 +21,7 @@ from deploy.trt import find_toolkit
 from export.lint import lint
 from export.onnx_network import network_from_onnx
 from export.read import read_onnx
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.rules.place import place
 
 TOOLS = ("ours", "modelopt_onnx", "modelopt_torch")

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from deploy import cuda
-from qat.base.artifact import TensorSpec, UserError
+from qat.base.artifact import TensorSpec
+from qat.base.errors import UserError
 
 
 @dataclass(frozen=True)

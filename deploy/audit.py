@@ -17,9 +17,10 @@ from typing import Annotated, Any
 import tyro
 
 from deploy.layers import EngineLayer
-from deploy.precision import Finding
-from qat.base.artifact import Sidecar, UserError, check_writable, read_sidecar, write_json
+from deploy.precision import PrecisionFinding
+from qat.base.artifact import Sidecar, check_writable, read_sidecar, write_json
 from qat.base.console import Command, run_command, say, table, warn
+from qat.base.errors import UserError
 
 NAME_WIDTH, TACTIC_WIDTH = 50, 44
 _NOT_TELLING = ("quantize", ".weight", ".bias", "(Unnamed Layer", "transpose_before_", "unsqueeze_node_after_")
@@ -46,7 +47,7 @@ class EngineAudit:
     """All layers in the engine's order; ``milliseconds`` are theirs, or empty where they were not measured."""
 
     layers: tuple[EngineLayer, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[PrecisionFinding, ...]
     milliseconds: tuple[float, ...] = ()
     batch: int | None = None
     runs: int = 0
@@ -113,8 +114,8 @@ def recorded_audit(sidecar: Sidecar) -> EngineAudit:
     return EngineAudit(tuple(map(EngineLayer.from_json, sidecar.details["layers"])), _findings(sidecar))
 
 
-def _findings(sidecar: Sidecar) -> tuple[Finding, ...]:
-    return tuple(Finding(**finding) for finding in sidecar.details["findings"])
+def _findings(sidecar: Sidecar) -> tuple[PrecisionFinding, ...]:
+    return tuple(PrecisionFinding(**finding) for finding in sidecar.details["findings"])
 
 
 def _group(layer: EngineLayer) -> str:

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import tyro
 
-from deploy.candidates import Column, Contenders
-from deploy.settings import Precision
-from qat.base.artifact import UserError, check_writable, sha256_of, write_json
+from deploy.candidates import Candidate, CandidateEngines
+from qat.base.artifact import check_writable, sha256_of, write_json
+from qat.base.choices import EnginePrecision
 from qat.base.console import Command, run_command, say, table, warn
+from qat.base.errors import UserError
 
 if TYPE_CHECKING:
     from deploy.layer_costs import Slower
@@ -99,31 +100,31 @@ def main(options: BenchmarkOptions) -> None:
         raise UserError(f"no file {options.model}: check the path, or make it with python -m export.onnx")
     toolkit = find_toolkit("tensorrt")
     assert toolkit.device is not None
-    columns, ours = _columns(options, toolkit), _ours(options)
-    peers = [Column(name, path, "explicit") for name, path in map(_named, options.peers)]
-    inputs = [*ours, *(Column(name, path, "explicit") for name, path in map(_named, options.inputs))]
-    everything = dict.fromkeys((*columns, *peers, *inputs))
+    candidates, ours = _candidates(options, toolkit), _ours(options)
+    peers = [Candidate(name, path, "explicit") for name, path in map(_named, options.peers)]
+    inputs = [*ours, *(Candidate(name, path, "explicit") for name, path in map(_named, options.inputs))]
+    everything = dict.fromkeys((*candidates, *peers, *inputs))
     _check_names(everything)
     bench = Bench(toolkit, options, peers)
     say(f"{toolkit.title} on {toolkit.device.name}, driver {toolkit.device.driver}; batches {options.batches}")
 
-    compared: dict[int, list[Column]] = {}
+    compared: dict[int, list[Candidate]] = {}
     for batch in dict.fromkeys((*options.full_batches, *options.batches)):
         full = batch in options.full_batches
-        chosen = [one for one in columns if full or one.name in (FP16, IMPLICIT) or one in ours]
+        chosen = [one for one in candidates if full or one.name in (FP16, IMPLICIT) or one in ours]
         compared[batch] = chosen + (peers if full else [])
     if options.build_only:
-        alone = [(column, batch) for batch in (*options.host_to_host, *options.sweep) for column in inputs]
-        bench.build([*((column, batch) for batch, chosen in compared.items() for column in chosen), *alone])
+        alone = [(candidate, batch) for batch in (*options.host_to_host, *options.sweep) for candidate in inputs]
+        bench.build([*((candidate, batch) for batch, chosen in compared.items() for candidate in chosen), *alone])
         return
-    files = {column.name: column.model for column in everything}
+    files = {candidate.name: candidate.model for candidate in everything}
     results: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": asdict(toolkit.device),
         "tensorrt": toolkit.version,
         "repeat": options.repeat,
         "models": {name: {"file": path.name, "sha256": sha256_of(path)} for name, path in files.items()},
-        "builds": bench.contenders.builds,
+        "builds": bench.engines.builds,
         "left_out": bench.left_out,
     }
 
@@ -136,51 +137,51 @@ def main(options: BenchmarkOptions) -> None:
         for kind, entries in bench.compare(chosen, batch).items():
             add(kind, entries)
     for batch in options.host_to_host:
-        for column in inputs:
-            add("host_to_host", bench.host_to_host(column, batch))
+        for candidate in inputs:
+            add("host_to_host", bench.host_to_host(candidate, batch))
     for batch in options.sweep:
-        for column in inputs:
-            add("throughput", bench.throughput(column, batch))
+        for candidate in inputs:
+            add("throughput", bench.throughput(candidate, batch))
     say(f"wrote {output}")
 
 
 class Bench:
     """Measures engines against each other. One of ``peers`` that TensorRT refuses is left out."""
 
-    def __init__(self, toolkit: Toolkit, options: BenchmarkOptions, peers: Sequence[Column] = ()) -> None:
+    def __init__(self, toolkit: Toolkit, options: BenchmarkOptions, peers: Sequence[Candidate] = ()) -> None:
         self.toolkit, self.options, self.peers = toolkit, options, peers
         folder = options.engines or options.model.with_name("engines")
-        self.contenders = Contenders(
+        self.engines = CandidateEngines(
             toolkit, folder, options.repeat, options.optimization_level, options.timing_iterations
         )
         self.left_out: list[dict[str, Any]] = []
 
-    def build(self, wanted: Iterable[tuple[Column, int]]) -> None:
+    def build(self, wanted: Iterable[tuple[Candidate, int]]) -> None:
         """Builds the engines that are missing and that no other run is building."""
-        for column, batch in dict.fromkeys(wanted):
-            with self._unless_refused(column, batch):
-                self.contenders.build_if_free(column, batch)
+        for candidate, batch in dict.fromkeys(wanted):
+            with self._unless_refused(candidate, batch):
+                self.engines.build_if_free(candidate, batch)
 
     @contextmanager
-    def _unless_refused(self, column: Column, batch: int) -> Iterator[None]:
+    def _unless_refused(self, candidate: Candidate, batch: int) -> Iterator[None]:
         try:
             yield
         except UserError as error:
-            if column not in self.peers:
+            if candidate not in self.peers:
                 raise
-            warn(f"{column.name} is left out: {error}")
-            self.left_out.append({"name": column.name, "batch": batch, "error": str(error)})
+            warn(f"{candidate.name} is left out: {error}")
+            self.left_out.append({"name": candidate.name, "batch": batch, "error": str(error)})
 
-    def compare(self, columns: list[Column], batch: int) -> dict[str, list[dict[str, Any]]]:
-        """Latencies of all columns at one batch size, printed with the verdict, and layers that FP16 makes faster."""
+    def compare(self, candidates: list[Candidate], batch: int) -> dict[str, list[dict[str, Any]]]:
+        """Latencies at one batch size, printed with the verdict, and the layers that FP16 makes faster."""
         from deploy.layer_costs import LayerCosts
         from deploy.measure import latencies, layer_times
         from deploy.runtime import Engine
 
         plans = {}
-        for column in columns:
-            with self._unless_refused(column, batch):
-                plans[column.name] = self.contenders.engine(column, batch)
+        for candidate in candidates:
+            with self._unless_refused(candidate, batch):
+                plans[candidate.name] = self.engines.engine(candidate, batch)
         with ExitStack() as stack:
             engines = {
                 name: stack.enter_context(Engine(plan, self.toolkit, contexts=1)) for name, plan in plans.items()
@@ -189,7 +190,7 @@ class Bench:
             slower = []
             if FP16 in engines:
                 int8, fp16 = (layer_times(engines[name], batch, LAYER_RUNS) for name in (MODEL, FP16))
-                slower = LayerCosts.of(self.toolkit, self.options.model).slower_in_int8(int8, fp16)
+                slower = LayerCosts.from_model(self.toolkit, self.options.model).slower_in_int8(int8, fp16)
         for name, latency in found.items():
             if not latency.graph:
                 warn(f"{name} cannot be captured as a CUDA graph: its time includes launching every kernel")
@@ -200,52 +201,52 @@ class Bench:
             "slower_in_int8": [{"batch": batch, **asdict(one)} for one in slower],
         }
 
-    def throughput(self, column: Column, batch: int) -> list[dict[str, Any]]:
+    def throughput(self, candidate: Candidate, batch: int) -> list[dict[str, Any]]:
         """Images a second, engine only, by the number of contexts."""
         from deploy.measure import throughput
         from deploy.runtime import Engine
 
-        plan = self.contenders.engine(column, batch)
+        plan = self.engines.engine(candidate, batch)
         entries = []
         for contexts in self.options.contexts:
             with Engine(plan, self.toolkit, contexts=contexts) as engine:
                 images = throughput(engine, batch)
             entries.append(
-                {"name": column.name, "batch": batch, "contexts": contexts, "images_per_second": round(images)}
+                {"name": candidate.name, "batch": batch, "contexts": contexts, "images_per_second": round(images)}
             )
-            say(f"throughput, {column.name}, batch {batch}, {contexts} contexts: {images:,.0f} images/s")
+            say(f"throughput, {candidate.name}, batch {batch}, {contexts} contexts: {images:,.0f} images/s")
         return entries
 
-    def host_to_host(self, column: Column, batch: int) -> list[dict[str, Any]]:
+    def host_to_host(self, candidate: Candidate, batch: int) -> list[dict[str, Any]]:
         """The same from host to host, beside the engine alone."""
         from deploy.measure import host_to_host, throughput
         from deploy.runtime import Engine
 
-        plan = self.contenders.engine(column, batch)
+        plan = self.engines.engine(candidate, batch)
         entries = []
         for contexts in self.options.contexts:
             with Engine(plan, self.toolkit, contexts=contexts) as engine:
                 alone = throughput(engine, batch)
                 pinned, pageable = host_to_host(engine, batch), host_to_host(engine, batch, pinned=False)
             entries.append(
-                {"name": column.name, "batch": batch, "contexts": contexts, "engine_only": round(alone)}
+                {"name": candidate.name, "batch": batch, "contexts": contexts, "engine_only": round(alone)}
                 | {"pinned": round(pinned), "pageable": round(pageable)}
             )
             say(
-                f"host to host, {column.name}, batch {batch}, {contexts} contexts: {pinned:,.0f} images/s from pinned "
-                f"memory ({100 * pinned / alone:.0f} % of the engine alone), {pageable:,.0f} from pageable"
+                f"host to host, {candidate.name}, batch {batch}, {contexts} contexts: {pinned:,.0f} images/s from "
+                f"pinned memory ({100 * pinned / alone:.0f} % of the engine alone), {pageable:,.0f} from pageable"
             )
         return entries
 
 
-def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
+def _candidates(options: BenchmarkOptions, toolkit: Toolkit) -> list[Candidate]:
     """The model's float engines, as far as this version of TensorRT has them, its post-training twin, and ``_ours``."""
-    columns = []
+    candidates = []
     float32 = options.float32 or options.model.with_suffix(".float32.onnx")
     float16 = options.float16 or options.model.with_suffix(".float16.onnx")
     names = {"fp32": "FP32", "tf32": "TF32", "fp16": FP16, "implicit": IMPLICIT}
     for precision in options.precisions:
-        model, built_as = float32, cast(Precision, precision)
+        model, built_as = float32, cast(EnginePrecision, precision)
         try:
             toolkit.typing(precision)
         except UserError as error:
@@ -261,21 +262,21 @@ def _columns(options: BenchmarkOptions, toolkit: Toolkit) -> list[Column]:
                 f"no file {model} for {names[precision]}: make it with python -m export.onnx CHECKPOINT "
                 "--precision float32, or leave the float engines out with an empty --precisions"
             )
-        columns.append(Column(names[precision], model, built_as))
+        candidates.append(Candidate(names[precision], model, built_as))
     if options.ptq:
-        columns.append(Column("INT8 (post-training)", options.ptq, "explicit"))
-    return columns + _ours(options)
+        candidates.append(Candidate("INT8 (post-training)", options.ptq, "explicit"))
+    return candidates + _ours(options)
 
 
-def _ours(options: BenchmarkOptions) -> list[Column]:
+def _ours(options: BenchmarkOptions) -> list[Candidate]:
     """The model and its variants."""
-    variants = [Column(f"{MODEL}, {name}", path, "explicit") for name, path in map(_named, options.variants)]
-    return [Column(MODEL, options.model, "explicit"), *variants]
+    variants = [Candidate(f"{MODEL}, {name}", path, "explicit") for name, path in map(_named, options.variants)]
+    return [Candidate(MODEL, options.model, "explicit"), *variants]
 
 
-def _check_names(columns: Iterable[Column]) -> None:
-    """Raises UserError when two columns would be taken for each other."""
-    found = [column.file_name for column in columns]
+def _check_names(candidates: Iterable[Candidate]) -> None:
+    """Raises UserError when two candidates would be taken for each other."""
+    found = [candidate.file_name for candidate in candidates]
     doubled = sorted({name for name in found if found.count(name) > 1})
     if doubled:
         named = "--variants, --peers and --inputs"

@@ -95,7 +95,7 @@ def bisect(
         built = build(toolkit, model, settings, timings, extra, float_weights=float_weights)
         float_weights = built.float_weights
         timings = built.timing_cache_content if toolkit.times_kernels else None
-        with Engine.of(built.plan, toolkit, settings) as engine:
+        with Engine.from_plan(built.plan, toolkit, settings) as engine:
             answer = engine(inputs)
         tensor = answer[name] if isinstance(answer, dict) else answer
         found = sqnr_db(expected[name], tensor.astype(np.float32))

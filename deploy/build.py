@@ -19,25 +19,17 @@ import tyro
 
 from deploy.settings import BuilderOptions, BuildSettings, Profile
 from deploy.timing_cache import TimingCacheFile
-from qat.base.artifact import (
-    Parent,
-    Sidecar,
-    UserError,
-    check_writable,
-    read_sidecar,
-    sha256_of,
-    sidecar_path,
-    write_artifact,
-)
+from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.console import Command, run_command, say, table, warn
+from qat.base.errors import UserError
+from qat.base.exit_codes import NOT_INT8
+from qat.base.text import megabytes
 
 if TYPE_CHECKING:
     from deploy.builder import Built
     from deploy.trt import Toolkit
 
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
-EXIT_NOT_INT8 = 3
-MB = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +56,7 @@ class Options(Command, BuilderOptions):
     def settings(self, capabilities: tuple[str, ...]) -> BuildSettings:
         """As the builder takes them. Raises UserError."""
         profiles = tuple(Profile.parse(text) for text in self.profiles)
-        return BuildSettings.of(self, profiles=profiles, capabilities=capabilities)
+        return BuildSettings.from_options(self, profiles=profiles, capabilities=capabilities)
 
 
 def main(options: Options) -> int:
@@ -98,9 +90,9 @@ def main(options: Options) -> int:
         names = ", ".join(finding.node for finding in broken[:5]) + (" ..." if len(broken) > 5 else "")
         warn(
             f"{len(broken)} of the layers that the ONNX declares INT8 are not INT8 in the engine ({names}); "
-            f"the engine is written, but exit code {EXIT_NOT_INT8} says that it is not what was trained"
+            f"the engine is written, but exit code {NOT_INT8} says that it is not what was trained"
         )
-        return EXIT_NOT_INT8
+        return NOT_INT8
     return 0
 
 
@@ -110,8 +102,8 @@ def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
         raise UserError(f"no file {model}: check the path, or make it with python -m export.onnx")
     if sidecar_path(model).exists():
         source = read_sidecar(model, "onnx")
-        return source, Parent.of(output, model, source.sha256)
-    return None, Parent.of(output, model, sha256_of(model))
+        return source, Parent.from_file(output, model, source.sha256)
+    return None, Parent.from_file(output, model, sha256_of(model))
 
 
 def _build(toolkit: Toolkit, options: Options, settings: BuildSettings) -> Built:
@@ -139,18 +131,14 @@ def write_plan(path: Path, plan: object) -> None:
     path.write_bytes(memoryview(plan))  # type: ignore[arg-type]
 
 
-def _megabytes(count: int | None) -> str:
-    return "not logged" if count is None else f"{count / MB:.2f} MB"
-
-
 def _print_audit(built: Built) -> None:
     convolutions, products = built.audit.count("convolution"), built.audit.count("matrix product")
     rows = [
         ("convolutions in INT8", f"{convolutions[0]} of {convolutions[1]}"),
         ("matrix products in INT8", f"{products[0]} of {products[1]}"),
         ("layers", str(len(built.audit.layers))),
-        ("weights memory", _megabytes(built.log.weights_bytes())),
-        ("engine", _megabytes(built.bytes)),
+        ("weights memory", megabytes(built.log.weights_bytes(), absent="not logged")),
+        ("engine", megabytes(built.bytes)),
         ("build", f"{built.seconds:.1f} s"),
     ]
     table("Audit", ("what", "found"), rows)

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from deploy import diagnose, implicit
 from deploy.buildlog import BuildLog
 from deploy.layers import layers_from_inspector, layers_from_log
-from deploy.parsed_network import Graph
-from deploy.precision import Audit, audit, declared_layers
+from deploy.parsed_network import ParsedNetwork
+from deploy.precision import PrecisionAudit, audit, declared_layers
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
-from qat.base.artifact import TensorSpec, UserError
+from qat.base.artifact import TensorSpec
 from qat.base.console import progress, say
+from qat.base.errors import UserError
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -54,7 +55,7 @@ class Built:
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...]
     """Empty for an engine of fixed batch."""
-    audit: Audit
+    audit: PrecisionAudit
     log: BuildLog
     timing_cache: TimingCache | None
     timing_cache_content: bytes
@@ -180,12 +181,12 @@ def _float_weights(model: Path) -> bytes:
 
 
 @contextmanager
-def parsed(toolkit: Toolkit, model: Path, settings: BuildSettings) -> Iterator[Graph]:
+def parsed(toolkit: Toolkit, model: Path, settings: BuildSettings) -> Iterator[ParsedNetwork]:
     """The graph of an ONNX file, for as long as the block runs. Raises UserError as ``parse`` does."""
     log = BuildLog()
     builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
     network = parse(toolkit, builder, model, log, settings)
-    yield Graph(network)
+    yield ParsedNetwork(network)
 
 
 def _set_batch(

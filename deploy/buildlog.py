@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.cuda import OUT_OF_MEMORY
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 _WEIGHTS_LINE = re.compile(r"^Total Weights Memory: (\d+) bytes", re.MULTILINE)
 

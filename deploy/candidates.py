@@ -16,22 +16,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.layers import EngineLayer
-from deploy.settings import BuildSettings, Precision, Profile
+from deploy.settings import BuildSettings, Profile
 from deploy.timing_cache import TimingCacheFile
-from qat.base.artifact import Parent, Sidecar, UserError, disk_errors, read_sidecar, sha256_of, write_artifact
+from qat.base.artifact import Parent, Sidecar, disk_errors, read_sidecar, sha256_of, write_artifact
+from qat.base.choices import EnginePrecision
 from qat.base.console import say
+from qat.base.errors import UserError
 
 if TYPE_CHECKING:
     from deploy.trt import Toolkit
 
 
 @dataclass(frozen=True)
-class Column:
+class Candidate:
     """One engine for each batch size: a name, the ONNX file and the precision that it is built with."""
 
     name: str
     model: Path
-    precision: Precision
+    precision: EnginePrecision
 
     @property
     def file_name(self) -> str:
@@ -39,7 +41,7 @@ class Column:
         return "".join(letter if letter.isalnum() else "-" for letter in self.name)
 
 
-class Contenders:
+class CandidateEngines:
     """Builds engines, or takes those of an earlier run."""
 
     def __init__(
@@ -52,53 +54,56 @@ class Contenders:
         self._timings = b""
         """Of the kernels that this run has timed; each engine's are kept beside it for when its model changes."""
 
-    def engine(self, column: Column, batch: int) -> bytes:
-        """The engine of a column for a fixed batch: built, or taken from the folder where it is just that one."""
+    def engine(self, candidate: Candidate, batch: int) -> bytes:
+        """The engine of a candidate for a fixed batch: built, or taken from the folder where it is just that one."""
         from deploy.build import engine_sidecar, write_plan
         from deploy.builder import build
         from deploy.repeat import build_fastest
 
-        settings = self._settings(column, batch)
-        path, digest = self._path(column, batch), sha256_of(column.model)
+        settings = self._settings(candidate, batch)
+        path, digest = self._path(candidate, batch), sha256_of(candidate.model)
         if (kept := self._kept(path, settings, digest)) is not None:
-            self._note(column, batch, kept, again=False)
+            self._note(candidate, batch, kept, again=False)
             return path.read_bytes()
-        say(f"building {column.name} for batch {batch}")
+        say(f"building {candidate.name} for batch {batch}")
         if self.repeat == 1:
             timings = TimingCacheFile(path.with_suffix(".timings"), self.toolkit, settings, ours=True)
-            built = build(self.toolkit, column.model, settings, timings.content or self._timings)
+            built = build(self.toolkit, candidate.model, settings, timings.content or self._timings)
             built = dataclasses.replace(built, timing_cache=timings.save(built))
             self._timings = built.timing_cache_content
         else:
-            built = build_fastest(self.toolkit, column.model, settings, self.repeat)
-        parent = Parent.of(path, column.model, digest)
+            built = build_fastest(self.toolkit, candidate.model, settings, self.repeat)
+        parent = Parent.from_file(path, candidate.model, digest)
         sidecar = engine_sidecar(built, self.toolkit, settings, None, parent)
         sidecar = write_artifact(path, sidecar, lambda temporary: write_plan(temporary, built.plan))
-        self._note(column, batch, sidecar, again=True)
+        self._note(candidate, batch, sidecar, again=True)
         return bytes(built.plan)
 
-    def build_if_free(self, column: Column, batch: int) -> None:
+    def build_if_free(self, candidate: Candidate, batch: int) -> None:
         """Builds the engine unless it is there, or another run is building it."""
-        path = self._path(column, batch)
+        path = self._path(candidate, batch)
         claim = path.with_name(path.name + ".claim")
         with _claim(claim) as ours:
             if ours:
-                self.engine(column, batch)
+                self.engine(candidate, batch)
             else:
-                say(f"{column.name} for batch {batch} is left to the run that made {claim}; delete it if that is dead")
+                say(
+                    f"{candidate.name} for batch {batch} is left to the run that made {claim}; "
+                    "delete it if that is dead"
+                )
 
-    def _path(self, column: Column, batch: int) -> Path:
-        return self.folder / f"{column.file_name}-{batch}.engine"
+    def _path(self, candidate: Candidate, batch: int) -> Path:
+        return self.folder / f"{candidate.file_name}-{batch}.engine"
 
-    def _settings(self, column: Column, batch: int) -> BuildSettings:
+    def _settings(self, candidate: Candidate, batch: int) -> BuildSettings:
         return BuildSettings(
-            precision=column.precision,
+            precision=candidate.precision,
             profiles=(Profile(batch, batch, batch),),
             optimization_level=self._optimization_level,
             timing_iterations=self._timing_iterations,
         )
 
-    def _note(self, column: Column, batch: int, sidecar: Sidecar, again: bool) -> None:
+    def _note(self, candidate: Candidate, batch: int, sidecar: Sidecar, again: bool) -> None:
         """Keeps what the build said of the engine; ``again``: whether it was built in this run."""
         from deploy.builder import Repetition
 
@@ -106,7 +111,7 @@ class Contenders:
         figures, found = sidecar.figures, sidecar.details["repetition"]
         repetition = Repetition(**found) if found else None
         entry = {
-            "name": column.name,
+            "name": candidate.name,
             "batch": batch,
             "seconds": figures["build_seconds"],
             "bytes": figures["engine_bytes"],
@@ -118,12 +123,12 @@ class Contenders:
             "timing_cache": sidecar.details["timing_cache"],
             "repetition": {**found, "spread_percent": round(repetition.spread_percent, 2)} if repetition else None,
         }
-        if not any((known["name"], known["batch"]) == (column.name, batch) for known in self.builds):
+        if not any((known["name"], known["batch"]) == (candidate.name, batch) for known in self.builds):
             self.builds.append(entry)
         when = "" if again else " in an earlier run"
         when += ", kernels timed before" if entry["timing_cache"] == "reused" else ""
         say(
-            f"  {column.name}, batch {batch}: built in {entry['seconds']:.1f} s{when}, "
+            f"  {candidate.name}, batch {batch}: built in {entry['seconds']:.1f} s{when}, "
             f"{entry['layers']} layers, {entry['reformats']} reformats, "
             f"{entry['convolutions_int8']} of {entry['convolutions']} convolutions INT8"
         )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 if TYPE_CHECKING:
     from cuda.bindings import runtime
@@ -100,10 +100,10 @@ class Stream:
         call(_runtime().cudaStreamWaitEvent, self._stream, event.raw, 0)
 
     @contextmanager
-    def capture(self) -> Iterator[list[Graph]]:
+    def capture(self) -> Iterator[list[CudaGraph]]:
         """Records what the block launches on the stream, instead of running it; afterwards the list holds the graph."""
         cuda = _runtime()
-        graphs: list[Graph] = []
+        graphs: list[CudaGraph] = []
         # Thread-local: other threads may allocate and launch meanwhile.
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call(cuda.cudaStreamBeginCapture, self._stream, mode)
@@ -112,7 +112,7 @@ class Stream:
         except BaseException:
             cuda.cudaStreamEndCapture(self._stream)  # its own error would hide the cause
             raise
-        graphs.append(Graph(call(cuda.cudaStreamEndCapture, self._stream)))
+        graphs.append(CudaGraph(call(cuda.cudaStreamEndCapture, self._stream)))
 
     def close(self) -> None:
         """Frees it."""
@@ -121,7 +121,7 @@ class Stream:
             self._stream = None
 
 
-class Graph:
+class CudaGraph:
     """An executable CUDA graph."""
 
     def __init__(self, captured: runtime.cudaGraph_t) -> None:

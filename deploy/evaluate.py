@@ -22,13 +22,15 @@ import tyro
 
 from deploy.reference import network_input, read_reference
 from deploy.settings import BuildSettings
-from qat.base.artifact import Sidecar, UserError, check_writable, read_parent, read_sidecar, write_json
+from qat.base.artifact import Sidecar, check_writable, read_parent, read_sidecar, write_json
 from qat.base.console import Command, run_command, say, table, warn
+from qat.base.errors import UserError
+from qat.base.exit_codes import DISAGREES
+from qat.base.text import decibels
 
 if TYPE_CHECKING:
     from deploy.runtime import Engine
 
-EXIT_DISAGREES = 4
 BISECT_IMAGES = 8
 
 
@@ -93,7 +95,7 @@ def main(options: EvaluateOptions) -> int:
     code = 0
     for who, share in result["agreement"].items():
         if share < options.least_agreement:
-            code = EXIT_DISAGREES
+            code = DISAGREES
             warn(
                 f"{who} choose the same class on {share:.2f} % of the images, needed are {options.least_agreement:g} %"
             )
@@ -146,8 +148,8 @@ def _answers(options: EvaluateOptions, onnx_path: Path, onnx: Sidecar, truth: Pa
             if pytorch is not None:
                 logits.setdefault("PyTorch", []).append(pytorch)
     assert first is not None, "no image"
-    joined = {who: np.concatenate(parts) for who, parts in logits.items()}
-    return Answers(source, np.concatenate(labels), joined), first
+    answers = {who: np.concatenate(parts) for who, parts in logits.items()}
+    return Answers(source, np.concatenate(labels), answers), first
 
 
 def _images(
@@ -173,7 +175,7 @@ def _loaded(
     options: EvaluateOptions, onnx_path: Path, onnx: Sidecar
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
     from qat.data.batches import batches
-    from qat.data.preprocessing import Photographs
+    from qat.data.preprocessing import ImagePreset
     from qat.data.splits import load_data
 
     assert options.data is not None
@@ -183,7 +185,7 @@ def _loaded(
         warn(f"the checkpoint is not at hand, so a test split that training carved out cannot be told: {error}")
         details = {"seed": 0, "calibration_images": 512}
     given = onnx.preprocessing
-    photographs = Photographs(given["height"], given["resize"], tuple(given["mean"]), tuple(given["std"]))
+    photographs = ImagePreset(given["height"], given["resize"], tuple(given["mean"]), tuple(given["std"]))
     seed, calibration_images = details["seed"], details["calibration_images"]
     data = load_data(options.data, given["height"], seed, calibration_images, options.data_root, photographs)
     left = options.images
@@ -224,7 +226,7 @@ def _find_difference(
     say("looking for the first layer that differs from ONNX Runtime")
 
     def report(name: str, sqnr_db: float | None) -> None:
-        say(f"  {name}: " + ("equal" if sqnr_db is None else f"{sqnr_db:.1f} dB"))
+        say(f"  {name}: " + (decibels(sqnr_db)))
 
     settings = BuildSettings.from_json(sidecar.details["settings"])
     toolkit = find_toolkit(sidecar.details["builder"]["name"])

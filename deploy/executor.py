@@ -1,7 +1,8 @@
 """One inference at a time: a stream, buffers, scratch memory, and a CUDA graph for each batch size.
 
 A graph is tied to the execution context that it was captured from and to the shapes that it had, so every batch size
-has a context of its own. They share the lane's scratch memory, which is why a lane runs one inference at a time.
+has a context of its own. They share the executor's scratch memory, which is why an executor runs one inference at a
+time.
 """
 
 from __future__ import annotations
@@ -22,50 +23,50 @@ if TYPE_CHECKING:
 
     from deploy.runtime import Engine
 
-GRAPHS_PER_LANE = 16
-"""Batch sizes of which a lane keeps the context and graph; the one longest unused gives way."""
+GRAPHS_PER_EXECUTOR = 16
+"""Batch sizes of which an executor keeps the context and graph; the one longest unused gives way."""
 
 
-class Bound:
-    """The engine, ready to run one batch size on a lane's buffers."""
+class BoundContext:
+    """The engine, ready to run one batch size on an executor's buffers."""
 
-    def __init__(self, lane: Lane, batch: int) -> None:
-        engine = lane.engine
-        self.batch, self._lane = batch, lane
-        self._graph: cuda.Graph | None = None
+    def __init__(self, executor: Executor, batch: int) -> None:
+        engine = executor.engine
+        self.batch, self._executor = batch, executor
+        self._graph: cuda.CudaGraph | None = None
         self._profiler: Any = None
         profile = engine.profile_for(batch)
         with engine.lock:
-            self.context: trt.IExecutionContext = engine.toolkit.create_context(engine.plan, lane.scratch)
+            self.context: trt.IExecutionContext = engine.toolkit.create_context(engine.plan, executor.scratch)
         taken = True
         if len(engine.profiles) > 1:
-            taken = self.context.set_optimization_profile_async(profile, lane.stream.handle)
-            lane.stream.synchronize()
+            taken = self.context.set_optimization_profile_async(profile, executor.stream.handle)
+            executor.stream.synchronize()
         for spec in engine.inputs:
             taken &= self.context.set_input_shape(spec.name, sized(spec, batch))
         for spec in (*engine.inputs, *engine.outputs):
-            taken &= self.context.set_tensor_address(spec.name, lane.buffers[spec.name].address)
+            taken &= self.context.set_tensor_address(spec.name, executor.buffers[spec.name].address)
         if not taken:
             raise RuntimeError(f"TensorRT does not take a batch of {batch}: {engine.log.last_errors()}")
         self._enqueue()  # the first run does what cannot be captured
-        lane.stream.synchronize()
+        executor.stream.synchronize()
         self._graph = self._captured()
 
     def launch(self) -> None:
-        """Runs the engine on the lane's stream, from its input buffers to its output buffers; returns at once."""
+        """Runs the engine on the executor's stream, from its input buffers to its output buffers; returns at once."""
         if self._graph is None:
             self._enqueue()
         else:
-            self._graph.launch(self._lane.stream.handle)
+            self._graph.launch(self._executor.stream.handle)
 
     @property
     def stream(self) -> int:
         """Handle of the stream that ``launch`` works on."""
-        return self._lane.stream.handle
+        return self._executor.stream.handle
 
     def synchronize(self) -> None:
         """Waits for all launches."""
-        self._lane.stream.synchronize()
+        self._executor.stream.synchronize()
 
     @property
     def uses_graph(self) -> bool:
@@ -75,7 +76,7 @@ class Bound:
     def layer_milliseconds(self, runs: int) -> dict[str, float]:
         """Mean time of each layer over ``runs``, by its name, from TensorRT's profiler."""
         totals: dict[str, float] = {}
-        base = self._lane.engine.toolkit.module.IProfiler
+        base = self._executor.engine.toolkit.module.IProfiler
 
         class Profiler(base):  # type: ignore[misc, valid-type]
             def __init__(self) -> None:
@@ -89,7 +90,7 @@ class Bound:
         self.context.enqueue_emits_profile = True
         for _ in range(runs):
             self._enqueue()
-            self._lane.stream.synchronize()
+            self._executor.stream.synchronize()
         return {name: total / runs for name, total in totals.items()}
 
     def close(self) -> None:
@@ -100,14 +101,14 @@ class Bound:
         del self.context
 
     def _enqueue(self) -> None:
-        if not self.context.execute_async_v3(self._lane.stream.handle):
-            raise_if_out_of_memory(self._lane.engine.log)
-            raise RuntimeError(f"TensorRT could not run the engine: {self._lane.engine.log.last_errors()}")
+        if not self.context.execute_async_v3(self._executor.stream.handle):
+            raise_if_out_of_memory(self._executor.engine.log)
+            raise RuntimeError(f"TensorRT could not run the engine: {self._executor.engine.log.last_errors()}")
 
-    def _captured(self) -> cuda.Graph | None:
-        captured: list[cuda.Graph] = []
+    def _captured(self) -> cuda.CudaGraph | None:
+        captured: list[cuda.CudaGraph] = []
         for _ in range(2):  # what another thread does to the whole GPU can break a capture
-            with contextlib.suppress(RuntimeError), self._lane.stream.capture() as graphs:
+            with contextlib.suppress(RuntimeError), self._executor.stream.capture() as graphs:
                 captured = graphs  # filled when the block ends
                 self._enqueue()
             if captured:
@@ -115,12 +116,12 @@ class Bound:
         return None
 
 
-class Lane:
+class Executor:
     """See the head of this module. Its buffers hold the largest batch that the engine takes."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._bound: OrderedDict[int, Bound] = OrderedDict()
+        self._bound: OrderedDict[int, BoundContext] = OrderedDict()
         self._staging: dict[str, cuda.PinnedMemory] = {}
         self._outputs: dict[str, Any] = {}
         self._held: InputBatch | None = None
@@ -141,12 +142,12 @@ class Lane:
             undo.callback(self._waiting.close)
             self._own = undo.pop_all()
 
-    def bind(self, batch: int) -> Bound:
+    def bind(self, batch: int) -> BoundContext:
         """The engine for ``batch`` images; made at the first use."""
         if batch not in self._bound:
-            if len(self._bound) == GRAPHS_PER_LANE:
+            if len(self._bound) == GRAPHS_PER_EXECUTOR:
                 self._bound.popitem(last=False)[1].close()
-            self._bound[batch] = Bound(self, batch)
+            self._bound[batch] = BoundContext(self, batch)
         self._bound.move_to_end(batch)
         return self._bound[batch]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from deploy.builder import parsed
 from deploy.layers import EngineLayer, node_names
-from deploy.parsed_network import Graph
+from deploy.parsed_network import ParsedNetwork
 from deploy.precision import CONVOLUTION_TYPES, MATRIX_TYPES
 from deploy.settings import BuildSettings
 
@@ -63,7 +63,7 @@ class LayerCosts:
                 self._readers[tensor].append(name)
 
     @classmethod
-    def of(cls, toolkit: Toolkit, model: Path) -> LayerCosts:
+    def from_model(cls, toolkit: Toolkit, model: Path) -> LayerCosts:
         """Of a Q/DQ file, which has all nodes of the float file too. Raises UserError when it is refused."""
         with parsed(toolkit, model, BuildSettings()) as graph:
             return cls(_nodes(graph))
@@ -134,7 +134,7 @@ class LayerCosts:
         return found
 
 
-def _nodes(graph: Graph) -> dict[str, Node]:
+def _nodes(graph: ParsedNetwork) -> dict[str, Node]:
     found = {}
     for layer in graph.layers:
         kind: Literal["product", "conversion", "other"] = "other"

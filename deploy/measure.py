@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deploy import cuda
-from deploy.executor import Bound
+from deploy.executor import BoundContext
 from deploy.layers import EngineLayer, layers_from_inspector
 from deploy.runtime import Engine
 
@@ -43,7 +43,7 @@ class Latency:
     """Whether a CUDA graph was launched; some networks cannot be captured."""
 
     @classmethod
-    def of(cls, batch: int, milliseconds: Sequence[float], graph: bool = True) -> Latency:
+    def from_milliseconds(cls, batch: int, milliseconds: Sequence[float], graph: bool = True) -> Latency:
         """From single measurements."""
         low, median, high, p99 = np.percentile(milliseconds, (5, 50, 95, 99))
         return cls(batch, len(milliseconds), float(median), float(low), float(high), float(p99), graph)
@@ -67,7 +67,9 @@ class Latency:
 def latencies(engines: Mapping[str, Engine], batch: int, runs: int = 200) -> dict[str, Latency]:
     """Latency of several engines at one batch size, taken in turns. The engines must not be in use meanwhile."""
     with ExitStack() as stack:
-        bounds = {name: (stack.enter_context(engine.all_lanes())[0].bind(batch)) for name, engine in engines.items()}
+        bounds = {
+            name: (stack.enter_context(engine.all_executors())[0].bind(batch)) for name, engine in engines.items()
+        }
         events = [cuda.Event(timed=True) for _ in range(2 * BLOCK)]
         for event in events:
             stack.callback(event.close)
@@ -80,22 +82,22 @@ def latencies(engines: Mapping[str, Engine], batch: int, runs: int = 200) -> dic
                 _warm_up(bounds[name], SECONDS_BEFORE_BLOCK)
                 found[name] += _block(bounds[name], events)
         graphs = {name: bound.uses_graph for name, bound in bounds.items()}
-    return {name: Latency.of(batch, milliseconds, graphs[name]) for name, milliseconds in found.items()}
+    return {name: Latency.from_milliseconds(batch, milliseconds, graphs[name]) for name, milliseconds in found.items()}
 
 
 def layer_times(engine: Engine, batch: int, runs: int) -> list[tuple[EngineLayer, float]]:
     """The engine's layers at one batch size, each with its mean milliseconds over ``runs`` by TensorRT's profiler."""
     profile = engine.profile_for(batch)
     layers = [one for one in layers_from_inspector(engine.toolkit.inspect(engine.plan)) if one.profile == profile]
-    with engine.all_lanes() as lanes:
-        times = lanes[0].bind(batch).layer_milliseconds(runs)
+    with engine.all_executors() as executors:
+        times = executors[0].bind(batch).layer_milliseconds(runs)
     return [(layer, times.get(layer.name, 0.0)) for layer in layers]
 
 
 def throughput(engine: Engine, batch: int, seconds: float = 1.0) -> float:
-    """Images a second, engine only, with all of the engine's lanes at work at the same time."""
-    with engine.all_lanes() as lanes:
-        bounds = [lane.bind(batch) for lane in lanes]
+    """Images a second, engine only, with all of the engine's executors at work at the same time."""
+    with engine.all_executors() as executors:
+        bounds = [executor.bind(batch) for executor in executors]
         for bound in bounds:
             _warm_up(bound, SECONDS_BEFORE)
         start = time.perf_counter()
@@ -105,9 +107,9 @@ def throughput(engine: Engine, batch: int, seconds: float = 1.0) -> float:
                 for bound in bounds:
                     bound.launch()
             rounds += BLOCK
-            lanes[0].stream.synchronize()  # keeps the queue short; the others go on meanwhile
-        for lane in lanes:
-            lane.stream.synchronize()
+            executors[0].stream.synchronize()  # keeps the queue short; the others go on meanwhile
+        for executor in executors:
+            executor.stream.synchronize()
         return rounds * len(bounds) * batch / (time.perf_counter() - start)
 
 
@@ -143,7 +145,7 @@ def _random_input(engine: Engine, batch: int, pinned: bool, seed: int) -> Any:
     return named
 
 
-def _warm_up(bound: Bound, seconds: float) -> None:
+def _warm_up(bound: BoundContext, seconds: float) -> None:
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         for _ in range(WARM_UP):
@@ -151,7 +153,7 @@ def _warm_up(bound: Bound, seconds: float) -> None:
         bound.synchronize()
 
 
-def _block(bound: Bound, events: Sequence[cuda.Event]) -> list[float]:
+def _block(bound: BoundContext, events: Sequence[cuda.Event]) -> list[float]:
     """Milliseconds of each of BLOCK launches."""
     for _ in range(WARM_UP):
         bound.launch()

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 
-class Graph:
+class ParsedNetwork:
     """The layers of a parsed network, and who makes each tensor."""
 
     def __init__(self, network: trt.INetworkDefinition) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from deploy.layers import EngineLayer
-from deploy.parsed_network import Graph
+from deploy.parsed_network import ParsedNetwork
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -27,7 +27,7 @@ _POINTWISE_KINDS = ("kgen", "shape_call", "pointwise", "pointwisev2", "reformat"
 
 
 @dataclass(frozen=True)
-class Finding:
+class PrecisionFinding:
     """One convolution or matrix product: what it is declared, what it is and, where not INT8, the likely cause."""
 
     node: str
@@ -44,10 +44,10 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Audit:
+class PrecisionAudit:
     """All findings in network order, and the engine's layers that they were made from."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[PrecisionFinding, ...]
     layers: tuple[EngineLayer, ...]
 
     def count(self, operation: str) -> tuple[int, int]:
@@ -56,7 +56,7 @@ class Audit:
         return sum(finding.precision == "INT8" for finding in chosen), len(chosen)
 
     @property
-    def broken(self) -> tuple[Finding, ...]:
+    def broken(self) -> tuple[PrecisionFinding, ...]:
         """Findings that are declared INT8 but are not INT8 in the engine."""
         return tuple(finding for finding in self.findings if finding.broken)
 
@@ -82,7 +82,7 @@ class DeclaredLayer:
         return not self.float_inputs
 
 
-def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> Audit:
+def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> PrecisionAudit:
     """Holds what the network declares against the engine's final layers.
 
     An engine with several optimization profiles has the layers of each; a finding is about the worst.
@@ -97,19 +97,19 @@ def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> A
         if len(profiles) > 1 and finding.cause:
             finding = replace(finding, cause=f"in profile {profiles[worst]}: {finding.cause}")
         findings.append(finding)
-    return Audit(tuple(findings), tuple(layers))
+    return PrecisionAudit(tuple(findings), tuple(layers))
 
 
-def _find(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> Finding:
+def _find(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> PrecisionFinding:
     found = _layer_of(declared, layers)
     precision = found.product_precision if found else "unknown"
     cause = "" if precision == "INT8" else _cause(declared, found)
-    return Finding(declared.node, declared.operation, declared.int8, precision, cause)
+    return PrecisionFinding(declared.node, declared.operation, declared.int8, precision, cause)
 
 
 def declared_layers(network: trt.INetworkDefinition, module: Any) -> list[DeclaredLayer]:
     """The convolutions and matrix products of a parsed INetworkDefinition; ``module`` is TensorRT's own."""
-    graph = Graph(network)
+    graph = ParsedNetwork(network)
     wanted = (*CONVOLUTION_TYPES, *MATRIX_TYPES)
     return [_declare(layer, graph.makers, module) for layer in graph.layers if layer.type.name in wanted]
 

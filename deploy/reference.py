@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qat.base.artifact import Sidecar, UserError, sha256_of
+from qat.base.artifact import Sidecar, sha256_of
+from qat.base.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ def build_fastest(toolkit: Toolkit, model: Path, settings: BuildSettings, repeat
         candidates.append(build(toolkit, model, settings, float_weights=candidates[0].float_weights))
     with ExitStack() as stack:
         engines = {
-            str(index): stack.enter_context(Engine.of(built.plan, toolkit, settings))
+            str(index): stack.enter_context(Engine.from_plan(built.plan, toolkit, settings))
             for index, built in enumerate(candidates)
         }
         batch = engines["0"].profiles[0].opt

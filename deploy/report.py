@@ -18,13 +18,14 @@ from typing import Annotated, Any
 import tyro
 
 from deploy.benchmark import FP16
-from qat.base.artifact import Sidecar, UserError, atomic_write, check_writable, read_parent, read_sidecar
+from qat.base.artifact import Sidecar, atomic_write, check_writable, read_parent, read_sidecar
 from qat.base.console import Command, run_command, say, table
-from qat.options import BITS
+from qat.base.errors import UserError
+from qat.base.number_format import BITS
+from qat.base.text import megabytes
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PHASES = (("float", "float"), ("ptq", "INT{bits}, post-training"), ("qat", "INT{bits}, trained (QAT)"))
-MB = 1e6
 _COMMANDS = {"evaluation": "evaluate", "benchmark": "benchmark"}
 
 
@@ -66,7 +67,7 @@ def render(engine: Path, evaluation: Path | None = None, benchmark: Path | None 
     if measured and built.parent and built.parent.sha256 not in digests:
         raise UserError(f"{benchmark} is about another ONNX file than {engine} was made from: benchmark that one")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["megabytes"] = _megabytes
+    environment.filters["megabytes"] = megabytes
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         engine=built,
@@ -222,7 +223,7 @@ def _print_summary(engine: Sidecar, onnx: Sidecar | None, checkpoint: Sidecar | 
         if merging := onnx.figures.get("merging"):
             different = f"{merging['other_top1']} of {merging['images']} images"
             rows.append(("merging the shortcuts changes top-1 of", different))
-        rows.append(("ONNX file", f"{onnx.figures['bytes'] / MB:.2f} MB, {onnx.figures['nodes']} nodes"))
+        rows.append(("ONNX file", f"{megabytes(onnx.figures['bytes'])}, {onnx.figures['nodes']} nodes"))
         rows.append(
             (
                 "PyTorch and ONNX Runtime differ in top-1",
@@ -232,14 +233,10 @@ def _print_summary(engine: Sidecar, onnx: Sidecar | None, checkpoint: Sidecar | 
     rows += [
         ("convolutions in INT8", f"{figures['convolutions_int8']} of {figures['convolutions']}"),
         ("matrix products in INT8", f"{figures['matrix_products_int8']} of {figures['matrix_products']}"),
-        ("engine weights memory", _megabytes(figures["weights_bytes"])),
+        ("engine weights memory", megabytes(figures["weights_bytes"])),
         ("engine built in", f"{figures['build_seconds']:.1f} s by {engine.details['builder']['name']}"),
     ]
     table("Result", ("what", "measured"), rows)
-
-
-def _megabytes(count: int | None) -> str:
-    return "not measured" if count is None else f"{count / MB:.2f} MB"
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@
         logits = engine(torch_tensor_on_the_gpu)    # GPU in, GPU out: anything with __cuda_array_interface__
         for logits in engine.map(batches): ...      # copies overlap with computing
 
-An engine holds several *lanes*. A lane has all that one inference at a time needs: a stream, buffers for inputs and
-outputs, scratch memory, and for each batch size that it has met an execution context with a CUDA graph captured from
-it. Lanes work at the same time, which is what lets copies overlap with computing.
+An engine holds several *executors*. An executor has all that one inference at a time needs: a stream, buffers for
+inputs and outputs, scratch memory, and for each batch size that it has met an execution context with a CUDA graph
+captured from it. Executors work at the same time, which is what lets copies overlap with computing.
 
-Thread safety: ``__call__``, ``map`` and ``pinned`` may be called from any number of threads at once. Each call takes a
-lane and waits when all are taken. ``close`` waits for running calls to end; a call after it raises ValueError.
+Thread safety: ``__call__``, ``map`` and ``pinned`` may be called from any number of threads at once. Each call takes an
+executor and waits when all are taken. ``close`` waits for running calls to end; a call after it raises ValueError.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ from typing import TYPE_CHECKING, Any
 from deploy import cuda
 from deploy.arrays import InputBatch, pinned_array, read_inputs, sized
 from deploy.buildlog import BuildLog
-from deploy.executor import Lane
+from deploy.executor import Executor
 from deploy.settings import BuildSettings, Profile
-from deploy.trt import BuilderName, Toolkit, find_toolkit, numpy_name, sizes
-from qat.base.artifact import Sidecar, TensorSpec, UserError, parent_paths, read_sidecar, sha256_of, sidecar_path
+from deploy.trt import Toolkit, find_toolkit, numpy_name, sizes
+from qat.base.artifact import Sidecar, TensorSpec, parent_paths, read_sidecar, sha256_of, sidecar_path
+from qat.base.choices import BuilderName
+from qat.base.errors import UserError
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
 SECONDS_BETWEEN_LOOKS = 0.05
-"""How often a call that waits for a lane looks whether the engine has been closed."""
+"""How often a call that waits for an executor looks whether the engine has been closed."""
 
 
 class Engine:
@@ -52,7 +54,7 @@ class Engine:
         host_code: bool = False,
         weights: Path | None = None,
     ) -> None:
-        """``plan`` is the serialized engine, ``contexts`` the number of lanes: two overlap copies with computing, a
+        """``plan`` is the serialized engine, ``contexts`` the number of executors: two overlap copies with computing, a
         third keeps the GPU busy while the host turns from one result to the next.
 
         ``host_code`` lets an engine bring code for the CPU along, as version-compatible ones do. ``weights`` is the
@@ -73,18 +75,18 @@ class Engine:
         self._device = cuda.current_device()
         self._all = threading.Lock()
         self._maps: weakref.WeakSet[_Map] = weakref.WeakSet()
-        self._free: queue.Queue[Lane] = queue.Queue()
-        self._lanes: list[Lane] = []
+        self._free: queue.Queue[Executor] = queue.Queue()
+        self._executors: list[Executor] = []
         try:
             for _ in range(contexts):
-                self._lanes.append(Lane(self))
-                self._free.put(self._lanes[-1])
+                self._executors.append(Executor(self))
+                self._free.put(self._executors[-1])
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def of(cls, plan: Any, toolkit: Toolkit, settings: BuildSettings, *, contexts: int = 1) -> Engine:
+    def from_plan(cls, plan: Any, toolkit: Toolkit, settings: BuildSettings, *, contexts: int = 1) -> Engine:
         """An engine that has just been built with ``settings``."""
         return cls(bytes(plan), toolkit, contexts=contexts, host_code=settings.version_compatible)
 
@@ -124,19 +126,19 @@ class Engine:
         Raises UserError when shape, type or batch size is not one that the engine takes.
         """
         inputs = self._checked(batch)
-        lane = self._wait_for_lane()
+        executor = self._wait_for_executor()
         try:
-            lane.submit(inputs)
-            return _one_or_all(lane.result())
+            executor.submit(inputs)
+            return _one_or_all(executor.result())
         finally:
-            self._give(lane)
+            self._give(executor)
 
     def map(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Computes batches, in order, as many at a time as there are lanes: copies of one overlap with another.
+        """Computes batches, in order, as many at a time as there are executors: copies of one overlap with another.
 
         Takes and yields what ``__call__`` does. An array in pinned memory (``pinned``) is copied from where it lies
         and must not be changed until its result has been yielded; others are copied by the CPU first, which can cost
-        more than all the rest. ``batches`` must not use the engine itself: it may find all lanes taken.
+        more than all the rest. ``batches`` must not use the engine itself: it may find all executors taken.
         """
         running = _Map(self, batches)
         self._maps.add(running)
@@ -147,12 +149,12 @@ class Engine:
         return _one_or_all({spec.name: pinned_array(sized(spec, batch), spec.dtype) for spec in self.inputs})
 
     @contextmanager
-    def all_lanes(self) -> Iterator[list[Lane]]:
-        """All lanes, which other callers wait for meanwhile: for measuring."""
+    def all_executors(self) -> Iterator[list[Executor]]:
+        """All executors, which other callers wait for meanwhile: for measuring."""
         with self._all, ExitStack() as stack:  # one at a time: two could wait for each other
             taken = []
             for _ in range(self.contexts):
-                taken.append(self._wait_for_lane())
+                taken.append(self._wait_for_executor())
                 stack.callback(self._give, taken[-1])
             yield taken
 
@@ -185,9 +187,9 @@ class Engine:
             self._closed = True
         with ExitStack() as stack:  # every step is taken, also where one before it fails; the last one is first
             stack.callback(self._forget)
-            for lane in self._lanes:
-                stack.callback(lane.close)
-            stack.callback(self._collect_lanes)
+            for executor in self._executors:
+                stack.callback(executor.close)
+            stack.callback(self._collect_executors)
             stack.callback(self._end_maps)
             cuda.use_device(self._device)
 
@@ -196,13 +198,13 @@ class Engine:
             for running in self._maps:
                 stack.callback(running.close)
 
-    def _collect_lanes(self) -> None:
-        """Waits until all lanes are given back."""
-        for _ in self._lanes:
+    def _collect_executors(self) -> None:
+        """Waits until all executors are given back."""
+        for _ in self._executors:
             self._free.get()
 
     def _forget(self) -> None:
-        self._lanes.clear()
+        self._executors.clear()
         del self.plan, self._runtime
 
     def __enter__(self) -> Engine:
@@ -218,10 +220,10 @@ class Engine:
         self.profile_for(inputs.batch)
         return inputs
 
-    def _take(self, wait: bool) -> Lane | None:
-        """A lane; None when none is free and there is no waiting. Raises ValueError when the engine is closed."""
+    def _take(self, wait: bool) -> Executor | None:
+        """An executor; None when none is free and there is no waiting. Raises ValueError when the engine is closed."""
         cuda.use_device(self._device)
-        while not self._closed:  # asked again and again: who waits may hold a lane that ``close`` waits for
+        while not self._closed:  # asked again and again: who waits may hold an executor that ``close`` waits for
             try:
                 return self._free.get(block=wait, timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
@@ -229,49 +231,49 @@ class Engine:
                     return None
         raise ValueError("the engine is closed")
 
-    def _wait_for_lane(self) -> Lane:
-        lane = self._take(wait=True)
-        assert lane is not None
-        return lane
+    def _wait_for_executor(self) -> Executor:
+        executor = self._take(wait=True)
+        assert executor is not None
+        return executor
 
-    def _give(self, lane: Lane) -> None:
+    def _give(self, executor: Executor) -> None:
         try:
-            lane.settle()
+            executor.settle()
         finally:
-            self._free.put(lane)
+            self._free.put(executor)
 
-    def _finish(self, pending: deque[Lane]) -> Any:
+    def _finish(self, pending: deque[Executor]) -> Any:
         """The result of the inference that was begun first."""
-        lane = pending[0]
-        outputs = lane.result()
+        executor = pending[0]
+        outputs = executor.result()
         self._give(pending.popleft())
         return _one_or_all(outputs)
 
 
 def _in_flight(engine: Engine, batches: Iterable[Any]) -> Generator[Any, None, bool]:
-    """Submits batches while there are lanes, and yields results in order; returns True after the last one."""
-    pending: deque[Lane] = deque()
+    """Submits batches while there are executors, and yields results in order; returns True after the last one."""
+    pending: deque[Executor] = deque()
     try:
         for batch in batches:
             inputs = engine._checked(batch)
-            # Waiting for a lane while holding others could be waiting for each other: finish one instead.
-            while (lane := engine._take(wait=not pending)) is None:
+            # Waiting for an executor while holding others could be waiting for each other: finish one instead.
+            while (executor := engine._take(wait=not pending)) is None:
                 yield engine._finish(pending)
-            pending.append(lane)
-            lane.submit(inputs)
+            pending.append(executor)
+            executor.submit(inputs)
         while pending:
             yield engine._finish(pending)
         return True
     finally:
         with ExitStack() as stack:  # gives back all, also where one fails
-            for lane in pending:
-                stack.callback(engine._give, lane)
+            for executor in pending:
+                stack.callback(engine._give, executor)
 
 
 class _Map(Iterator[Any]):
     """A running ``Engine.map``, which the engine can end when it is closed.
 
-    The generator does not know this object: without a circle, its lanes are free as soon as the caller drops it.
+    The generator does not know this object: without a circle, its executors are free as soon as the caller drops it.
     """
 
     def __init__(self, engine: Engine, batches: Iterable[Any]) -> None:
@@ -294,7 +296,7 @@ class _Map(Iterator[Any]):
         return found
 
     def close(self) -> None:
-        """Gives its lanes back, unless it is computing in another thread, which does so when it has its result."""
+        """Gives its executors back, unless it is computing in another thread, which does so when it has its result."""
         with suppress(ValueError):
             self._results.close()
 

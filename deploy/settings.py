@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
-from qat.base.artifact import UserError
-
-Precision = Literal["explicit", "fp32", "tf32", "fp16", "implicit"]
-"""``explicit``: INT8 where the Q/DQ nodes say so. The others build a float network, for comparison: in FP32, with
-TF32 tensor cores, in FP16, or in ``implicit`` INT8, where the builder is free to take INT8 or FP16 anywhere."""
+from qat.base.choices import EnginePrecision
+from qat.base.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -77,14 +74,14 @@ class BuilderOptions:
 class BuildSettings(BuilderOptions):
     """All that one build is asked for."""
 
-    precision: Precision = "explicit"
+    precision: EnginePrecision = "explicit"
     profiles: tuple[Profile, ...] = (Profile(1, 8, 32),)
     """For networks whose batch is dynamic. A single fixed one makes the batch static, which is the fastest."""
     capabilities: tuple[str, ...] = ()
     """Compute capabilities such as ``8.9``, for TensorRT-RTX."""
 
     @classmethod
-    def of(cls, options: BuilderOptions, **more: Any) -> BuildSettings:
+    def from_options(cls, options: BuilderOptions, **more: Any) -> BuildSettings:
         """``options`` of the builder, and the rest by name."""
         return cls(**{field.name: getattr(options, field.name) for field in fields(BuilderOptions)}, **more)
 

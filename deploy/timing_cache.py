@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qat.base.artifact import (
-    Sidecar,
-    UserError,
-    WrongKindError,
-    check_writable,
-    read_sidecar,
-    sidecar_path,
-    write_artifact,
-)
+from qat.base.artifact import Sidecar, WrongKindError, check_writable, read_sidecar, sidecar_path, write_artifact
 from qat.base.console import say, warn
+from qat.base.errors import UserError
 
 if TYPE_CHECKING:
     from deploy.builder import Built

@@ -21,8 +21,9 @@ from typing import Annotated, Any
 import tyro
 
 from deploy.settings import Profile
-from qat.base.artifact import Sidecar, TensorSpec, UserError, atomic_write, disk_errors, read_sidecar
+from qat.base.artifact import Sidecar, TensorSpec, atomic_write, disk_errors, read_sidecar
 from qat.base.console import Command, run_command, say, warn
+from qat.base.errors import UserError
 
 TEMPLATE = Path(__file__).with_name("triton.md.j2")
 PAGE, LABELS, CONFIG, PLAN = "README.md", "labels.txt", "config.pbtxt", Path("1", "model.plan")

@@ -33,13 +33,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deploy import cuda
 from deploy.buildlog import BuildLog, progress_monitor, raise_if_out_of_memory, recorder
-from deploy.settings import BuildSettings, Precision
-from qat.base.artifact import UserError
+from deploy.settings import BuildSettings
+from qat.base.choices import BuilderName, EnginePrecision
+from qat.base.errors import UserError
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-BuilderName = Literal["tensorrt", "tensorrt-rtx"]
 TimingCache = Literal["created", "reused", "replaced"]
 
 # The wheel of ONNX Runtime's TensorRT-RTX provider carries the libraries; the order is that of loading.
@@ -52,7 +52,7 @@ TENSORRT_INSTALL = "a machine with an NVIDIA GPU and its driver, and there pip i
 # TensorRT's names of data types -> NumPy's.
 _NUMPY_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 # Builder flags that allow a precision in a weakly typed network.
-_WEAK_FLAGS: dict[Precision, tuple[str, ...]] = {
+_WEAK_FLAGS: dict[EnginePrecision, tuple[str, ...]] = {
     "explicit": ("INT8", "FP16"),
     "implicit": ("INT8", "FP16"),
     "fp16": ("FP16",),
@@ -78,7 +78,7 @@ class Toolkit:
         """For example ``TensorRT-RTX 1.7.1.116``."""
         return {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[self.name] + f" {self.version}"
 
-    def typing(self, precision: Precision = "explicit") -> Literal["strong", "weak"]:
+    def typing(self, precision: EnginePrecision = "explicit") -> Literal["strong", "weak"]:
         """``strong`` where every precision comes from the network, ``weak`` where builder flags allow it.
 
         Raises UserError when this version has no typing that gives a float32 network this precision.
@@ -115,7 +115,7 @@ class Toolkit:
         """An ILogger that writes every message, verbose ones too, to ``log``."""
         return recorder(self.module.ILogger, log)
 
-    def create_network(self, builder: trt.Builder, precision: Precision = "explicit") -> trt.INetworkDefinition:
+    def create_network(self, builder: trt.Builder, precision: EnginePrecision = "explicit") -> trt.INetworkDefinition:
         """An empty network with explicit batch, typed as ``typing(precision)`` says."""
         flags = self.module.NetworkDefinitionCreationFlag
         names = ("EXPLICIT_BATCH", "STRONGLY_TYPED") if self.typing(precision) == "strong" else ("EXPLICIT_BATCH",)

@@ -14,7 +14,7 @@ import math
 import struct
 from pathlib import Path
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 _HEADER = "TRT-"
 

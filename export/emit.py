@@ -16,7 +16,7 @@ import logging
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -30,10 +30,9 @@ from export.fold import DequantizeInput, QuantizeDequantize
 from export.names import unused_name
 from export.onnx_network import WEIGHTED
 from export.reuse_concats import take_earlier_concats
-from qat.base.artifact import UserError
+from qat.base.choices import InputKind
+from qat.base.errors import UserError
 from qat.data.preprocessing import Preprocessing
-
-InputKind = Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"]
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
 _LONGEST = np.iinfo(np.int64).max  # to the end, whatever the length

@@ -9,7 +9,7 @@ Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class LintFinding:
     """A broken rule. error: TensorRT refuses the model, or does not compute what it says; warning: it is slower for it.
 
     ``bytes_per_image`` is the extra memory traffic that follows, where shapes tell.
@@ -23,8 +23,3 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.node}: {self.message} [{self.rule}]"
-
-
-def megabytes(count: int) -> str:
-    """``3.2 MB``, of what is at least that much; kilobytes below."""
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

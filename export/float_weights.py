@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, helper, numpy_helper
 
 from export.names import unused_name
+from qat.base.choices import WeightStorage
 
 
 def with_float_weights(path: Path) -> bytes:
@@ -24,7 +24,7 @@ def with_float_weights(path: Path) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def save(model: onnx.ModelProto, path: Path, weights: Literal["int8", "float"]) -> None:
+def save(model: onnx.ModelProto, path: Path, weights: WeightStorage) -> None:
     """Writes ``model``, which has INT8 weights, with those or as ``float_weights`` changes it."""
     if weights == "float":
         float_weights(model)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from export.emit import INPUT_NAME, OUTPUT_NAME, InputKind, emit, example_input, input_scale, with_ends
+from export.emit import INPUT_NAME, OUTPUT_NAME, emit, example_input, input_scale, with_ends
 from export.float_weights import save
 from export.fold import DeadChannel, fold, fold_float
 from export.hard_rules import hard_findings
@@ -25,21 +25,15 @@ from export.pad_channels import CHANNELS, pad_channels
 from export.parity import measure
 from export.reference import Sample, reference_path, sample, write_reference
 from export.session import sqnr_db
-from qat.base.artifact import (
-    Parent,
-    Sidecar,
-    TensorSpec,
-    UserError,
-    check_writable,
-    read_sidecar,
-    sidecar_path,
-    write_artifact,
-)
+from qat.base.artifact import Parent, Sidecar, TensorSpec, check_writable, read_sidecar, sidecar_path, write_artifact
+from qat.base.choices import InputKind
 from qat.base.console import say, warn
+from qat.base.errors import UserError
+from qat.base.number_format import BITS
+from qat.base.text import megabytes
 from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.quantizer import ACTIVATION, quantize
-from qat.options import BITS
 
 if TYPE_CHECKING:
     from export.options import ExportOptions
@@ -109,7 +103,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
     def write(path: Path) -> None:
         save(ir.to_proto(model), path, options.weights)
         figures["bytes"] = path.stat().st_size
-        say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {figures['bytes'] / 1e6:.2f} MB")
+        say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {megabytes(figures['bytes'])}")
         images = sample(checkpoint, options.parity_images)
         # The float16 file too is held against float32 PyTorch: what half the bits cost is to be seen.
         pairs = _pairs(images, checkpoint.preprocessing, options.input, preprocessing.get("input_scale"))
@@ -124,7 +118,7 @@ def export_checkpoint(options: ExportOptions) -> Sidecar:
 
     sidecar = Sidecar(
         kind="onnx",
-        parent=Parent.of(output, options.checkpoint, checkpoint.sidecar.sha256),
+        parent=Parent.from_file(output, options.checkpoint, checkpoint.sidecar.sha256),
         inputs=(TensorSpec(INPUT_NAME, (-1, *example.shape[1:]), str(example.dtype).removeprefix("torch.")),),
         outputs=(TensorSpec(OUTPUT_NAME, (-1, len(checkpoint.sidecar.class_names)), "float32"),),
         preprocessing=preprocessing,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from export.findings import Finding, Severity
+from export.findings import LintFinding, Severity
 from export.onnx_network import DEQUANTIZE, MOVING, QUANTIZE, WEIGHTED, constant, constants
 from export.qdq import (
     BIAS,
@@ -22,7 +22,7 @@ from export.qdq import (
     Q_DQ,
     SCALE,
     ZERO_POINT,
-    Graph,
+    QdqModel,
     as_its_quantizer,
     axis_of,
     code_readers,
@@ -43,7 +43,7 @@ SMALLEST_HALF = float(np.finfo(np.float16).tiny)
 _HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOAT_TYPES = (ir.DataType.FLOAT, *_HALF_TYPES)
 
-Check = Callable[[Graph, ir.Node], Iterator[str]]
+Check = Callable[[QdqModel, ir.Node], Iterator[str]]
 _CHECKS: list[tuple[tuple[str, ...], Severity, Check]] = []
 
 
@@ -57,11 +57,11 @@ def _rule(*operators: str, severity: Severity = "error") -> Callable[[Check], Ch
     return record
 
 
-def hard_findings(model: ir.Model) -> list[Finding]:
+def hard_findings(model: ir.Model) -> list[LintFinding]:
     """All broken rules in ``model``, in the order of its nodes; [] when TensorRT's rules hold."""
-    graph = Graph(model.opset_imports.get("", 0), constants(model.graph))
+    graph = QdqModel(model.opset_imports.get("", 0), constants(model.graph))
     return list(_opset(graph, model)) + [
-        Finding(name_of(node), check.__name__, message, severity)
+        LintFinding(name_of(node), check.__name__, message, severity)
         for node in model.graph.all_nodes()
         for operators, severity, check in _CHECKS
         if not operators or node.op_type in operators
@@ -69,7 +69,7 @@ def hard_findings(model: ir.Model) -> list[Finding]:
     ]
 
 
-def _opset(graph: Graph, model: ir.Model) -> Iterator[Finding]:
+def _opset(graph: QdqModel, model: ir.Model) -> Iterator[LintFinding]:
     """ONNX: an axis exists from 13 on, 16-bit scales from 19 on. RTX takes both in older operator sets, too."""
     nodes = [node for node in model.graph.all_nodes() if node.op_type in Q_DQ]
     per_channel = [node for node in nodes if size_of(graph.value(node.inputs[SCALE])) > 1]
@@ -81,14 +81,14 @@ def _opset(graph: Graph, model: ir.Model) -> Iterator[Finding]:
         if found and graph.opset < needed:
             more = f", here and at {len(found) - 1} more nodes" if len(found) > 1 else ""
             message = f"{what}{more}: operator set {graph.opset} has none, export with {needed} or later"
-            yield Finding(name_of(found[0]), "opset", message)
+            yield LintFinding(name_of(found[0]), "opset", message)
 
 
 # --- scales -----------------------------------------------------------------------------------------------------------
 
 
 @_rule(*Q_DQ)
-def constant_scale(graph: Graph, node: ir.Node) -> Iterator[str]:
+def constant_scale(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """GUIDE: a scale must be a build-time constant. RTX crashes on one that depends on the input."""
     scale = node.inputs[SCALE]
     if scale not in graph.constants and not made_by_integer_operator(scale) and not as_its_quantizer(node, SCALE):
@@ -96,7 +96,7 @@ def constant_scale(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(*Q_DQ)
-def positive_scale(graph: Graph, node: ir.Node) -> Iterator[str]:
+def positive_scale(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """PARSER: "Scale coefficients must all be positive". RTX takes infinity, whose codes are all zero."""
     scale = graph.value(node.inputs[SCALE])
     if scale is None or as_its_quantizer(node, SCALE):
@@ -114,7 +114,7 @@ def positive_scale(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(*Q_DQ)
-def scale_count(graph: Graph, node: ir.Node) -> Iterator[str]:
+def scale_count(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """PARSER: as many scales as indices of the axis, in one dimension."""
     scale, data = graph.value(node.inputs[SCALE]), node.inputs[DATA]
     if scale is None or scale.size == 1 or as_its_quantizer(node, SCALE):
@@ -130,7 +130,7 @@ def scale_count(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(*Q_DQ)
-def scalar_scale(graph: Graph, node: ir.Node) -> Iterator[str]:
+def scalar_scale(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """RTX takes a vector of one scale for scales along an axis, and what reads the activation computes in float.
 
     Of weights it takes one; PARSER takes both.
@@ -144,7 +144,7 @@ def scalar_scale(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(*Q_DQ)
-def scale_type(graph: Graph, node: ir.Node) -> Iterator[str]:
+def scale_type(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """GUIDE: a 16-bit scale must have its tensor's type. RTX refuses a layer whose inputs then differ in type."""
     scale = graph.dtype(node.inputs[SCALE])
     if scale not in _HALF_TYPES or as_its_quantizer(node, SCALE):
@@ -162,7 +162,7 @@ def scale_type(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(*Q_DQ)
-def half_scale_range(graph: Graph, node: ir.Node) -> Iterator[str]:
+def half_scale_range(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """ONNX: float16 has no more than 10 bits, fewer below 6.1e-5. RTX takes such scales."""
     if graph.dtype(node.inputs[SCALE]) != ir.DataType.FLOAT16 or as_its_quantizer(node, SCALE):
         return
@@ -179,14 +179,14 @@ def half_scale_range(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(QUANTIZE)
-def explicit_zero_point(graph: Graph, node: ir.Node) -> Iterator[str]:
+def explicit_zero_point(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """ONNX: without a zero point and an output_dtype codes are UINT8. PARSER, RTX: they are INT8 all the same."""
     if input_of(node, ZERO_POINT) is None and not node.attributes.get_int("output_dtype", 0):
         yield "no zero point, which means UINT8 in ONNX and INT8 in TensorRT: add INT8 zeros as an initializer"
 
 
 @_rule(*Q_DQ)
-def constant_zero_point(graph: Graph, node: ir.Node) -> Iterator[str]:
+def constant_zero_point(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """PARSER of 9: only an initializer or a Constant becomes the float zero point that TensorRT wants.
 
     That of 10.11, and RTX, look through Identity and Cast, and through nothing else.
@@ -202,7 +202,7 @@ def constant_zero_point(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(*Q_DQ)
-def symmetric(graph: Graph, node: ir.Node) -> Iterator[str]:
+def symmetric(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """PARSER: "TensorRT only supports symmetric quantization"."""
     zero_point = graph.value(input_of(node, ZERO_POINT))
     if zero_point is None or not zero_point.any() or as_its_quantizer(node, ZERO_POINT):
@@ -213,7 +213,7 @@ def symmetric(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(*Q_DQ)
-def zero_point_shape(graph: Graph, node: ir.Node) -> Iterator[str]:
+def zero_point_shape(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """PARSER: "The scale and zero point must have the same volume"."""
     scale, zero_point = graph.value(node.inputs[SCALE]), graph.value(input_of(node, ZERO_POINT))
     if scale is None or zero_point is None or scale.size == zero_point.size:
@@ -223,7 +223,7 @@ def zero_point_shape(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(*Q_DQ)
-def int8_codes(graph: Graph, node: ir.Node) -> Iterator[str]:
+def int8_codes(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """PARSER, RTX: UINT8 codes are refused, or read as INT8 with a warning; 16 bits are refused."""
     codes = code_type(graph, node)
     if codes in (ir.DataType.INT8, None) or (node.op_type == DEQUANTIZE and codes == ir.DataType.INT32):
@@ -240,7 +240,7 @@ def int8_codes(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(DEQUANTIZE)
-def float_bias(graph: Graph, node: ir.Node) -> Iterator[str]:
+def float_bias(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """GUIDE: a bias is not quantized. RTX refuses one in INT32; one in INT8, which it takes, keeps 8 bits of it."""
     readers = [
         reader
@@ -257,7 +257,7 @@ def float_bias(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(*Q_DQ)
-def per_tensor_activation(graph: Graph, node: ir.Node) -> Iterator[str]:
+def per_tensor_activation(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """GUIDE: activations have one scale. RTX computes what reads the tensor in float."""
     scale = graph.value(node.inputs[SCALE])
     if size_of(scale) > 1 and node.inputs[DATA] not in graph.constants and not as_its_quantizer(node, SCALE):
@@ -265,7 +265,7 @@ def per_tensor_activation(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(DEQUANTIZE)
-def channel_axis(graph: Graph, node: ir.Node) -> Iterator[str]:
+def channel_axis(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """GUIDE: scales of weights lie along the output channels. RTX computes in float where they do not.
 
     Of ConvTranspose, 10.2 and later want axis 1, 8.4 to 10.0 axis 0; RTX computes both in float.
@@ -293,7 +293,7 @@ def channel_axis(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(DEQUANTIZE)
-def scalar_constant(graph: Graph, node: ir.Node) -> Iterator[str]:
+def scalar_constant(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """RTX reshapes a constant of no dimension before DequantizeLinear, and then refuses what stands between the two."""
     data = node.inputs[DATA]
     if data is not None and (codes := constant(data)) is not None and codes.ndim == 0:
@@ -304,7 +304,7 @@ def scalar_constant(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(QUANTIZE)
-def pair(graph: Graph, node: ir.Node) -> Iterator[str]:
+def pair(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """GUIDE: every Q has its DQ. RTX passes codes through data movement, Relu and Clip; all else reads float."""
     if node.inputs[DATA] in graph.constants:
         return  # see direct_weight
@@ -316,7 +316,7 @@ def pair(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule(QUANTIZE, severity="warning")
-def shared_scale(graph: Graph, node: ir.Node) -> Iterator[str]:
+def shared_scale(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """ONNX: Q by one scale and DQ by another multiplies. TensorRT computes just that, but nobody means it."""
     scale = graph.value(node.inputs[SCALE])
     for reader in node.outputs[0].consumers():
@@ -329,7 +329,7 @@ def shared_scale(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule()
-def direct_weight(graph: Graph, node: ir.Node) -> Iterator[str]:
+def direct_weight(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """RTX: an INT8 constant is read by DequantizeLinear and by nothing else.
 
     TensorRT 8.6 also refuses what stands between Q and DQ of a weight, and a Clip before Q, which RTX takes. Data
@@ -349,7 +349,7 @@ def direct_weight(graph: Graph, node: ir.Node) -> Iterator[str]:
 
 
 @_rule()
-def forbidden_op(graph: Graph, node: ir.Node) -> Iterator[str]:
+def forbidden_op(graph: QdqModel, node: ir.Node) -> Iterator[str]:
     """GUIDE, RTX: TensorRT has no operators on integers; its own TRT_ ones are for FP8 and INT4."""
     if is_integer_operator(node):
         yield f"TensorRT has no {node.op_type}: put QuantizeLinear and DequantizeLinear around the float operator"

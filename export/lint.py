@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qat.base.artifact import UserError, check_writable, write_json
+from qat.base.artifact import check_writable, write_json
 from qat.base.console import Command, run_command, say
+from qat.base.errors import UserError
+from qat.base.exit_codes import LINT_ERRORS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from export.findings import Finding, Severity
-
-EXIT_FOUND = 1
+    from export.findings import LintFinding, Severity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +63,10 @@ def main(options: LintOptions) -> int:
     if options.json is not None:
         write_json(options.json, _report(options.model, findings, counts))
         say(f"wrote {options.json}")
-    return EXIT_FOUND if counts["error"] or (options.strict and findings) else 0
+    return LINT_ERRORS if counts["error"] or (options.strict and findings) else 0
 
 
-def lint(model: ir.Model) -> list[Finding]:
+def lint(model: ir.Model) -> list[LintFinding]:
     """All findings in ``model``, errors first; [] when TensorRT takes it and the placement is right."""
     from export.hard_rules import hard_findings
     from export.onnx_network import network_from_onnx
@@ -81,7 +81,7 @@ def lint(model: ir.Model) -> list[Finding]:
     return sorted(findings, key=lambda finding: finding.severity != "error")
 
 
-def _report(model: Path, findings: list[Finding], counts: Counter[Severity]) -> dict[str, Any]:
+def _report(model: Path, findings: list[LintFinding], counts: Counter[Severity]) -> dict[str, Any]:
     return {
         "model": model.name,
         "errors": counts["error"],
@@ -91,11 +91,11 @@ def _report(model: Path, findings: list[Finding], counts: Counter[Severity]) -> 
     }
 
 
-def _print(findings: list[Finding], show: int) -> None:
-    from export.findings import megabytes
+def _print(findings: list[LintFinding], show: int) -> None:
     from export.placement_rules import sentence
+    from qat.base.text import megabytes
 
-    by_rule: dict[str, list[Finding]] = {}
+    by_rule: dict[str, list[LintFinding]] = {}
     for finding in findings:
         by_rule.setdefault(finding.rule, []).append(finding)
     for rule, found in by_rule.items():
@@ -107,7 +107,7 @@ def _print(findings: list[Finding], show: int) -> None:
             say(f"  ... and {len(found) - show} more")
     counts = Counter(finding.severity for finding in findings)
     extra = sum(finding.bytes_per_image for finding in findings)
-    cost = f", about {megabytes(extra)} more memory traffic for each image" if extra else ""
+    cost = f", about {megabytes(extra, 1)} more memory traffic for each image" if extra else ""
     total = ", ".join(f"{counts[kind]} {kind}{'' if counts[kind] == 1 else 's'}" for kind in ("error", "warning"))
     say(f"{total}{cost}" if findings else "no finding: TensorRT's hard rules hold, and the placement is right")
 

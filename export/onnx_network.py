@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from export.composed_activations import Composed, composed_activations
 from qat.graph.network import ConstantWeight, Network, Op, exact_kind
-from qat.graph.operations import Kind, kind_of_onnx
+from qat.graph.operations import OpKind, kind_of_onnx
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -175,7 +175,7 @@ class _Reader:
                     self.reads[reader, source.name] = through
         return tuple(inputs)
 
-    def _weight(self, node: ir.Node, kind: Kind) -> tuple[ConstantWeight | None, ir.Node | None]:
+    def _weight(self, node: ir.Node, kind: OpKind) -> tuple[ConstantWeight | None, ir.Node | None]:
         """The constant weight of a convolution or matrix product, and the DequantizeLinear that it comes through."""
         value = node.inputs[WEIGHT] if node.op_type in WEIGHTED else None
         if value is None or value not in self.constants:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from qat.base.choices import Calibrator, ExportPrecision, InputKind, WeightStorage
 from qat.base.console import Command
 
 
@@ -20,13 +21,13 @@ class ExportOptions(Command):
     output: Path | None = None
     """The ONNX file to write; by default beside the checkpoint, its name saying which options were given:
     model.merged-padded.onnx."""
-    input: Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"] = "float32-nchw"
+    input: InputKind = "float32-nchw"
     """float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes, preprocessing becomes part of the
     network; int8-nchw: normalized images that the caller has quantized by the input_scale in the sidecar, which leaves
     the least for the GPU to do."""
-    precision: Literal["int8", "float32", "float16"] = "int8"
+    precision: ExportPrecision = "int8"
     """float32, float16: the same weights without any quantizer, as the baseline that INT8 is compared with."""
-    weights: Literal["int8", "float"] = "int8"
+    weights: WeightStorage = "int8"
     """float: the same codes as float weights in front of a QuantizeLinear, four times the size, for tools that refuse
     INT8 weights; deploy.build makes them by itself where TensorRT 8.6 does."""
     pad_channels: bool = False
@@ -57,11 +58,11 @@ class QuantizeOptions(Command):
     """The ONNX file to write; by default model.int8.onnx beside the model."""
     keep_float: tuple[str, ...] = ()
     """Nodes and tensors that stay in float: patterns such as '/classifier/*'."""
-    calibrator: Literal["max", "percentile", "mse", "entropy"] = "mse"
+    calibrator: Calibrator = "mse"
     """How activation ranges are chosen from the images."""
     percentile: float = 99.99
     """Share of the values, in percent, that the percentile calibrator keeps unclipped."""
-    weights: Literal["int8", "float"] = "int8"
+    weights: WeightStorage = "int8"
     """float: the same codes as float weights in front of a QuantizeLinear, for tools that refuse INT8 weights."""
     images: int = 512
     """Images to calibrate on, at most."""

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from export.emit import OUTPUT_NAME
 from export.fold import QuantizeDequantize
 from export.session import run, session, session_with_tensors, sqnr_db
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.fake_quantize.prepare import ACTIVATION_QUANTIZERS
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from export.findings import Finding, megabytes
+from export.findings import LintFinding
 from export.onnx_network import OnnxNetwork
+from qat.base.text import megabytes
 from qat.graph.network import Op
 from qat.graph.operations import COMMUTING, WEIGHTED
 from qat.rules.place import RULES, place
@@ -20,7 +21,7 @@ from qat.rules.scale_groups import Reads, all_quantized
 _FP16_BYTES = 2
 
 
-def placement_findings(view: OnnxNetwork) -> list[Finding]:
+def placement_findings(view: OnnxNetwork) -> list[LintFinding]:
     """What makes the engine slower than it could be, in the order of the network; [] when the placement is right."""
     wanted = place(view.network)
     compared = _Comparison(view, wanted)
@@ -42,7 +43,7 @@ class _Comparison:
         self.found: Reads = dict.fromkeys(view.reads, "")
         self.wanted: Reads = {(reader, tensor): rule for reader, tensor, rule in wanted.reads()}
 
-    def decision(self, decision: Decision) -> Iterator[Finding]:
+    def decision(self, decision: Decision) -> Iterator[LintFinding]:
         """What differs from one decision."""
         op = self.network[decision.op]
         if decision.kind in WEIGHTED:
@@ -57,7 +58,7 @@ class _Comparison:
             message = f"{self._named(missing)} read in float: {cost}"
             yield self._finding(op, decision.rule, message, sum(self.network[tensor].elements for tensor in missing))
 
-    def tensor(self, op: Op) -> Iterator[Finding]:
+    def tensor(self, op: Op) -> Iterator[LintFinding]:
         """What is wrong with how the tensor of ``op`` is quantized, whoever reads it."""
         fusing = [reader for reader in self.network.readers(op.name) if reader.kind in ("batch_norm", "activation")]
         for reader in fusing if op.kind in (*WEIGHTED, "batch_norm") else ():
@@ -69,7 +70,7 @@ class _Comparison:
             message = f"its output is quantized by {count} different scales, so its codes are computed {count} times"
             yield self._finding(op, "several_scales", message, op.elements * (count - 1))
 
-    def _weighted(self, op: Op, decision: Decision) -> Iterator[Finding]:
+    def _weighted(self, op: Op, decision: Decision) -> Iterator[LintFinding]:
         given = self._in_int8(op.name, op.inputs[0], self.found)
         weight = op.name in self.view.weights
         if not decision.quantized:
@@ -83,7 +84,7 @@ class _Comparison:
             message = f"no Q/DQ on its {' and '.join(missing)}, so it runs in float{half}"
             yield self._finding(op, decision.rule, message, self.network[op.inputs[0]].elements)
 
-    def _add(self, op: Op, decision: Decision) -> Iterator[Finding]:
+    def _add(self, op: Op, decision: Decision) -> Iterator[LintFinding]:
         tensors = list(dict.fromkeys(op.inputs))
         wanted = [tensor for tensor in tensors if self._in_int8(op.name, tensor, self.wanted)]
         found = [tensor for tensor in tensors if self._in_int8(op.name, tensor, self.found)]
@@ -91,7 +92,7 @@ class _Comparison:
             return
         (inside,) = (self._convolution(tensor) for tensor in tensors if tensor not in wanted)
         lost = op.elements * _FP16_BYTES
-        cost = f"1 extra reformat{f' of {megabytes(lost)} per image' if lost else ''}"
+        cost = f"1 extra reformat{f' of {megabytes(lost, 1)} per image' if lost else ''}"
         if not found or len(found) == len(tensors):
             which = "every input is" if found else "no input is"
             message = f"{which} quantized, so the sum does not fuse into {inside}: {cost}"
@@ -103,7 +104,7 @@ class _Comparison:
             message = f"{other} read in float, so the sum does not fuse into {inside}: {cost}"
         yield self._finding(op, decision.rule, message, lost)
 
-    def _concat(self, op: Op, decision: Decision) -> Iterator[Finding]:
+    def _concat(self, op: Op, decision: Decision) -> Iterator[LintFinding]:
         missing = self._read_in_float(op)
         scales = {self._scale(op.name, tensor) for tensor in op.inputs} | self._scales_behind(op.name)
         scales.discard(None)
@@ -165,5 +166,5 @@ class _Comparison:
         shown = labels if len(labels) <= 4 else [*labels[:3], f"{len(labels) - 3} more"]
         return f"{', '.join(shown[:-1])} and {shown[-1]} are" if len(shown) > 1 else f"{shown[0]} is"
 
-    def _finding(self, op: Op, rule: str, message: str, extra_bytes: int) -> Finding:
-        return Finding(op.label, rule, message, "warning", extra_bytes)
+    def _finding(self, op: Op, rule: str, message: str, extra_bytes: int) -> LintFinding:
+        return LintFinding(op.label, rule, message, "warning", extra_bytes)

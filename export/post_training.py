@@ -29,7 +29,6 @@ from qat.base.artifact import (
     Parent,
     Sidecar,
     TensorSpec,
-    UserError,
     check_writable,
     read_sidecar,
     sha256_of,
@@ -37,6 +36,8 @@ from qat.base.artifact import (
     write_artifact,
 )
 from qat.base.console import progress, say, warn
+from qat.base.errors import UserError
+from qat.base.text import decibels, megabytes
 from qat.calibration.activation_ranges import choose_ranges
 from qat.calibration.histogram import HistogramObserver, check_finite
 from qat.data.batches import batches
@@ -107,7 +108,7 @@ def quantize_file(options: QuantizeOptions) -> Sidecar:
     preprocessing = asdict(inputs.preprocessing) if inputs and inputs.preprocessing else {}
     sidecar = Sidecar(
         kind="onnx",
-        parent=Parent.of(output, source, sha256_of(source)),
+        parent=Parent.from_file(output, source, sha256_of(source)),
         inputs=tuple(map(_spec, model.graph.inputs)),
         outputs=tuple(map(_spec, model.graph.outputs)),
         preprocessing=preprocessing,
@@ -115,7 +116,7 @@ def quantize_file(options: QuantizeOptions) -> Sidecar:
         details=details,
     )
     written = write_artifact(output, sidecar, write, seed=options.seed)
-    say(f"wrote {output}, {figures['bytes'] / 1e6:.2f} MB\nnext: python -m deploy.build {output}")
+    say(f"wrote {output}, {megabytes(figures['bytes'])}\nnext: python -m deploy.build {output}")
     return written
 
 
@@ -301,7 +302,7 @@ def _compared(
     exact, rounded = (np.concatenate(found) for found in answers)
     figures: dict[str, Any] = {"inputs": len(exact), "sqnr_db": sqnr_db(exact, rounded)}
     distance = figures["sqnr_db"]
-    line = f"float against INT8 on {len(exact)} inputs: {'equal' if distance is None else f'{distance:.1f} dB'}"
+    line = f"float against INT8 on {len(exact)} inputs: {decibels(distance)}"
     record = None
     if exact.ndim == 2:
         same = exact.argmax(1) == rounded.argmax(1)

@@ -24,7 +24,7 @@ _INTEGER_OPERATORS = (
 
 
 @dataclass(frozen=True)
-class Graph:
+class QdqModel:
     """What the rules ask about a whole model."""
 
     opset: int
@@ -96,7 +96,7 @@ def as_its_quantizer(node: ir.Node, position: int) -> bool:
     return maker is not None and maker.op_type == QUANTIZE and input_of(maker, position) is input_of(node, position)
 
 
-def code_type(graph: Graph, node: ir.Node) -> ir.DataType | None:
+def code_type(graph: QdqModel, node: ir.Node) -> ir.DataType | None:
     """The type of the codes that a Q makes or a DQ reads; None where unknown, or where the Q before it tells."""
     zero_point, data = graph.dtype(input_of(node, ZERO_POINT)), node.inputs[DATA]
     if node.op_type == QUANTIZE:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from export.onnx_network import constant
-from qat.base.artifact import UserError, one_line
+from qat.base.errors import UserError, one_line
 
 OPSETS = range(7, min(25, onnx.defs.onnx_opset_version()) + 1)
 """The versions of the default operator set that are understood."""

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.base.artifact import UserError, atomic_write, sha256_of
+from qat.base.artifact import atomic_write, sha256_of
 from qat.base.console import warn
+from qat.base.errors import UserError
 from qat.checkpoint import Checkpoint, training_data
 from qat.data.batches import batches
 from qat.data.sources import NO_LABEL

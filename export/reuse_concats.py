@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from export.findings import Finding, megabytes
+from export.findings import LintFinding
 from export.onnx_network import DEQUANTIZE, QUANTIZE
+from qat.base.text import megabytes
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,15 @@ def take_earlier_concats(graph: ir.Graph) -> None:
             repeat.node.resize_inputs(len(shorter))
 
 
-def repeated_concat(graph: ir.Graph) -> Iterator[Finding]:
+def repeated_concat(graph: ir.Graph) -> Iterator[LintFinding]:
     """What the lint says of them."""
     for repeat in repeats(graph):
         again = repeat.node.inputs[repeat.start : repeat.end]
         size = sum(map(_bytes_of_image, again))
-        cost = f", {megabytes(size)} for each image" if size else ""
+        cost = f", {megabytes(size, 1)} for each image" if size else ""
         whole = repeat.earlier.name
         message = f"{len(again)} of its inputs make up {whole} already: TensorRT copies them once more{cost}"
-        yield Finding(repeat.node.name or "", repeated_concat.__name__, message, "warning", size)
+        yield LintFinding(repeat.node.name or "", repeated_concat.__name__, message, "warning", size)
 
 
 def _as_the_inputs(concat: ir.Node) -> ir.Value:

@@ -6,13 +6,14 @@ dequantized codes is what TensorRT computes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
+
+from qat.base.sqnr import sqnr_db as ratio
 
 # It merges a zero padding into the max pool behind it, which then pads with minus infinity.
 _WRONG_OPTIMIZERS = ("Pad_Fusion",)
@@ -44,9 +45,7 @@ def run(model: onnxruntime.InferenceSession, inputs: np.ndarray) -> dict[str, np
 
 
 def sqnr_db(signal: np.ndarray, noisy: np.ndarray) -> float | None:
-    """Signal to noise in dB: 10 log10(sum signal^2 / sum (signal - noisy)^2); None when the two are equal."""
+    """The ratio of qat/base/sqnr.py between two arrays; None when the two are equal."""
     noise = float(np.square(signal.astype(np.float64) - noisy).sum())
     power = float(np.square(signal.astype(np.float64)).sum())
-    if noise == 0:
-        return None
-    return 10 * math.log10(power / noise) if power else -math.inf
+    return ratio(power, noise)

@@ -16,22 +16,16 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, fx
 
-from qat.base.artifact import (
-    FORMAT_VERSION,
-    Sidecar,
-    TensorSpec,
-    UserError,
-    atomic_write,
-    read_sidecar,
-    write_artifact,
-)
+from qat.base.artifact import FORMAT_VERSION, Sidecar, TensorSpec, atomic_write, read_sidecar, write_artifact
 from qat.base.console import warn
+from qat.base.errors import UserError
+from qat.base.number_format import BITS
 from qat.data.preprocessing import Preprocessing
 from qat.data.splits import Data, load_data, load_unlabelled
 from qat.fake_quantize.low_bit import simulate_bits
-from qat.fake_quantize.prepare import activation_quantizers, fix_saved_ranges, placement_of, prepare
+from qat.fake_quantize.prepare import activation_quantizers, placement_of, prepare
+from qat.fake_quantize.weight_ranges import fix_saved_ranges
 from qat.models import ModelSpec, build_model
-from qat.options import BITS
 from qat.rules.place import RULES
 from qat.rules.placement import Placement
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from qat.base.sqnr import sqnr_db
 from qat.evaluate import Accuracy, accuracy
 from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, placement_of, weights_and_quantizers
 from qat.fake_quantize.quantizer import ActivationQuantizer
@@ -75,7 +76,7 @@ class PartlyQuantized:
                 with self._only(frozenset(quantized)) as model:
                     outputs.append(with_tensors(model, [op])(x)[1][0].double())
         noise = float((outputs[1] - outputs[0]).square().sum())
-        return 10 * math.log10(float(outputs[0].square().sum()) / noise) if noise else None
+        return sqnr_db(float(outputs[0].square().sum()), noise)
 
     def keep_float(self, costs: Iterable[Cost], least_top1: float) -> list[tuple[Cost, Accuracy]]:
         """Operations to keep in float, until the accuracy is ``least_top1`` percent: first those that gain most.

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError
 from qat.base.console import progress
+from qat.base.errors import UserError
+from qat.base.sqnr import sqnr_db
 from qat.compute.device import Compute, exact_float32
-from qat.compute.processes import ALONE, Ranks
+from qat.compute.processes import SINGLE_PROCESS, Processes
 from qat.data.batches import ImageSet, batches
 from qat.data.splits import Data
 
@@ -48,7 +49,7 @@ class Agreement:
 
 def inputs(images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """All of ``images`` in order, or a process's share: normalized [N, C, H, W] and labels int64 [N], on the device."""
-    for x_NCHW, labels in batches(images, batch_size, None, workers=workers, ranks=compute.ranks):
+    for x_NCHW, labels in batches(images, batch_size, None, workers=workers, processes=compute.processes):
         yield images.preprocessing.normalize(compute.images(x_NCHW)), labels.to(compute.device, non_blocking=True)
 
 
@@ -64,10 +65,10 @@ def evaluate(model: nn.Module, images: ImageSet, batch_size: int, compute: Compu
     def given() -> Iterator[tuple[Tensor, Tensor]]:
         for x, labels in inputs(images, batch_size, compute, workers):
             yield x, labels
-            task.advance(len(labels) * compute.ranks.size)
+            task.advance(len(labels) * compute.processes.world_size)
 
     with exact_float32(), progress("evaluating", len(images)) as task:
-        found = accuracy(model, given(), compute.ranks)
+        found = accuracy(model, given(), compute.processes)
     if not math.isfinite(found.loss):
         raise UserError(
             f"the loss is {found.loss} in evaluation, a weight is NaN: start again with a lower learning rate"
@@ -76,12 +77,14 @@ def evaluate(model: nn.Module, images: ImageSet, batch_size: int, compute: Compu
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], ranks: Ranks = ALONE) -> Accuracy:
+def accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], processes: Processes = SINGLE_PROCESS
+) -> Accuracy:
     """Accuracy of ``model`` as it stands on normalized images [N, C, H, W] and labels int64 [N], on its device."""
     counts = _Counts()
     for x, labels in batches:
         counts.add(model(x), labels)
-    return counts.accuracy(ranks)
+    return counts.accuracy(processes)
 
 
 @torch.no_grad()
@@ -113,8 +116,8 @@ def compare(
             task.advance(len(labels))
     if not math.isfinite(power + noise):
         raise UserError("the network answers NaN or infinity: a weight is NaN; give other weights")
-    sqnr_db = 10 * math.log10(power / noise) if noise else None
-    return Agreement(100 * same / len(images), sqnr_db, len(images)), tuple(count.accuracy() for count in counts)
+    agreement = Agreement(100 * same / len(images), sqnr_db(power, noise), len(images))
+    return agreement, tuple(count.accuracy() for count in counts)
 
 
 class _Counts:
@@ -130,6 +133,6 @@ class _Counts:
         self.loss = self.loss + F.cross_entropy(logits.float(), labels, reduction="sum").double()
         self.images += len(labels)
 
-    def accuracy(self, ranks: Ranks = ALONE) -> Accuracy:
-        correct, loss, images = ranks.sums(float(self.correct), float(self.loss), self.images)
+    def accuracy(self, processes: Processes = SINGLE_PROCESS) -> Accuracy:
+        correct, loss, images = processes.sums(float(self.correct), float(self.loss), self.images)
         return Accuracy(100 * correct / images, loss / images, int(images))

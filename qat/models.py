@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError, one_line
+from qat.base.errors import UserError, one_line
+from qat.base.text import did_you_mean
 from qat.calibration.pytorch_quantization import split_ranges
-from qat.data.preprocessing import Photographs, three_floats
-from qat.data.sources import did_you_mean
+from qat.data.preprocessing import ImagePreset, three_floats
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
 _NO_AUXILIARY = {"aux_logits": False, "init_weights": False, "transform_input": True}
@@ -237,7 +237,7 @@ def _tensors(name: str, weights: str) -> dict[str, Tensor]:
     return _state_dict(Path(weights).expanduser()) if _is_file(weights) else _torchvision_weights(name, weights)
 
 
-def photographs_of(name: str, weights: str | None) -> Photographs:
+def preset_of_weights(name: str, weights: str | None) -> ImagePreset:
     """How ``weights`` of the model ``name`` were trained to take photographs, as far as torchvision or timm tell."""
     if weights is not None and name.startswith("timm/") and importlib.util.find_spec("timm"):
         import timm
@@ -245,15 +245,15 @@ def photographs_of(name: str, weights: str | None) -> Photographs:
         told = timm.get_pretrained_cfg(name.removeprefix("timm/"))
         if told is not None and told.crop_pct:
             size = told.input_size[-1]
-            return Photographs(size, round(size / told.crop_pct), three_floats(told.mean), three_floats(told.std))
+            return ImagePreset(size, round(size / told.crop_pct), three_floats(told.mean), three_floats(told.std))
     if weights is not None and not _is_file(weights) and name in _torchvision_names():
         known = torchvision.models.get_model_weights(name)
         entry: Any = known.__members__.get(weights.removeprefix(f"{known.__name__}."))
         preset: Any = entry.transforms() if entry else None
         if hasattr(preset, "crop_size"):  # for classification
             mean, std = three_floats(preset.mean), three_floats(preset.std)
-            return Photographs(preset.crop_size[0], preset.resize_size[0], mean, std)
-    return Photographs()
+            return ImagePreset(preset.crop_size[0], preset.resize_size[0], mean, std)
+    return ImagePreset()
 
 
 def _categories(name: str, weights: str) -> tuple[str, ...]:

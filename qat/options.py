@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from qat.base.choices import Amp, Calibrator, Schedule, WeightCalibrator
 from qat.base.console import Command
-
-BITS = 8  # of what can be exported
+from qat.base.number_format import BITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,9 @@ class SharedOptions(Command):
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
     qat.placement shows."""
-    calibrator: Literal["max", "percentile", "mse", "entropy"] = "mse"
+    calibrator: Calibrator = "mse"
     """How activation ranges are chosen from the calibration images."""
-    weight_calibrator: Literal["max", "mse"] = "max"
+    weight_calibrator: WeightCalibrator = "max"
     """How ranges of weights are chosen: max, they follow the largest magnitude of each channel, in training too; mse,
     they are fixed where the squared error of the codes is least."""
     percentile: float = 99.99
@@ -66,13 +65,13 @@ class TrainOptions(SharedOptions):
     """Epochs of float training before quantization; 0 with pretrained weights that need none."""
     float_lr: float = 2e-3
     """Peak learning rate of the float training (AdamW)."""
-    float_schedule: Literal["one-cycle", "cosine"] = "one-cycle"
+    float_schedule: Schedule = "one-cycle"
     """one-cycle warms up for three tenths of the epochs; cosine only falls."""
     qat_epochs: int = 2
     """Epochs of fine-tuning with quantization in the loop."""
     qat_lr: float = 2e-5
     """Highest learning rate of the fine-tuning (AdamW)."""
-    qat_schedule: Literal["one-cycle", "cosine"] = "cosine"
+    qat_schedule: Schedule = "cosine"
     """As for the float training."""
     freeze_norms_after: int | None = None
     """Epochs of the fine-tuning after which the statistics of batch normalization stay as they are."""
@@ -106,7 +105,7 @@ class TrainOptions(SharedOptions):
     bits: int = BITS
     """Bits of weights and activations; below 8 it is a simulation, which cannot be exported: the first and the last
     layer keep 8."""
-    amp: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    amp: Amp = "auto"
     """Type that training computes convolutions in; quantization stays float32. auto: bfloat16 on a GPU."""
     compile: bool | None = None
     """Whether torch.compile compiles the training step, which takes about a minute; by default on a GPU, for 1000 steps

@@ -20,8 +20,9 @@ from typing import Annotated
 
 import tyro
 
-from qat.base.artifact import UserError, atomic_write, check_writable, sidecar_path, write_json
+from qat.base.artifact import atomic_write, check_writable, sidecar_path, write_json
 from qat.base.console import Command, console, run_command, say
+from qat.base.errors import UserError
 from qat.graph.network import Network
 from qat.graph.operations import WEIGHTED
 from qat.rules.keep_float import KEPT_FLOAT

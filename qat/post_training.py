@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat.base.artifact import UserError, check_writable
+from qat.base.artifact import check_writable
 from qat.base.console import progress, say, table, warn
+from qat.base.errors import UserError
+from qat.base.number_format import BITS
+from qat.base.text import decibels
 from qat.calibration.activation_ranges import observe, set_ranges
 from qat.calibration.adaround import adaround
 from qat.calibration.pytorch_quantization import set_imported_ranges
@@ -23,16 +26,16 @@ from qat.checkpoint import save_checkpoint
 from qat.compute.device import Compute, exact_float32
 from qat.compute.processes import local_rank
 from qat.data.batches import batch_count
-from qat.data.preprocessing import Photographs
+from qat.data.preprocessing import ImagePreset
 from qat.data.sources import unlabelled_folder
 from qat.data.splits import Data, load_data, load_unlabelled
 from qat.evaluate import compare, inputs
 from qat.fake_quantize.low_bit import simulate_bits
-from qat.fake_quantize.prepare import fix_weight_ranges, prepare, weights_and_quantizers
+from qat.fake_quantize.prepare import prepare, weights_and_quantizers
+from qat.fake_quantize.weight_ranges import fix_weight_ranges
 from qat.graph.network import Network
 from qat.graph.tracing import network_of
-from qat.models import Pretrained, build_pretrained, photographs_of
-from qat.options import BITS
+from qat.models import Pretrained, build_pretrained, preset_of_weights
 from qat.placement import say_placement
 from qat.rules.place import place
 from qat.rules.placement import Placement
@@ -55,7 +58,7 @@ def quantize_pretrained(options: CalibrateOptions) -> None:
         raise UserError(f"--adaround {options.adaround} is no number of steps: give 0 or more")
     check_writable(options.output)
     check_percentile(options)
-    compute = Compute.of(options.device, "float32", compiled=False)
+    compute = Compute.from_options(options.device, "float32", compiled=False)
     found = build_pretrained(options.model, options.weights, options.classes)
     say(f"weights: {options.weights}, {found.spec.num_classes} classes")
     data = _load_data(options)
@@ -90,9 +93,9 @@ def check_percentile(options: SharedOptions) -> None:
         raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
 
 
-def photographs(options: SharedOptions) -> Photographs:
+def photographs(options: SharedOptions) -> ImagePreset:
     """How the network takes photographs. Raises UserError where they could not be normalized so."""
-    told = photographs_of(options.model, options.weights)
+    told = preset_of_weights(options.model, options.weights)
     if options.std is not None and not min(options.std) > 0:
         raise UserError(f"--std {' '.join(map(str, options.std))}: deviations must be above 0")
     return replace(told, mean=options.mean or told.mean, std=options.std or told.std)
@@ -146,7 +149,7 @@ def quantized(
     count = batch_count(images, options.batch_size)
     with _fitting("--batch-size"), progress("calibrating", count) as task, exact_float32():
         given = _calibration_images(data, options, compute)
-        observers = observe(prepared, given, task.advance, compute.ranks)
+        observers = observe(prepared, given, task.advance, compute.processes)
         warnings = set_ranges(prepared, observers, options.calibrator, options.percentile)
     for line in warnings:
         warn(line)
@@ -241,8 +244,10 @@ def _say_figures(figures: Mapping[str, Any]) -> None:
         say("nothing was measured: too few images to hold any out")
         return
     agreement = figures["agreement"]
-    sqnr = "equal" if agreement["sqnr_db"] is None else f"{agreement['sqnr_db']:.1f} dB"
-    columns, agrees = ("same class as float", "SQNR of the logits"), (f"{agreement['top1']:.2f} %", sqnr)
+    columns, agrees = (
+        ("same class as float", "SQNR of the logits"),
+        (f"{agreement['top1']:.2f} %", decibels(agreement["sqnr_db"])),
+    )
     if "ptq" not in figures:
         title = f"Agreement on {agreement['images']} images held out, without labels"
         table(title, ("network", *columns), [("INT8, post-training", *agrees)])

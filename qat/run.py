@@ -18,20 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError, check_writable
-from qat.base.console import say, speaking, table
+from qat.base.artifact import check_writable
+from qat.base.console import console_of_process, say, table
+from qat.base.errors import UserError
+from qat.base.number_format import BITS
 from qat.checkpoint import load_state, save_checkpoint, save_state
 from qat.compute.device import Compute
-from qat.compute.processes import Ranks, joined
+from qat.compute.processes import Processes, process_group
 from qat.data.batches import batch_count
 from qat.data.splits import Data, load_data
 from qat.evaluate import Accuracy, evaluate
 from qat.fake_quantize.low_bit import check_bits, simulate_bits
-from qat.fake_quantize.prepare import fix_saved_ranges, learn_ranges, prepare
+from qat.fake_quantize.prepare import prepare
+from qat.fake_quantize.weight_ranges import fix_saved_ranges, learn_ranges
 from qat.graph.network import Network
 from qat.graph.tracing import trace
 from qat.models import ModelSpec, build_model, load_weights
-from qat.options import BITS
 from qat.post_training import check_percentile, origin, photographs, placed, quantized, say_data, say_next
 from qat.training.log import TrainingLog
 from qat.training.loss import CrossEntropy, Distillation, stage_ends
@@ -61,9 +63,9 @@ class Progress:
 
 def run(options: TrainOptions) -> int:
     """The run that ``options`` describe, new or resumed. Raises UserError for what the user can mend."""
-    compute = Compute.of(options.device, options.amp, options.compile)
-    with joined(compute.device) as ranks, speaking(ranks.leads, f"process {ranks.rank}"):
-        return _run(options, replace(compute, ranks=ranks))
+    compute = Compute.from_options(options.device, options.amp, options.compile)
+    with process_group(compute.device) as processes, console_of_process(processes.is_main, f"process {processes.rank}"):
+        return _run(options, replace(compute, processes=processes))
 
 
 def _run(options: TrainOptions, compute: Compute) -> int:
@@ -76,9 +78,9 @@ def _run(options: TrainOptions, compute: Compute) -> int:
     check_percentile(options)
     check_bits(options.bits)
     torch.set_flush_denormal(True)  # gradients fall into denormals in small networks, which are ten times as slow
-    compute.ranks.share_of(options.batch_size)
-    reached = _resumed(options, compute.ranks) if options.resume else Progress()
-    with compute.ranks.first_of_machine_before_others():  # it may download
+    compute.processes.share_of(options.batch_size)
+    reached = _resumed(options, compute.processes) if options.resume else Progress()
+    with compute.processes.first_of_machine_before_others():  # it may download
         data = load_data(
             options.data,
             options.image_size,
@@ -121,20 +123,22 @@ def _run(options: TrainOptions, compute: Compute) -> int:
             fix_saved_ranges(prepared, reached.model)
             if options.learn_ranges:
                 learn_ranges(prepared)
-        steps = options.qat_epochs * batch_count(data.train, options.batch_size, training=True, ranks=compute.ranks)
+        steps = options.qat_epochs * batch_count(
+            data.train, options.batch_size, training=True, processes=compute.processes
+        )
         objective = _distillation(options, compute, spec, network, reached.teacher, steps)
         prepared = trainer.fit("qat", compute.place(prepared), recipes["qat"], objective)
         reached.figures["qat"] = trainer.test("quantization-aware training", prepared)
     except KeyboardInterrupt as interrupt:
-        raise type(interrupt)(_how_to_resume(options, compute.ranks)) from None
+        raise type(interrupt)(_how_to_resume(options, compute.processes)) from None
     trainer.log.close()
     details = {
         **origin(options, data),
         "bits": options.bits,
         "recipes": {phase: vars(recipe) for phase, recipe in recipes.items()},
-        "processes": compute.ranks.size,
+        "processes": compute.processes.world_size,
     }
-    if not compute.ranks.leads:
+    if not compute.processes.is_main:
         return 0
     save_checkpoint(
         options.output,
@@ -156,7 +160,7 @@ class _Trainer:
 
     def __init__(self, options: TrainOptions, data: Data, compute: Compute, reached: Progress) -> None:
         self.options, self.data, self.compute, self.reached = options, data, compute, reached
-        self.log = TrainingLog(options.log_folder if compute.ranks.leads else None, resumed=options.resume)
+        self.log = TrainingLog(options.log_folder if compute.processes.is_main else None, resumed=options.resume)
 
     def fit(self, phase: str, model: Any, recipe: Recipe, objective: CrossEntropy | None = None) -> Any:
         """Trains ``model``, from where the run was stopped if it was in this phase."""
@@ -179,7 +183,7 @@ class _Trainer:
 
     def save(self, model: nn.Module, state: FitState, training: Mapping[str, Tensor]) -> None:
         """Saves the training state under a name of its own beside the output; one process does it for all."""
-        if not self.compute.ranks.leads:
+        if not self.compute.processes.is_main:
             return
         parts = {"model": model.state_dict(), "best": state.best_weights, "training": training}
         parts |= {"teacher": self.reached.teacher}
@@ -188,17 +192,17 @@ class _Trainer:
             "phase": self.reached.phase,
             "figures": self.reached.figures,
             "fit": state.numbers(),
-            "options": _recorded(self.options, self.compute.ranks),
+            "options": _recorded(self.options, self.compute.processes),
         }
         save_state(_state_path(self.options), tensors, details)
 
 
-def _resumed(options: TrainOptions, ranks: Ranks) -> Progress:
+def _resumed(options: TrainOptions, processes: Processes) -> Progress:
     path = _state_path(options)
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or correct --output")
     tensors, details = load_state(path)
-    then, now = details["options"], _recorded(options, ranks)
+    then, now = details["options"], _recorded(options, processes)
     differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
     if differing:
         raise UserError(
@@ -215,10 +219,10 @@ def _resumed(options: TrainOptions, ranks: Ranks) -> Progress:
     )
 
 
-def _recorded(options: TrainOptions, ranks: Ranks) -> dict[str, Any]:
+def _recorded(options: TrainOptions, processes: Processes) -> dict[str, Any]:
     """The options that a resumed run must share, as JSON gives them back."""
     recorded = {name: value for name, value in vars(options).items() if name not in _FREE_ON_RESUME}
-    recorded["processes"] = ranks.size
+    recorded["processes"] = processes.world_size
     found: dict[str, Any] = json.loads(json.dumps(recorded, default=str))
     return found
 
@@ -227,11 +231,11 @@ def _state_path(options: TrainOptions) -> Path:
     return options.output.with_name(options.output.name + ".state")
 
 
-def _how_to_resume(options: TrainOptions, ranks: Ranks) -> str:
+def _how_to_resume(options: TrainOptions, processes: Processes) -> str:
     if not _state_path(options).exists():
         return "nothing was saved yet; nothing half-written was left behind"
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    start = "python -m" if ranks.size == 1 else f"torchrun --nproc-per-node {ranks.size} -m"
+    start = "python -m" if processes.world_size == 1 else f"torchrun --nproc-per-node {processes.world_size} -m"
     return f"saved; continue with: {start} qat.train {shlex.join([*arguments, '--resume'])}"
 
 
@@ -271,7 +275,7 @@ def _distillation(
         options.distill_temperature,
         options.distill_features,
         stage_ends(network),
-        compute.ranks.share_of(options.batch_size),
+        compute.processes.share_of(options.batch_size),
         steps,
     )
 

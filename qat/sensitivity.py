@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from qat.base.artifact import UserError, check_writable, write_json
+from qat.base.artifact import check_writable, write_json
 from qat.base.console import Command, progress, run_command, say, table
-from qat.options import BITS
+from qat.base.errors import UserError
+from qat.base.number_format import BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +72,7 @@ def main(options: SensitivityOptions) -> None:
             f"{options.checkpoint} was calibrated on images without labels, and losses need labels: run python -m "
             "qat.calibrate again with --data that has them"
         )
-    compute = Compute.of(options.device, "float32", compiled=False)
+    compute = Compute.from_options(options.device, "float32", compiled=False)
     batches = _batches(options, checkpoint, compute)
     compute.place(checkpoint.model)
     size = checkpoint.preprocessing

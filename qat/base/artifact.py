@@ -24,9 +24,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from qat.base.errors import UserError
+
 FORMAT_VERSION = 1
 
-Kind = Literal["checkpoint", "onnx", "engine", "timing-cache"]
+ArtifactKind = Literal["checkpoint", "onnx", "engine", "timing-cache"]
 
 _RECORDED_PACKAGES = ("int8-qat-pipeline", "torch", "torchvision", "timm", "onnx", "onnx-ir", "onnxruntime")
 
@@ -42,16 +44,6 @@ _DISK_ERRORS = {
     errno.EEXIST: "a part of the path is a file, not a folder: choose another path",
     errno.EISDIR: "that is a folder: give the name of a file",
 }
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: one line that says what was wrong, what was found and what to do."""
-
-
-def one_line(error: BaseException) -> str:
-    """The message of ``error`` as one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 class WrongKindError(UserError):
@@ -75,7 +67,7 @@ class Parent:
     sha256: str
 
     @classmethod
-    def of(cls, child: Path, parent: Path, sha256: str) -> Parent:
+    def from_file(cls, child: Path, parent: Path, sha256: str) -> Parent:
         """What ``child`` records of the file ``parent`` that it is made from."""
         return cls(os.path.relpath(parent.absolute(), child.absolute().parent), sha256)
 
@@ -88,7 +80,7 @@ class Sidecar:
     (the placement of a checkpoint, the audit of an engine). ``sha256`` and ``made_by`` are filled in on writing.
     """
 
-    kind: Kind
+    kind: ArtifactKind
     parent: Parent | None = None
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
@@ -182,7 +174,7 @@ def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], object]
     return _sidecar_from_json(json.loads(text))  # as a reader will see it: JSON has lists, no tuples
 
 
-def read_sidecar(artifact: Path, kind: Kind, *, trust: bool = False) -> Sidecar:
+def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> Sidecar:
     """Reads the sidecar of ``artifact`` and checks it: whole, of this format version and kind, and of this file.
 
     ``trust`` leaves out whether it was written for this very file. Raises UserError naming what was expected and what
@@ -226,7 +218,7 @@ def parent_paths(child: Path, parent: Parent) -> tuple[Path, Path]:
     return path, child.parent / path.name
 
 
-def read_parent(child: Path, sidecar: Sidecar, kind: Kind) -> tuple[Path, Sidecar]:
+def read_parent(child: Path, sidecar: Sidecar, kind: ArtifactKind) -> tuple[Path, Sidecar]:
     """The parent of ``child`` and its sidecar, looked for where it was, then in the folder of ``child``.
 
     Raises UserError naming both hashes when it is not the file that ``child`` was made from.

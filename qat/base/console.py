@@ -20,7 +20,8 @@ import rich.progress
 import rich.table
 import tyro
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
+from qat.base.exit_codes import DONE, FAULT, INTERRUPTED, USER_ERROR
 
 SECONDS_BETWEEN_LOG_LINES = 5.0
 LOG_WIDTH = 140
@@ -44,7 +45,7 @@ class Command:
 def run_command(main: Callable[[Options], int | None], options: type[Options]) -> NoReturn:
     """Parses the command line into ``options``, runs ``main`` and exits with its code.
 
-    Exit codes: 0 done, 1 a fault of the program, 2 a user's mistake, 130 interrupted; others are ``main``'s own.
+    Exit codes: see qat/base/exit_codes.py; ``main`` returns its own.
     """
     module = sys.modules[main.__module__]
     name = module.__spec__.name if module.__spec__ else None
@@ -55,23 +56,23 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     try:
-        code = main(chosen) or 0
+        code = main(chosen) or DONE
     except UserError as error:
         if chosen.debug:
             raise
         _one_line("error", str(error))
-        code = 2
+        code = USER_ERROR
     except KeyboardInterrupt as interrupt:
         if chosen.debug:
             raise
         _one_line("interrupted", str(interrupt) or "nothing half-written was left behind")
-        code = 130
+        code = INTERRUPTED
     except Exception as error:
         if chosen.debug:
             raise
         first_line = (str(error).strip().splitlines() or [""])[0]
         _one_line("internal error", f"{type(error).__name__}: {first_line}; run again with --debug and report it")
-        code = 1
+        code = FAULT
     sys.exit(code)
 
 
@@ -86,7 +87,7 @@ def _with_flowing_help(options: type[Options]) -> type[Options]:
 
 
 @contextmanager
-def speaking(aloud: bool, name: str) -> Iterator[None]:
+def console_of_process(aloud: bool, name: str) -> Iterator[None]:
     """While it lasts, a process that does not speak ``aloud`` prints errors alone, its ``name`` before them.
 
     An error that ends it is still its own: it is printed after this.

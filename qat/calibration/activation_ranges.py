@@ -2,7 +2,7 @@
 
 The pass runs the float network and keeps a histogram of every tensor (qat/calibration/histogram.py), from which each
 method chooses (qat/calibration/thresholds.py); amax never exceeds the exact max |x|. Ranges of weights need no images:
-they follow the weights, or start from the least squared error (``weight_amax_mse``).
+see qat/fake_quantize/weight_ranges.py.
 """
 
 from __future__ import annotations
@@ -16,43 +16,24 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError
+from qat.base.choices import Calibrator
+from qat.base.errors import UserError
+from qat.base.number_format import INT8
 from qat.calibration.histogram import HistogramObserver, check_finite, largest_of
-from qat.calibration.thresholds import LEVELS, Method, amax_entropy, amax_mse, amax_percentile
-from qat.compute.processes import ALONE, Ranks
+from qat.calibration.thresholds import amax_entropy, amax_mse, amax_percentile
+from qat.compute.processes import SINGLE_PROCESS, Processes
 from qat.fake_quantize.quantizer import (
     SCALE_FLOOR,
-    WEIGHT,
     ActivationQuantizer,
-    CodeRange,
     WeightQuantizer,
-    quantize,
-    scale_from_amax,
-    weight_amax,
 )
-
-
-def weight_amax_mse(weight: Tensor, axis: int, codes: CodeRange = WEIGHT, candidates: int = 100) -> Tensor:
-    """The range of each channel of ``axis`` with the least mean squared error of the codes: [C], float32.
-
-    Tried are ``candidates`` equal steps up to the largest magnitude; of equal errors the largest range is taken.
-    """
-    rows = weight.detach().transpose(0, axis).flatten(1).float()  # [C, K]
-    largest = weight_amax(weight, axis)  # [C]
-    best, least = largest.clone(), torch.full_like(largest, math.inf)
-    for step in range(candidates, 0, -1):
-        amax = largest * (step / candidates)
-        scale = scale_from_amax(amax, codes)[:, None]
-        error = (quantize(rows, scale, codes) * scale - rows).square().mean(1)
-        best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
-    return best
 
 
 def observe(
     model: nn.Module,
     batches: Iterable[Tensor],
     on_batch: Callable[[], None] | None = None,
-    ranks: Ranks = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, HistogramObserver]:
     """Runs the float network in eval mode and watches the input of every ActivationQuantizer.
 
@@ -60,7 +41,7 @@ def observe(
         model: contains ActivationQuantizers; a quantizer that is called several times sees all of its inputs.
         batches: what ``model`` takes, on any device.
         on_batch: called after every batch, to show progress.
-        ranks: the processes that share the images; each gets the observers of all, and may have had no batch.
+        processes: the processes that share the images; each gets the observers of all, and may have had no batch.
 
     Returns the observers by the quantizers' names, from which ``set_ranges`` can choose with any method.
     Modes and enabled weight quantizers are afterwards as they were, also after an exception.
@@ -71,33 +52,33 @@ def observe(
     device = next(model.parameters()).device
     extremes: list[Tensor] = []
     with _observing(model, observers), torch.no_grad():
-        for batch in _ranged(model, observers, (batch.to(device) for batch in batches), ranks):
+        for batch in _ranged(model, observers, (batch.to(device) for batch in batches), processes):
             extremes.append(torch.stack(torch.aminmax(batch.transpose(0, 1).flatten(1), dim=1)))
             model(batch)
             if on_batch is not None:
                 on_batch()
     check_finite(observers.values())
     constant = all(torch.equal(low, high) and torch.equal(low, extremes[0][0]) for low, high in extremes)
-    given, varied = ranks.any(bool(extremes), not constant)
+    given, varied = processes.any(bool(extremes), not constant)
     if not given:
         raise UserError("calibration got no images: give a calibration split of at least one batch")
     if not varied:
         raise UserError(
             "all calibration images are one constant: ranges from them hold for nothing else; give real images"
         )
-    merge(list(observers.values()), ranks)
+    merge(list(observers.values()), processes)
     return observers
 
 
 def _ranged(
-    model: nn.Module, observers: Mapping[str, HistogramObserver], batches: Iterable[Tensor], ranks: Ranks
+    model: nn.Module, observers: Mapping[str, HistogramObserver], batches: Iterable[Tensor], processes: Processes
 ) -> Iterator[Tensor]:
     """``batches``; where several processes share them, after all have agreed on the limits that they start from.
 
     Limits only double, so histograms that start from one limit have bins that merge into each other's. All send the
     same two messages, here and in ``merge``, however many batches each has.
     """
-    if ranks.size > 1 and observers:
+    if processes.world_size > 1 and observers:
         rest = iter(batches)
         first = next(rest, None)
         if first is not None:
@@ -105,7 +86,7 @@ def _ranged(
         found = list(observers.values())
         # Infinity for NaN, of which no maximum is certain: so all raise the same error.
         ours = torch.stack([observer.largest for observer in found]).nan_to_num(nan=math.inf, posinf=math.inf)
-        agreed = ranks.largest(ours).tolist()
+        agreed = processes.largest(ours).tolist()
         for observer, value in zip(found, agreed, strict=True):
             observer.largest.fill_(value)
         check_finite(found)
@@ -115,21 +96,21 @@ def _ranged(
     yield from batches
 
 
-def merge(observers: Sequence[HistogramObserver], ranks: Ranks) -> None:
+def merge(observers: Sequence[HistogramObserver], processes: Processes) -> None:
     """Gives the observers of every process what those of all have seen."""
-    if ranks.size == 1 or not observers:
+    if processes.world_size == 1 or not observers:
         return
     ours = torch.stack([torch.stack([o.limit, o.largest, o.limit.new_tensor(float(o.seen))]) for o in observers])
-    for observer, (limit, largest, seen) in zip(observers, ranks.largest(ours).tolist(), strict=True):
+    for observer, (limit, largest, seen) in zip(observers, processes.largest(ours).tolist(), strict=True):
         observer.grow(limit)
         observer.largest.fill_(largest)
         observer.seen = bool(seen)
-    for observer, counts in zip(observers, ranks.add(torch.stack([o.counts for o in observers])), strict=True):
+    for observer, counts in zip(observers, processes.add(torch.stack([o.counts for o in observers])), strict=True):
         observer.counts.copy_(counts)
 
 
 def set_ranges(
-    model: nn.Module, observers: Mapping[str, HistogramObserver], method: Method, percentile: float = 99.99
+    model: nn.Module, observers: Mapping[str, HistogramObserver], method: Calibrator, percentile: float = 99.99
 ) -> list[str]:
     """Writes the amax of every ActivationQuantizer, chosen by ``method`` from what ``observers`` saw.
 
@@ -138,8 +119,8 @@ def set_ranges(
     """
     warnings, quantizers = [], _quantizers(model)
     ranges: dict[str, float] = {}
-    for levels in {quantizer.codes.high + 1 for quantizer in quantizers.values()}:
-        alike = [name for name, quantizer in quantizers.items() if quantizer.codes.high + 1 == levels]
+    for levels in {quantizer.format.levels for quantizer in quantizers.values()}:
+        alike = [name for name, quantizer in quantizers.items() if quantizer.format.levels == levels]
         chosen = choose_ranges([observers[name] for name in alike], method, percentile, levels)
         ranges |= zip(alike, chosen, strict=True)
     exact = largest_of([observers[name] for name in quantizers])
@@ -148,7 +129,7 @@ def set_ranges(
             warnings.append(f"tensor {name} was not computed by any calibration batch: it has no range")
             continue
         quantizer.amax.fill_(ranges[name])
-        if largest / quantizer.codes.high < SCALE_FLOOR:
+        if largest / quantizer.format.high < SCALE_FLOOR:
             warnings.append(f"tensor {name} is zero for every calibration image: dead channels, or too few images?")
     return warnings
 
@@ -156,7 +137,7 @@ def set_ranges(
 def calibrate(
     model: nn.Module,
     batches: Iterable[Tensor],
-    method: Method,
+    method: Calibrator,
     percentile: float = 99.99,
     on_batch: Callable[[], None] | None = None,
 ) -> list[str]:
@@ -169,13 +150,13 @@ def calibrate(
 
 
 def choose_ranges(
-    observers: Sequence[HistogramObserver], method: Method, percentile: float = 99.99, levels: int = LEVELS
+    observers: Sequence[HistogramObserver], method: Calibrator, percentile: float = 99.99, levels: int = INT8.levels
 ) -> list[float]:
     """The amax that ``method`` chooses for each tensor; never above the exact max, NaN for one that was not seen.
 
     ``levels``: how many codes a magnitude can take.
     """
-    if method not in get_args(Method):
+    if method not in get_args(Calibrator):
         raise ValueError(f"no calibration method {method!r}: choose max, percentile, mse or entropy")
     if method == "max" or not observers:
         chosen = largest_of(observers)

@@ -27,20 +27,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
+from qat.base.number_format import NumberFormat
 from qat.compute.device import exact_float32
 from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, weights_and_quantizers
 from qat.fake_quantize.quantizer import (
     ActivationQuantizer,
-    CodeRange,
     WeightQuantizer,
     per_channel,
     quantize,
     weight_amax,
 )
 from qat.graph.fx_network import kind_of, label
-from qat.graph.operations import Kind
-from qat.graph.stepper import Walk
+from qat.graph.operations import OpKind
+from qat.graph.stepper import Stepper
 
 ZETA, GAMMA = 1.1, -0.1  # h reaches 0 and 1 at finite V
 LAMBDA = 1.0
@@ -48,7 +48,7 @@ BETA = (20.0, 2.0)
 _WARM_START = 0.2
 _LEARNING_RATE = 3e-2
 _IMAGES = 32  # of a step
-_IN_F: tuple[Kind, ...] = ("batch_norm", "activation", "unfused_activation")
+_IN_F: tuple[OpKind, ...] = ("batch_norm", "activation", "unfused_activation")
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def adaround(
         on_layer: called with the label of every layer before it is rounded, to show progress.
         seed: of the order of the images. Equal seeds give equal weights, on a CPU to the last bit.
 
-    Kept on the model's device meanwhile are, of all images, both networks' tensors that layers from here on will read,
-    and twice the output of one layer: at most 15 MB an image of 224 px in ResNet50.
+    Kept on the model's device meanwhile are, of all images, both networks' tensors that layers from here on will
+    read, and twice the output of one layer: at most 15 MB an image of 224 px in ResNet50.
 
     Returns the layers in the network's order.
     Raises UserError where there is no image, or where an output is NaN or infinite, as in a network not calibrated.
@@ -151,7 +151,7 @@ class _Rounding:
     ) -> None:
         self.steps, self.generator, self.batches = steps, generator, range(len(images))
         in_float, self._quantized = (_evaluated(prepared, enabled) for enabled in (False, True))
-        self._walks = [Walk(model, prepared.graph, images) for model in (in_float, self._quantized)]
+        self._walks = [Stepper(model, prepared.graph, images) for model in (in_float, self._quantized)]
         self._weights = {
             path: (weight, quantizer) for path, weight, quantizer in weights_and_quantizers(self._quantized)
         }
@@ -182,7 +182,7 @@ class _Rounding:
         if not nearest.isfinite().all():
             raise UserError(f"the output of {layer.label} is NaN or infinite: calibrate the network before rounding it")
 
-        soft = _SoftRounding(weight, scale, quantizer.codes)
+        soft = _SoftRounding(weight, scale, quantizer.format)
         self._quantized.set_submodule(layer.quantizer, soft)
         gain = torch.where(noise > 0, 1 / noise, 0).float()  # [C]
         optimizer = torch.optim.Adam(soft.parameters(), lr=_LEARNING_RATE, fused=True)
@@ -197,7 +197,7 @@ class _Rounding:
             optimizer.step()
         self._quantized.set_submodule(layer.quantizer, quantizer)
 
-        by_nearest, chosen = (quantize(w, scale, quantizer.codes) for w in (weight, soft.hard()))
+        by_nearest, chosen = (quantize(w, scale, quantizer.format) for w in (weight, soft.hard()))
         weight.copy_(chosen * scale)
         rounded = error(targets)
         # A grouped transposed convolution has several output channels to a scale.
@@ -227,11 +227,13 @@ class _Rounding:
 class _SoftRounding(nn.Module):
     """Stands where a weight's quantizer stood: each weight between its two codes, V being what is learned."""
 
-    def __init__(self, weight: Tensor, scale: Tensor, codes: CodeRange) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, number_format: NumberFormat) -> None:
         """``scale`` broadcasts against ``weight``."""
         super().__init__()
         quotient = weight.float() / scale
-        below, above = (code.clamp(codes.low, codes.high) for code in (quotient.floor(), quotient.ceil()))
+        below, above = (
+            code.clamp(number_format.low, number_format.high) for code in (quotient.floor(), quotient.ceil())
+        )
         self.below, self.gap = below * scale, (above - below) * scale  # gap: 0 of weights that are or get a code
         self.up = quotient - quotient.floor()  # h(V)
         self.V = nn.Parameter(torch.logit((self.up - GAMMA) / (ZETA - GAMMA)))

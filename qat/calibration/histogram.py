@@ -18,8 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from qat.base.artifact import UserError, one_line
 from qat.base.console import warn
+from qat.base.errors import UserError, one_line
 from qat.compute.cuda_kernels import Kernels
 from qat.fake_quantize.quantizer import SCALE_FLOOR
 

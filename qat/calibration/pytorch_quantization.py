@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.fake_quantize.prepare import activation_quantizers, placement_of, weights_and_quantizers
 from qat.fake_quantize.quantizer import weight_amax
 
@@ -37,7 +37,8 @@ def set_imported_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Tensor]) 
     """Writes ``ranges`` into the quantizers that they belong to; lines that say what did, and what did not.
 
     Where several belong to one of ours, as those of a block's first convolution and of its shortcut, the largest
-    counts. A weight's is kept only where it is not the largest magnitude, which our quantizers follow by themselves.
+    counts. A weight's is kept only where it is not the largest magnitude, which our quantizers follow by
+    themselves.
     """
     used: set[str] = set()
     quantizers, nodes = activation_quantizers(prepared), {node.name: node for node in prepared.graph.nodes}

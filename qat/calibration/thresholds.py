@@ -40,17 +40,13 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError
-from qat.fake_quantize.quantizer import ACTIVATION, SCALE_FLOOR
-
-Method = Literal["max", "percentile", "mse", "entropy"]
-
-LEVELS = ACTIVATION.high + 1
+from qat.base.errors import UserError
+from qat.base.number_format import INT8
+from qat.fake_quantize.quantizer import SCALE_FLOOR
 
 # Tensors that entropy looks at together, each with 2 MB in every table: on a CPU as many as its caches hold; on a GPU
 # sending small operations takes longer than computing them.
@@ -75,12 +71,12 @@ def amax_percentile(counts: Tensor, limit: Tensor | float, percentile: float = 9
     return (below + 1).double() * limit / counts.shape[-1]
 
 
-def amax_mse(counts: Tensor, limit: Tensor | float, levels: int = LEVELS) -> Tensor:
+def amax_mse(counts: Tensor, limit: Tensor | float, levels: int = INT8.levels) -> Tensor:
     """The amax with the least mean squared error of the codes; arguments as of ``amax_percentile``, B >= levels."""
     return _best_threshold(mse_of_thresholds(counts, levels), levels).double() * limit / counts.shape[-1]
 
 
-def amax_entropy(counts: Tensor, limit: Tensor | float, levels: int = LEVELS) -> Tensor:
+def amax_entropy(counts: Tensor, limit: Tensor | float, levels: int = INT8.levels) -> Tensor:
     """The amax with the least Kullback-Leibler divergence from the clipped distribution to its levels.
 
     Arguments as of ``amax_percentile``, B >= levels.
@@ -93,7 +89,7 @@ def amax_entropy(counts: Tensor, limit: Tensor | float, levels: int = LEVELS) ->
     return chosen.view(counts.shape[:-1]).double() * limit / counts.shape[-1]
 
 
-def mse_of_thresholds(counts: Tensor, levels: int = LEVELS) -> Tensor:
+def mse_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
     """Mean squared error of the codes, in squared bin widths, when amax is i bins: [..., B] to [..., T], float64.
 
     T is that of the tensor with the most candidates; what the others lack is infinite.
@@ -110,7 +106,7 @@ def mse_of_thresholds(counts: Tensor, levels: int = LEVELS) -> Tensor:
     return errors.masked_fill(i > ends, math.inf)
 
 
-def kl_of_thresholds(counts: Tensor, levels: int = LEVELS) -> Tensor:
+def kl_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
     """KL(P, Q) in nats when amax is i bins: [..., B] to [..., T], float64; see the top of this file.
 
     T is that of the tensor with the most candidates. Infinite beyond a tensor's own, where Q cannot represent P, and
@@ -142,7 +138,7 @@ def kl_of_thresholds(counts: Tensor, levels: int = LEVELS) -> Tensor:
     return torch.where(impossible, math.inf, p_log_p - p_log_q)
 
 
-def _best_threshold(cost: Tensor, levels: int = LEVELS) -> Tensor:
+def _best_threshold(cost: Tensor, levels: int = INT8.levels) -> Tensor:
     """The i of the least of ``cost`` [..., T], and of equal ones the largest: [...]."""
     least = cost.amin(-1, keepdim=True)
     equal = cost <= least + _ROUNDING * least.abs()

@@ -11,24 +11,23 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from qat.base.artifact import UserError, one_line
+from qat.base.choices import Amp
 from qat.base.console import warn
-from qat.compute.fused_relu import merge_rectifiers
+from qat.base.errors import UserError, one_line
+from qat.compute.fused_relu import fuse_relus
 from qat.compute.inductor import training_backend
-from qat.compute.processes import ALONE, Ranks, local_rank
+from qat.compute.processes import SINGLE_PROCESS, Processes, local_rank
 
 _NEVER = 2**31 - 1
 # ResNet50, 224 px, batch 256 on an H200: compiling takes 59 s and saves 87 ms a step with quantizers, 43 s and 18 ms
 # without (benchmarks/gpu_training_step.txt); smaller batches save less.
 _STEPS_THAT_PAY = 1000
 _LEAST_FLOAT16 = 2.0**-10
-
-Amp = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class Compute:
     channels_last: bool = False
     compiled: bool | None = False
     """None: where it saves more time than it takes, on a GPU and for many steps."""
-    ranks: Ranks = ALONE
+    processes: Processes = SINGLE_PROCESS
 
     @classmethod
-    def of(cls, device: str, amp: Amp = "auto", compiled: bool | None = None) -> Compute:
+    def from_options(cls, device: str, amp: Amp = "auto", compiled: bool | None = None) -> Compute:
         """What the options ask for; auto: on a GPU bfloat16 and channels last, on a CPU nothing of it.
 
         Raises UserError when the device cannot be used.
@@ -74,12 +73,12 @@ class Compute:
         several processes train, its gradients are averaged over them. ``accumulates``: gradients of several batches
         are added up, which must not lie where the next backward pass of a CUDA graph puts its own.
         """
-        merged = merge_rectifiers(model)
+        merged = fuse_relus(model)
         compiled = steps >= _STEPS_THAT_PAY if self.compiled is None else self.compiled
         graphs = self.device.type == "cuda" and not accumulates
         if compiled and graphs:
             torch.cuda.empty_cache()  # what is recorded cannot take memory that is only kept for later
-        return self.ranks.parallel(_Compiled(merged, images, graphs) if compiled else merged)
+        return self.processes.parallel(_Compiled(merged, images, graphs) if compiled else merged)
 
     def release(self) -> None:
         """Gives back what compiled models hold: memory of CUDA graphs. Called again, they are compiled again."""

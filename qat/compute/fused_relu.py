@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from qat.fake_quantize.quantizer import ActivationQuantizer
 
 
-class RectifiedQuantizer(nn.Module):
+class FusedReluQuantizer(nn.Module):
     """``quantizer(relu(x))``; the quantizer is shared with the network that it came from."""
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
@@ -27,7 +27,7 @@ class RectifiedQuantizer(nn.Module):
         return quantizer.rectified(x)
 
 
-def merge_rectifiers(model: nn.Module) -> nn.Module:
+def fuse_relus(model: nn.Module) -> nn.Module:
     """``model`` with every ReLU merged into the quantizer that alone reads it; shares all modules. Not for export."""
     if not isinstance(model, fx.GraphModule):
         return model
@@ -38,7 +38,7 @@ def merge_rectifiers(model: nn.Module) -> nn.Module:
         quantizer, relu = merged.get_submodule(str(node.target)), node.args[0]
         if isinstance(quantizer, ActivationQuantizer) and isinstance(relu, fx.Node) and _merges(relu, merged):
             path = f"rectified.{node.name}"
-            merged.add_submodule(path, RectifiedQuantizer(quantizer))
+            merged.add_submodule(path, FusedReluQuantizer(quantizer))
             node.target = path
             node.replace_input_with(relu, relu.all_input_nodes[0])
             graph.erase_node(relu)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 # Statistics of normalizations are made those of the first process where they are used: take_buffers_of_first.
 _NAMES = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -30,29 +30,32 @@ _KEEP_BUFFERS: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among ``size``; ``rank`` 0 writes files and speaks."""
+class Processes:
+    """This process among ``world_size``; ``rank`` 0 writes files and speaks."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
 
     def share_of(self, batch_size: int) -> int:
         """How many images of a batch each takes. Raises UserError where they do not come out even."""
-        if batch_size % self.size or (self.size > 1 and batch_size < 2 * self.size):  # BatchNorm needs two images
-            fits = max(batch_size // self.size, 2) * self.size
+        if batch_size % self.world_size or (
+            self.world_size > 1 and batch_size < 2 * self.world_size
+        ):  # BatchNorm needs two images
+            fits = max(batch_size // self.world_size, 2) * self.world_size
             raise UserError(
-                f"--batch-size {batch_size} cannot be shared by {self.size} processes: give a multiple, such as {fits}"
+                f"--batch-size {batch_size} cannot be shared by {self.world_size} processes: give a "
+                f"multiple, such as {fits}"
             )
-        return batch_size // self.size
+        return batch_size // self.world_size
 
     def parallel(self, network: nn.Module) -> nn.Module:
         """``network``, which averages its gradients over all."""
-        if self.size == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
+        if self.world_size == 1 or not any(parameter.requires_grad for parameter in network.parameters()):
             return network
         # Some networks have parameters that nothing reads; without a word about them, the second step fails.
         return DistributedDataParallel(
@@ -61,11 +64,11 @@ class Ranks:
 
     def mean(self, value: float) -> float:
         """The mean of what each gives."""
-        return self.sums(value)[0] / self.size
+        return self.sums(value)[0] / self.world_size
 
     def sums(self, *values: float) -> list[float]:
         """The sums of what each gives."""
-        if self.size == 1:
+        if self.world_size == 1:
             return list(values)  # asked in every step
         found: list[float] = self._reduced(torch.tensor(values, dtype=torch.float64)).tolist()
         return found
@@ -83,7 +86,7 @@ class Ranks:
         return self._reduced(tensor, dist.ReduceOp.MAX)
 
     def _reduced(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        if self.size == 1:
+        if self.world_size == 1:
             return tensor
         moved = tensor.to(_message_device())
         dist.all_reduce(moved, op)
@@ -105,21 +108,21 @@ class Ranks:
 
     def take_buffers_of_first(self, model: nn.Module) -> None:
         """Gives ``model`` of every process the buffers of the first one's: the statistics of normalizations."""
-        for buffer in model.buffers() if self.size > 1 else ():
+        for buffer in model.buffers() if self.world_size > 1 else ():
             moved = buffer.to(_message_device())
             dist.broadcast(moved, 0)
             buffer.copy_(moved)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Processes()
 
 
-def unwrapped(network: nn.Module) -> nn.Module:
-    """The network that ``Ranks.parallel`` was given."""
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network that ``Processes.parallel`` was given."""
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
-def averaging_later(network: Callable[..., Any]) -> AbstractContextManager[Any]:
+def without_averaging(network: Callable[..., Any]) -> AbstractContextManager[Any]:
     """While it lasts, backward passes add to the gradients and no average is taken."""
     return network.no_sync() if isinstance(network, DistributedDataParallel) else nullcontext()
 
@@ -130,16 +133,16 @@ def local_rank() -> int | None:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def process_group(device: torch.device) -> Iterator[Processes]:
     """Connects the processes that torchrun started; ``device``: of this one."""
     if local_rank() is None:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     gpu = device.type == "cuda"
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     # Otherwise torch.compile cuts the network into pieces, each compiled for itself, to send gradients earlier.
     with torch._dynamo.config.patch(optimize_ddp=False):
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield Processes(dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()  # not after an error: it would wait for the others, which wait for this one
 
 

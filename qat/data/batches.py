@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qat.base.artifact import UserError
-from qat.compute.processes import ALONE, Ranks
+from qat.base.errors import UserError
+from qat.compute.processes import SINGLE_PROCESS, Processes
 from qat.data.pixels import ArrayPixels, Pixels
 from qat.data.preprocessing import Augmentation, Preprocessing
 
@@ -73,12 +73,14 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         return image, int(self.labels[index])
 
 
-def batch_count(images: ImageSet, batch_size: int, training: bool = False, ranks: Ranks = ALONE) -> int:
-    """How many batches there are for all ``ranks`` together. Raises UserError when there is none."""
+def batch_count(
+    images: ImageSet, batch_size: int, training: bool = False, processes: Processes = SINGLE_PROCESS
+) -> int:
+    """How many batches there are for all ``processes`` together. Raises UserError when there is none."""
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is not positive: give at least 1")
     whole, rest = divmod(len(images), batch_size)
-    count = whole + (rest >= (2 * ranks.size if training else 1))
+    count = whole + (rest >= (2 * processes.world_size if training else 1))
     if count == 0:
         raise UserError(f"{len(images)} images make no batch to train on: add images")
     return count
@@ -92,27 +94,27 @@ def batches(
     start: int = 0,
     workers: int = 0,
     training: bool = False,
-    ranks: Ranks = ALONE,
+    processes: Processes = SINGLE_PROCESS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]), where they are, or pinned for a GPU.
 
     Args:
         images: the split.
-        batch_size: images in a batch, of all ``ranks`` together; the last one may be smaller.
+        batch_size: images in a batch, of all ``processes`` together; the last one may be smaller.
         seed: None for the images in order; else order and augmentation are a function of (seed, epoch) alone.
         epoch: from 0.
         start: number of batches to skip; they are not loaded.
         workers: processes that load; a set that is ready needs none.
         training: leaves out a last batch that has one image for a process, which BatchNorm cannot train on.
-        ranks: of every batch each process gets its share; of a last small one, perhaps none.
+        processes: of every batch each process gets its share; of a last small one, perhaps none.
 
     Raises:
         UserError: an image is corrupt (the line names the file).
     """
-    count, pins = batch_count(images, batch_size, training, ranks), torch.cuda.is_available()
+    count, pins = batch_count(images, batch_size, training, processes), torch.cuda.is_available()
     keys = _keys(len(images), seed, epoch)
     wholes = (keys[i * batch_size : (i + 1) * batch_size] for i in range(start, count))
-    chunks = [share for whole in wholes if len(share := whole[ranks.rank :: ranks.size])]
+    chunks = [share for whole in wholes if len(share := whole[processes.rank :: processes.world_size])]
     if images.ready:
         for chunk in chunks:
             images_NCHW, labels = images.take(chunk)

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qat.base.artifact import UserError, one_line
 from qat.base.console import progress
+from qat.base.errors import UserError, one_line
 
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are kept
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 _CROP_SCALE, _CROP_RATIO, _CROP_TRIALS = (0.35, 1.0), (3 / 4, 4 / 3), 10
 
 
 @dataclass(frozen=True)
-class Photographs:
+class ImagePreset:
     """How a network takes photographs: as most weights for ImageNet do, where nobody knows better.
 
     ``size``: height and width of its input in pixels, unless another is asked for; ``short_side``: the length that the
@@ -72,9 +72,9 @@ class Preprocessing:
         return found
 
     @property
-    def photographs(self) -> Photographs:
+    def photographs(self) -> ImagePreset:
         """What ``load_data`` makes the same preprocessing of again."""
-        return Photographs(self.height, self.resize, self.mean, self.std)
+        return ImagePreset(self.height, self.resize, self.mean, self.std)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
         """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] on the same device: (x / 255 - mean) / std."""

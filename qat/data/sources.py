@@ -6,11 +6,9 @@ split is decided in qat/data/splits.py, how they are decoded and kept in qat/dat
 
 from __future__ import annotations
 
-import difflib
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,8 @@ import torchvision
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from qat.base.artifact import UserError, one_line
+from qat.base.errors import UserError, one_line
+from qat.base.text import did_you_mean
 from qat.data.pixels import ArrayPixels, FilePixels, Pixels, TorchvisionPixels, decode_all, images_nchw
 
 NO_LABEL = -1
@@ -73,13 +72,6 @@ def read_source(source: str, root: Path) -> Source:
         "and val/ (to python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with one of "
         f"{', '.join(_names())}"
     )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean A or B?)``, or nothing when no name comes close. Case is ignored."""
-    by_lower = {candidate.lower(): candidate for candidate in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=3)
-    return f" (did you mean {' or '.join(by_lower[match] for match in close)}?)" if close else ""
 
 
 # --- digits

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.data.batches import ImageSet
 from qat.data.pixels import MEMORY_LIMIT, ArrayPixels, FilePixels, decode_all
-from qat.data.preprocessing import Augmentation, Photographs, Preprocessing
+from qat.data.preprocessing import Augmentation, ImagePreset, Preprocessing
 from qat.data.sources import NO_LABEL, Part, Source, read_source, unlabelled_files
 
-PHOTOGRAPHS = Photographs()
+IMAGENET_PRESET = ImagePreset()
 _SMALL = 64  # pixels; up to here an image is shifted in training, above it is cropped and resized
 
 # Shares of the training images that carved-out splits get. Of what is left at least 3/4 remain for training.
@@ -86,7 +86,7 @@ def load_data(
     seed: int,
     calibration_images: int = 512,
     root: Path = Path("data"),
-    photographs: Photographs = PHOTOGRAPHS,
+    photographs: ImagePreset = IMAGENET_PRESET,
 ) -> Data:
     """The data set ``source`` in four disjoint splits.
 
@@ -132,7 +132,7 @@ def load_unlabelled(
     image_size: int | None,
     seed: int,
     calibration_images: int = 512,
-    photographs: Photographs = PHOTOGRAPHS,
+    photographs: ImagePreset = IMAGENET_PRESET,
 ) -> Data:
     """Images without labels: those in ``folder`` and in the folders within it, whose names mean nothing.
 
@@ -193,14 +193,14 @@ def _check_request(image_size: int | None, seed: int, calibration_images: int) -
 
 
 def _preprocessing(
-    default_size: tuple[int, int] | None, cropped: bool, source: str, image_size: int | None, photographs: Photographs
+    default_size: tuple[int, int] | None, cropped: bool, source: str, image_size: int | None, photographs: ImagePreset
 ) -> Preprocessing:
     height, width = (image_size, image_size) if image_size else default_size or (photographs.size, photographs.size)
     short = min(height, width)
     if not cropped and short > _SMALL:
         short = round(short * photographs.short_side / photographs.size)
     mean, std = photographs.mean, photographs.std
-    if source == "digits" and (mean, std) == (PHOTOGRAPHS.mean, PHOTOGRAPHS.std):
+    if source == "digits" and (mean, std) == (IMAGENET_PRESET.mean, IMAGENET_PRESET.std):
         mean, std = (0.305,) * 3, (0.376,) * 3  # their own, unless others are asked for
     return Preprocessing(height, width, mean, std, short)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from torch import fx, nn
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
+from qat.base.number_format import BITS, low_bit_format
 from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, activation_quantizers, placement_of, weights_and_quantizers
-from qat.fake_quantize.quantizer import ActivationQuantizer, CodeRange
+from qat.fake_quantize.quantizer import ActivationQuantizer
 from qat.graph.fx_network import function_name, kind_of
 from qat.graph.operations import COMMUTING, POOLS
-from qat.options import BITS
 
 _NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")  # functions, and modules in small letters
 
@@ -29,7 +29,6 @@ def simulate_bits(prepared: fx.GraphModule, bits: int) -> None:
     """Gives the quantizers of a prepared model, not calibrated yet, codes of ``bits`` bits; 8: those of INT8."""
     if bits == BITS:
         return
-    half, whole = 2 ** (bits - 1), 2**bits
     placement, nodes = placement_of(prepared), {node.name: node for node in prepared.graph.nodes}
     layers = placement.weights
     ends = {end.op for end in (layers[:1] + layers[-1:]) if end.quantized}
@@ -38,12 +37,12 @@ def simulate_bits(prepared: fx.GraphModule, bits: int) -> None:
     weights = {f"{nodes[end].target}.weight_quantizer" for end in ends} | {f"{WEIGHT_QUANTIZERS}.{end}" for end in ends}
     for path, _, weight_quantizer in weights_and_quantizers(prepared):
         if path not in weights:
-            weight_quantizer.codes = CodeRange(1 - half, half - 1)
+            weight_quantizer.format = low_bit_format(bits, signed=True).narrow()
     for name, quantizer in activation_quantizers(prepared).items():
         if id(quantizer) not in spared:
             made_by = [nodes[tensor.tensor] for tensor in placement.tensors if tensor.quantizer == name]
             rectified = all(_never_negative(node, modules) for node in made_by)
-            quantizer.codes = CodeRange(0, whole - 1) if rectified else CodeRange(-half, half - 1)
+            quantizer.format = low_bit_format(bits, signed=not rectified)
 
 
 def _read_by(node: fx.Node, modules: dict[str, nn.Module]) -> ActivationQuantizer | None:

@@ -7,14 +7,13 @@ quantizers have no state.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
 
-from qat.base.artifact import UserError
-from qat.calibration.activation_ranges import weight_amax_mse
+from qat.base.errors import UserError
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.graph.fx_network import network_from_fx, weight_axis, weight_source
@@ -93,30 +92,6 @@ def weights_and_quantizers(prepared: fx.GraphModule) -> Iterator[tuple[str, Tens
             quantizer = prepared.get_submodule(str(node.target))
             assert isinstance(quantizer, WeightQuantizer)
             yield str(node.target), attrgetter(str(node.args[0].target))(prepared), quantizer
-
-
-def fix_saved_ranges(prepared: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
-    """Fixes the ranges of weights that a saved model's ``tensors`` hold: then they can be loaded into ``prepared``."""
-    for path, weight, quantizer in weights_and_quantizers(prepared):
-        amax = tensors.get(f"{path}.amax")
-        if amax is not None and amax.shape == quantizer.scale(weight).shape:
-            quantizer.fix(amax.to(weight.device))
-
-
-def fix_weight_ranges(prepared: fx.GraphModule) -> None:
-    """Fixes the ranges of weights that follow them, where the squared error of the codes is least."""
-    for _, weight, quantizer in weights_and_quantizers(prepared):
-        if quantizer.amax is None:
-            quantizer.fix(weight_amax_mse(weight, quantizer.axis, quantizer.codes))
-
-
-def learn_ranges(prepared: fx.GraphModule) -> None:
-    """Makes the ranges of all quantizers parameters; those of weights start from the least squared error."""
-    fix_weight_ranges(prepared)
-    for _, _, quantizer in weights_and_quantizers(prepared):
-        quantizer.learn()
-    for activation in activation_quantizers(prepared).values():
-        activation.learn()
 
 
 def placement_of(prepared: fx.GraphModule) -> Placement:

@@ -15,7 +15,8 @@ Learned step sizes (LSQ, Esser et al. 2020): where amax is a parameter,
     dL/dscale = g * sum dL/dx_hat * (code - x / scale  inside the range, low below it, high above it)
     g         = 1 / sqrt(elements of a scale * high)
 
-A simulation of fewer bits has fewer codes (qat/fake_quantize/low_bit.py), and their highest in the place of 127.
+127, -128 and -127 are those of the number format (qat/base/number_format.py); a simulation of fewer bits has another
+one (qat/fake_quantize/low_bit.py).
 
 Shapes: amax and scale are [] (per tensor) or [C] (per channel, along ``axis``); C = output channels.
 """
@@ -24,61 +25,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from qat.base.number_format import INT8, NumberFormat
 
 # A zero scale is refused by TensorRT and a subnormal one loses digits: the smallest normal float32 is the floor.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
 _FLOAT32_STEP = torch.finfo(torch.float32).eps
 
 
-@dataclass(frozen=True)
-class CodeRange:
-    """The integer codes that a quantized tensor may take, both ends included."""
-
-    low: int
-    high: int
-
-    def __post_init__(self) -> None:
-        if not -128 <= self.low <= 0 < self.high <= 127:
-            raise ValueError(f"INT8 codes lie in [-128, 127], got [{self.low}, {self.high}]: use ACTIVATION or WEIGHT")
+ACTIVATION = INT8
+WEIGHT = INT8.narrow()
 
 
-ACTIVATION = CodeRange(-128, 127)
-WEIGHT = CodeRange(-127, 127)
-
-
-def scale_from_amax(amax: Tensor, codes: CodeRange = ACTIVATION) -> Tensor:
+def scale_from_amax(amax: Tensor, number_format: NumberFormat = ACTIVATION) -> Tensor:
     """The scale for a tensor whose largest magnitude is ``amax`` (same shape, float32, > 0)."""
-    return (amax.float() / codes.high).clamp(min=SCALE_FLOOR)
+    return _scale(amax, number_format.high)
 
 
-def quantize(x: Tensor, scale: Tensor, codes: CodeRange) -> Tensor:
-    """INT8 codes of ``x`` as float32 integers, same shape; ``scale`` broadcasts against ``x``."""
-    return (x.float() / scale).round_().clamp_(codes.low, codes.high)
+def quantize(x: Tensor, scale: Tensor, number_format: NumberFormat) -> Tensor:
+    """Codes of ``x`` as float32 integers, same shape; ``scale`` broadcasts against ``x``."""
+    return _codes(x, scale, number_format.low, number_format.high)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange = ACTIVATION) -> Tensor:
-    """``x`` rounded to its INT8 grid, in the type of ``x``, with the straight-through gradient.
+def fake_quantize(x: Tensor, scale: Tensor, number_format: NumberFormat = ACTIVATION) -> Tensor:
+    """``x`` rounded to the grid of its codes, in the type of ``x``, with the straight-through gradient.
 
     Args:
         x: any shape, floating point.
         scale: float32, > 0; broadcasts against ``x``. Gets no gradient.
-        codes: the codes that may be used.
+        number_format: the codes that may be used.
     """
-    return _FakeQuantize.apply(x, scale, codes.low, codes.high)
+    return _FakeQuantize.apply(x, scale, number_format.low, number_format.high)
 
 
-def learned_fake_quantize(x: Tensor, scale: Tensor, codes: CodeRange = ACTIVATION) -> Tensor:
+def learned_fake_quantize(x: Tensor, scale: Tensor, number_format: NumberFormat = ACTIVATION) -> Tensor:
     """As ``fake_quantize``, and ``scale`` gets the gradient of learned step sizes."""
-    return _LearnedFakeQuantize.apply(x, scale, codes.low, codes.high)
+    return _LearnedFakeQuantize.apply(x, scale, number_format.low, number_format.high)
 
 
-def fake_quantize_weight(weight: Tensor, axis: int, codes: CodeRange = WEIGHT) -> Tensor:
+def fake_quantize_weight(weight: Tensor, axis: int, number_format: NumberFormat = WEIGHT) -> Tensor:
     """``weight`` rounded per channel of ``axis``, its scales following it; the gradient passes unchanged."""
-    return _FakeQuantizeWeight.apply(weight, axis, codes.high)
+    return _FakeQuantizeWeight.apply(weight, axis, number_format.high)
 
 
 def weight_amax(weight: Tensor, axis: int) -> Tensor:
@@ -110,26 +100,27 @@ class ActivationQuantizer(nn.Module):
         self.register_buffer("amax", torch.tensor(float("nan")))
         self.observer: Callable[[Tensor], None] | None = None
         self.enabled = True
-        self.codes = ACTIVATION
+        self.format = ACTIVATION
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` of any shape to the same shape and type."""
         if self.observer is not None:
             self.observer(x)
-        return x if self.passes else self._quantized(x, self.codes)
+        return x if self.passes else self._quantized(x, self.format.low)
 
     def rectified(self, x: Tensor) -> Tensor:
         """The codes of relu(x), both in one operation; only where it does not pass its input."""
-        return self._quantized(x, CodeRange(0, self.codes.high))
+        return self._quantized(x, 0)
 
     @property
     def passes(self) -> bool:
         """Whether its input passes through unchanged."""
         return self.observer is not None or not self.enabled
 
-    def _quantized(self, x: Tensor, codes: CodeRange) -> Tensor:
-        quantized = learned_fake_quantize if isinstance(self.amax, nn.Parameter) else fake_quantize
-        return quantized(x, scale_from_amax(self.amax, codes), codes)
+    def _quantized(self, x: Tensor, low: int) -> Tensor:
+        function = _LearnedFakeQuantize if isinstance(self.amax, nn.Parameter) else _FakeQuantize
+        high = self.format.high
+        return function.apply(x, _scale(self.amax, high), low, high)
 
     def learn(self) -> None:
         """Makes ``amax`` a parameter that starts from what it is."""
@@ -137,7 +128,7 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        return f"amax={self.amax.item():.4g}, codes {self.codes.low}..{self.codes.high}, per tensor"
+        return f"amax={self.amax.item():.4g}, {self.format}, per tensor"
 
 
 class WeightQuantizer(nn.Module):
@@ -152,7 +143,7 @@ class WeightQuantizer(nn.Module):
         super().__init__()
         self.axis = axis
         self.enabled = True
-        self.codes = WEIGHT
+        self.format = WEIGHT
         self.register_buffer("amax", None)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -160,13 +151,13 @@ class WeightQuantizer(nn.Module):
         if not self.enabled:
             return weight
         if self.amax is None:
-            return fake_quantize_weight(weight, self.axis, self.codes)
+            return fake_quantize_weight(weight, self.axis, self.format)
         quantized = learned_fake_quantize if isinstance(self.amax, nn.Parameter) else fake_quantize
-        return quantized(weight, per_channel(self.scale(weight), weight.ndim, self.axis), self.codes)
+        return quantized(weight, per_channel(self.scale(weight), weight.ndim, self.axis), self.format)
 
     def scale(self, weight: Tensor) -> Tensor:
         """The scales of ``weight``: [C], float32, > 0."""
-        return scale_from_amax(weight_amax(weight, self.axis) if self.amax is None else self.amax, self.codes)
+        return scale_from_amax(weight_amax(weight, self.axis) if self.amax is None else self.amax, self.format)
 
     def fix(self, amax: Tensor) -> None:
         """From now on the weight's range is ``amax``, [C]."""
@@ -179,7 +170,7 @@ class WeightQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        return f"axis={self.axis}, codes {self.codes.low}..{self.codes.high}, per channel"
+        return f"axis={self.axis}, {self.format}, per channel"
 
 
 def _learn(quantizer: nn.Module) -> None:
@@ -190,6 +181,14 @@ def _learn(quantizer: nn.Module) -> None:
 
 # Autograd functions rather than x + (x_hat - x).detach(): that sum is off x_hat by a rounding, and the codes that a
 # network was trained with would no longer be exactly the codes that the engine computes.
+
+
+def _scale(amax: Tensor, high: int) -> Tensor:
+    return (amax.float() / high).clamp(min=SCALE_FLOOR)
+
+
+def _codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    return (x.float() / scale).round_().clamp_(low, high)
 
 
 def _open_bounds(low: int, high: int) -> tuple[float, float]:
@@ -210,7 +209,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.codes = (low, high)
-        return _dequantized(quantize(x, scale, CodeRange(low, high)), scale, x.dtype)
+        return _dequantized(_codes(x, scale, low, high), scale, x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -238,7 +237,7 @@ class _LearnedFakeQuantize(_FakeQuantize):
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, axis: int, high: int) -> Tensor:
-        scale = per_channel(scale_from_amax(weight_amax(weight, axis), CodeRange(-high, high)), weight.ndim, axis)
+        scale = per_channel(_scale(weight_amax(weight, axis), high), weight.ndim, axis)
         return _dequantized((weight.float() / scale).round_(), scale, weight.dtype)
 
     @staticmethod

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qat.base.artifact import UserError, one_line
+from qat.base.errors import UserError, one_line
 from qat.graph.network import ConstantWeight, Network, Op, exact_kind
-from qat.graph.operations import WEIGHTED, Kind, kind_of_function, kind_of_module
+from qat.graph.operations import WEIGHTED, OpKind, kind_of_function, kind_of_module
 
 # Names of the positional arguments of builtins and methods, of which inspect.signature knows nothing.
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -170,7 +170,7 @@ def label(node: fx.Node) -> str:
     return f"{inside}.{function}" if inside else function
 
 
-def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> Kind:
+def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> OpKind:
     """The kind of operation that ``node`` is; ``modules`` are all modules by their path."""
     if node.op == "placeholder":
         return "input"

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from qat.graph.operations import COMMUTING, WEIGHTED, Kind
+from qat.graph.operations import COMMUTING, WEIGHTED, OpKind
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Op:
     """
 
     name: str
-    kind: Kind
+    kind: OpKind
     inputs: tuple[str, ...]
     label: str  # for people: the module's path, or the function's name
     weight: ConstantWeight | None = None
@@ -50,7 +50,7 @@ class Op:
         return math.prod(self.shape[1:]) if self.shape else 0
 
 
-def exact_kind(kind: Kind, weight: ConstantWeight | None, constant_data: bool) -> Kind:
+def exact_kind(kind: OpKind, weight: ConstantWeight | None, constant_data: bool) -> OpKind:
     """The kind of an operation that the table gives ``kind`` to, once its inputs are known.
 
     A product with a constant matrix is a linear layer, and what moves constants to places that a tensor says looks up

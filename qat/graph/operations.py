@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal[
+OpKind = Literal[
     "input",
     "output",
     "convolution",
@@ -33,10 +33,10 @@ Kind = Literal[
     "other",
 ]
 
-WEIGHTED: tuple[Kind, ...] = ("convolution", "transposed_convolution", "linear")
-POOLS: tuple[Kind, ...] = ("average_pool", "global_pool")
+WEIGHTED: tuple[OpKind, ...] = ("convolution", "transposed_convolution", "linear")
+POOLS: tuple[OpKind, ...] = ("average_pool", "global_pool")
 # TensorRT moves Q and DQ across these: the codes of what goes in are the codes of what comes out.
-COMMUTING: tuple[Kind, ...] = ("max_pool", "dropout", "data_movement", "split")
+COMMUTING: tuple[OpKind, ...] = ("max_pool", "dropout", "data_movement", "split")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Operation:
     whether it is of this kind; the next entry with its name is tried if it is not.
     """
 
-    kind: Kind
+    kind: OpKind
     modules: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     onnx: tuple[str, ...] = ()
@@ -177,21 +177,21 @@ _FUNCTIONS = _by_name(lambda operation: operation.functions)
 _ONNX = _by_name(lambda operation: operation.onnx)
 
 
-def kind_of_module(name: str, attributes: dict[str, Any]) -> Kind:
+def kind_of_module(name: str, attributes: dict[str, Any]) -> OpKind:
     """The kind of a module of class ``name``; ``attributes`` are those of its object."""
     return _first(_MODULES, name, attributes)
 
 
-def kind_of_function(name: str, attributes: dict[str, Any]) -> Kind:
+def kind_of_function(name: str, attributes: dict[str, Any]) -> OpKind:
     """The kind of a function or method, ``attributes`` being its arguments by name; 'relu_' is 'relu' in place."""
     return _first(_FUNCTIONS, name if name in _FUNCTIONS else name.removesuffix("_"), attributes)
 
 
-def kind_of_onnx(op_type: str, attributes: dict[str, Any]) -> Kind:
+def kind_of_onnx(op_type: str, attributes: dict[str, Any]) -> OpKind:
     """The kind of an ONNX operator with these attributes; constant inputs that act as attributes are among them."""
     return _first(_ONNX, op_type, attributes)
 
 
-def _first(table: dict[str, list[Operation]], name: str, attributes: dict[str, Any]) -> Kind:
+def _first(table: dict[str, list[Operation]], name: str, attributes: dict[str, Any]) -> OpKind:
     found = (operation.kind for operation in table.get(name, ()) if operation.where(attributes))
     return next(found, "other")

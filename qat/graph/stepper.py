@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, fx
 
 
-class Walk:
+class Stepper:
     """A network on its way through its nodes: of each mini-batch, the tensors that nodes to come will read."""
 
     def __init__(self, model: fx.GraphModule, graph: fx.Graph, images: Sequence[Tensor]) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import fx, nn
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.graph.fx_network import arguments, function_name, kind_of, label, network_from_fx
 from qat.graph.network import Network
 

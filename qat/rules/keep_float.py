@@ -7,18 +7,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.graph.network import Network, Op
 from qat.graph.operations import POOLS, WEIGHTED
 from qat.rules.fusion import stands_alone
 
 KEPT_FLOAT, NO_RANGE, INTEGERS = "kept_float", "no_range", "integers"
-"""The rules that ``Kept.why`` names."""
+"""The rules that ``KeepFloat.why`` names."""
 _CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")  # what could be INT8 itself, as some norms could
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeepFloat:
     """Operations that stay in float, and tensors that are not quantized: by request, for want of a range, integers."""
 
     ops: frozenset[str]
@@ -27,7 +27,7 @@ class Kept:
     integers: frozenset[str]
 
     @classmethod
-    def of(cls, network: Network, patterns: Iterable[str], unknown: Iterable[str]) -> Kept:
+    def from_patterns(cls, network: Network, patterns: Iterable[str], unknown: Iterable[str]) -> KeepFloat:
         """What ``patterns`` name (see qat.rules.place.place). Raises UserError when one of them names nothing."""
         named = {name for pattern in patterns for name in _matched(network, pattern)}
         ops = frozenset(name for name in named if _choosable(network, network[name]))

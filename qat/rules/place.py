@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from qat.graph.network import Network, Op
 from qat.graph.operations import POOLS, WEIGHTED
 from qat.rules.fusion import broadcasts, fusing_convolution, gate_products, stands_alone, written_by
-from qat.rules.keep_float import INTEGERS, KEPT_FLOAT, NO_RANGE, Kept
+from qat.rules.keep_float import INTEGERS, KEPT_FLOAT, NO_RANGE, KeepFloat
 from qat.rules.placement import Decision, Placement
 from qat.rules.scale_groups import ONE_QUANTIZER, Reads, all_quantized, read_quantized, settle
 
@@ -105,7 +105,7 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
         UserError: a pattern matches nothing.
     """
     patterns = tuple(keep_float)
-    kept = Kept.of(network, patterns, unknown)
+    kept = KeepFloat.from_patterns(network, patterns, unknown)
     unfit: set[str] = set()
     while True:  # what one layer does without, another may have relied on
         decisions, reads = _decide(network, kept, unfit)
@@ -117,7 +117,7 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
     return Placement(settle(network, reads), in_order, patterns)
 
 
-def _decide(network: Network, kept: Kept, unfit: set[str]) -> tuple[dict[str, Decision], Reads]:
+def _decide(network: Network, kept: KeepFloat, unfit: set[str]) -> tuple[dict[str, Decision], Reads]:
     """The decisions by operation, and the reads that follow from them; ``unfit`` layers stay in float."""
     decisions = _weight_decisions(network, kept, unfit)
     quantized = {name for name, decision in decisions.items() if decision.quantized}
@@ -148,7 +148,7 @@ def _decide(network: Network, kept: Kept, unfit: set[str]) -> tuple[dict[str, De
     return decisions, reads
 
 
-def _weight_decisions(network: Network, kept: Kept, unfit: set[str]) -> dict[str, Decision]:
+def _weight_decisions(network: Network, kept: KeepFloat, unfit: set[str]) -> dict[str, Decision]:
     decisions = {}
     for op in network:
         if op.kind in WEIGHTED:
@@ -235,7 +235,7 @@ def shared_weight(network: Network, op: Op) -> None:
 
 
 @_rule("a convolution or linear layer runs in INT8 when its input and its weight are quantized", GUIDE)
-def weighted_input(network: Network, op: Op, kept: Kept) -> tuple[str, str]:
+def weighted_input(network: Network, op: Op, kept: KeepFloat) -> tuple[str, str]:
     """The exemption that applies to a layer and its reason, or this rule and ''."""
     rule, reason = kept.why(op.name, op.inputs[:1])
     if reason:
@@ -247,7 +247,7 @@ def weighted_input(network: Network, op: Op, kept: Kept) -> tuple[str, str]:
 
 
 @_rule("one input of a residual addition is quantized, so that it fuses into the other's convolution", GUIDE)
-def residual_add(network: Network, add: Op, quantized: set[str], kept: Kept) -> tuple[Decision, list[str]]:
+def residual_add(network: Network, add: Op, quantized: set[str], kept: KeepFloat) -> tuple[Decision, list[str]]:
     """Quantize all inputs of an addition but one: the one whose convolution can take the sum in.
 
     That convolution's own output must stay float between it and the addition. Returns the decision and the tensors.

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qat.graph.operations import WEIGHTED, Kind
+from qat.graph.operations import WEIGHTED, OpKind
 
-_COUNTED: tuple[tuple[str, tuple[Kind, ...]], ...] = (
+_COUNTED: tuple[tuple[str, tuple[OpKind, ...]], ...] = (
     ("convolutions and linear layers", WEIGHTED),
     ("additions", ("add",)),
     ("concatenations", ("concat",)),
@@ -51,7 +51,7 @@ class Decision:
 
     op: str
     label: str
-    kind: Kind
+    kind: OpKind
     quantized: bool
     rule: str
     reason: str = ""
@@ -68,14 +68,14 @@ class Placement:
     decisions: tuple[Decision, ...]
     keep_float: tuple[str, ...] = ()
 
-    def of(self, *kinds: Kind) -> tuple[Decision, ...]:
+    def decisions_about(self, *kinds: OpKind) -> tuple[Decision, ...]:
         """The decisions about operations of these kinds."""
         return tuple(decision for decision in self.decisions if decision.kind in kinds)
 
     @property
     def weights(self) -> tuple[Decision, ...]:
         """The decisions about convolutions and linear layers: the weight is quantized where the input is."""
-        return self.of(*WEIGHTED)
+        return self.decisions_about(*WEIGHTED)
 
     def reads(self) -> Iterator[tuple[str, str, str]]:
         """Every quantized read: (reader, tensor, rule)."""
@@ -94,7 +94,7 @@ class Placement:
         """A line that says how much of each kind is INT8, and one of what a user kept in float."""
         counts = []
         for name, kinds in _COUNTED:
-            if decisions := self.of(*kinds):
+            if decisions := self.decisions_about(*kinds):
                 counts.append(f"{sum(decision.quantized for decision in decisions)} of {len(decisions)} {name}")
         tensors, groups = len(self.tensors), len(self.scale_groups())
         sharing = f"{tensors} tensors quantized, {groups} groups that share a scale"

@@ -47,7 +47,7 @@ def _first_of(model: nn.Module, x: Tensor) -> str:
     return found[0] if found else ""
 
 
-def fitting_batch(step: Callable[[int], None], images: int) -> int:
+def largest_fitting_batch(step: Callable[[int], None], images: int) -> int:
     """The largest of ``images`` / 2, / 4, ... for which ``step`` does not run out of the GPU's memory; 0 if none."""
     while (images := images // 2) > 1:
         torch.cuda.empty_cache()

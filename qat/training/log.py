@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qat.base.artifact import UserError, atomic_write, disk_errors
+from qat.base.artifact import atomic_write, disk_errors
+from qat.base.errors import UserError
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter

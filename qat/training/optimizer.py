@@ -46,7 +46,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
                 entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
-def follow(average: AveragedModel, model: nn.Module, decay: float) -> None:
+def update_average(average: AveragedModel, model: nn.Module, decay: float) -> None:
     """A step of the moving average, of buffers too, which begins as ``model``.
 
     ``AveragedModel.update_parameters`` copies its count of steps to the GPU, for which the CPU waits.

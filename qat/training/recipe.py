@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from qat.base.artifact import UserError
-
-Schedule = Literal["one-cycle", "cosine"]
+from qat.base.choices import Schedule
+from qat.base.errors import UserError
 
 _LEAST = {
     "epochs": 0,

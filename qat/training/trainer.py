@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 
-from qat.base.artifact import UserError
 from qat.base.console import progress, say, warn
+from qat.base.errors import UserError
 from qat.compute.device import Compute
-from qat.compute.processes import averaging_later, unwrapped
+from qat.compute.processes import unwrap, without_averaging
 from qat.data.batches import batch_count, batches
 from qat.data.splits import Data
 from qat.evaluate import evaluate
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
-from qat.training.failures import first_not_finite, fitting_batch
+from qat.training.failures import first_not_finite, largest_fitting_batch
 from qat.training.interrupts import Clock, Interrupted, deferred_interrupt
 from qat.training.log import TrainingLog
 from qat.training.loss import CrossEntropy
-from qat.training.optimizer import follow, load_optimizer, make_optimizer, optimizer_tensors
+from qat.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, update_average
 from qat.training.recipe import Recipe
 
 _Result = TypeVar("_Result")
@@ -76,15 +76,15 @@ class Fit:
         """``phase``: its name in progress lines, in the log and in the seeds."""
         self.phase, self.model, self.data, self.recipe = phase, model, data, recipe
         self.compute, self.workers, self.log = compute, workers, log or TrainingLog(None)
-        self.ranks, self.state = compute.ranks, FitState()
-        self.total = batch_count(data.train, recipe.batch_size, training=True, ranks=self.ranks)
+        self.processes, self.state = compute.processes, FitState()
+        self.total = batch_count(data.train, recipe.batch_size, training=True, processes=self.processes)
         self._optimizer = make_optimizer(model, recipe)
         self._scaler = compute.scaler()
         self._average = AveragedModel(model) if recipe.ema else None
         self.objective = objective or CrossEntropy(recipe.label_smoothing)
         self._forward = compute.forward(
             self.objective.network(model),
-            self.ranks.share_of(recipe.batch_size),
+            self.processes.share_of(recipe.batch_size),
             steps=0 if recipe.progressive else recipe.epochs * self.total,  # each part would be compiled for itself
             accumulates=recipe.accumulate > 1,
         )
@@ -130,7 +130,7 @@ class Fit:
         self.log.begin(self.phase, self._steps_done())
 
         def save_or_stop() -> None:
-            stopping, saving = self.ranks.any(interrupted(), clock.due())
+            stopping, saving = self.processes.any(interrupted(), clock.due())
             if stopping or saving:
                 self._check_loss()
                 # The loss was of the weights before the step; what is saved are those after it.
@@ -140,7 +140,7 @@ class Fit:
                 save()
                 clock.reset()
             if stopping:
-                self.ranks.wait()  # one writes for all, and is ended when another ends
+                self.processes.wait()  # one writes for all, and is ended when another ends
                 raise Interrupted
 
         with deferred_interrupt() as interrupted:
@@ -170,12 +170,12 @@ class Fit:
                 state.step,
                 self.workers,
                 training=True,
-                ranks=self.ranks,
+                processes=self.processes,
             )
             note, logged, start = "", (state.step, float(state.loss_sum)), time.perf_counter()
             self._unchecked.clear()
             for x_NCHW, labels in steps:
-                torch.manual_seed(_step_seed(recipe.seed, self.phase, state.epoch, state.step, self.ranks.rank))
+                torch.manual_seed(_step_seed(recipe.seed, self.phase, state.epoch, state.step, self.processes.rank))
                 ends_step = (state.step + 1) % recipe.accumulate == 0 or state.step + 1 == self.total
                 loss = self._step_that_fits(x_NCHW, labels, ends_step)
                 state.step += 1
@@ -193,7 +193,7 @@ class Fit:
                     self.log.add(self.phase, self._steps_done(), figures)
                     logged, start = (state.step, loss_sum), time.perf_counter()
                 task.advance(note=note)
-                yield ends_step and state.step < self.total and (checked or self.ranks.size == 1)
+                yield ends_step and state.step < self.total and (checked or self.processes.world_size == 1)
 
     def _step_that_fits(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:
         """``_step``. Raises UserError where the GPU's memory does not do for it."""
@@ -225,12 +225,14 @@ class Fit:
         targets = labels.to(self.compute.device, non_blocking=True)
         if self._mix is not None:
             x, targets = self._mix(x, targets)
-        share = self.ranks.size * len(x) / self._images_of_step(first)  # of which the mean over processes is taken
-        with nullcontext() if ends_step else averaging_later(self._forward):
+        share = (
+            self.processes.world_size * len(x) / self._images_of_step(first)
+        )  # of which the mean over processes is taken
+        with nullcontext() if ends_step else without_averaging(self._forward):
             with self.compute.autocast():
                 output = self._forward(x)
             loss = self.objective(output, targets, x)
-            if loss.device.type == "cpu" and self.ranks.size == 1 and not loss.detach().isfinite():
+            if loss.device.type == "cpu" and self.processes.world_size == 1 and not loss.detach().isfinite():
                 return loss.detach()  # the weights stay as they are; on a GPU the scaler sees to it without waiting
             self._scaler.scale(loss * share).backward()
         if ends_step:
@@ -241,7 +243,7 @@ class Fit:
             self._scaler.update()
             optimizer.zero_grad(set_to_none=True)
             if self._average is not None:
-                follow(self._average, self.model, recipe.ema)
+                update_average(self._average, self.model, recipe.ema)
         return loss.detach()
 
     def _images_of_step(self, first: int) -> int:
@@ -266,7 +268,7 @@ class Fit:
 
         Raises UserError when it is not finite, or when steps were left out because their gradients were not.
         """
-        self.state.loss_sum = self.ranks.mean(float(self.state.loss_sum))
+        self.state.loss_sum = self.processes.mean(float(self.state.loss_sum))
         if not math.isfinite(self.state.loss_sum):
             raise self._diverged(f"the loss became {self.state.loss_sum}")
         if self._scaler.is_enabled() and self._scaler.get_scale() < self.compute.least_scale:
@@ -282,7 +284,7 @@ class Fit:
         """Validates, keeps the best weights, moves the state to the next epoch."""
         state, recipe = self.state, self.recipe
         for model in self._models:
-            self.ranks.take_buffers_of_first(model)
+            self.processes.take_buffers_of_first(model)
         given = (self.result, self.data.validation, recipe.batch_size, self.compute, self.workers)
         measured = self._beside_graphs(lambda: evaluate(*given))
         train_loss = float(state.loss_sum) / max(self.total, 1)
@@ -317,14 +319,14 @@ class Fit:
             self._optimizer.zero_grad(set_to_none=True)
             self._step(x_NCHW[:images], labels[:images], ends_step=False)
 
-        self._forward = unwrapped(self._forward)  # what others wait for is not sent any more
-        recipe, parameters, processes = self.recipe, self.model.parameters(), self.ranks.size
+        self._forward = unwrap(self._forward)  # what others wait for is not sent any more
+        recipe, parameters, world_size = self.recipe, self.model.parameters(), self.processes.world_size
         moments = [] if self._optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]
-        fits = processes * fitting_batch(step, len(x_NCHW))
+        fits = world_size * largest_fitting_batch(step, len(x_NCHW))
         del moments  # what the optimizer will take, which its first step would
-        found = f"the GPU has not enough free memory for batches of {processes * len(x_NCHW)} images"
+        found = f"the GPU has not enough free memory for batches of {world_size * len(x_NCHW)} images"
         if not fits:
-            return UserError(f"{found}, nor for {2 * processes}: free some, or give a smaller --image-size")
+            return UserError(f"{found}, nor for {2 * world_size}: free some, or give a smaller --image-size")
         times = -(-recipe.batch_size * recipe.accumulate // fits)
         made = f"which makes steps of {fits * times} images"
         return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times}, {made}")

@@ -9,7 +9,8 @@ import pytest
 
 from deploy import cuda
 from deploy.arrays import read_inputs, size_in_bytes, sized
-from qat.base.artifact import TensorSpec, UserError
+from qat.base.artifact import TensorSpec
+from qat.base.errors import UserError
 
 IMAGE = TensorSpec("image", (-1, 3, 4, 4), "float32")
 MASK = TensorSpec("mask", (-1, 4), "uint8")

@@ -11,8 +11,8 @@ from qdq_models import classifier, transposed_convolution
 from deploy import audit, build
 from deploy.audit import AuditOptions, EngineAudit
 from deploy.layers import EngineLayer
-from deploy.precision import Finding
-from qat.base.artifact import UserError
+from deploy.precision import PrecisionFinding
+from qat.base.errors import UserError
 
 
 def engine(make, folder: Path) -> Path:
@@ -84,7 +84,9 @@ def test_formats_have_short_names(words, short):
 
 def test_a_layer_survives_its_json(tmp_path):
     one = layer("conv + relu", "CaskConvolution", ("INT8",), ("conv", "relu"), format="f", tactic="t")
-    entry = json.loads(json.dumps(EngineAudit((one,), (Finding("conv", "convolution", True, "INT8"),)).to_json()))
+    entry = json.loads(
+        json.dumps(EngineAudit((one,), (PrecisionFinding("conv", "convolution", True, "INT8"),)).to_json())
+    )
     assert EngineLayer.from_json(entry["layers"][0]) == one
 
 

@@ -10,11 +10,11 @@ import pytest
 from qdq_models import residual
 
 from deploy import cuda
-from deploy.benchmark import Bench, BenchmarkOptions, _check_names, _columns, _named, main
+from deploy.benchmark import Bench, BenchmarkOptions, _candidates, _check_names, _named, main
 from deploy.builder import Repetition, build
-from deploy.candidates import Column, Contenders
+from deploy.candidates import Candidate, CandidateEngines
 from deploy.trt import Toolkit, find_toolkit
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def model(tmp_path: Path) -> Path:
 
 def test_a_strongly_typed_version_leaves_out_what_it_does_not_have(model, capfd):
     toolkit = find_toolkit("tensorrt-rtx")
-    columns = _columns(BenchmarkOptions(model=model, ptq=model), toolkit)
+    candidates = _candidates(BenchmarkOptions(model=model, ptq=model), toolkit)
     floats = model.with_name("m.float32.onnx")
-    assert columns == [
-        Column("FP32", floats, "fp32"),
-        Column("TF32", floats, "tf32"),
-        Column("INT8 (post-training)", model, "explicit"),
-        Column("INT8 (QAT)", model, "explicit"),
+    assert candidates == [
+        Candidate("FP32", floats, "fp32"),
+        Candidate("TF32", floats, "tf32"),
+        Candidate("INT8 (post-training)", model, "explicit"),
+        Candidate("INT8 (QAT)", model, "explicit"),
     ]
     warnings = " ".join(capfd.readouterr().err.split())
     assert "warning: FP16 is left out: TensorRT-RTX" in warnings
@@ -41,14 +41,14 @@ def test_a_strongly_typed_version_leaves_out_what_it_does_not_have(model, capfd)
 def test_a_float16_file_stands_for_the_flag(model):
     half = residual(model.with_name("m.float16.onnx"), quantize=False)
     toolkit = find_toolkit("tensorrt-rtx")
-    columns = _columns(BenchmarkOptions(model=model, precisions=("fp16",)), toolkit)
-    assert columns[0] == Column("FP16", half, "explicit")
+    candidates = _candidates(BenchmarkOptions(model=model, precisions=("fp16",)), toolkit)
+    assert candidates[0] == Candidate("FP16", half, "explicit")
 
 
 def test_a_missing_float_file_says_how_to_make_it(tmp_path):
     model = residual(tmp_path / "m.onnx")
     with pytest.raises(UserError, match=r"m\.float32\.onnx for FP32: make it with python -m export\.onnx"):
-        _columns(BenchmarkOptions(model=model), find_toolkit("tensorrt-rtx"))
+        _candidates(BenchmarkOptions(model=model), find_toolkit("tensorrt-rtx"))
 
 
 def test_named_files(model):
@@ -71,7 +71,7 @@ def test_options_that_measure_nothing(model):
 
 def test_names_that_would_be_taken_for_each_other(model):
     def check(*names: str) -> None:
-        _check_names([Column(name, model, "explicit") for name in names])
+        _check_names([Candidate(name, model, "explicit") for name in names])
 
     check("FP16", "INT8 (QAT)", "INT8 (QAT), zero channels", "peer", "uint8 input")
     for names in (["FP16", "FP16"], ["a b", "a-b"], ["INT8--QAT-"]):
@@ -99,12 +99,12 @@ def toolkit(model, claims, monkeypatch) -> Toolkit:
 
 
 def test_an_engine_is_kept_for_runs_of_the_same_repetition(model, toolkit, capfd):
-    column = Column("INT8 (QAT)", model, "explicit")
+    candidate = Candidate("INT8 (QAT)", model, "explicit")
     for repeat, built_anew in ((2, True), (2, False), (3, True), (2, True)):
-        contenders = Contenders(toolkit, model.parent / "engines", repeat, 3, None)
-        plan = contenders.engine(column, 4)
+        engines = CandidateEngines(toolkit, model.parent / "engines", repeat, 3, None)
+        plan = engines.engine(candidate, 4)
         assert plan == (model.parent / "engines" / "INT8--QAT--4.engine").read_bytes()
-        (entry,) = contenders.builds
+        (entry,) = engines.builds
         assert entry["built_in_this_run"] == built_anew
         assert len(entry["repetition"]["milliseconds"]) == repeat
         assert entry["repetition"]["spread_percent"] == 2 * (repeat - 1)
@@ -112,7 +112,7 @@ def test_an_engine_is_kept_for_runs_of_the_same_repetition(model, toolkit, capfd
 
 
 def test_timings_of_kernels_outlive_the_engine(model, toolkit, monkeypatch, capfd):
-    """A changed model is built with the timings that its last engine left, another column with those of this run."""
+    """A changed model is built with the timings that its last engine left, another candidate with those of this run."""
     given = []
 
     def timed(toolkit, path, settings, timing_cache):
@@ -124,10 +124,10 @@ def test_timings_of_kernels_outlive_the_engine(model, toolkit, monkeypatch, capf
     monkeypatch.setattr("deploy.builder.build", timed)
 
     def builds(*names: str) -> list[dict[str, Any]]:
-        contenders = Contenders(toolkit, model.parent / "engines", 1, 3, None)
+        engines = CandidateEngines(toolkit, model.parent / "engines", 1, 3, None)
         for name in names:
-            contenders.engine(Column(name, model, "explicit"), 4)
-        return contenders.builds
+            engines.engine(Candidate(name, model, "explicit"), 4)
+        return engines.builds
 
     assert [entry["timing_cache"] for entry in builds("a", "b")] == ["created", "reused"]
     capfd.readouterr()
@@ -143,31 +143,31 @@ def test_timings_of_kernels_outlive_the_engine(model, toolkit, monkeypatch, capf
 
 def test_runs_share_the_builds(model, toolkit, claims, capfd):
     """What another run has claimed is left to it; a claim ends with the build, also where that fails."""
-    contenders = Contenders(toolkit, model.parent / "engines", 2, 3, None)
-    engine = contenders.folder / "a-4.engine"
-    claim = contenders.folder / "a-4.engine.claim"
+    engines = CandidateEngines(toolkit, model.parent / "engines", 2, 3, None)
+    engine = engines.folder / "a-4.engine"
+    claim = engines.folder / "a-4.engine.claim"
     claim.parent.mkdir()
     claim.touch()
-    contenders.build_if_free(Column("a", model, "explicit"), 4)
+    engines.build_if_free(Candidate("a", model, "explicit"), 4)
     assert not engine.exists()
     assert claim.exists()
     assert f"a for batch 4 is left to the run that made {claim}" in " ".join(capfd.readouterr().out.split())
     claim.unlink()
-    contenders.build_if_free(Column("a", model, "explicit"), 4)
+    engines.build_if_free(Candidate("a", model, "explicit"), 4)
     assert engine.exists()
     assert not claim.exists()
     assert claims == [1]
     with pytest.raises(UserError, match="cannot parse"):
-        contenders.build_if_free(Column("b", model.parent / "engines" / "a-4.engine", "explicit"), 4)
-    assert not list(contenders.folder.glob("*.claim"))
+        engines.build_if_free(Candidate("b", model.parent / "engines" / "a-4.engine", "explicit"), 4)
+    assert not list(engines.folder.glob("*.claim"))
 
 
 def test_a_peer_that_is_refused_is_left_out(model, toolkit, tmp_path, capfd):
     (tmp_path / "broken.onnx").write_bytes(b"no network")
-    broken, ours = Column("peer", tmp_path / "broken.onnx", "explicit"), Column("INT8 (QAT)", model, "explicit")
+    broken, ours = Candidate("peer", tmp_path / "broken.onnx", "explicit"), Candidate("INT8 (QAT)", model, "explicit")
     bench = Bench(toolkit, BenchmarkOptions(model=model, repeat=2), [broken])
     bench.build([(broken, 4), (ours, 4), (ours, 4)])
-    assert [entry["name"] for entry in bench.contenders.builds] == ["INT8 (QAT)"]
+    assert [entry["name"] for entry in bench.engines.builds] == ["INT8 (QAT)"]
     ((name, batch, error),) = [tuple(entry.values()) for entry in bench.left_out]
     assert (name, batch) == ("peer", 4)
     assert "broken.onnx" in error
@@ -179,8 +179,8 @@ def test_a_peer_that_is_refused_is_left_out(model, toolkit, tmp_path, capfd):
 def test_variants_are_columns_of_their_own(model):
     padded = residual(model.with_name("m.padded.onnx"))
     options = BenchmarkOptions(model=model, precisions=(), variants=(f"zero channels={padded}",))
-    columns = _columns(options, find_toolkit("tensorrt-rtx"))
-    assert columns == [
-        Column("INT8 (QAT)", model, "explicit"),
-        Column("INT8 (QAT), zero channels", padded, "explicit"),
+    candidates = _candidates(options, find_toolkit("tensorrt-rtx"))
+    assert candidates == [
+        Candidate("INT8 (QAT)", model, "explicit"),
+        Candidate("INT8 (QAT), zero channels", padded, "explicit"),
     ]

@@ -23,11 +23,13 @@ from qdq_models import (
 )
 
 from deploy import cuda
-from deploy.build import EXIT_NOT_INT8, Options, _build, main
+from deploy.build import Options, _build, main
 from deploy.builder import Repetition
 from deploy.trt import find_toolkit
 from export.session import session
-from qat.base.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of, sidecar_path, write_artifact
+from qat.base.artifact import Sidecar, TensorSpec, read_sidecar, sha256_of, sidecar_path, write_artifact
+from qat.base.errors import UserError
+from qat.base.exit_codes import NOT_INT8
 
 
 def build(model: Path, **options) -> int:
@@ -111,7 +113,7 @@ def test_fixed_batch_needs_no_profile(tmp_path):
 )
 def test_declared_int8_that_is_float_exits_3_and_writes(make, node, tmp_path, capsys):
     path = make(tmp_path / "m.onnx")
-    assert build(path, compute_capabilities=("8.9",)) == EXIT_NOT_INT8
+    assert build(path, compute_capabilities=("8.9",)) == NOT_INT8
     sidecar = read_sidecar(tmp_path / "m.engine", "engine")
     assert sidecar.figures["convolutions_int8"] == 0
     output = capsys.readouterr()

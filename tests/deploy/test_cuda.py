@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deploy import cuda
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is a package of Linux")
 

@@ -10,7 +10,8 @@ import pytest
 from deploy.evaluate import Answers, EvaluateOptions, _images, engine_logits, main
 from deploy.reference import read_reference
 from deploy.settings import Profile
-from qat.base.artifact import UserError, read_sidecar
+from qat.base.artifact import read_sidecar
+from qat.base.errors import UserError
 
 
 def test_accuracy_and_agreement():

@@ -140,6 +140,6 @@ def test_nodes_of_a_real_network_bear_the_names_of_a_real_engine(tmp_path):
     toolkit = find_toolkit("tensorrt-rtx")
     model = qdq_models.residual(tmp_path / "model.onnx")
     layers = build(toolkit, model, BuildSettings()).audit.layers
-    charged = LayerCosts.of(toolkit, model).charge([(layer, 1.0) for layer in layers])
+    charged = LayerCosts.from_model(toolkit, model).charge([(layer, 1.0) for layer in layers])
     products = {"/stem/Conv": 1, "/conv1/Conv": 1, "/conv2/Conv": 1, "/logits/Gemm": 1}
     assert charged == products | {"": len(layers) - len(products)}  # generated kernels bear no names of nodes

@@ -17,7 +17,9 @@ def latency(median: float, spread: float = 0.01, batch: int = 32) -> Latency:
 
 
 def test_percentiles_of_single_measurements():
-    found = Latency.of(32, [float(value) for value in np.random.default_rng(0).permutation(np.arange(1001.0))])
+    found = Latency.from_milliseconds(
+        32, [float(value) for value in np.random.default_rng(0).permutation(np.arange(1001.0))]
+    )
     assert (found.runs, found.median, found.low, found.high, found.p99) == (1001, 500, 50, 950, 990)
     assert found.images_per_second == pytest.approx(64)
     assert found.to_json()["images_per_second"] == 64
@@ -50,7 +52,7 @@ def test_every_engine_is_measured_after_every_other_one(monkeypatch):
             pass
 
     class Fake:
-        """Engine, lane and bound in one."""
+        """Engine, executor and bound in one."""
 
         stream, uses_graph = None, True
 
@@ -58,7 +60,7 @@ def test_every_engine_is_measured_after_every_other_one(monkeypatch):
             self.name = name
 
         @contextmanager
-        def all_lanes(self):
+        def all_executors(self):
             yield [self]
 
         def bind(self, batch):

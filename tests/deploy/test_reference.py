@@ -12,7 +12,8 @@ import torch
 
 from deploy.reference import network_input, read_reference
 from export.session import session
-from qat.base.artifact import Sidecar, TensorSpec, UserError, read_sidecar, sha256_of
+from qat.base.artifact import Sidecar, TensorSpec, read_sidecar, sha256_of
+from qat.base.errors import UserError
 from qat.data.preprocessing import Preprocessing
 
 FLOAT = TensorSpec("input", (-1, 3, 16, 16), "float32")

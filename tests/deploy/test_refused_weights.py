@@ -10,7 +10,7 @@ from qdq_models import siblings
 from deploy.builder import build
 from deploy.settings import BuildSettings
 from deploy.trt import Toolkit, find_toolkit
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 SETTINGS = BuildSettings(capabilities=("8.9",))
 TRT_8_6 = "2: [graphOptimizer.cpp::chooseHigherPrecision::7079] Error Code 2: Internal Error (Assertion dt1 failed. )"

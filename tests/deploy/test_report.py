@@ -18,7 +18,8 @@ from deploy import build
 from deploy.report import ReportOptions, _ticks, main, render
 from export.options import QuantizeOptions
 from export.post_training import quantize_file
-from qat.base.artifact import Sidecar, UserError, read_sidecar, sidecar_path, write_artifact
+from qat.base.artifact import Sidecar, read_sidecar, sidecar_path, write_artifact
+from qat.base.errors import UserError
 
 NAMES = ("model.qat", "model.onnx", "model.engine")
 

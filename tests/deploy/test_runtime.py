@@ -17,7 +17,8 @@ import pytest
 from deploy import cuda
 from deploy.runtime import Engine
 from deploy.settings import Profile
-from qat.base.artifact import TensorSpec, UserError, sidecar_path
+from qat.base.artifact import TensorSpec, sidecar_path
+from qat.base.errors import UserError
 
 
 @pytest.fixture
@@ -58,7 +59,8 @@ def test_no_gpu_is_one_line_with_what_to_do(engine):
         assert refused(engine, **options).endswith("run this on a machine with an NVIDIA GPU and its driver")
 
 
-# --- faults: the lanes are stand-ins, since a broken GPU cannot be had; on a working one tests/gpu runs the real ones
+# --- faults: the executors are stand-ins, since a broken GPU cannot be had; on a working one tests/gpu runs the real
+# ones
 
 
 class BrokenLane:
@@ -87,16 +89,16 @@ class BrokenLane:
             raise RuntimeError("cudaStreamSynchronize: cudaErrorIllegalAddress")
 
 
-def engine_of(lanes: list[BrokenLane], monkeypatch: pytest.MonkeyPatch) -> Engine:
+def engine_of(executors: list[BrokenLane], monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(cuda, "use_device", lambda number: None)
     engine = Engine.__new__(Engine)
     engine.inputs, engine.profiles = (TensorSpec("x", (-1, 2), "float32"),), (Profile(1, 2, 4),)
     engine.lock, engine._closed, engine._device = threading.Lock(), False, 0
-    engine._all, engine.contexts = threading.Lock(), len(lanes)
-    engine._maps, engine._free, engine._lanes = weakref.WeakSet(), queue.Queue(), lanes  # type: ignore[assignment]
+    engine._all, engine.contexts = threading.Lock(), len(executors)
+    engine._maps, engine._free, engine._executors = weakref.WeakSet(), queue.Queue(), executors  # type: ignore[assignment]
     engine.plan = engine._runtime = None  # type: ignore[assignment]
-    for lane in lanes:
-        engine._free.put(lane)  # type: ignore[arg-type]
+    for executor in executors:
+        engine._free.put(executor)  # type: ignore[arg-type]
     return engine
 
 
@@ -121,8 +123,8 @@ X = np.zeros((2, 2), np.float32)
 
 
 def test_a_fault_of_the_gpu_ends_in_errors_not_in_waiting(monkeypatch):
-    lanes = [BrokenLane(1), BrokenLane(1)]
-    engine = engine_of(lanes, monkeypatch)
+    executors = [BrokenLane(1), BrokenLane(1)]
+    engine = engine_of(executors, monkeypatch)
 
     def work() -> None:
         with engine:
@@ -131,14 +133,14 @@ def test_a_fault_of_the_gpu_ends_in_errors_not_in_waiting(monkeypatch):
 
     (error,) = within_seconds(work)
     assert "cudaErrorIllegalAddress" in str(error)
-    assert all(lane.closed for lane in lanes)
+    assert all(executor.closed for executor in executors)
     with pytest.raises(ValueError, match="the engine is closed"):
         engine(X)
 
 
 def test_a_fault_in_the_middle_of_a_map(monkeypatch):
-    lanes = [BrokenLane(2), BrokenLane(2), BrokenLane(2)]
-    engine = engine_of(lanes, monkeypatch)
+    executors = [BrokenLane(2), BrokenLane(2), BrokenLane(2)]
+    engine = engine_of(executors, monkeypatch)
 
     def work() -> None:
         with engine:
@@ -146,7 +148,7 @@ def test_a_fault_in_the_middle_of_a_map(monkeypatch):
 
     (error,) = within_seconds(work)
     assert "cudaErrorIllegalAddress" in str(error)
-    assert all(lane.closed for lane in lanes)
+    assert all(executor.closed for executor in executors)
 
 
 def test_an_engine_is_closed_while_a_map_is_held(monkeypatch):
@@ -219,10 +221,10 @@ def test_a_map_that_was_ended_does_not_look_complete(monkeypatch):
 
 def test_all_lanes_that_cannot_be_had_are_given_back(monkeypatch):
     engine = engine_of([BrokenLane(99) for _ in range(3)], monkeypatch)
-    busy = [engine._wait_for_lane(), engine._wait_for_lane()]
+    busy = [engine._wait_for_executor(), engine._wait_for_executor()]
 
     def measure() -> None:
-        with engine.all_lanes():
+        with engine.all_executors():
             raise AssertionError("the engine is being closed")
 
     raised: list[BaseException] = []
@@ -232,8 +234,8 @@ def test_all_lanes_that_cannot_be_had_are_given_back(monkeypatch):
     closing = threading.Thread(target=engine.close, daemon=True)
     closing.start()
     time.sleep(0.05)
-    for lane in busy:
-        engine._give(lane)
+    for executor in busy:
+        engine._give(executor)
     closing.join(10)
     measuring.join(10)
     assert not closing.is_alive()
@@ -241,15 +243,15 @@ def test_all_lanes_that_cannot_be_had_are_given_back(monkeypatch):
 
 
 def test_a_fault_while_a_held_map_is_ended_frees_the_rest(monkeypatch):
-    lanes = [BrokenLane(2), BrokenLane(2)]
-    engine = engine_of(lanes, monkeypatch)
+    executors = [BrokenLane(2), BrokenLane(2)]
+    engine = engine_of(executors, monkeypatch)
     running = engine.map([X] * 9)
     next(running)
-    for lane in lanes:
-        lane.left = -1
+    for executor in executors:
+        executor.left = -1
     (error,) = within_seconds(engine.close)
     assert "cudaErrorIllegalAddress" in str(error)
-    assert all(lane.closed for lane in lanes)
+    assert all(executor.closed for executor in executors)
     assert not hasattr(engine, "plan")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deploy.settings import BuildSettings, Profile
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 
 def test_profiles_are_parsed():

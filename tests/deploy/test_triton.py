@@ -15,7 +15,8 @@ from commands import ROOT, Run
 from google.protobuf import json_format, text_format
 
 from deploy.triton import PAGE_MARK, TritonOptions, load_schema, main
-from qat.base.artifact import Kind, Sidecar, TensorSpec, UserError, sidecar_path, write_artifact
+from qat.base.artifact import OpKind, Sidecar, TensorSpec, sidecar_path, write_artifact
+from qat.base.errors import UserError
 
 ONE = ({"min": 1, "opt": 8, "max": 32},)
 SEVERAL = ({"min": 1, "opt": 1, "max": 1}, {"min": 1, "opt": 16, "max": 64}, {"min": 2, "opt": 8, "max": 16})
@@ -37,7 +38,7 @@ def write_engine(
     inputs: Sequence[TensorSpec] = (TensorSpec("input", (-1, 3, 28, 20), "float32"),),
     outputs: Sequence[TensorSpec] = (TensorSpec("logits", (-1, 3), "float32"),),
     class_names: Sequence[str] = ("cat", "dog", "sea lion"),
-    kind: Kind = "engine",
+    kind: OpKind = "engine",
     plan: bytes = b"a plan",
     preprocessing: dict[str, Any] = PREPROCESSING,
     **details: Any,

@@ -1,4 +1,4 @@
-"""Finding a builder, and what the rest of deploy/ is told about it. All on the real TensorRT-RTX."""
+"""PrecisionFinding a builder, and what the rest of deploy/ is told about it. All on the real TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qdq_models import convolution
 from deploy.buildlog import BuildLog
 from deploy.settings import BuildSettings
 from deploy.trt import find_toolkit, numpy_name
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from export.emit import _plain_shapes, emit, example_input, with_ends
 from export.fold import fold, fold_float
 from export.hard_rules import hard_findings
 from export.session import session, sqnr_db
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.quantizer import ActivationQuantizer

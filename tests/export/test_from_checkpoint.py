@@ -22,7 +22,8 @@ from export.fold import fold
 from export.from_checkpoint import export_checkpoint
 from export.options import ExportOptions
 from export.session import run, session, session_with_tensors
-from qat.base.artifact import Parent, Sidecar, TensorSpec, UserError, read_parent, read_sidecar, sha256_of
+from qat.base.artifact import Parent, Sidecar, TensorSpec, read_parent, read_sidecar, sha256_of
+from qat.base.errors import UserError
 from qat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer

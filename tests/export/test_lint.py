@@ -19,11 +19,11 @@ from onnx_graphs import Graph, save
 from deploy.builder import build
 from deploy.settings import BuildSettings
 from deploy.trt import find_toolkit
-from export.findings import Finding
+from export.findings import LintFinding
 from export.hard_rules import hard_findings
 from export.lint import lint
 from export.read import read_onnx
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 
 Part = Callable[[Graph], str]
 Verdict = Literal["INT8", "float", "refused"]
@@ -456,7 +456,7 @@ def judged(toolkit, path: Path) -> str:
     return "INT8" if audit.findings and all(found.precision == "INT8" for found in audit.findings) else "float"
 
 
-def found(path: Path) -> list[Finding]:
+def found(path: Path) -> list[LintFinding]:
     return hard_findings(read_onnx(path))
 
 

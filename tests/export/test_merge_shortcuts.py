@@ -27,7 +27,8 @@ from export.merge_shortcuts import merge_shortcuts
 from export.options import ExportOptions
 from export.pad_channels import CHANNELS, pad_channels
 from export.session import session, sqnr_db
-from qat.base.artifact import UserError, read_sidecar
+from qat.base.artifact import read_sidecar
+from qat.base.errors import UserError
 from qat.calibration.activation_ranges import calibrate
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.quantizer import SCALE_FLOOR

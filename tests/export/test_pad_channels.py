@@ -22,7 +22,8 @@ from export.from_checkpoint import export_checkpoint
 from export.options import ExportOptions
 from export.pad_channels import CHANNELS, pad_channels
 from export.session import session
-from qat.base.artifact import UserError, read_sidecar
+from qat.base.artifact import read_sidecar
+from qat.base.errors import UserError
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.quantizer import ActivationQuantizer
 

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx_graphs import Graph, save
 
-from export.findings import Finding
+from export.findings import LintFinding
 from export.hard_rules import hard_findings
 from export.onnx_network import network_from_onnx
 from export.placement_rules import placement_findings, sentence
@@ -22,7 +22,7 @@ DOUBLED = np.array([1, 1, 2, 2], np.float32)
 def findings(tmp_path: Path):
     """What is found of the placement of a model, which breaks no hard rule."""
 
-    def find(model: onnx.ModelProto) -> list[Finding]:
+    def find(model: onnx.ModelProto) -> list[LintFinding]:
         read = read_onnx(save(model, tmp_path / "m.onnx"))
         assert hard_findings(read) == []
         found = placement_findings(network_from_onnx(read))
@@ -32,7 +32,7 @@ def findings(tmp_path: Path):
     return find
 
 
-def named(findings: list[Finding]) -> list[tuple[str, str]]:
+def named(findings: list[LintFinding]) -> list[tuple[str, str]]:
     return [(finding.node, finding.rule) for finding in findings]
 
 

@@ -23,7 +23,8 @@ from export.options import QuantizeOptions
 from export.post_training import quantize_file
 from export.read import read_onnx
 from export.session import run, session, sqnr_db
-from qat.base.artifact import UserError, read_sidecar
+from qat.base.artifact import read_sidecar
+from qat.base.errors import UserError
 
 
 class Net(nn.Module):

@@ -15,7 +15,8 @@ import qdq_models
 from deploy import build
 from deploy.runtime import Engine
 from deploy.trt import Toolkit, find_toolkit
-from qat.base.artifact import Sidecar, TensorSpec, UserError, sha256_of, write_artifact
+from qat.base.artifact import Sidecar, TensorSpec, sha256_of, write_artifact
+from qat.base.errors import UserError
 
 
 def _toolkit() -> Toolkit | str:

@@ -13,7 +13,9 @@ import qdq_models
 
 from deploy import audit, benchmark, build, evaluate
 from deploy.runtime import Engine
-from qat.base.artifact import UserError, read_sidecar, sidecar_path
+from qat.base.artifact import read_sidecar, sidecar_path
+from qat.base.errors import UserError
+from qat.base.exit_codes import DISAGREES, NOT_INT8
 
 
 def built(model: Path, name: str, **options) -> Path:
@@ -62,7 +64,7 @@ def test_uint8_input_builds_and_answers(tmp_path, float_weights):
     sidecar = read_sidecar(path, "engine")
     assert sidecar.figures["convolutions_int8"] == 3
     last = sidecar.details["findings"][-1]
-    assert code == (0 if last["precision"] == "INT8" else build.EXIT_NOT_INT8)
+    assert code == (0 if last["precision"] == "INT8" else NOT_INT8)
     assert last["precision"] == "INT8" or "handed over as a whole" in last["cause"]
     with Engine.load(path) as engine:
         assert engine.inputs[0].dtype == "uint8"
@@ -266,7 +268,7 @@ def test_the_first_layer_that_differs_is_named(family, tmp_path):
     planted = qdq_models.residual(tmp_path / "planted.onnx", weights_of={"conv1": 99})
     output = tmp_path / "evaluation.json"
     options = evaluate.EvaluateOptions(engine=family / "model.engine", onnx=planted, json=output)
-    assert evaluate.main(options) == evaluate.EXIT_DISAGREES
+    assert evaluate.main(options) == DISAGREES
     assert json.loads(output.read_text())["first_difference"] | {"sqnr_db": 0} == {
         "node": "/relu1/Relu",
         "tensor": "relu1",

@@ -13,9 +13,10 @@ import pytest
 
 from deploy import cuda
 from deploy.arrays import DeviceArray
-from deploy.executor import GRAPHS_PER_LANE
+from deploy.executor import GRAPHS_PER_EXECUTOR
 from deploy.runtime import Engine
-from qat.base.artifact import UserError, read_sidecar, sidecar_path, write_artifact
+from qat.base.artifact import read_sidecar, sidecar_path, write_artifact
+from qat.base.errors import UserError
 
 
 def on_gpu(array: np.ndarray) -> DeviceArray:
@@ -36,8 +37,8 @@ def close(found: np.ndarray, expected: np.ndarray) -> bool:
 @pytest.mark.parametrize("batch", [1, 4, 8, 9, 20, 32])
 def test_answers_of_both_profiles_are_onnx_runtimes(engine, images, expected, batch):
     assert close(engine(images[:batch]), expected[:batch])
-    with engine.all_lanes() as lanes:
-        assert lanes[0].bind(batch).uses_graph
+    with engine.all_executors() as executors:
+        assert executors[0].bind(batch).uses_graph
 
 
 def test_what_the_engine_says_of_itself(engine):
@@ -115,7 +116,7 @@ def test_a_map_that_is_left_early_gives_its_lanes_back(engine, images):
 
 
 def test_more_batch_sizes_than_graphs_are_kept(engine, images):
-    wanted = {batch: engine(images[:batch]) for batch in range(1, GRAPHS_PER_LANE + 9)}
+    wanted = {batch: engine(images[:batch]) for batch in range(1, GRAPHS_PER_EXECUTOR + 9)}
     for batch, found in wanted.items():
         assert np.array_equal(engine(images[:batch]), found)
 
@@ -160,13 +161,13 @@ def test_gpu_results_are_read_while_another_thread_captures(engine_path, images)
         reader = threading.Thread(target=read)
         reader.start()
         try:
-            for batch in range(1, GRAPHS_PER_LANE):
+            for batch in range(1, GRAPHS_PER_EXECUTOR):
                 engine(images[:batch])
         finally:
             stop.set()
             reader.join(30)
-        with engine.all_lanes() as lanes:
-            assert all(lane.bind(batch).uses_graph for lane in lanes for batch in (1, 2, 5, 8, 12))
+        with engine.all_executors() as executors:
+            assert all(executor.bind(batch).uses_graph for executor in executors for batch in (1, 2, 5, 8, 12))
 
 
 def test_closing_waits_for_running_calls_and_refuses_later_ones(engine_path, images):

@@ -12,25 +12,27 @@ import tiny
 
 torch = pytest.importorskip("torch")
 
-from compiled import gradient_errors  # noqa: E402
-from processes import NET, train  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from torchvision.models import resnet18  # noqa: E402
+from compiled import gradient_errors
+from processes import NET, train
+from safetensors.torch import load_file
+from torchvision.models import resnet18
 
-from qat.base.artifact import UserError, read_sidecar  # noqa: E402
-from qat.calibration.activation_ranges import calibrate, choose_ranges  # noqa: E402
-from qat.calibration.adaround import adaround  # noqa: E402
-from qat.calibration.histogram import BINS, HistogramObserver, check_finite  # noqa: E402
-from qat.checkpoint import load_checkpoint  # noqa: E402
-from qat.compute.device import Compute, exact_float32  # noqa: E402
-from qat.data.batches import batches as batches_of  # noqa: E402
-from qat.data.splits import load_data  # noqa: E402
-from qat.fake_quantize.prepare import learn_ranges, prepare, weights_and_quantizers  # noqa: E402
-from qat.models import ModelSpec, build_model  # noqa: E402
-from qat.options import TrainOptions  # noqa: E402
-from qat.run import run  # noqa: E402
-from qat.training.recipe import Recipe  # noqa: E402
-from qat.training.trainer import Fit  # noqa: E402
+from qat.base.artifact import read_sidecar
+from qat.base.errors import UserError
+from qat.calibration.activation_ranges import calibrate, choose_ranges
+from qat.calibration.adaround import adaround
+from qat.calibration.histogram import BINS, HistogramObserver, check_finite
+from qat.checkpoint import load_checkpoint
+from qat.compute.device import Compute, exact_float32
+from qat.data.batches import batches as batches_of
+from qat.data.splits import load_data
+from qat.fake_quantize.prepare import prepare, weights_and_quantizers
+from qat.fake_quantize.weight_ranges import learn_ranges
+from qat.models import ModelSpec, build_model
+from qat.options import TrainOptions
+from qat.run import run
+from qat.training.recipe import Recipe
+from qat.training.trainer import Fit
 
 DEVICE = "cuda"
 
@@ -138,7 +140,7 @@ def trained(folder: Path, **changes: Any) -> dict[str, float]:
 @pytest.mark.parametrize(("learns", "compiled"), [(False, False), (True, False), (True, True)])
 def test_no_step_waits_for_the_gpu(changes: dict[str, Any], learns: bool, compiled: bool, tmp_path: Path):
     """While the GPU computes a step the next ones are sent; only where the loss is looked at, the CPU waits."""
-    random, compute = np.random.default_rng(0), Compute.of(DEVICE, "bfloat16", compiled)
+    random, compute = np.random.default_rng(0), Compute.from_options(DEVICE, "bfloat16", compiled)
     images, labels = random.integers(0, 256, (400, 32, 32, 3), dtype=np.uint8), np.arange(400) % 3
     splits = {"train_images": images, "train_labels": labels, "test_images": images[:9], "test_labels": labels[:9]}
     np.savez(tmp_path / "data.npz", **splits)

@@ -22,7 +22,8 @@ import qat.post_training
 from deploy import build, report
 from export.from_checkpoint import export_checkpoint
 from export.options import ExportOptions
-from qat.base.artifact import Sidecar, UserError, read_sidecar
+from qat.base.artifact import Sidecar, read_sidecar
+from qat.base.errors import UserError
 from qat.checkpoint import load_checkpoint, training_data
 from qat.compute.device import Compute
 from qat.data.splits import Data, load_unlabelled

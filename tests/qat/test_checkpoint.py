@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError, read_sidecar, sha256_of, sidecar_path, write_artifact
+from qat.base.artifact import read_sidecar, sha256_of, sidecar_path, write_artifact
+from qat.base.errors import UserError
 from qat.calibration.activation_ranges import calibrate
 from qat.checkpoint import Checkpoint, load_checkpoint, load_state, save_checkpoint, save_state
 from qat.fake_quantize.prepare import placement_of, prepare

@@ -13,9 +13,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError
-from qat.data.preprocessing import Photographs
-from qat.models import ModelSpec, build_model, build_pretrained, load_weights, photographs_of
+from qat.base.errors import UserError
+from qat.data.preprocessing import ImagePreset
+from qat.models import ModelSpec, build_model, build_pretrained, load_weights, preset_of_weights
 
 NET = """
 from torch import nn
@@ -290,11 +290,11 @@ def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ],
 )
 def test_weights_tell_how_they_take_photographs(name: str, weights: str | None, size: int, short_side: int) -> None:
-    found = photographs_of(name, weights)
+    found = preset_of_weights(name, weights)
     assert (found.size, found.short_side) == (size, short_side)
 
 
 def test_weights_tell_their_mean_and_deviation() -> None:
-    assert photographs_of("efficientnet_v2_l", "DEFAULT").mean == (0.5, 0.5, 0.5)
-    assert photographs_of("timm/vit_base_patch16_224", "some.pth").std == (0.5, 0.5, 0.5)
-    assert photographs_of("resnet50", "DEFAULT").mean == Photographs().mean == (0.485, 0.456, 0.406)
+    assert preset_of_weights("efficientnet_v2_l", "DEFAULT").mean == (0.5, 0.5, 0.5)
+    assert preset_of_weights("timm/vit_base_patch16_224", "some.pth").std == (0.5, 0.5, 0.5)
+    assert preset_of_weights("resnet50", "DEFAULT").mean == ImagePreset().mean == (0.485, 0.456, 0.406)

@@ -20,7 +20,8 @@ from commands import ONE_THREAD, ROOT, Run, one_thread
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError, read_sidecar, sha256_of
+from qat.base.artifact import read_sidecar, sha256_of
+from qat.base.errors import UserError
 from qat.checkpoint import load_checkpoint, load_state
 from qat.compute.device import Compute
 from qat.data.batches import ImageSet

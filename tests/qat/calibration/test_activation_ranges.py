@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError
+from qat.base.choices import Calibrator
+from qat.base.errors import UserError
 from qat.calibration.activation_ranges import calibrate, observe, set_ranges
-from qat.calibration.thresholds import Method
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 
-METHODS = get_args(Method)
+METHODS = get_args(Calibrator)
 
 
 class Net(nn.Module):
@@ -65,7 +65,7 @@ class TestModel:
         assert model.norm.num_batches_tracked == 0
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_no_method_clips_above_the_exact_max(self, batches: list[Tensor], method: Method):
+    def test_no_method_clips_above_the_exact_max(self, batches: list[Tensor], method: Calibrator):
         model = Net()
         observers = observe(model, batches)
         set_ranges(model, observers, method)

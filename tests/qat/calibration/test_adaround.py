@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from export.fold import fold
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.calibration.activation_ranges import calibrate
 from qat.calibration.adaround import Rounded, adaround
 from qat.fake_quantize.low_bit import simulate_bits

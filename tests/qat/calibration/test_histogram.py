@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.calibration import histogram
 from qat.calibration.histogram import BINS, HistogramObserver, check_finite
 

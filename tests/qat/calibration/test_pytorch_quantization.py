@@ -12,7 +12,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.calibration.pytorch_quantization import set_imported_ranges, split_ranges
 from qat.checkpoint import load_checkpoint
 from qat.fake_quantize.prepare import activation_quantizers, prepare

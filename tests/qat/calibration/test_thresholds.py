@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.calibration import thresholds
 from qat.calibration.histogram import BINS, HistogramObserver
 from qat.fake_quantize.quantizer import fake_quantize, scale_from_amax

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat.compute.device import Compute
-from qat.compute.fused_relu import RectifiedQuantizer, merge_rectifiers
-from qat.fake_quantize.prepare import activation_quantizers, learn_ranges, prepare
+from qat.compute.fused_relu import FusedReluQuantizer, fuse_relus
+from qat.fake_quantize.prepare import activation_quantizers, prepare
 from qat.fake_quantize.quantizer import ActivationQuantizer
+from qat.fake_quantize.weight_ranges import learn_ranges
 
 
 class Net(nn.Module):
@@ -40,8 +41,8 @@ def prepared(model: nn.Module, amax: float = 1.0) -> fx.GraphModule:
     return made
 
 
-def merged_in(model: nn.Module) -> list[RectifiedQuantizer]:
-    return [module for module in merge_rectifiers(model).modules() if isinstance(module, RectifiedQuantizer)]
+def merged_in(model: nn.Module) -> list[FusedReluQuantizer]:
+    return [module for module in fuse_relus(model).modules() if isinstance(module, FusedReluQuantizer)]
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -51,7 +52,7 @@ def test_outputs_and_gradients_are_those_of_two_operations_bitwise(learned: bool
     if learned:
         learn_ranges(model)
     found = []
-    for network in (model, merge_rectifiers(model)):
+    for network in (model, fuse_relus(model)):
         x = images().requires_grad_()
         output = network(x)
         output.square().sum().backward()
@@ -81,7 +82,7 @@ def test_at_zero_and_at_the_ends_of_the_range(learned: bool):
 
 def test_modules_and_their_state_are_shared():
     model = prepared(Net())
-    merged = merge_rectifiers(model)
+    merged = fuse_relus(model)
     before = model.norm.running_mean.clone()
     merged.train()(images())
     assert not torch.equal(model.norm.running_mean, before)
@@ -96,7 +97,7 @@ def test_while_the_quantizer_only_passes_its_input_the_relu_stays(state: str):
         def forward(self, x: Tensor) -> None:
             seen.append(x)
 
-    merged = merge_rectifiers(model)
+    merged = fuse_relus(model)
     for quantizer in activation_quantizers(model).values():
         quantizer.observer, quantizer.enabled = (Observer() if state == "observed" else None), state != "disabled"
     assert torch.equal(merged.eval()(images()), model.eval()(images()))
@@ -127,7 +128,7 @@ def test_what_others_read_or_what_is_no_relu_is_not_merged(make: Callable[[], nn
     torch.manual_seed(0)
     model = prepared(make())
     assert merged_in(model) == []
-    assert torch.equal(merge_rectifiers(model).eval()(images()), model.eval()(images()))
+    assert torch.equal(fuse_relus(model).eval()(images()), model.eval()(images()))
 
 
 def saved_masks(network: nn.Module, x: Tensor) -> int:

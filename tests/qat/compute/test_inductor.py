@@ -20,7 +20,8 @@ from torch._inductor.utils import fresh_cache
 import qat.compute.inductor
 from qat.calibration.activation_ranges import calibrate
 from qat.compute.device import Compute
-from qat.fake_quantize.prepare import learn_ranges, prepare
+from qat.fake_quantize.prepare import prepare
+from qat.fake_quantize.weight_ranges import learn_ranges
 
 BLOCKS, SHAPE = 4, (4, 8, 16, 16)
 

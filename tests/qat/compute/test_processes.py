@@ -14,14 +14,15 @@ from processes import NET, train
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qat.base.artifact import UserError, read_sidecar
+from qat.base.artifact import read_sidecar
+from qat.base.errors import UserError
 from qat.calibration.histogram import HistogramObserver
-from qat.compute.processes import ALONE, Ranks
+from qat.compute.processes import SINGLE_PROCESS, Processes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("ranks")
+    made = tmp_path_factory.mktemp("processes")
     tiny.options(made)
     (made / "plain.py").write_text(NET)
     return made
@@ -133,7 +134,7 @@ def _observe_a_share(rank: int, size: int, order: list[int], file: str, output: 
     nn.init.constant_(model[1].weight, 0.0)
     with torch.no_grad():
         shares = [SEEN[i].reshape(-1, 1) for i in order[rank::size]]
-        found = observe(model, shares, ranks=Ranks(rank, size))
+        found = observe(model, shares, processes=Processes(rank, size))
     torch.save([(o.counts.clone(), o.limit.clone(), o.amax) for o in found.values()], f"{output}{rank}")
     torch.distributed.destroy_process_group()
 
@@ -155,13 +156,13 @@ def test_histograms_of_shares_are_merged_without_a_dead_lock(tmp_path: Path, ord
 
 def test_alone_nothing_is_sent() -> None:
     x = torch.ones(3)
-    assert ALONE.sums(1.0, 2.0) == [1.0, 2.0]
-    assert ALONE.any(True, False) == [True, False]
-    assert ALONE.mean(3.0) == 3.0
-    assert ALONE.add(x) is x
-    assert ALONE.parallel(model := torch.nn.Linear(1, 1)) is model
+    assert SINGLE_PROCESS.sums(1.0, 2.0) == [1.0, 2.0]
+    assert SINGLE_PROCESS.any(True, False) == [True, False]
+    assert SINGLE_PROCESS.mean(3.0) == 3.0
+    assert SINGLE_PROCESS.add(x) is x
+    assert SINGLE_PROCESS.parallel(model := torch.nn.Linear(1, 1)) is model
     with pytest.raises(UserError, match="such as 6"):
-        Ranks(0, 3).share_of(7)
+        Processes(0, 3).share_of(7)
 
 
 def test_an_observer_that_starts_anew_forgets() -> None:

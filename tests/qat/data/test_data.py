@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import qat.data.pixels
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.data.batches import ImageSet, batch_count, batches
-from qat.data.preprocessing import Photographs, Preprocessing
+from qat.data.preprocessing import ImagePreset, Preprocessing
 from qat.data.splits import SPLITS, Data, load_data, stratified_split
 
 # Python 3.12 and later warn of any fork in a process with threads, which torch always has.
@@ -273,13 +273,13 @@ def test_a_batch_is_shifted_and_mirrored_as_its_images_are(tmp_path: Path) -> No
 
 def test_photographs_are_taken_as_the_weights_have_it(tmp_path: Path) -> None:
     folder = str(make_folder(tmp_path))
-    others = Photographs(96, 100, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    others = ImagePreset(96, 100, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
     found = load_data(folder, None, 0, photographs=others).preprocessing
     assert found == Preprocessing(96, 96, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 100)
     assert load_data(folder, 192, 0, photographs=others).preprocessing.resize == 200
     assert load_data(folder, None, 0, photographs=found.photographs).preprocessing == found
     digits = load_data("digits", None, 0).preprocessing
-    assert digits.mean != Photographs().mean
+    assert digits.mean != ImagePreset().mean
     assert load_data("digits", None, 0, photographs=digits.photographs).preprocessing == digits
     assert load_data("digits", None, 0, photographs=others).preprocessing.mean == others.mean
     images = load_data(folder, None, 0, photographs=others).test

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from export.fold import fold
 from qat.base.artifact import read_sidecar
-from qat.calibration.activation_ranges import calibrate, weight_amax_mse
+from qat.calibration.activation_ranges import calibrate
 from qat.checkpoint import load_checkpoint
-from qat.fake_quantize.prepare import activation_quantizers, learn_ranges, prepare, weights_and_quantizers
+from qat.fake_quantize.prepare import activation_quantizers, prepare, weights_and_quantizers
 from qat.fake_quantize.quantizer import (
     ACTIVATION,
     WEIGHT,
@@ -27,6 +27,7 @@ from qat.fake_quantize.quantizer import (
     learned_fake_quantize,
     weight_amax,
 )
+from qat.fake_quantize.weight_ranges import learn_ranges, weight_amax_mse
 from qat.options import TrainOptions
 from qat.run import run
 

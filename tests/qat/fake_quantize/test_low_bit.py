@@ -15,13 +15,15 @@ from torch import Tensor, fx
 
 from export.from_checkpoint import export_checkpoint
 from export.options import ExportOptions
-from qat.base.artifact import UserError
-from qat.calibration.activation_ranges import calibrate, weight_amax_mse
+from qat.base.errors import UserError
+from qat.base.number_format import low_bit_format
+from qat.calibration.activation_ranges import calibrate
 from qat.checkpoint import load_checkpoint
-from qat.compute.fused_relu import merge_rectifiers
+from qat.compute.fused_relu import fuse_relus
 from qat.fake_quantize.low_bit import simulate_bits
-from qat.fake_quantize.prepare import activation_quantizers, learn_ranges, prepare, weights_and_quantizers
-from qat.fake_quantize.quantizer import ACTIVATION, WEIGHT, CodeRange
+from qat.fake_quantize.prepare import activation_quantizers, prepare, weights_and_quantizers
+from qat.fake_quantize.quantizer import ACTIVATION, WEIGHT
+from qat.fake_quantize.weight_ranges import learn_ranges, weight_amax_mse
 from qat.options import TrainOptions
 from qat.run import run
 
@@ -38,16 +40,16 @@ def network(bits: int, method: Any = "max") -> fx.GraphModule:
 
 def test_the_first_and_the_last_layer_keep_eight_bits_and_all_others_do_not() -> None:
     prepared = network(4)
-    weights = {path: quantizer.codes for path, _, quantizer in weights_and_quantizers(prepared)}
+    weights = {path: quantizer.format for path, _, quantizer in weights_and_quantizers(prepared)}
     eight = {"conv1.weight_quantizer", "fc.weight_quantizer"}
     assert {path for path, codes in weights.items() if codes == WEIGHT} == eight
-    assert {codes for path, codes in weights.items() if path not in eight} == {CodeRange(-7, 7)}
-    tensors = {name: quantizer.codes for name, quantizer in activation_quantizers(prepared).items()}
+    assert {codes for path, codes in weights.items() if path not in eight} == {low_bit_format(4, signed=True).narrow()}
+    tensors = {name: quantizer.format for name, quantizer in activation_quantizers(prepared).items()}
     whole = {name for name, codes in tensors.items() if codes == ACTIVATION}
     assert whole == {"x", "flatten"}
-    signed = {name for name, codes in tensors.items() if codes == CodeRange(-8, 7)}
+    signed = {name for name, codes in tensors.items() if codes == low_bit_format(4, signed=True)}
     assert signed == {name for name in tensors if "downsample" in name} != set()
-    assert {codes for name, codes in tensors.items() if name not in whole | signed} == {CodeRange(0, 15)}
+    assert {codes for name, codes in tensors.items() if name not in whole | signed} == {low_bit_format(4, signed=False)}
 
 
 def test_tensors_that_cannot_be_negative_use_all_codes_for_what_they_hold() -> None:
@@ -63,7 +65,9 @@ def test_tensors_that_cannot_be_negative_use_all_codes_for_what_they_hold() -> N
             )
         prepared(IMAGES)
         simulate_bits(prepared, 4)
-        unsigned = {key for key, one in activation_quantizers(prepared).items() if one.codes == CodeRange(0, 15)}
+        unsigned = {
+            key for key, one in activation_quantizers(prepared).items() if one.format == low_bit_format(4, signed=False)
+        }
         assert len(unsigned) > 10
         assert all(lowest[key] >= 0 for key in unsigned)
         if name == "mobilenet_v2":
@@ -75,7 +79,7 @@ def test_tensors_that_cannot_be_negative_use_all_codes_for_what_they_hold() -> N
 def test_keeping_an_end_in_float_leaves_all_others_at_few_bits(kept: str, eight: set[str]) -> None:
     prepared = prepare(torchvision.models.resnet18(num_classes=7), input_shape=(3, 32, 32), keep_float=[kept])
     simulate_bits(prepared, 4)
-    weights = {path: quantizer.codes for path, _, quantizer in weights_and_quantizers(prepared)}
+    weights = {path: quantizer.format for path, _, quantizer in weights_and_quantizers(prepared)}
     assert {path for path, codes in weights.items() if codes == WEIGHT} == {
         f"{name}.weight_quantizer" for name in eight
     }
@@ -83,8 +87,8 @@ def test_keeping_an_end_in_float_leaves_all_others_at_few_bits(kept: str, eight:
 
 def test_eight_bits_change_nothing() -> None:
     prepared = network(8)
-    assert all(quantizer.codes == ACTIVATION for quantizer in activation_quantizers(prepared).values())
-    assert all(quantizer.codes == WEIGHT for _, _, quantizer in weights_and_quantizers(prepared))
+    assert all(quantizer.format == ACTIVATION for quantizer in activation_quantizers(prepared).values())
+    assert all(quantizer.format == WEIGHT for _, _, quantizer in weights_and_quantizers(prepared))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 7])
@@ -95,12 +99,12 @@ def test_tensors_and_weights_take_no_more_values_than_there_are_codes(bits: int)
         quantizer.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
     prepared(IMAGES)
     for name, quantizer in activation_quantizers(prepared).items():
-        codes = seen[name].unique() / (quantizer.amax / quantizer.codes.high)
+        codes = seen[name].unique() / (quantizer.amax / quantizer.format.high)
         assert (codes - codes.round()).abs().max() < 1e-3
-        assert quantizer.codes.low <= codes.min().round()
-        assert codes.max().round() <= quantizer.codes.high
+        assert quantizer.format.low <= codes.min().round()
+        assert codes.max().round() <= quantizer.format.high
     for _, weight, quantizer in weights_and_quantizers(prepared):
-        high = quantizer.codes.high
+        high = quantizer.format.high
         rows = weight.flatten(1)
         step = rows.abs().amax(1, keepdim=True) / high
         want = (rows / step).round() * step
@@ -110,7 +114,7 @@ def test_tensors_and_weights_take_no_more_values_than_there_are_codes(bits: int)
 
 def test_one_operation_with_the_relu_computes_the_same() -> None:
     prepared = network(4)
-    merged = merge_rectifiers(prepared)
+    merged = fuse_relus(prepared)
     assert torch.equal(merged(IMAGES), prepared(IMAGES))
     learn_ranges(prepared)
     assert torch.equal(merged(IMAGES), prepared(IMAGES))
@@ -118,14 +122,14 @@ def test_one_operation_with_the_relu_computes_the_same() -> None:
 
 def test_ranges_are_chosen_for_the_codes_that_there_are() -> None:
     few, many = (activation_quantizers(network(bits, "mse")) for bits in (3, 8))
-    clipped = [name for name in few if few[name].codes.high < 127 and few[name].amax < 0.9 * many[name].amax]
+    clipped = [name for name in few if few[name].format.high < 127 and few[name].amax < 0.9 * many[name].amax]
     assert len(clipped) > len(few) / 2  # coarse codes gain more from clipping
-    assert all(few[name].amax == many[name].amax for name in few if few[name].codes == ACTIVATION)
+    assert all(few[name].amax == many[name].amax for name in few if few[name].format == ACTIVATION)
 
 
 def test_ranges_of_weights_are_those_of_the_least_error_of_their_codes() -> None:
     weight = torch.randn(5, 300, generator=torch.Generator().manual_seed(1))
-    codes = CodeRange(-7, 7)
+    codes = low_bit_format(4, signed=True).narrow()
 
     def error(amax: Tensor) -> Tensor:
         step = amax[:, None] / 7
@@ -160,13 +164,13 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_checkpoint_computes_with_the_bits_that_it_was_trained_with(simulated: Path) -> None:
     checkpoint = load_checkpoint(simulated)
-    codes = {path: quantizer.codes for path, _, quantizer in weights_and_quantizers(checkpoint.model)}
-    assert codes["conv2.weight_quantizer"] == CodeRange(-7, 7)
+    codes = {path: quantizer.format for path, _, quantizer in weights_and_quantizers(checkpoint.model)}
+    assert codes["conv2.weight_quantizer"] == low_bit_format(4, signed=True).narrow()
     coarse = copy.deepcopy(checkpoint.model)
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     before = coarse(x)
     for quantizer in activation_quantizers(coarse).values():
-        quantizer.codes = ACTIVATION
+        quantizer.format = ACTIVATION
     assert not torch.equal(coarse(x), before)
     assert F.cosine_similarity(coarse(x).flatten(), before.flatten(), 0) > 0.5
 

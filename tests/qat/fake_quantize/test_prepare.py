@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.fake_quantize.prepare import placement_of, prepare
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer, fake_quantize, fake_quantize_weight
 from qat.graph.fx_network import function_name

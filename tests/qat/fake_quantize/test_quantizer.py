@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from qat.base.number_format import INT8, NumberFormat
 from qat.fake_quantize.quantizer import (
     ACTIVATION,
     SCALE_FLOOR,
     WEIGHT,
     ActivationQuantizer,
-    CodeRange,
     WeightQuantizer,
     fake_quantize,
     fake_quantize_weight,
@@ -48,21 +48,21 @@ def activation_quantizer(amax: float) -> ActivationQuantizer:
 
 class TestCodes:
     @pytest.mark.parametrize("codes", [ACTIVATION, WEIGHT])
-    def test_half_rounds_to_even(self, codes: CodeRange):
+    def test_half_rounds_to_even(self, codes: NumberFormat):
         x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 125.5, 126.5])
         expected = torch.tensor([-2.0, -2.0, 0.0, 0.0, 2.0, 2.0, 126.0, 126.0])
         assert torch.equal(quantize(x, torch.tensor(1.0), codes), expected)
 
     @pytest.mark.parametrize(("codes", "low"), [(ACTIVATION, -128), (WEIGHT, -127)])
-    def test_codes_are_clamped_at_both_ends(self, codes: CodeRange, low: int):
+    def test_codes_are_clamped_at_both_ends(self, codes: NumberFormat, low: int):
         x = torch.tensor([-math.inf, -1e30, -128.6, -127.6, 126.9, 127.6, 1e30, math.inf])
         found = quantize(x, torch.tensor(1.0), codes)
         assert found.tolist() == [low, low, low, low, 127, 127, 127, 127]
 
     @pytest.mark.parametrize(("low", "high"), [(-129, 127), (-128, 128), (1, 127), (-128, 0)])
     def test_codes_beyond_int8_are_refused(self, low: int, high: int):
-        with pytest.raises(ValueError, match="use ACTIVATION or WEIGHT"):
-            CodeRange(low, high)
+        with pytest.raises(ValueError, match="must lie in"):
+            NumberFormat("INT8", low, high, "INT8")
 
     @pytest.mark.parametrize("amax", [0.3, 1.0, 2.7, 6.0])
     def test_activations_are_the_oracles_codes_times_scale_bitwise(self, amax: float):
@@ -190,7 +190,7 @@ class TestCompiled:
         scale = torch.tensor(0.02, requires_grad=name == "learned")
         function = {
             "activation": lambda x: fake_quantize(x, scale),
-            "rectified": lambda x: fake_quantize(x, scale, CodeRange(0, 127)),
+            "rectified": lambda x: fake_quantize(x, scale, INT8.rectified()),
             "learned": lambda x: learned_fake_quantize(x, scale),
             "weight": lambda x: fake_quantize_weight(x, 0),
         }[name]

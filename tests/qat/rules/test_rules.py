@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.graph.fx_network import network_from_fx
 from qat.graph.tracing import trace
 from qat.rules.place import place
@@ -49,7 +49,7 @@ def test_a_chain_quantizes_only_the_inputs_of_convolutions():
 def test_identity_skip_is_quantized_and_shares_the_quantizer_of_the_convolution_input(add):
     model = Residual(conv(), nn.Identity(), add)
     found = reads(model)
-    add_name = placement(model).of("add")[0].op
+    add_name = placement(model).decisions_about("add")[0].op
     assert found == {
         "x": [("stem_0", "weighted_input")],
         "relu": [("body_0", "weighted_input"), (add_name, "residual_add")],
@@ -84,14 +84,14 @@ def test_of_two_convolution_branches_the_shorter_is_quantized():
         (Residual(body, conv(kernel=1)), "skip_1"),
         (Residual(conv(kernel=1), body), "body_1"),
     ):
-        (decision,) = placement(model).of("add")
+        (decision,) = placement(model).decisions_about("add")
         assert (decision.quantized, decision.rule) == (True, "residual_add_of_convolutions")
         assert reads(model)[shorter] == [("add", "residual_add_of_convolutions")]
 
 
 def test_an_add_that_no_convolution_can_take_in_works_on_codes():
     model = Residual(nn.Sequential(conv(), nn.ReLU()), nn.Identity())
-    (decision,) = placement(model).of("add")
+    (decision,) = placement(model).decisions_about("add")
     assert (decision.quantized, decision.rule) == (True, "unfused_add")
     assert reads(model) == {
         "x": [("stem_0", "weighted_input")],
@@ -180,14 +180,14 @@ def test_small_channel_rules(inputs, outputs, groups, kernel, quantized):
 )
 def test_resnets(name, adds, projections):
     found = placement(torchvision.models.get_model(name))
-    rules = [decision.rule for decision in found.of("add")]
+    rules = [decision.rule for decision in found.decisions_about("add")]
     assert len(rules) == adds
     assert rules.count("residual_add_of_convolutions") == projections
     assert set(rules) == {"residual_add", "residual_add_of_convolutions"}
     assert all(decision.quantized for decision in found.weights)
     readers = {read.reader: tensor for tensor in found.tensors for read in tensor.reads if "residual" in read.rule}
     assert len(readers) == adds  # exactly one quantized input each
-    for decision in found.of("add"):
+    for decision in found.decisions_about("add"):
         tensor = readers[decision.op]
         if decision.rule == "residual_add_of_convolutions":
             assert "downsample" in tensor.tensor
@@ -237,7 +237,7 @@ def test_stochastic_depth_does_not_hide_the_convolution_from_the_addition():
             x = F.relu(self.first(x))
             return self.depth(self.body(x)) + x
 
-    (decision,) = placement(Block()).of("add")
+    (decision,) = placement(Block()).decisions_about("add")
     assert decision.rule == "residual_add"
     assert reads(Block())["relu"] == [("body_0", "weighted_input"), (decision.op, "residual_add")]
 
@@ -425,7 +425,7 @@ def test_additions_that_broadcast_or_double_take_no_convolution():
             return y + self.pooled(F.adaptive_avg_pool2d(x, 1))
 
     found = place(network_from_fx(trace(Broadcast()), (16, 8, 8)))
-    assert [(d.quantized, d.rule) for d in found.of("add")] == [(False, "unfused_add")]
+    assert [(d.quantized, d.rule) for d in found.decisions_about("add")] == [(False, "unfused_add")]
 
     class Double(nn.Module):
         def __init__(self):
@@ -436,7 +436,7 @@ def test_additions_that_broadcast_or_double_take_no_convolution():
             x = self.first(x)
             return x + x
 
-    assert [d.quantized for d in placement(Double()).of("add")] == [False]
+    assert [d.quantized for d in placement(Double()).decisions_about("add")] == [False]
 
 
 def test_a_concatenation_of_a_tensor_with_itself_and_one_that_feeds_an_addition():
@@ -478,7 +478,7 @@ def test_a_normalization_beside_convolutions_reads_their_codes():
             return torch.sigmoid(self.body(x)) * self.norm(x)
 
     assert reads(ReadInFloat())["relu"] == [("body_0", "weighted_input"), ("norm", "norm_of_codes")]
-    (decision,) = placement(ReadInFloat()).of("batch_norm")
+    (decision,) = placement(ReadInFloat()).decisions_about("batch_norm")
     assert (decision.op, decision.quantized, decision.rule) == ("norm", True, "norm_of_codes")
     kept = place(network_from_fx(trace(ReadInFloat())), keep_float=["norm"])
     assert all(read.reader != "norm" for tensor in kept.tensors for read in tensor.reads)
@@ -491,19 +491,19 @@ def test_a_normalization_that_stands_alone_reads_codes_where_it_writes_them():
         "_1": [("_2", "unfused_norm")],
         "_3": [("_4_0", "weighted_input")],
     }
-    (decision,) = placement(alone).of("batch_norm")
+    (decision,) = placement(alone).decisions_about("batch_norm")
     assert (decision.op, decision.quantized, decision.rule) == ("_2", True, "unfused_norm")
     read_in_float = nn.Sequential(conv(), nn.ReLU(), nn.BatchNorm2d(16), nn.Sigmoid())
     assert "_1" not in reads(read_in_float)
-    (decision,) = placement(read_in_float).of("batch_norm")
+    (decision,) = placement(read_in_float).decisions_about("batch_norm")
     assert (decision.quantized, decision.reason) == (False, "nothing behind it reads INT8")
     folded = nn.Sequential(conv(), nn.ReLU(), conv())  # conv() ends in a normalization
-    assert not placement(folded).of("batch_norm")
+    assert not placement(folded).decisions_about("batch_norm")
     for name in ("_1", "_2", "2"):  # its input, itself, its module
-        (decision,) = place(network_from_fx(trace(alone)), keep_float=[name]).of("batch_norm")
+        (decision,) = place(network_from_fx(trace(alone)), keep_float=[name]).decisions_about("batch_norm")
         assert (decision.quantized, decision.rule) == (False, "kept_float")
     behind_dropout = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Dropout(), nn.BatchNorm2d(16), nn.ReLU(), conv())
-    assert not placement(behind_dropout).of("batch_norm")  # dropout is not exported, so it folds
+    assert not placement(behind_dropout).decisions_about("batch_norm")  # dropout is not exported, so it folds
 
 
 def test_a_dense_block_is_quantized_with_one_scale():
@@ -523,7 +523,7 @@ def test_a_dense_block_is_quantized_with_one_scale():
     found = placement(Dense())
     shared = {tensor.tensor for tensor in found.tensors if tensor.quantizer == "cat_2"}
     assert shared == {"first", "convs_0", "convs_1", "cat_1", "cat_2"}
-    assert [(d.quantized, d.rule) for d in found.of("batch_norm")] == 3 * [(True, "unfused_norm")]
+    assert [(d.quantized, d.rule) for d in found.decisions_about("batch_norm")] == 3 * [(True, "unfused_norm")]
 
 
 @pytest.mark.parametrize(
@@ -544,7 +544,7 @@ def test_conversion_between_floats_moves_data(move, rule):
             return self.next(self.conv(x) + move(x))
 
     found = place(network_from_fx(trace(Converted()), (16, 8, 8)))
-    (add,) = found.of("add")
+    (add,) = found.decisions_about("add")
     assert (add.quantized, add.rule) == (rule == "residual_add", rule)
     assert [tensor.tensor for tensor in found.tensors] == ["x", "add"]
 

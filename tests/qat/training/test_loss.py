@@ -12,7 +12,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qat.base.artifact import UserError
+from qat.base.errors import UserError
 from qat.checkpoint import load_state
 from qat.compute.device import Compute
 from qat.fake_quantize.prepare import prepare

@@ -21,7 +21,8 @@ from tensorboardX.proto.event_pb2 import Event
 from torch import Tensor, nn
 
 import qat.fake_quantize.quantizer
-from qat.base.artifact import UserError, read_sidecar
+from qat.base.artifact import read_sidecar
+from qat.base.errors import UserError
 from qat.calibration.activation_ranges import calibrate
 from qat.compute.device import Compute, _Compiled
 from qat.data.batches import ImageSet
@@ -224,8 +225,8 @@ def test_compiled_gradients_are_those_of_the_network_as_it_is(model: nn.Module) 
 
 
 def test_on_a_cpu_auto_changes_nothing() -> None:
-    assert Compute.of("cpu") == CPU
-    assert Compute.of("cpu", "bfloat16", True) == Compute(torch.device("cpu"), torch.bfloat16, compiled=True)
+    assert Compute.from_options("cpu") == CPU
+    assert Compute.from_options("cpu", "bfloat16", True) == Compute(torch.device("cpu"), torch.bfloat16, compiled=True)
 
 
 @pytest.mark.parametrize(("compiled", "steps", "expected"), [(None, 999, False), (None, 1000, True), (True, 1, True)])

@@ -1,0 +1,53 @@
+"""Ranges of weights, which need no images: they follow the weights, are fixed, or are learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+
+from qat.base.number_format import NumberFormat
+from qat.fake_quantize.prepare import activation_quantizers, weights_and_quantizers
+from qat.fake_quantize.quantizer import WEIGHT, quantize, scale_from_amax, weight_amax
+
+
+def weight_amax_mse(weight: Tensor, axis: int, number_format: NumberFormat = WEIGHT, candidates: int = 100) -> Tensor:
+    """The range of each channel of ``axis`` with the least mean squared error of the codes: [C], float32.
+
+    Tried are ``candidates`` equal steps up to the largest magnitude; of equal errors the largest range is taken.
+    """
+    rows = weight.detach().transpose(0, axis).flatten(1).float()  # [C, K]
+    largest = weight_amax(weight, axis)  # [C]
+    best, least = largest.clone(), torch.full_like(largest, math.inf)
+    for step in range(candidates, 0, -1):
+        amax = largest * (step / candidates)
+        scale = scale_from_amax(amax, number_format)[:, None]
+        error = (quantize(rows, scale, number_format) * scale - rows).square().mean(1)
+        best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
+    return best
+
+
+def fix_saved_ranges(prepared: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
+    """Fixes the ranges of weights that a saved model's ``tensors`` hold: then they can be loaded into ``prepared``."""
+    for path, weight, quantizer in weights_and_quantizers(prepared):
+        amax = tensors.get(f"{path}.amax")
+        if amax is not None and amax.shape == quantizer.scale(weight).shape:
+            quantizer.fix(amax.to(weight.device))
+
+
+def fix_weight_ranges(prepared: fx.GraphModule) -> None:
+    """Fixes the ranges of weights that follow them, where the squared error of the codes is least."""
+    for _, weight, quantizer in weights_and_quantizers(prepared):
+        if quantizer.amax is None:
+            quantizer.fix(weight_amax_mse(weight, quantizer.axis, quantizer.format))
+
+
+def learn_ranges(prepared: fx.GraphModule) -> None:
+    """Makes the ranges of all quantizers parameters; those of weights start from the least squared error."""
+    fix_weight_ranges(prepared)
+    for _, _, quantizer in weights_and_quantizers(prepared):
+        quantizer.learn()
+    for activation in activation_quantizers(prepared).values():
+        activation.learn()
