@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat.base.choices import Amp
-from qat.base.console import warn
+from qat.base.console import say, warn
 from qat.base.errors import UserError, one_line
 from qat.compute.fused_relu import fuse_relus
 from qat.compute.inductor import training_backend
+from qat.compute.one_pixel import OnePixelProducts
 from qat.compute.processes import SINGLE_PROCESS, Processes, local_rank
 
 _NEVER = 2**31 - 1
@@ -78,7 +79,9 @@ class Compute:
         graphs = self.device.type == "cuda" and not accumulates
         if compiled and graphs:
             torch.cuda.empty_cache()  # what is recorded cannot take memory that is only kept for later
-        return self.processes.parallel(_Compiled(merged, images, graphs) if compiled else merged)
+        if compiled:
+            return self.processes.parallel(_Compiled(merged, images, graphs))
+        return self.processes.parallel(OnePixelProducts(merged) if self.device.type == "cpu" else merged)
 
     def release(self) -> None:
         """Gives back what compiled models hold: memory of CUDA graphs. Called again, they are compiled again."""
@@ -128,12 +131,16 @@ class _Compiled(nn.Module):
     def __init__(self, model: nn.Module, images: int, graphs: bool) -> None:
         super().__init__()
         self.model, self.images, self.graphs = model, images, graphs
+        self.begun = False
         backend = partial(_compile, graphs=graphs)
         self.whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
 
     def forward(self, x: Tensor) -> Any:
         if len(x) != self.images:
             return self.model(x)
+        if not self.begun:
+            say("compiling the training step, which takes about a minute")
+            self.begun = True
         try:
             return self.whole(x)
         except torch._dynamo.exc.FailOnRecompileLimitHit:

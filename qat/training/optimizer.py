@@ -21,7 +21,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0, "factor": 1.0},
         {"params": ranges, "weight_decay": 0.0, "factor": recipe.ranges_lr},
     ]
-    fused = all(parameter.is_cuda for _, parameter in named)
+    fused = all(parameter.device.type in ("cpu", "cuda") for _, parameter in named)
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=recipe.lr, fused=fused)
 
 

@@ -510,10 +510,12 @@ def test_what_cannot_be_compiled_is_trained_all_the_same(
     with torch._dynamo.config.patch(recompile_limit=1):
         fitted(other, data, Compute(torch.device("cpu"), compiled=True), epochs=2)
     torch.testing.assert_close(plain.fc.weight, other.fc.weight, rtol=0, atol=rounding)
-    warning = " ".join(capsys.readouterr().err.split())
+    said = capsys.readouterr()
+    warning = " ".join(said.err.split())
     assert warning.count("torch.compile fails (") == 1
     assert reason in warning
     assert "as with --compile False" in warning
+    assert said.out.count("compiling the training step, which takes about a minute\n") == 1
 
 
 def test_evaluation_is_exact_float32(model: nn.Module, data: Data) -> None:
