@@ -185,9 +185,9 @@ def _loaded(
         warn(f"the checkpoint is not at hand, so a test split that training carved out cannot be told: {error}")
         details = {"seed": 0, "calibration_images": 512}
     given = onnx.preprocessing
-    photographs = ImagePreset(given["height"], given["resize"], tuple(given["mean"]), tuple(given["std"]))
+    preset = ImagePreset(given["height"], given["resize"], tuple(given["mean"]), tuple(given["std"]))
     seed, calibration_images = details["seed"], details["calibration_images"]
-    data = load_data(options.data, given["height"], seed, calibration_images, options.data_root, photographs)
+    data = load_data(options.data, given["height"], seed, calibration_images, options.data_root, preset)
     left = options.images
     for x_NCHW, labels in batches(data.test, 256, None):
         part = slice(0, left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from export.fold import Dequantize, QuantizeDequantize
-from qat.graph.fx_network import function_name, kind_of
+from qat.graph.fx_network import is_relu, kind_of
 
 
 class Int8Convolutions:
@@ -27,10 +27,8 @@ class Int8Convolutions:
         return isinstance(self.module(node), QuantizeDequantize)
 
     def is_relu(self, node: fx.Node) -> bool:
-        """Whether ``node`` clips at zero and nothing else."""
-        if node.op == "call_module":
-            return isinstance(self.module(node), nn.ReLU)
-        return function_name(node).removesuffix("_") == "relu"
+        """Whether ``node`` clips at zero and does nothing else."""
+        return is_relu(node, self.modules)
 
     def is_sum_of_two(self, node: fx.Node) -> bool:
         """Whether ``node`` adds two different tensors."""

@@ -43,7 +43,7 @@ from qat.calibration.histogram import HistogramObserver, check_finite
 from qat.data.batches import batches
 from qat.data.preprocessing import Preprocessing
 from qat.data.splits import Data, load_data
-from qat.placement import say_placement
+from qat.rules.describe import say_placement
 from qat.rules.place import place
 from qat.rules.placement import Placement
 

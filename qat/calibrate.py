@@ -17,9 +17,20 @@ from qat.options import CalibrateOptions
 
 def main(options: CalibrateOptions) -> None:
     """Calibrates. Torch is imported here, so that --help answers at once."""
+    from qat.compute.device import Compute
     from qat.post_training import quantize_pretrained
 
-    quantize_pretrained(options)
+    quantize_pretrained(
+        options.model,
+        options.weights,
+        options.images(),
+        options.output,
+        classes=options.classes,
+        calibration=options.calibration(),
+        keep_float=options.keep_float,
+        adaround_steps=options.adaround,
+        compute=Compute.from_options(options.device, "float32", compiled=False),
+    )
 
 
 if __name__ == "__main__":

@@ -102,11 +102,11 @@ def training_data(checkpoint: Checkpoint) -> Data:
     details = checkpoint.sidecar.details
     data = details["data"]
     chosen = (data["image_size"], details["seed"], details["calibration_images"])
-    photographs = checkpoint.preprocessing.photographs
+    preset = checkpoint.preprocessing.preset
     if has_labels(checkpoint):
-        found = load_data(data["source"], *chosen, Path(data["root"]), photographs)
+        found = load_data(data["source"], *chosen, Path(data["root"]), preset)
     else:
-        found = load_unlabelled(Path(data["source"]).expanduser(), *chosen, photographs)
+        found = load_unlabelled(Path(data["source"]).expanduser(), *chosen, preset)
     then = {name: size for name, size in details["splits"].items() if size}
     if found.sizes != then:
         sizes = " to ".join(", ".join(f"{name} {size}" for name, size in one.items()) for one in (then, found.sizes))

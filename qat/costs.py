@@ -18,9 +18,9 @@ from qat.base.sqnr import sqnr_db
 from qat.evaluate import Accuracy, accuracy
 from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, placement_of, weights_and_quantizers
 from qat.fake_quantize.quantizer import ActivationQuantizer
+from qat.graph.data_movement import movers_before
+from qat.graph.inner_outputs import with_inner_outputs
 from qat.graph.network import Network, Op
-from qat.graph.operations import COMMUTING
-from qat.training.loss import with_tensors
 
 _OUTPUT_IMAGES = 8  # on which outputs are compared
 
@@ -74,7 +74,7 @@ class PartlyQuantized:
         with torch.no_grad():
             for quantized in ((), (op,)):
                 with self._only(frozenset(quantized)) as model:
-                    outputs.append(with_tensors(model, [op])(x)[1][0].double())
+                    outputs.append(with_inner_outputs(model, [op])(x)[1][0].double())
         noise = float((outputs[1] - outputs[0]).square().sum())
         return sqnr_db(float(outputs[0].square().sum()), noise)
 
@@ -109,13 +109,7 @@ class PartlyQuantized:
 
     def _readers(self, op: str) -> set[str]:
         """The operations that read for ``op``: itself, and what moves data on the way to it."""
-        found, waiting = {op}, list(self.network[op].inputs)
-        while waiting:
-            made = self.network[waiting.pop()]
-            if made.kind in COMMUTING and made.name not in found:
-                found.add(made.name)
-                waiting.extend(made.inputs)
-        return found
+        return {op, *movers_before(self.network, self.network[op])}
 
     def _owner(self, op: str) -> str:
         """The path by which ``weights_and_quantizers`` names the weight of ``op``."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from qat.base.console import progress
 from qat.base.errors import UserError
 from qat.base.sqnr import sqnr_db
-from qat.compute.device import Compute, exact_float32
+from qat.compute.device import Compute
+from qat.compute.precision import exact_float32
 from qat.compute.processes import SINGLE_PROCESS, Processes
 from qat.data.batches import ImageSet, batches
 from qat.data.splits import Data

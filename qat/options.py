@@ -7,10 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qat.base.choices import Amp, Calibrator, Schedule, WeightCalibrator
 from qat.base.console import Command
 from qat.base.number_format import BITS
+from qat.calibration.settings import CalibrationSettings
+from qat.data.request import ImageRequest
+from qat.training.recipe import DistillationSettings, Recipe
+
+_BOTH_PHASES = (
+    *("batch_size", "accumulate", "weight_decay", "label_smoothing", "clip_norm", "ema", "seed", "mixup", "cutmix"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,24 @@ class SharedOptions(Command):
     """Processes that decode images, for data sets that do not fit in memory."""
     data_root: Path = Path("data")
     """Where torchvision's data sets are looked for and downloaded to."""
+
+    def images(self) -> ImageRequest:
+        """Which images are asked for."""
+        return ImageRequest(
+            source=self.data,
+            image_size=self.image_size,
+            seed=self.seed,
+            calibration_images=self.calibration_images,
+            root=self.data_root,
+            mean=self.mean,
+            std=self.std,
+            batch_size=self.batch_size,
+            workers=self.workers,
+        )
+
+    def calibration(self) -> CalibrationSettings:
+        """How ranges are chosen. Raises UserError where a value is out of range."""
+        return CalibrationSettings(self.calibrator, self.percentile, self.weight_calibrator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +142,29 @@ class TrainOptions(SharedOptions):
     """Continue the run that was stopped while writing this output."""
     save_seconds: float = 60.0
     """Seconds between two saves of the training state."""
+
+    def float_recipe(self) -> Recipe:
+        """How the float network is trained. Raises UserError where a value is out of range."""
+        return Recipe(epochs=self.float_epochs, lr=self.float_lr, schedule=self.float_schedule, **self._both_phases())
+
+    def qat_recipe(self) -> Recipe:
+        """How it is fine-tuned with quantization in the loop; likewise."""
+        return Recipe(
+            epochs=self.qat_epochs,
+            lr=self.qat_lr,
+            schedule=self.qat_schedule,
+            freeze_norms_after=self.freeze_norms_after,
+            ranges_lr=self.ranges_lr,
+            progressive=self.progressive,
+            **self._both_phases(),
+        )
+
+    def distillation(self) -> DistillationSettings:
+        """How the fine-tuning follows the float network; likewise."""
+        return DistillationSettings(self.distill, self.distill_temperature, self.distill_features)
+
+    def _both_phases(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _BOTH_PHASES}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,7 +53,8 @@ class SensitivityOptions(Command):
 def main(options: SensitivityOptions) -> None:
     """Measures and prints. Torch is imported here, so that --help answers at once."""
     from qat.checkpoint import has_labels, load_checkpoint
-    from qat.compute.device import Compute, exact_float32
+    from qat.compute.device import Compute
+    from qat.compute.precision import exact_float32
     from qat.costs import PartlyQuantized
     from qat.graph.tracing import network_of
     from qat.models import ModelSpec, build_model

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 
 from qat.base.errors import UserError
 from qat.base.number_format import NumberFormat
-from qat.compute.device import exact_float32
+from qat.compute.precision import exact_float32
 from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, weights_and_quantizers
 from qat.fake_quantize.quantizer import (
     ActivationQuantizer,

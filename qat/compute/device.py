@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from qat.base.choices import Amp
-from qat.base.console import warn
-from qat.base.errors import UserError, one_line
+from qat.base.errors import UserError
+from qat.compute.compiled import CompiledNetwork
 from qat.compute.fused_relu import fuse_relus
-from qat.compute.inductor import training_backend
 from qat.compute.processes import SINGLE_PROCESS, Processes, local_rank
 
 _NEVER = 2**31 - 1
@@ -78,7 +74,7 @@ class Compute:
         graphs = self.device.type == "cuda" and not accumulates
         if compiled and graphs:
             torch.cuda.empty_cache()  # what is recorded cannot take memory that is only kept for later
-        return self.processes.parallel(_Compiled(merged, images, graphs) if compiled else merged)
+        return self.processes.parallel(CompiledNetwork(merged, images, graphs) if compiled else merged)
 
     def release(self) -> None:
         """Gives back what compiled models hold: memory of CUDA graphs. Called again, they are compiled again."""
@@ -92,9 +88,9 @@ class Compute:
 
         ``network``: what ``forward`` gave. Several processes go on as they are: they would have to agree.
         """
-        if not (isinstance(network, _Compiled) and network.graphs and _Compiled.graphs_fit):
+        if not (isinstance(network, CompiledNetwork) and network.graphs and CompiledNetwork.graphs_fit):
             return False
-        _Compiled.graphs_fit = False
+        CompiledNetwork.graphs_fit = False
         self.release()
         return True
 
@@ -114,55 +110,6 @@ class Compute:
         return torch.amp.GradScaler(
             self.device.type, init_scale=1.0, growth_interval=_NEVER, enabled=self.device.type == "cuda"
         )
-
-
-class _Compiled(nn.Module):
-    """Compiles a model at its first batch of ``images``; one that cannot be compiled stays as it is, with a warning.
-
-    ``graphs``: its kernels are recorded, and sent to the GPU together. One by one they take a CPU 25 ms a step of
-    ResNet50, and the GPU 12 ms with 256 images of 32 pixels (benchmarks/gpu_training_step.txt).
-    """
-
-    graphs_fit = True  # into the GPU's memory, as far as is known
-
-    def __init__(self, model: nn.Module, images: int, graphs: bool) -> None:
-        super().__init__()
-        self.model, self.images, self.graphs = model, images, graphs
-        backend = partial(_compile, graphs=graphs)
-        self.whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
-
-    def forward(self, x: Tensor) -> Any:
-        if len(x) != self.images:
-            return self.model(x)
-        try:
-            return self.whole(x)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
-            reason = "the network changed more often than it allows; TORCH_LOGS=recompiles shows where"
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = one_line(error)
-        warn(f"torch.compile fails ({reason}): training goes on without, as with --compile False")
-        self.whole = self.model
-        return self.model(x)
-
-
-def _compile(network: fx.GraphModule, inputs: Any, graphs: bool) -> Any:
-    """The backend, asked for at the first batch and after ``release``: whether graphs fit may have changed."""
-    return training_backend(network, inputs, graphs and _Compiled.graphs_fit)
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """No TF32 in convolutions and matrix products, as long as it lasts: the engine and ONNX Runtime have none."""
-    cudnn: Any = torch.backends.cudnn
-    backends = (cudnn.conv, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def _device(name: str) -> torch.device:

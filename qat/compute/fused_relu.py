@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat.fake_quantize.quantizer import ActivationQuantizer
+from qat.graph.fx_network import is_relu
 
 
 class FusedReluQuantizer(nn.Module):
@@ -48,9 +49,5 @@ def fuse_relus(model: nn.Module) -> nn.Module:
 
 def _merges(node: fx.Node, model: fx.GraphModule) -> bool:
     """Whether it is a ReLU whose input and output have no other readers: one in place changes its input."""
-    if node.op == "call_module":
-        rectifies = type(model.get_submodule(str(node.target))) is nn.ReLU
-    else:
-        name = getattr(node.target, "__name__", node.target)
-        rectifies = node.op in ("call_function", "call_method") and name in ("relu", "relu_")
-    return rectifies and len(node.users) == 1 and len(node.all_input_nodes[0].users) == 1
+    alone = len(node.users) == 1 and len(node.all_input_nodes) == 1 and len(node.all_input_nodes[0].users) == 1
+    return alone and is_relu(node, dict(model.named_modules()))

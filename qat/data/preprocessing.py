@@ -72,7 +72,7 @@ class Preprocessing:
         return found
 
     @property
-    def photographs(self) -> ImagePreset:
+    def preset(self) -> ImagePreset:
         """What ``load_data`` makes the same preprocessing of again."""
         return ImagePreset(self.height, self.resize, self.mean, self.std)
 

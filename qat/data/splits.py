@@ -86,7 +86,7 @@ def load_data(
     seed: int,
     calibration_images: int = 512,
     root: Path = Path("data"),
-    photographs: ImagePreset = IMAGENET_PRESET,
+    preset: ImagePreset = IMAGENET_PRESET,
 ) -> Data:
     """The data set ``source`` in four disjoint splits.
 
@@ -96,14 +96,14 @@ def load_data(
         seed: decides which images go into the splits that are carved out of the training images.
         calibration_images: upper limit on the calibration split.
         root: where torchvision's data sets are, or are downloaded to.
-        photographs: how the network takes them; mean and deviation hold for other images too.
+        preset: how the network takes them; mean and deviation hold for other images too.
 
     Raises:
         UserError: the source is unknown, damaged or too small.
     """
     _check_request(image_size, seed, calibration_images)
     found = read_source(source, root)
-    preprocessing = _preprocessing(found.default_size, found.cropped, source, image_size, photographs)
+    preprocessing = _preprocessing(found.default_size, found.cropped, source, image_size, preset)
     augmentation = _augmentation(found, source, preprocessing)
     if augmentation.padding:
         found = _resized(found, preprocessing)
@@ -132,7 +132,7 @@ def load_unlabelled(
     image_size: int | None,
     seed: int,
     calibration_images: int = 512,
-    photographs: ImagePreset = IMAGENET_PRESET,
+    preset: ImagePreset = IMAGENET_PRESET,
 ) -> Data:
     """Images without labels: those in ``folder`` and in the folders within it, whose names mean nothing.
 
@@ -150,7 +150,7 @@ def load_unlabelled(
     groups = stratified_split(torch.full((total,), NO_LABEL), list(counts.values()), seed)
     paths = [files[index] for group in groups[:2] for index in group.tolist()]
     pixels = FilePixels(paths, decode_all(paths))
-    preprocessing = _preprocessing(None, False, str(folder), image_size, photographs)
+    preprocessing = _preprocessing(None, False, str(folder), image_size, preset)
 
     def image_set(start: int, stop: int) -> ImageSet:
         return ImageSet(pixels, torch.arange(start, stop), torch.full((stop - start,), NO_LABEL), preprocessing)
@@ -193,13 +193,13 @@ def _check_request(image_size: int | None, seed: int, calibration_images: int) -
 
 
 def _preprocessing(
-    default_size: tuple[int, int] | None, cropped: bool, source: str, image_size: int | None, photographs: ImagePreset
+    default_size: tuple[int, int] | None, cropped: bool, source: str, image_size: int | None, preset: ImagePreset
 ) -> Preprocessing:
-    height, width = (image_size, image_size) if image_size else default_size or (photographs.size, photographs.size)
+    height, width = (image_size, image_size) if image_size else default_size or (preset.size, preset.size)
     short = min(height, width)
     if not cropped and short > _SMALL:
-        short = round(short * photographs.short_side / photographs.size)
-    mean, std = photographs.mean, photographs.std
+        short = round(short * preset.short_side / preset.size)
+    mean, std = preset.mean, preset.std
     if source == "digits" and (mean, std) == (IMAGENET_PRESET.mean, IMAGENET_PRESET.std):
         mean, std = (0.305,) * 3, (0.376,) * 3  # their own, unless others are asked for
     return Preprocessing(height, width, mean, std, short)

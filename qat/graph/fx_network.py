@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -183,6 +183,13 @@ def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> OpKind:
         known = own_type.__module__.partition(".")[0] in ("torch", "torchvision")
         return kind_of_module(own_type.__name__, vars(module)) if known else "other"
     return kind_of_function(function_name(node), arguments(node))
+
+
+def is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether ``node`` clips at zero and does nothing else; ``modules`` are all modules by their path."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.ReLU
+    return node.op in ("call_function", "call_method") and function_name(node) in ("relu", "relu_")
 
 
 def _weight_names(traced: fx.GraphModule) -> dict[str, str]:

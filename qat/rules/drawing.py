@@ -6,16 +6,18 @@ Where they stand decides qat/rules/graph_layout.py; what they look like, qat/pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.graph.data_movement import first_reads
 from qat.graph.network import Network, Op
 from qat.graph.operations import COMMUTING
+from qat.rules.describe import PlacementView
 from qat.rules.graph_layout import Point, Wire, lay_out
-from qat.rules.keep_float import KEPT_FLOAT
-from qat.rules.place import Rule
+from qat.rules.obstacles import KeptFloat
 from qat.rules.placement import Decision, Placement
+from qat.rules.rule import RuleText
 
 UNKNOWN = "no rule knows such an operation"
 TEMPLATE = Path(__file__).with_name("placement.svg.j2")
@@ -65,27 +67,20 @@ class _Dot:
     tip: str
 
 
-def draw(network: Network, placement: Placement, rules: Mapping[str, Rule], title: str, summary: Sequence[str]) -> str:
-    """The picture as SVG.
-
-    Args:
-        network: the view that ``placement`` decides about.
-        placement: what is drawn.
-        rules: at least those that ``placement`` names.
-        title: stands above the picture.
-        summary: lines below the title.
-    """
+def draw(view: PlacementView) -> str:
+    """The picture as SVG; above it stand the title and the summary."""
     import jinja2
 
-    picture = _Picture(network, placement, rules)
+    network, placement = view.network, view.placement
+    picture = _Picture(network, placement, view.rules)
     wires = picture.wires()
     layout = lay_out({op.name: picture.size(op) for op in network}, list(wires))
     lines = [picture.line(wire, wires[wire], pieces) for wire, pieces in zip(wires, layout.wires, strict=True)]
     starts = {wire.source: pieces[0][0] for wire, pieces in zip(wires, layout.wires, strict=True) if wires[wire]}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title,
-        summary=summary,
+        title=view.title,
+        summary=placement.summary(),
         states=STATES,
         boxes=[picture.box(op, layout.boxes[op.name]) for op in network],
         lines=sorted(lines, key=lambda line: line.int8),  # INT8 above float
@@ -98,7 +93,7 @@ def draw(network: Network, placement: Placement, rules: Mapping[str, Rule], titl
 class _Picture:
     """What the picture shows of each operation and each tensor."""
 
-    def __init__(self, network: Network, placement: Placement, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, network: Network, placement: Placement, rules: Mapping[str, RuleText]) -> None:
         self.network, self.rules = network, rules
         self.decisions = {decision.op: decision for decision in placement.decisions}
         self.tensors = {tensor.tensor: tensor for tensor in placement.tensors}
@@ -161,13 +156,13 @@ class _Picture:
 
     def _reads_codes(self, reader: Op, tensor: str) -> bool:
         """Whether ``reader`` reads ``tensor`` through its quantizer, or as codes that were moved into ``tensor``."""
-        while (reader.name, tensor) not in self.reads:
-            op, decision = self.network[tensor], self.decisions.get(reader.name)
-            computes = reader.kind in COMMUTING or (decision is not None and decision.quantized)
-            if not computes or op.kind not in COMMUTING:
-                return False
-            reader, tensor = op, op.inputs[0]
-        return True
+        if (reader.name, tensor) in self.reads:
+            return True
+        decision = self.decisions.get(reader.name)
+        computes = reader.kind in COMMUTING or (decision is not None and decision.quantized)
+        return computes and all(
+            read in self.reads for read in first_reads(self.network, (reader.name, tensor), self.reads)
+        )
 
 
 def _state(op: Op, decision: Decision | None) -> str:
@@ -175,7 +170,7 @@ def _state(op: Op, decision: Decision | None) -> str:
         return "float" if op.kind == "other" else "neutral"
     if decision.quantized:
         return "int8"
-    return "kept" if decision.rule == KEPT_FLOAT else "float"
+    return "kept" if decision.rule == KeptFloat.name else "float"
 
 
 def _kind(op: Op) -> str:

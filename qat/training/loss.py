@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat.compute.device import Compute
+from qat.graph.inner_outputs import with_inner_outputs
 from qat.graph.network import Network
+from qat.training.recipe import DistillationSettings
 
 
 class CrossEntropy:
@@ -46,24 +48,23 @@ class Distillation(CrossEntropy):
         teacher: fx.GraphModule,
         compute: Compute,
         label_smoothing: float,
-        weight: float,
-        temperature: float,
-        feature_weight: float,
+        settings: DistillationSettings,
         points: Sequence[str],
         images: int,
         steps: int,
     ) -> None:
         """``points``: tensors that both graphs have, by name; ``images``, ``steps``: of a batch, and how many."""
         super().__init__(label_smoothing)
-        self.weight, self.temperature, self.feature_weight = weight, temperature, feature_weight
-        self.points = tuple(points) if feature_weight else ()
+        self.weight, self.temperature = settings.weight, settings.temperature
+        self.feature_weight = settings.feature_weight
+        self.points = tuple(points) if settings.feature_weight else ()
         self.compute = compute
         self._teacher = compute.forward(self.network(teacher.eval().requires_grad_(False)), images, steps)
 
     def network(self, model: nn.Module) -> nn.Module:
         """Gives the tensors of ``points`` beside the logits."""
         assert isinstance(model, fx.GraphModule)
-        return with_tensors(model, self.points)
+        return with_inner_outputs(model, self.points)
 
     def __call__(self, output: Any, targets: Tensor, x: Tensor) -> Tensor:
         """As that of the labels."""
@@ -78,16 +79,6 @@ class Distillation(CrossEntropy):
             share = (one.float() - other.float()).square().sum() / other.float().square().sum()
             loss = loss + self.feature_weight / len(features) * share
         return loss
-
-
-def with_tensors(model: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """``model``, its modules shared, with (its output, the tensors ``names`` inside it) as output."""
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(model.graph, copied)
-    by_name = {node.name: copy for node, copy in copied.items()}
-    graph.output((output, [by_name[name] for name in names]))
-    return fx.GraphModule(model, graph)
 
 
 def stage_ends(network: Network) -> tuple[str, ...]:

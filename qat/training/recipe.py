@@ -72,3 +72,29 @@ class Recipe:
             start = self.lr / 25
             return start + (self.lr - start) * (1 - math.cos(math.pi * done / warmup)) / 2
         return self.lr * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How the fine-tuning follows the float network (qat/training/loss.py). Raises UserError where out of range.
+
+    Attributes:
+        weight: share of the loss that is the distance from the float network's answers, 0 to 1.
+        temperature: by which both networks' logits are divided for that distance.
+        feature_weight: weight of the distance from the float network's tensors where its stages end.
+    """
+
+    weight: float = 0.0
+    temperature: float = 4.0
+    feature_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.weight <= 1 and self.temperature > 0 and self.feature_weight >= 0):
+            raise UserError(
+                "--distill must be between 0 and 1, --distill-temperature above 0, --distill-features at least 0"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether there is anything to follow."""
+        return self.weight > 0 or self.feature_weight > 0

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qat.base.errors import UserError
 from qat.data.preprocessing import ImagePreset
-from qat.models import ModelSpec, build_model, build_pretrained, load_weights, preset_of_weights
+from qat.models import ModelSpec, build_model
+from qat.weights import build_pretrained, load_weights, preset_of_weights
 
 NET = """
 from torch import nn

@@ -18,7 +18,9 @@ from qat.fake_quantize.prepare import placement_of
 from qat.graph.network import Network
 from qat.graph.tracing import network_of
 from qat.models import ModelSpec, build_model
-from qat.placement import PlacementOptions, main, of_model
+from qat.placement import PlacementOptions, main
+from qat.placement_view import view_placement
+from qat.rules.describe import PlacementView, texts_of
 from qat.rules.drawing import draw
 from qat.rules.graph_layout import Wire, lay_out
 from qat.rules.place import RULES, place
@@ -190,7 +192,7 @@ def tip(element: ElementTree.Element) -> str:
 
 
 def picture(view: Network, placement: Placement) -> ElementTree.Element:
-    return ElementTree.fromstring(draw(view, placement, RULES, "title", ["summary"]))
+    return ElementTree.fromstring(draw(PlacementView("title", (3, 224, 224), view, placement, texts_of(placement))))
 
 
 @pytest.mark.parametrize("model", ["googlenet", "shufflenet_v2_x0_5", "densenet121", "efficientnet_b0", "vit_b_16"])
@@ -366,5 +368,5 @@ def test_an_output_that_cannot_be_written(command: Run, net: str, tmp_path: Path
 
 
 def test_the_view_that_is_shown_is_the_one_that_is_trained(trained: Path) -> None:
-    shown = of_model(PlacementOptions(model=f"{trained / 'net.py'}:net", image_size=16, num_classes=3))
+    shown = view_placement(f"{trained / 'net.py'}:net", image_size=16, num_classes=3)
     assert shown.placement == placement_of(load_checkpoint(trained / "model.qat").model)

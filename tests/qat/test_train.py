@@ -31,7 +31,7 @@ from qat.data.splits import Data
 from qat.evaluate import evaluate
 from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
-from qat.run import run
+from qat.train import main as run
 from qat.training.interrupts import Interrupted
 from qat.training.recipe import Recipe
 from qat.training.trainer import Fit, FitState
@@ -53,7 +53,7 @@ def output(tmp_path: Path) -> Path:
 
 def train(folder: Path, output: Path, **changes: Any) -> dict[str, Tensor]:
     """The tensors of the checkpoint that a run in this process wrote."""
-    assert run(TrainOptions(**tiny.options(folder, output=output, **changes))) == 0
+    run(TrainOptions(**tiny.options(folder, output=output, **changes)))
     return load_file(output)
 
 
@@ -306,7 +306,7 @@ def test_a_model_that_makes_no_logits_is_refused_before_training(
 ) -> None:
     net = output.parent.parent / "other.py"
     net.write_text(f"{tiny.NET}\nclass Other(Net):\n    def forward(self, x):\n        return {forward}\n")
-    with pytest.raises(UserError, match=rf"Other makes {found} of one image; needed are logits of shape \[1, 3\]"):
+    with pytest.raises(UserError, match=rf"Other makes {found} of one image; it must make logits of shape \[1, 3\]"):
         train(trained, output, model=f"{net}:Other")
     assert "epoch" not in capsys.readouterr().out
 

@@ -274,15 +274,15 @@ def test_a_batch_is_shifted_and_mirrored_as_its_images_are(tmp_path: Path) -> No
 def test_photographs_are_taken_as_the_weights_have_it(tmp_path: Path) -> None:
     folder = str(make_folder(tmp_path))
     others = ImagePreset(96, 100, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
-    found = load_data(folder, None, 0, photographs=others).preprocessing
+    found = load_data(folder, None, 0, preset=others).preprocessing
     assert found == Preprocessing(96, 96, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 100)
-    assert load_data(folder, 192, 0, photographs=others).preprocessing.resize == 200
-    assert load_data(folder, None, 0, photographs=found.photographs).preprocessing == found
+    assert load_data(folder, 192, 0, preset=others).preprocessing.resize == 200
+    assert load_data(folder, None, 0, preset=found.preset).preprocessing == found
     digits = load_data("digits", None, 0).preprocessing
     assert digits.mean != ImagePreset().mean
-    assert load_data("digits", None, 0, photographs=digits.photographs).preprocessing == digits
-    assert load_data("digits", None, 0, photographs=others).preprocessing.mean == others.mean
-    images = load_data(folder, None, 0, photographs=others).test
+    assert load_data("digits", None, 0, preset=digits.preset).preprocessing == digits
+    assert load_data("digits", None, 0, preset=others).preprocessing.mean == others.mean
+    images = load_data(folder, None, 0, preset=others).test
     x = torch.full((1, 3, 96, 96), 51, dtype=torch.uint8)  # 0.2
     assert torch.allclose(images.preprocessing.normalize(x)[0, :, 0, 0], torch.tensor([-3.0, -1.0, -1 / 3]), atol=1e-6)
 

@@ -29,7 +29,7 @@ from qat.fake_quantize.quantizer import (
 )
 from qat.fake_quantize.weight_ranges import learn_ranges, weight_amax_mse
 from qat.options import TrainOptions
-from qat.run import run
+from qat.train import main as run
 
 
 def test_the_gradient_of_a_learned_scale_by_hand() -> None:
@@ -127,7 +127,7 @@ def test_exported_codes_are_those_of_the_learned_ranges() -> None:
 
 def train(folder: Path, output: Path, learn_ranges: bool = True, **changes: Any) -> dict[str, Tensor]:
     options = tiny.options(folder, output=output, learn_ranges=learn_ranges, **changes)
-    assert run(TrainOptions(**options)) == 0
+    run(TrainOptions(**options))
     return load_file(output)
 
 

@@ -25,7 +25,7 @@ from qat.fake_quantize.prepare import activation_quantizers, prepare, weights_an
 from qat.fake_quantize.quantizer import ACTIVATION, WEIGHT
 from qat.fake_quantize.weight_ranges import learn_ranges, weight_amax_mse
 from qat.options import TrainOptions
-from qat.run import run
+from qat.train import main as run
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

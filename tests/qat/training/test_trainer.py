@@ -24,14 +24,15 @@ import qat.fake_quantize.quantizer
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
 from qat.calibration.activation_ranges import calibrate
-from qat.compute.device import Compute, _Compiled
+from qat.compute.compiled import CompiledNetwork
+from qat.compute.device import Compute
 from qat.data.batches import ImageSet
 from qat.data.splits import Data
 from qat.evaluate import evaluate
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.quantizer import WeightQuantizer
 from qat.options import TrainOptions
-from qat.run import run
+from qat.train import main as run
 from qat.training.failures import first_not_finite
 from qat.training.log import TrainingLog
 from qat.training.recipe import Recipe
@@ -389,11 +390,11 @@ def test_cuda_graphs_are_given_up_where_they_take_too_much_memory(
 ) -> None:
     class Full(Hungry):
         def forward(self, x: Tensor) -> Tensor:
-            if _Compiled.graphs_fit:
+            if CompiledNetwork.graphs_fit:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             return super().forward(x)
 
-    monkeypatch.setattr(_Compiled, "graphs_fit", True)
+    monkeypatch.setattr(CompiledNetwork, "graphs_fit", True)
     assert fitted(Full(9), data, as_on_gpu).epoch == 1
     assert "training goes on without them" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match="for batches of 9 images; 4 fit"):

@@ -1,0 +1,134 @@
+"""What a rule is: a name, a sentence, a source, and what it decides about one operation.
+
+A rule sees operations, channel counts, shapes and the graph, never the names of models or classes. It answers with a
+``Verdict``, or with None where it has nothing to say; qat/rules/place.py asks the rules in order and applies the
+verdicts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar
+
+from qat.graph.data_movement import Read, final_reads
+from qat.graph.network import Network, Op
+from qat.graph.operations import WEIGHTED
+from qat.rules.fusion import fusing_convolution, written_by
+from qat.rules.keep_float import KeepFloat
+from qat.rules.placement import Decision
+
+GUIDE = "TensorRT Developer Guide, Working with Quantized Types, Q/DQ Placement Recommendations"
+HEURISTICS = "heuristics of NVIDIA's ONNX quantizer"
+MEASURED = "benchmarks/gpu_placement.txt"
+BYTES = "bytes that TensorRT-RTX's layers write: benchmarks/placement_table.txt"
+
+Reads = Mapping[Read, str]
+"""(reader, tensor) -> name of the rule by which the reader reads the tensor quantized."""
+
+
+@dataclass(frozen=True)
+class RuleText:
+    """A rule's sentence for people, shown wherever a decision is, and the source of its claim."""
+
+    sentence: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule says of an operation: it computes in INT8 and reads ``reads`` quantized, or in float for a reason.
+
+    ``rule`` is the name under which the decision and the reads are recorded.
+    """
+
+    rule: str
+    quantized: bool
+    reads: tuple[str, ...] = ()
+    reason: str = ""
+
+
+class Rule(ABC):
+    """One rule of placement; each is one object (qat/rules/place.py lists them)."""
+
+    name: ClassVar[str]
+    """By which decisions, checkpoints and findings name it."""
+    sentence: ClassVar[str]
+    source: ClassVar[str]
+    cost: ClassVar[str] = ""
+    """What follows where an operation's inputs are not all quantized, though the rule wants them so."""
+
+    @abstractmethod
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """What the rule says of ``op``, after all that ``state`` holds was decided; None where it does not apply."""
+
+    @property
+    def text(self) -> RuleText:
+        """For people."""
+        return RuleText(self.sentence, self.source)
+
+    def quantize(self, *tensors: str) -> Verdict:
+        """The operation computes in INT8 and reads ``tensors`` quantized."""
+        return Verdict(self.name, True, tensors)
+
+    def keep_float(self, reason: str) -> Verdict:
+        """The operation computes in float."""
+        return Verdict(self.name, False, (), reason)
+
+
+@dataclass
+class PlacementState:
+    """A placement under way.
+
+    ``kept``: what the user keeps in float; ``without_range``: tensors that no calibration has seen; ``slow_in_int8``:
+    layers that an earlier attempt found to be slower in INT8, given what their neighbours do.
+    """
+
+    network: Network
+    kept: KeepFloat = field(default_factory=KeepFloat)
+    without_range: frozenset[str] = frozenset()
+    slow_in_int8: frozenset[str] = frozenset()
+    decisions: dict[str, Decision] = field(default_factory=dict)
+    reads: dict[Read, str] = field(default_factory=dict)
+
+    def record(self, op: Op, verdict: Verdict) -> None:
+        """Applies a verdict, in the place of an earlier one about ``op``."""
+        self.decisions[op.name] = Decision(
+            op.name, op.label, op.kind, verdict.quantized, verdict.rule, "" if verdict.quantized else verdict.reason
+        )
+        for read in [read for read in self.reads if read[0] == op.name]:
+            del self.reads[read]
+        self.reads |= {(op.name, tensor): verdict.rule for tensor in verdict.reads}
+
+    def is_quantized(self, op: Op) -> bool:
+        """Whether it was decided that ``op`` computes in INT8."""
+        return op.name in self.decisions and self.decisions[op.name].quantized
+
+    @cached_property
+    def int8_layers(self) -> set[str]:
+        """The convolutions and linear layers in INT8; asked for when all of them are decided."""
+        return {op.name for op in self.network if op.kind in WEIGHTED and self.is_quantized(op)}
+
+    def fusing_convolution(self, tensor: str) -> str | None:
+        """The INT8 convolution whose result ``tensor`` is, through normalization at most: it can take in a sum."""
+        return fusing_convolution(self.network, tensor, self.int8_layers)
+
+    def written_by(self, op: Op) -> str:
+        """The tensor that the kernel of ``op``, with all that fuses into it, writes."""
+
+        def takes_in(following: Op, tensor: str) -> bool:
+            takes_sum = following.kind == "add" and self.is_quantized(following)
+            fuses = following.kind in ("batch_norm", "activation") or takes_sum
+            return fuses and (following.name, tensor) not in self.reads
+
+        return written_by(self.network, op, takes_in)
+
+    def is_read_quantized(self, tensor: str) -> bool:
+        """Whether somebody reads ``tensor``, or what is moved out of it, quantized."""
+        return any(read in self.reads for read in final_reads(self.network, tensor, self.reads))
+
+    def is_only_read_quantized(self, tensor: str) -> bool:
+        """Whether nobody reads ``tensor``, or what is moved out of it, in float."""
+        return all(read in self.reads for read in final_reads(self.network, tensor, self.reads))
