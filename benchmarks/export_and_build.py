@@ -16,7 +16,7 @@ import torch
 from stamp import stamp
 
 from qat.base.artifact import read_sidecar
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.checkpoint import save_checkpoint
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import prepare
@@ -32,7 +32,7 @@ def write_checkpoint(path: Path, calibrator: str = "max") -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # some start at zero, which would make their weights vanish
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    calibrate(model, torch.randn(16, 3, PIXELS, PIXELS).split(8), calibrator)
+    calibrate_ranges(model, torch.randn(16, 3, PIXELS, PIXELS).split(8), calibrator)
     preprocessing = Preprocessing(PIXELS, PIXELS, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), resize=256)
     classes = tuple(str(index) for index in range(CLASSES))
     data = {"data": {"source": "none", "image_size": PIXELS, "root": "."}, "seed": 0, "calibration_images": 16}

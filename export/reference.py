@@ -18,7 +18,7 @@ from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.checkpoint import Checkpoint, training_data
 from qat.data.batches import batches
-from qat.data.sources import NO_LABEL
+from qat.data.parts import NO_LABEL
 from qat.data.splits import Data
 
 _BATCH = 32

@@ -7,14 +7,14 @@ that it was trained with, preprocessing, class names, data source and measured a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qat.base.artifact import FORMAT_VERSION, Sidecar, TensorSpec, atomic_write, read_sidecar, write_artifact
 from qat.base.console import warn
@@ -36,70 +36,115 @@ _STATE = "training_state"  # entry of the file's header
 class Checkpoint:
     """A trained quantized model, ready to be exported."""
 
+    path: Path
     model: fx.GraphModule
     sidecar: Sidecar
     preprocessing: Preprocessing
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of what the network takes."""
+        return 3, self.preprocessing.height, self.preprocessing.width
+
 
 def save_checkpoint(
-    path: Path,
+    path: str | Path,
     model: fx.GraphModule,
-    spec: ModelSpec,
+    spec: ModelSpec | None,
     preprocessing: Preprocessing,
-    class_names: tuple[str, ...],
-    figures: Mapping[str, Any],
-    details: Mapping[str, Any],
-    seed: int,
+    class_names: Sequence[str],
+    figures: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Sidecar:
-    """Writes a prepared and trained model and its sidecar. Raises UserError when the disk does not take them.
+    """Writes a prepared and trained model and its sidecar.
 
-    ``figures`` are accuracies and the like; ``details`` is recorded as given (data source, recipe).
+    Args:
+        path: the checkpoint, a safetensors file; its sidecar is written beside it.
+        model: from ``prepare``, calibrated.
+        spec: how to build the float model again, without unpickling anything; None where whoever loads the checkpoint
+            has the float model at hand.
+        preprocessing: from an RGB image to the network's input [N, 3, height, width].
+        class_names: one for each of the network's logits [N, classes].
+        figures: accuracies and the like, recorded as given.
+        details: the data source, the recipe, recorded as given.
+        seed: recorded too.
+
+    Returns the sidecar. Raises UserError when the disk does not take them.
     """
+    names = tuple(class_names)
     sidecar = Sidecar(
         kind="checkpoint",
         inputs=(TensorSpec("input", (-1, 3, preprocessing.height, preprocessing.width), "float32"),),
-        outputs=(TensorSpec("logits", (-1, len(class_names)), "float32"),),
+        outputs=(TensorSpec("logits", (-1, len(names)), "float32"),),
         preprocessing=asdict(preprocessing),
-        class_names=class_names,
-        figures=figures,
+        class_names=names,
+        figures=figures or {},
         details={
-            "model": asdict(spec),
+            "model": None if spec is None else asdict(spec),
             "placement": placement_of(model).to_json(),
             "rules": {name: rule.sentence for name, rule in RULES.items()},
             "amax": {name: float(quantizer.amax.detach()) for name, quantizer in activation_quantizers(model).items()},
-            **details,
+            **(details or {}),
         },
     )
-    return write_artifact(path, sidecar, lambda file: save_tensors(file, model.state_dict()), seed=seed)
+    return write_artifact(Path(path), sidecar, lambda file: save_tensors(file, model.state_dict()), seed=seed)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> Checkpoint:
     """Builds the model of a checkpoint again, on the CPU, in evaluation mode.
 
-    Raises UserError when the file or its sidecar is missing, truncated, of another version, or does not fit.
+    Args:
+        path: the checkpoint.
+        model: the float model that it was prepared from, for a checkpoint that was saved without a ``spec``; it stays
+            as it is.
+
+    Raises:
+        UserError: the file or its sidecar is missing, truncated, of another version, or does not fit.
     """
+    path = Path(path)
     sidecar = read_sidecar(path, "checkpoint")
     try:
-        spec = ModelSpec(**sidecar.details["model"])
         placement = Placement.from_json(sidecar.details["placement"])
         preprocessing = Preprocessing.from_json(dict(sidecar.preprocessing))
+        if model is None:
+            model = _build_recorded(path, sidecar)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
-    model = prepare(build_model(spec), placement)
-    simulate_bits(model, sidecar.details.get("bits", BITS))
+    prepared = prepare(model, placement)
+    simulate_bits(prepared, sidecar.details.get("bits", BITS))
     tensors = load_tensors(path)
-    fix_saved_ranges(model, tensors)
+    fix_saved_ranges(prepared, tensors)
     try:
-        model.load_state_dict(tensors)
+        prepared.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit model {spec.name!r} ({reason}): train again") from error
-    return Checkpoint(model.eval(), sidecar, preprocessing)
+        raise UserError(f"{path} does not fit model {_recorded_name(sidecar)} ({reason}): train again") from error
+    return Checkpoint(path, prepared.eval(), sidecar, preprocessing)
+
+
+def float_model(checkpoint: Checkpoint) -> nn.Module:
+    """The float model that a checkpoint was made from, with random weights. Raises UserError when none is recorded."""
+    return _build_recorded(checkpoint.path, checkpoint.sidecar)
+
+
+def _build_recorded(path: Path, sidecar: Sidecar) -> nn.Module:
+    recorded = sidecar.details["model"]
+    if recorded is None:
+        raise UserError(f"{path} does not say how its model is built: load it in Python and give the float model")
+    return build_model(ModelSpec(**recorded))
+
+
+def _recorded_name(sidecar: Sidecar) -> str:
+    recorded = sidecar.details["model"]
+    return "as given" if recorded is None else repr(recorded["name"])
 
 
 def training_data(checkpoint: Checkpoint) -> Data:
     """The splits that the checkpoint was trained and measured on. Raises UserError when they are not at hand."""
     details = checkpoint.sidecar.details
+    if "data" not in details:
+        raise UserError(f"{checkpoint.path} records no images: it was saved from Python")
     data = details["data"]
     chosen = (data["image_size"], details["seed"], details["calibration_images"])
     preset = checkpoint.preprocessing.preset
@@ -116,7 +161,8 @@ def training_data(checkpoint: Checkpoint) -> Data:
 
 def has_labels(checkpoint: Checkpoint) -> bool:
     """Whether ``training_data`` has labels: whether an accuracy can be measured on it."""
-    return bool(checkpoint.sidecar.details["data"].get("labelled", True))  # before there was anything else
+    recorded = checkpoint.sidecar.details.get("data", {"labelled": False})
+    return bool(recorded.get("labelled", True))  # older ones do not say
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """What quantization costs, operation by operation: the error of its output, the loss with it alone and without it.
 
+The work of python -m qat.sensitivity.
+
 A network that was prepared for INT8 is run with any part of its operations quantized; the modules are those of the
 network itself, so nothing is copied.
 """
@@ -7,21 +9,33 @@ network itself, so nothing is copied.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx
 
+from qat.base.artifact import write_json
+from qat.base.console import progress, say, table
+from qat.base.errors import UserError
+from qat.base.number_format import BITS
 from qat.base.sqnr import sqnr_db
+from qat.checkpoint import float_model, has_labels, load_checkpoint, training_data
+from qat.compute.device import Compute
+from qat.compute.precision import exact_float32
+from qat.data.batches import first_batches
 from qat.evaluate import Accuracy, accuracy
 from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, placement_of, weights_and_quantizers
 from qat.fake_quantize.quantizer import ActivationQuantizer
 from qat.graph.data_movement import movers_before
 from qat.graph.inner_outputs import with_inner_outputs
 from qat.graph.network import Network, Op
+from qat.graph.tracing import network_of
 
+_BATCH = 64
 _OUTPUT_IMAGES = 8  # on which outputs are compared
 
 
@@ -137,3 +151,95 @@ def multiply_adds(op: Op) -> int:
     if op.weight is None:
         return 0
     return op.elements * op.weight.in_channels // op.weight.groups * math.prod(op.weight.kernel)
+
+
+def measure_sensitivity(
+    path: Path, *, images: int, target_drop: float, show: int, output: Path | None, compute: Compute
+) -> None:
+    """Measures all operations of a checkpoint on its validation split, prints them, and suggests what to keep in float.
+
+    Args:
+        path: a checkpoint whose images have labels.
+        images: how many to measure on, at most.
+        target_drop: points of accuracy that the quantized network may lie below the float one.
+        show: operations that are printed, the costliest first.
+        output: a JSON file for all figures.
+        compute: the device.
+
+    Raises:
+        UserError: there are no labels, or the checkpoint or its images cannot be read.
+    """
+    checkpoint = load_checkpoint(path)
+    if not has_labels(checkpoint):
+        raise UserError(
+            f"{path} was calibrated on images without labels, and losses need labels: run python -m qat.calibrate "
+            "again with --data that has them"
+        )
+    normalize = checkpoint.preprocessing.normalize
+    batches = [
+        (normalize(compute.images(x_NCHW)), labels.to(compute.device))
+        for x_NCHW, labels in first_batches(training_data(checkpoint).validation, images, _BATCH)
+    ]
+    compute.place(checkpoint.model)
+    network = network_of(float_model(checkpoint), checkpoint.input_shape)
+    measured = PartlyQuantized(checkpoint.model, network, batches)
+    with exact_float32(), progress("measuring operations", len(measured.ops)) as task:
+        unquantized, quantized = measured.measure(frozenset()), measured.measure(measured.all)
+        costs = []
+        for cost in measured.costs():
+            costs.append(cost)
+            task.advance()
+        kept = measured.keep_float(costs, unquantized.top1 - target_drop)
+    _print(costs, unquantized, quantized, show)
+    _suggest(kept, unquantized, quantized, target_drop, checkpoint.sidecar.details.get("bits", BITS))
+    if output is not None:
+        content = {"images": quantized.images, "float": _figures(unquantized), "quantized": _figures(quantized)}
+        content |= {"operations": [asdict(cost) for cost in costs], "target_drop": target_drop}
+        content["keep_float"] = [{"op": cost.op, "label": cost.label, **_figures(after)} for cost, after in kept]
+        write_json(output, content)
+        say(f"wrote {output}")
+
+
+def _figures(measured: Accuracy) -> dict[str, float]:
+    return {"loss": measured.loss, "top1": measured.top1}
+
+
+def _print(costs: list[Cost], unquantized: Accuracy, quantized: Accuracy, show: int) -> None:
+    before, after = (f"{one.top1:.2f} % (loss {one.loss:.4f})" for one in (unquantized, quantized))
+    say(f"{quantized.images} images of the validation split: float {before}, quantized {after}")
+    ranked = sorted(costs, key=lambda cost: cost.loss_without)
+    rows = [
+        (
+            cost.label,
+            "equal" if cost.sqnr_db is None else f"{cost.sqnr_db:.1f}",
+            f"{cost.loss_alone - unquantized.loss:+.5f}",
+            f"{cost.loss_without - quantized.loss:+.5f}",
+            f"{100 * cost.multiply_adds:.1f} %",
+        )
+        for cost in ranked[:show]
+    ]
+    columns = ("operation", "SQNR, dB", "loss, it alone quantized", "loss, it alone float", "multiply-adds")
+    table(f"Cost of quantization ({len(rows)} of {len(costs)} operations)", columns, rows)
+    say("SQNR: of its output. Losses: against the float network, and against the quantized one.")
+
+
+def _below(drop: float) -> str:
+    return f"{abs(drop):.2f} points {'below' if drop >= 0 else 'above'}"
+
+
+def _suggest(
+    kept: list[tuple[Cost, Accuracy]], unquantized: Accuracy, quantized: Accuracy, target: float, bits: int
+) -> None:
+    images = quantized.images
+    noise = f"one of {images} images is {100 / images:.2f} points"
+    if not kept:
+        drop = unquantized.top1 - quantized.top1
+        say(f"the quantized network is {_below(drop)} the float one, {noise}: nothing has to stay in float")
+        return
+    drop = unquantized.top1 - kept[-1][1].top1
+    share = sum(cost.multiply_adds for cost, _ in kept)
+    reached = "which is enough" if drop <= target else "which is not enough: train longer, or look at the data"
+    say(f"suggested: --keep-float {shlex.join(cost.label for cost, _ in kept)}")
+    say(f"with these {len(kept)} in float the network is {_below(drop)} the float one, {reached} ({noise})")
+    if bits == BITS:
+        say(f"{100 * share:.1f} % of the multiply-adds leave INT8 then: a GPU computes those at half the rate or less")

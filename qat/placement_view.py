@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qat.base.artifact import sidecar_path
 from qat.base.errors import UserError
-from qat.checkpoint import load_checkpoint
+from qat.checkpoint import float_model, load_checkpoint
 from qat.fake_quantize.prepare import placement_of
 from qat.graph.tracing import network_of
 from qat.models import ModelSpec, build_model
@@ -47,9 +47,8 @@ def view_placement(
 
 def _of_checkpoint(path: Path) -> PlacementView:
     checkpoint = load_checkpoint(path)
-    details, preprocessing = checkpoint.sidecar.details, checkpoint.preprocessing
-    shape = (3, preprocessing.height, preprocessing.width)
-    network = network_of(build_model(ModelSpec(**details["model"])), shape)
+    details, shape = checkpoint.sidecar.details, checkpoint.input_shape
+    network = network_of(float_model(checkpoint), shape)
     placement = placement_of(checkpoint.model)
     rules = texts_of(placement, details["rules"])
     return PlacementView(f"{path} ({details['model']['name']})", shape, network, placement, rules)

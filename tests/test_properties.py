@@ -22,7 +22,7 @@ from export.fold import fold
 from export.lint import lint
 from export.parity import measure
 from export.read import read_onnx
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
 
 SIZE = 8  # pixels at the input; nothing but a pool or a stride makes them fewer
@@ -188,7 +188,7 @@ def check(chosen: list[Step]) -> None:
     model.eval()
     prepared = prepare(model, input_shape=x.shape[1:])
     with torch.no_grad():
-        calibrate(prepared, [x], "max")
+        calibrate_ranges(prepared, [x], "max")
     folded, _ = fold(prepared)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -19,7 +19,7 @@ from export.fold import fold
 from export.lint import lint
 from export.parity import measure
 from export.read import read_onnx
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
 from qat.graph.fx_network import network_from_fx
 from qat.graph.tracing import trace
@@ -38,7 +38,7 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
         model, x = zoo.build(name), zoo.images(name, 4, seed=1)
     prepared = prepare(model, input_shape=x.shape[1:])
     with torch.no_grad():
-        calibrate(prepared, [x], "max")
+        calibrate_ranges(prepared, [x], "max")
     folded, _ = fold(prepared)
     path = tmp_path / "model.onnx"
     ir.save(emit(folded, x, {}), path)

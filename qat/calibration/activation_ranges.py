@@ -134,10 +134,10 @@ def set_ranges(
     return warnings
 
 
-def calibrate(
+def calibrate_ranges(
     model: nn.Module,
     batches: Iterable[Tensor],
-    method: Calibrator,
+    method: Calibrator = "mse",
     percentile: float = 99.99,
     on_batch: Callable[[], None] | None = None,
 ) -> list[str]:

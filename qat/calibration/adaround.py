@@ -151,16 +151,16 @@ class _Rounding:
     ) -> None:
         self.steps, self.generator, self.batches = steps, generator, range(len(images))
         in_float, self._quantized = (_evaluated(prepared, enabled) for enabled in (False, True))
-        self._walks = [Stepper(model, prepared.graph, images) for model in (in_float, self._quantized)]
+        self._steppers = [Stepper(model, prepared.graph, images) for model in (in_float, self._quantized)]
         self._weights = {
             path: (weight, quantizer) for path, weight, quantizer in weights_and_quantizers(self._quantized)
         }
 
     def round(self, layer: _Layer) -> Rounded:
         """Rounds the weight of ``layer``, and of all that share it, in the quantized copy."""
-        for walk in self._walks:
-            walk.to(layer.nodes[0])
-        in_float, quantized = self._walks
+        for stepper in self._steppers:
+            stepper.run_to(layer.nodes[0])
+        in_float, quantized = self._steppers
         weight, quantizer = self._weights[layer.quantizer]
         if quantizer.amax is None:
             quantizer.fix(weight_amax(weight, quantizer.axis))
@@ -170,12 +170,12 @@ class _Rounding:
 
         def error(targets: Sequence[Tensor]) -> Tensor:
             """Mean squared, of each output channel: [C], float64."""
-            differences = (quantized.output(layer.nodes, batch) - targets[batch] for batch in self.batches)
+            differences = (quantized.output_of(layer.nodes, batch) - targets[batch] for batch in self.batches)
             return _mean_square(differences, channels)
 
-        targets = [in_float.output(layer.nodes, batch) for batch in self.batches]
+        targets = [in_float.output_of(layer.nodes, batch) for batch in self.batches]
         quantizer.enabled = False
-        unrounded = [quantized.output(layer.nodes, batch) for batch in self.batches]
+        unrounded = [quantized.output_of(layer.nodes, batch) for batch in self.batches]
         quantizer.enabled = True
         noise, nearest = error(unrounded), error(targets)
         del unrounded
@@ -188,7 +188,7 @@ class _Rounding:
         optimizer = torch.optim.Adam(soft.parameters(), lr=_LEARNING_RATE, fused=True)
         for step, batch in enumerate(self._order()):
             with torch.enable_grad():
-                difference = quantized.output(layer.nodes, batch) - targets[batch]
+                difference = quantized.output_of(layer.nodes, batch) - targets[batch]
                 loss = (difference.square() * per_channel(gain, difference.ndim, channels)).mean()
                 if (beta := _beta(step / self.steps)) is not None:
                     loss = loss + LAMBDA * soft.undecided(beta)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,17 @@ from torch import Tensor
 class Kernels:
     """Kernels that take the same arguments and run one after the other on the same grid."""
 
-    def __init__(self, source: str, names: list[str], device: torch.device, threads: int, blocks: int) -> None:
-        """Compiles ``source`` for ``device``; ``blocks`` of ``threads`` run on each of its processors.
+    def __init__(
+        self, file: str, constants: str, names: list[str], device: torch.device, threads: int, blocks: int
+    ) -> None:
+        """Compiles a ``file`` beside this one, behind ``constants``, for ``device``.
+
+        ``names``: its kernels in the order in which they run; ``blocks`` of ``threads`` run on each processor.
 
         Raises OSError or RuntimeError where there is no compiler (NVRTC, and CUDA's folder, which torch wants to know).
         """
         self.device, self.threads = device, threads
+        source = constants + Path(__file__).with_name(file).read_text(encoding="utf-8")
         self.blocks = blocks * torch.cuda.get_device_properties(device).multi_processor_count
         with torch.cuda.device(device):
             # Underscored, but there in every version that pyproject.toml admits.

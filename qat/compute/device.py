@@ -112,6 +112,22 @@ class Compute:
         )
 
 
+def compile_for_training(model: nn.Module, batch_size: int, *, compiled: bool = True) -> nn.Module:
+    """What to call in a training loop of one's own in the place of ``model``, whose modules it shares: faster.
+
+    Each ReLU is one operation with the quantizer that alone reads it, and torch.compile compiles the step at the first
+    batch of ``batch_size`` images, which takes about a minute; other sizes are computed without. Codes and gradients
+    stay what they were. Evaluate, save and export ``model`` itself.
+
+    Args:
+        model: from ``prepare`` (or a float module), on the device that it is trained on.
+        batch_size: images [N, C, H, W] in a batch.
+        compiled: False only fuses the ReLUs.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return Compute(device, compiled=compiled).forward(model, batch_size, steps=_STEPS_THAT_PAY)
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

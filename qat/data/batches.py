@@ -136,6 +136,16 @@ def batches(
         yield images_NCHW, labels
 
 
+def first_batches(images: ImageSet, count: int, batch_size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
+    """Up to ``count`` images in order, as ``batches`` gives them; the last batch is cut off where it must be."""
+    left = count
+    for images_NCHW, labels in batches(images, batch_size, None):
+        yield images_NCHW[:left], labels[:left]
+        left -= len(labels)
+        if left <= 0:
+            return
+
+
 def _keys(count: int, seed: int | None, epoch: int) -> Tensor:
     """(index, seed) of every image of an epoch, in order: int64 [N, 2]."""
     if seed is None:

@@ -9,47 +9,17 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torchvision
-from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
-from qat.data.pixels import ArrayPixels, FilePixels, Pixels, TorchvisionPixels, decode_all, images_nchw
-
-NO_LABEL = -1
-
-
-@dataclass(frozen=True)
-class Part:
-    """Images and their labels: int64 [N]."""
-
-    pixels: Pixels
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a reader found. A part that the source does not have is None.
-
-    ``default_size`` is (height, width) in pixels, None for photographs; ``cropped``: all images have one size and are
-    taken whole, without a margin to crop in evaluation; ``mirrors``: the mirror image of a class still belongs to it.
-    """
-
-    train: Part
-    validation: Part | None
-    test: Part | None
-    class_names: tuple[str, ...]
-    default_size: tuple[int, int] | None
-    cropped: bool = True
-    mirrors: bool = True
-    notes: tuple[str, ...] = ()
+from qat.data.parts import Part, Source
+from qat.data.pixels import ArrayPixels, FilePixels, decode_all, images_nchw
+from qat.data.torchvision_sets import read_torchvision, torchvision_sets
 
 
 def read_source(source: str, root: Path) -> Source:
@@ -61,16 +31,16 @@ def read_source(source: str, root: Path) -> Source:
     if source == "digits":
         return _read_digits()
     if source.startswith("torchvision:"):
-        return _read_torchvision(source.removeprefix("torchvision:"), root)
+        return read_torchvision(source.removeprefix("torchvision:"), root)
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".npz":
         return _read_npz(path)
-    known = ["digits", *(f"torchvision:{name}" for name in _names())]
+    known = ["digits", *(f"torchvision:{name}" for name in torchvision_sets())]
     raise UserError(
         f"unknown data set {source!r}: no such folder{did_you_mean(source, known)}; give digits, a folder with train/ "
         "and val/ (to python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with one of "
-        f"{', '.join(_names())}"
+        f"{', '.join(torchvision_sets())}"
     )
 
 
@@ -260,92 +230,3 @@ def _check_label_range(path: Path, split: str, labels: np.ndarray, classes: int)
             f"{path}: {len(absent)} of {classes} classes have no training image (class {absent[0]} is the first): "
             "number the classes from 0 without gaps"
         )
-
-
-# --- torchvision
-
-
-def _named(train: str, test: str, validation: str | None = None) -> tuple[dict[str, Any] | None, ...]:
-    return {"split": train}, None if validation is None else {"split": validation}, {"split": test}
-
-
-_FLAG: tuple[dict[str, Any] | None, ...] = ({"train": True}, None, {"train": False})
-# Name -> the arguments that select (train, validation, test). Where there is no test split with public labels, the
-# validation split is the test split.
-_TORCHVISION: dict[str, tuple[dict[str, Any] | None, ...]] = {
-    "CIFAR10": _FLAG,
-    "CIFAR100": _FLAG,
-    "Country211": _named("train", "test", "valid"),
-    "DTD": _named("train", "test", "val"),
-    "EMNIST": ({"split": "balanced", "train": True}, None, {"split": "balanced", "train": False}),
-    "FGVCAircraft": _named("train", "test", "val"),
-    "FashionMNIST": _FLAG,
-    "Flowers102": _named("train", "test", "val"),
-    "Food101": _named("train", "test"),
-    "GTSRB": _named("train", "test"),
-    "ImageNet": _named("train", "val"),
-    "Imagenette": _named("train", "val"),
-    "KMNIST": _FLAG,
-    "MNIST": _FLAG,
-    "OxfordIIITPet": _named("trainval", "test"),
-    "Places365": _named("train-standard", "val"),
-    "RenderedSST2": _named("train", "test", "val"),
-    "STL10": _named("train", "test"),
-    "SVHN": _named("train", "test"),
-    "StanfordCars": _named("train", "test"),
-    "USPS": _FLAG,
-}
-# Characters and traffic signs: their mirror images are something else.
-_NOT_MIRRORED = {"EMNIST", "GTSRB", "KMNIST", "MNIST", "RenderedSST2", "SVHN", "USPS"}
-
-
-def _names() -> list[str]:
-    return [name for name in _TORCHVISION if hasattr(torchvision.datasets, name)]
-
-
-def _read_torchvision(name: str, root: Path) -> Source:
-    if name not in _names():
-        raise UserError(
-            f"torchvision has no classification data set {name!r} that can be read by name"
-            f"{did_you_mean(name, _names())}; there are {', '.join(_names())}"
-        )
-    datasets = [None if options is None else _open(name, root, options) for options in _TORCHVISION[name]]
-    train, validation, test = (None if dataset is None else _part(dataset) for dataset in datasets)
-    assert train is not None
-    assert test is not None
-    in_memory = isinstance(train.pixels, ArrayPixels)
-    size = (train.pixels[0].shape[-2], train.pixels[0].shape[-1]) if in_memory else None
-    classes = getattr(datasets[0], "classes", range(int(train.labels.max()) + 1))
-    # ImageNet's class names are tuples of synonyms.
-    class_names = tuple(", ".join(c) if isinstance(c, (tuple, list)) else str(c) for c in classes)
-    mirrors = name not in _NOT_MIRRORED
-    return Source(train, validation, test, class_names, size, cropped=in_memory, mirrors=mirrors)
-
-
-def _open(name: str, root: Path, options: dict[str, Any]) -> Any:
-    """The data set from ``root``; downloaded to it where it is not there yet."""
-    make = getattr(torchvision.datasets, name)
-    try:
-        return make(root, **options)
-    except Exception as error:  # each set has its own way to say that its files are not there
-        absent = error
-    if name in ("ImageNet", "StanfordCars"):  # cannot be downloaded
-        raise UserError(f"{name} is not in {root} ({one_line(absent)}): put its files there by hand") from absent
-    try:
-        return make(root, download=True, **options)
-    except Exception as error:
-        raise UserError(
-            f"cannot download {name} to {root} ({one_line(error)}): check the network, or put its files there by "
-            f"hand as torchvision.datasets.{name} expects them"
-        ) from error
-
-
-def _part(dataset: Any) -> Part:
-    data = getattr(dataset, "data", None)
-    pixels: Pixels = (
-        ArrayPixels(images_nchw(data)) if isinstance(data, (np.ndarray, Tensor)) else TorchvisionPixels(dataset)
-    )
-    for attribute in ("targets", "labels", "_labels"):
-        if hasattr(dataset, attribute):
-            return Part(pixels, torch.as_tensor(getattr(dataset, attribute), dtype=torch.int64))
-    return Part(pixels, torch.tensor([label for _, label in dataset._samples], dtype=torch.int64))

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from qat.base.errors import UserError
 from qat.data.batches import ImageSet
+from qat.data.parts import NO_LABEL, Part, Source
 from qat.data.pixels import MEMORY_LIMIT, ArrayPixels, FilePixels, decode_all
 from qat.data.preprocessing import Augmentation, ImagePreset, Preprocessing
-from qat.data.sources import NO_LABEL, Part, Source, read_source, unlabelled_files
+from qat.data.sources import read_source, unlabelled_files
 
 IMAGENET_PRESET = ImagePreset()
 _SMALL = 64  # pixels; up to here an image is shifted in training, above it is cropped and resized

@@ -29,7 +29,7 @@ from export.pad_channels import CHANNELS, pad_channels
 from export.session import session, sqnr_db
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.quantizer import SCALE_FLOOR
 
@@ -68,7 +68,7 @@ def images(count: int = 4) -> Tensor:
 
 def folded(model: nn.Module, x: Tensor | None = None) -> fx.GraphModule:
     ready = prepare(lively(model))
-    calibrate(ready, [images() if x is None else x], "max")
+    calibrate_ranges(ready, [images() if x is None else x], "max")
     return fold(ready)[0]
 
 
@@ -369,7 +369,7 @@ def test_a_shortcut_of_the_input_stays():
 
 def test_a_float_convolution_is_not_merged():
     ready = prepare(Block().eval(), keep_float=["shortcut"])
-    calibrate(ready, [images()], "max")
+    calibrate_ranges(ready, [images()], "max")
     assert merge_shortcuts(fold(ready)[0], (3, PIXELS, PIXELS)) == []
 
 

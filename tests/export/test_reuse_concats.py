@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from export.emit import emit
 from export.fold import fold, fold_float
 from export.reuse_concats import repeated_concat, take_earlier_concats
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import prepare
 
 
@@ -121,7 +121,7 @@ def test_an_exported_dense_block_grows_in_one_tensor(quantized):
     x = torch.randn(8, 3, 8, 8)
     prepared = prepare(DenseBlock().eval(), input_shape=x.shape[1:])
     with torch.no_grad():
-        calibrate(prepared, [x], "max")
+        calibrate_ranges(prepared, [x], "max")
     network = fold(prepared)[0] if quantized else fold_float(prepared)
     model = ir.to_proto(emit(network, x[:2], {}))
     assert [len(node.input) for node in model.graph.node if node.op_type == "Concat"] == [2, 2, 2, 2]

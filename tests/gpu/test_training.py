@@ -19,7 +19,7 @@ from torchvision.models import resnet18
 
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
-from qat.calibration.activation_ranges import calibrate, choose_ranges
+from qat.calibration.activation_ranges import calibrate_ranges, choose_ranges
 from qat.calibration.adaround import adaround
 from qat.calibration.histogram import BINS, HistogramObserver, check_finite
 from qat.checkpoint import load_checkpoint
@@ -147,7 +147,7 @@ def test_no_step_waits_for_the_gpu(changes: dict[str, Any], learns: bool, compil
     np.savez(tmp_path / "data.npz", **splits)
     data = load_data(str(tmp_path / "data.npz"), None, 0).on(compute.device)
     model = prepare(resnet18(num_classes=3), input_shape=(3, 32, 32))
-    calibrate(model, [torch.randn(8, 3, 32, 32)], "max")
+    calibrate_ranges(model, [torch.randn(8, 3, 32, 32)], "max")
     if learns:
         learn_ranges(model)
     fit = Fit("qat", compute.place(model), data, Recipe(1, 1e-4, "cosine", 16, 0.05, 0.1, 0, **changes), compute)
@@ -169,7 +169,7 @@ def test_compiled_gradients_are_those_of_the_network_as_it_is(amp: torch.dtype, 
     torch.manual_seed(0)
     x = torch.randn(32, 3, 16, 16)
     model = prepare(build_model(ModelSpec(f"{tmp_path / 'net.py'}:net", 3)), input_shape=(3, 16, 16))
-    calibrate(model, [x], "mse")
+    calibrate_ranges(model, [x], "mse")
     if learns:
         learn_ranges(model)
     model.get_submodule("dropout").p = 0.0  # compiled code draws other random numbers
@@ -224,7 +224,7 @@ def test_a_model_on_the_gpu_is_prepared_and_rounded_there(tmp_path: Path):
         model = build_model(ModelSpec(f"{tmp_path / 'net.py'}:net", 3)).eval().to(device)
         prepared[device] = prepare(model, input_shape=(3, 16, 16))
         with exact_float32():
-            calibrate(prepared[device], [x.to(device)], "mse")
+            calibrate_ranges(prepared[device], [x.to(device)], "mse")
         found = adaround(prepared[device], [x.to(device)], steps=100)
         assert all(layer.mse <= layer.mse_nearest for layer in found)
     on_cpu, on_gpu = (prepared[device](x.to(device)).detach().cpu() for device in ("cpu", DEVICE))

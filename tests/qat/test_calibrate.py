@@ -24,6 +24,7 @@ from export.from_checkpoint import export_checkpoint
 from export.options import ExportOptions
 from qat.base.artifact import Sidecar, read_sidecar
 from qat.base.errors import UserError
+from qat.calibrate import main as quantize_pretrained
 from qat.checkpoint import load_checkpoint, training_data
 from qat.compute.device import Compute
 from qat.data.splits import Data, load_unlabelled
@@ -31,7 +32,6 @@ from qat.evaluate import compare
 from qat.fake_quantize.prepare import weights_and_quantizers
 from qat.models import ModelSpec, build_model
 from qat.options import CalibrateOptions, TrainOptions
-from qat.post_training import quantize_pretrained
 from qat.train import main as run
 
 CPU = Compute(torch.device("cpu"))
@@ -357,7 +357,7 @@ def refused(*places: Path, **changes: Any) -> str:
         ({"classes": 0}, "--classes 0 is not positive"),
         ({"classes": 4}, "are of 3 classes (fc), not of 4: leave out --classes"),
         ({"std": (0.2, 0.0, 0.2)}, "--std 0.2 0.0 0.2: deviations must be above 0"),
-        ({"adaround": -1}, "--adaround -1 is no number of steps"),
+        ({"adaround": -1}, "--adaround -1 is not a number of steps"),
         ({"percentile": 0.0}, "--percentile 0.0 is out of range"),
         ({"calibration_images": 0}, "0 calibration images set no activation range"),
         ({"batch_size": 0}, "batch size 0 is not positive"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from export.fold import fold
 from qat.base.artifact import read_sidecar
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.checkpoint import load_checkpoint
 from qat.fake_quantize.prepare import activation_quantizers, prepare, weights_and_quantizers
 from qat.fake_quantize.quantizer import (
@@ -113,7 +113,7 @@ def test_exported_codes_are_those_of_the_learned_ranges() -> None:
     x = torch.randn(4, 3, 8, 8)
     prepared = prepare(Functional().eval(), input_shape=(3, 8, 8))
     with torch.no_grad():
-        calibrate(prepared, [x], "max")
+        calibrate_ranges(prepared, [x], "max")
     learn_ranges(prepared)
     assert len(list(weights_and_quantizers(prepared))) == 2
     with torch.no_grad():

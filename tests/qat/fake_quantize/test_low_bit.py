@@ -17,7 +17,7 @@ from export.from_checkpoint import export_checkpoint
 from export.options import ExportOptions
 from qat.base.errors import UserError
 from qat.base.number_format import low_bit_format
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.checkpoint import load_checkpoint
 from qat.compute.fused_relu import fuse_relus
 from qat.fake_quantize.low_bit import simulate_bits
@@ -34,7 +34,7 @@ def network(bits: int, method: Any = "max") -> fx.GraphModule:
     torch.manual_seed(0)
     prepared = prepare(torchvision.models.resnet18(num_classes=7), input_shape=(3, 32, 32))
     simulate_bits(prepared, bits)
-    calibrate(prepared, [IMAGES], method)
+    calibrate_ranges(prepared, [IMAGES], method)
     return prepared.eval()
 
 
@@ -56,7 +56,7 @@ def test_tensors_that_cannot_be_negative_use_all_codes_for_what_they_hold() -> N
     torch.manual_seed(0)
     for name in ("mobilenet_v2", "mobilenet_v3_large"):
         prepared = prepare(torchvision.models.get_model(name, num_classes=7).eval(), input_shape=(3, 32, 32))
-        calibrate(prepared, [IMAGES], "max")
+        calibrate_ranges(prepared, [IMAGES], "max")
         lowest: dict[str, float] = {}
         for tensor, quantizer in activation_quantizers(prepared).items():
             quantizer.enabled = False

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import qat.fake_quantize.quantizer
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.compute.compiled import CompiledNetwork
 from qat.compute.device import Compute
 from qat.data.batches import ImageSet
@@ -166,7 +166,7 @@ def test_training_computes_in_bfloat16_and_quantization_and_evaluation_in_float3
     model: nn.Module, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(model, input_shape=(3, 16, 16))
-    calibrate(prepared, [torch.randn(8, 3, 16, 16)], "max")
+    calibrate_ranges(prepared, [torch.randn(8, 3, 16, 16)], "max")
     types: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
     prepared.get_submodule("conv2").register_forward_hook(lambda layer, _, y: types[layer.training].add(y.dtype))
     quotients = []
@@ -188,7 +188,7 @@ def test_training_computes_in_bfloat16_and_quantization_and_evaluation_in_float3
 def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
     """Compiled whole, quantizers included: fullgraph=True refuses graph breaks."""
     plain = prepare(model, input_shape=(3, 16, 16))
-    calibrate(plain, [torch.randn(8, 3, 16, 16)], "max")
+    calibrate_ranges(plain, [torch.randn(8, 3, 16, 16)], "max")
     compiled = prepare(model, input_shape=(3, 16, 16))
     compiled.load_state_dict(plain.state_dict())
     for one in (plain, compiled):
@@ -218,7 +218,7 @@ def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
 def test_compiled_gradients_are_those_of_the_network_as_it_is(model: nn.Module) -> None:
     x = torch.randn(8, 3, 16, 16)
     prepared = prepare(model, input_shape=(3, 16, 16))
-    calibrate(prepared, [x], "max")
+    calibrate_ranges(prepared, [x], "max")
     prepared.get_submodule("dropout").p = 0.0
     errors = gradient_errors(prepared, "cpu", torch.float32, x)
     assert len(errors) == len(list(model.parameters()))
@@ -238,7 +238,7 @@ def test_a_network_is_compiled_where_that_pays(compiled: bool | None, steps: int
 
 def test_quantization_progresses_from_the_input_on(model: nn.Module, data: Data) -> None:
     prepared = prepare(model, input_shape=(3, 16, 16))
-    calibrate(prepared, [torch.randn(8, 3, 16, 16)], "max")
+    calibrate_ranges(prepared, [torch.randn(8, 3, 16, 16)], "max")
     seen = []
 
     class Watching(Fit):
