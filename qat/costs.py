@@ -116,7 +116,7 @@ class PartlyQuantized:
         for path, _, quantizer in weights:
             quantizer.enabled = path in owners
         try:
-            yield self._reading(readers)
+            yield self._network_reading(readers)
         finally:
             for _, _, quantizer in weights:
                 quantizer.enabled = True
@@ -130,7 +130,7 @@ class PartlyQuantized:
         node = self._nodes[op]
         return f"{node.target}.weight_quantizer" if node.op == "call_module" else f"{WEIGHT_QUANTIZERS}.{op}"
 
-    def _reading(self, readers: set[str]) -> fx.GraphModule:
+    def _network_reading(self, readers: set[str]) -> fx.GraphModule:
         """The network, its modules shared, in which only ``readers`` read through quantizers."""
         graph = fx.Graph()
         copied: dict[fx.Node, fx.Node] = {}

@@ -51,8 +51,8 @@ def observe(
     observers = {name: HistogramObserver(name, q.amax.device) for name, q in quantizers.items()}
     device = next(model.parameters()).device
     extremes: list[Tensor] = []
-    with _observing(model, observers), torch.no_grad():
-        for batch in _ranged(model, observers, (batch.to(device) for batch in batches), processes):
+    with _observe_float_network(model, observers), torch.no_grad():
+        for batch in _agree_on_limits(model, observers, (batch.to(device) for batch in batches), processes):
             extremes.append(torch.stack(torch.aminmax(batch.transpose(0, 1).flatten(1), dim=1)))
             model(batch)
             if on_batch is not None:
@@ -70,7 +70,7 @@ def observe(
     return observers
 
 
-def _ranged(
+def _agree_on_limits(
     model: nn.Module, observers: Mapping[str, HistogramObserver], batches: Iterable[Tensor], processes: Processes
 ) -> Iterator[Tensor]:
     """``batches``; where several processes share them, after all have agreed on the limits that they start from.
@@ -177,7 +177,7 @@ def _quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 @contextmanager
-def _observing(model: nn.Module, observers: Mapping[str, HistogramObserver]) -> Iterator[None]:
+def _observe_float_network(model: nn.Module, observers: Mapping[str, HistogramObserver]) -> Iterator[None]:
     """The float network in eval mode with its observers set; everything is put back at the end."""
     quantizers = _quantizers(model)
     training = {module: module.training for module in model.modules()}

@@ -90,7 +90,7 @@ def adaround(
         raise ValueError(f"{steps} steps round nothing: give at least 1")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), exact_float32():
-        images = _dealt(batches, generator)
+        images = _shuffle_into_batches(batches, generator)
         rounding = _Rounding(prepared, images, steps, generator)
         found = []
         for layer in _layers(prepared):
@@ -119,10 +119,10 @@ def _layers(prepared: fx.GraphModule) -> Iterator[_Layer]:
         if path in weights and id(weights[path]) not in decided:
             decided.add(id(weights[path]))
             quantizers = [source for source in node.all_input_nodes if source.target == path]
-            yield _Layer(label(node), path, (*quantizers, node, *_behind(node, modules)))
+            yield _Layer(label(node), path, (*quantizers, node, *_nodes_that_follow(node, modules)))
 
 
-def _behind(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+def _nodes_that_follow(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
     """The normalization and activation functions that follow, as long as each has one reader; their constants too."""
     found: list[fx.Node] = []
     while len(node.users) == 1:
@@ -135,7 +135,7 @@ def _behind(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
     return found
 
 
-def _dealt(batches: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+def _shuffle_into_batches(batches: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     """All images, shuffled, in mini-batches."""
     if not sum(map(len, batches)):
         raise UserError("AdaRound got no images: give a calibration split of at least one batch")
@@ -150,10 +150,10 @@ class _Rounding:
         self, prepared: fx.GraphModule, images: Sequence[Tensor], steps: int, generator: torch.Generator
     ) -> None:
         self.steps, self.generator, self.batches = steps, generator, range(len(images))
-        in_float, self._quantized = (_evaluated(prepared, enabled) for enabled in (False, True))
-        self._steppers = [Stepper(model, prepared.graph, images) for model in (in_float, self._quantized)]
+        in_float, self._fake_quantize = (_copy_for_evaluation(prepared, enabled) for enabled in (False, True))
+        self._steppers = [Stepper(model, prepared.graph, images) for model in (in_float, self._fake_quantize)]
         self._weights = {
-            path: (weight, quantizer) for path, weight, quantizer in weights_and_quantizers(self._quantized)
+            path: (weight, quantizer) for path, weight, quantizer in weights_and_quantizers(self._fake_quantize)
         }
 
     def round(self, layer: _Layer) -> Rounded:
@@ -183,7 +183,7 @@ class _Rounding:
             raise UserError(f"the output of {layer.label} is NaN or infinite: calibrate the network before rounding it")
 
         soft = _SoftRounding(weight, scale, quantizer.format)
-        self._quantized.set_submodule(layer.quantizer, soft)
+        self._fake_quantize.set_submodule(layer.quantizer, soft)
         gain = torch.where(noise > 0, 1 / noise, 0).float()  # [C]
         optimizer = torch.optim.Adam(soft.parameters(), lr=_LEARNING_RATE, fused=True)
         for step, batch in enumerate(self._order()):
@@ -195,7 +195,7 @@ class _Rounding:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        self._quantized.set_submodule(layer.quantizer, quantizer)
+        self._fake_quantize.set_submodule(layer.quantizer, quantizer)
 
         by_nearest, chosen = (quantize(w, scale, quantizer.format) for w in (weight, soft.hard()))
         weight.copy_(chosen * scale)
@@ -260,7 +260,7 @@ def _beta(done: float) -> float | None:
     return last + (first - last) * (1 - (done - _WARM_START) / (1 - _WARM_START))
 
 
-def _evaluated(prepared: fx.GraphModule, enabled: bool) -> fx.GraphModule:
+def _copy_for_evaluation(prepared: fx.GraphModule, enabled: bool) -> fx.GraphModule:
     """A copy in eval mode without gradients, all of whose quantizers are ``enabled`` or not."""
     model = copy.deepcopy(prepared).eval().requires_grad_(False)
     for module in model.modules():

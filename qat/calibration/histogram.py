@@ -68,10 +68,10 @@ class HistogramObserver:
         self.seen = True
         x = x.detach().float()
         if x.is_cuda and x.device == self.state.device and (kernels := _kernels(x.device)) is not None:
-            for part in (x,) if x.is_contiguous() and x.numel() <= _MOST else _flat(x).split(_MOST):
+            for part in (x,) if x.is_contiguous() and x.numel() <= _MOST else _flatten(x).split(_MOST):
                 kernels.launch(part, part.numel(), self.state)
             return
-        x = _flat(x)
+        x = _flatten(x)
         low, high = torch.aminmax(x)
         torch.maximum(self.largest, torch.maximum(-low, high), out=self.largest)
         if self.largest <= LARGEST:  # not when it is NaN
@@ -122,7 +122,7 @@ def check_finite(observers: Iterable[HistogramObserver]) -> None:
             )
 
 
-def _flat(x: Tensor) -> Tensor:
+def _flatten(x: Tensor) -> Tensor:
     """All elements of ``x``, one behind the other in memory; not copied where they lie so, as in channels_last."""
     return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1).contiguous()
 

@@ -25,7 +25,7 @@ class FusedReluQuantizer(nn.Module):
         quantizer = self.quantizer
         if quantizer.passes:
             return quantizer(F.relu(x))
-        return quantizer.rectified(x)
+        return quantizer.fake_quantize_relu(x)
 
 
 def fuse_relus(model: nn.Module) -> nn.Module:

@@ -65,7 +65,7 @@ def write_shared(graph: fx.GraphModule) -> list[fx.Node]:
         alike = [reads[source] for source in node.all_input_nodes if _elements(source) == elements > 0]
         reads[node] = set().union(*alike)
         if len(node.users) > 1 and len(reads[node]) >= _FROM and elements >= _LARGE:
-            narrow = _before_widening(node)
+            narrow = _narrow_input(node)
             narrow.meta[_WRITTEN] = True
             written.append(narrow)
             reads[node] = {narrow}
@@ -94,7 +94,7 @@ def _elements(node: fx.Node) -> int:
     return value.numel() if isinstance(value, Tensor) else 0
 
 
-def _before_widening(node: fx.Node) -> fx.Node:
+def _narrow_input(node: fx.Node) -> fx.Node:
     """Its input, where ``node`` only makes a wider type of it."""
     source = node.all_input_nodes[0]
     widens = node.target == torch.ops.prims.convert_element_type.default

@@ -70,7 +70,7 @@ class Processes:
         """The sums of what each gives."""
         if self.world_size == 1:
             return list(values)  # asked in every step
-        found: list[float] = self._reduced(torch.tensor(values, dtype=torch.float64)).tolist()
+        found: list[float] = self._all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
         return found
 
     def any(self, *flags: bool) -> list[bool]:
@@ -79,13 +79,13 @@ class Processes:
 
     def add(self, tensor: Tensor) -> Tensor:
         """``tensor``, in place the sum over all."""
-        return self._reduced(tensor)
+        return self._all_reduce(tensor)
 
     def largest(self, tensor: Tensor) -> Tensor:
         """``tensor``, in place the elementwise maximum over all."""
-        return self._reduced(tensor, dist.ReduceOp.MAX)
+        return self._all_reduce(tensor, dist.ReduceOp.MAX)
 
-    def _reduced(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    def _all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         if self.world_size == 1:
             return tensor
         moved = tensor.to(_message_device())

@@ -107,7 +107,7 @@ def load_data(
     preprocessing = _preprocessing(found.default_size, found.cropped, source, image_size, preset)
     augmentation = _augmentation(found, source, preprocessing)
     if augmentation.padding:
-        found = _resized(found, preprocessing)
+        found = _resize_once(found, preprocessing)
     indices, notes = _split(found, source, seed, calibration_images)
 
     def image_set(name: str, part: Part | None) -> ImageSet:
@@ -212,7 +212,7 @@ def _augmentation(found: Source, source: str, preprocessing: Preprocessing) -> A
     return Augmentation(padding, found.mirrors)
 
 
-def _resized(found: Source, preprocessing: Preprocessing) -> Source:
+def _resize_once(found: Source, preprocessing: Preprocessing) -> Source:
     """Small images that are in memory, at the network's size once and for all, where they fit there."""
     parts = {name: getattr(found, name) for name in ("train", "validation", "test")}
     arrays = {name: part for name, part in parts.items() if part and isinstance(part.pixels, ArrayPixels)}

@@ -106,18 +106,18 @@ class ActivationQuantizer(nn.Module):
         """``x`` of any shape to the same shape and type."""
         if self.observer is not None:
             self.observer(x)
-        return x if self.passes else self._quantized(x, self.format.low)
+        return x if self.passes else self._fake_quantize(x, self.format.low)
 
-    def rectified(self, x: Tensor) -> Tensor:
+    def fake_quantize_relu(self, x: Tensor) -> Tensor:
         """The codes of relu(x), both in one operation; only where it does not pass its input."""
-        return self._quantized(x, 0)
+        return self._fake_quantize(x, 0)
 
     @property
     def passes(self) -> bool:
         """Whether its input passes through unchanged."""
         return self.observer is not None or not self.enabled
 
-    def _quantized(self, x: Tensor, low: int) -> Tensor:
+    def _fake_quantize(self, x: Tensor, low: int) -> Tensor:
         function = _LearnedFakeQuantize if isinstance(self.amax, nn.Parameter) else _FakeQuantize
         high = self.format.high
         return function.apply(x, _scale(self.amax, high), low, high)
@@ -196,7 +196,7 @@ def _open_bounds(low: int, high: int) -> tuple[float, float]:
     return low * (1 + _FLOAT32_STEP), high * (1 + _FLOAT32_STEP)
 
 
-def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``codes * scale``; takes the memory of ``codes``."""
     # Not where it is compiled: torch 2.11 silently drops the gradient of a function that returns what it changed in
     # place, or what .to() left as it was (github.com/pytorch/pytorch/issues/180642).
@@ -209,7 +209,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.codes = (low, high)
-        return _dequantized(_codes(x, scale, low, high), scale, x.dtype)
+        return _dequantize(_codes(x, scale, low, high), scale, x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -238,7 +238,7 @@ class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, axis: int, high: int) -> Tensor:
         scale = per_channel(_scale(weight_amax(weight, axis), high), weight.ndim, axis)
-        return _dequantized((weight.float() / scale).round_(), scale, weight.dtype)
+        return _dequantize((weight.float() / scale).round_(), scale, weight.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

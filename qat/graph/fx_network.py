@@ -45,7 +45,7 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
     modules = dict(traced.named_modules())
     weight_names = _weight_names(traced)
     found = shapes(traced, input_shape) if input_shape is not None else {}
-    needed = _needed(traced)
+    needed = _nodes_needed(traced)
     ops: dict[str, Op] = {}
     for node in traced.graph.nodes:
         if node.op == "get_attr" or node not in needed:
@@ -207,7 +207,7 @@ def _tensors_read(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _needed(traced: fx.GraphModule) -> set[fx.Node]:
+def _nodes_needed(traced: fx.GraphModule) -> set[fx.Node]:
     """The nodes that the output depends on, and the inputs."""
     needed = {node for node in traced.graph.nodes if node.op in ("placeholder", "output")}
     for node in reversed(traced.graph.nodes):

@@ -79,12 +79,12 @@ def print_placement(view: PlacementView) -> None:
     if groups:
         say("\nshared scales")
     for number, (quantizer, tensors) in enumerate(groups.items(), 1):
-        _wrapped(f"{number}. {names[quantizer]}:", [names[tensor] for tensor in tensors])
+        _print_wrapped(f"{number}. {names[quantizer]}:", [names[tensor] for tensor in tensors])
     for source in dict.fromkeys(rule.source for rule in view.rules.values()):
         say(f"\nrules from {source}")
         for name, rule in view.rules.items():
             if rule.source == source:
-                _wrapped(f"{name}:", rule.sentence.split())
+                _print_wrapped(f"{name}:", rule.sentence.split())
 
 
 def _print_decisions(title: str, names: Mapping[str, str], decisions: Iterable[Decision]) -> None:
@@ -101,7 +101,7 @@ def _print_decisions(title: str, names: Mapping[str, str], decisions: Iterable[D
 
 def _print_names(names: list[str]) -> None:
     for prefix, rest in _by_module(names):
-        _wrapped(f"{prefix}:" if prefix else "", rest)
+        _print_wrapped(f"{prefix}:" if prefix else "", rest)
 
 
 def _by_module(names: list[str], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
@@ -121,7 +121,7 @@ def _by_module(names: list[str], prefix: str = "") -> Iterator[tuple[str, list[s
             yield module.rstrip("."), [name.removeprefix(module) for name in group]
 
 
-def _wrapped(label: str, words: Iterable[str]) -> None:
+def _print_wrapped(label: str, words: Iterable[str]) -> None:
     """A line of words behind a label, on as many lines as they need; words are not broken."""
     text = textwrap.fill(
         " ".join(words),

@@ -88,7 +88,7 @@ class Fit:
             steps=0 if recipe.progressive else recipe.epochs * self.total,  # each part would be compiled for itself
             accumulates=recipe.accumulate > 1,
         )
-        self._mix = _mixing(recipe, len(data.class_names))
+        self._mix = _make_mixing(recipe, len(data.class_names))
         self._unchecked: list[Tensor] = []  # batches whose loss nobody has looked at
 
     @property
@@ -136,7 +136,7 @@ class Fit:
                 # The loss was of the weights before the step; what is saved are those after it.
                 bad = [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]
                 if bad:
-                    raise self._diverged(f"{bad[0]} became NaN or infinite")
+                    raise self._divergence_error(f"{bad[0]} became NaN or infinite")
                 save()
                 clock.reset()
             if stopping:
@@ -270,9 +270,9 @@ class Fit:
         """
         self.state.loss_sum = self.processes.mean(float(self.state.loss_sum))
         if not math.isfinite(self.state.loss_sum):
-            raise self._diverged(f"the loss became {self.state.loss_sum}")
+            raise self._divergence_error(f"the loss became {self.state.loss_sum}")
         if self._scaler.is_enabled() and self._scaler.get_scale() < self.compute.least_scale:
-            raise self._diverged("gradients became NaN or infinite")
+            raise self._divergence_error("gradients became NaN or infinite")
         self._unchecked.clear()
         return self.state.loss_sum
 
@@ -299,7 +299,7 @@ class Fit:
         say(f"{self.phase} epoch {state.epoch + 1}/{recipe.epochs}: loss {train_loss:.4f}, validation {measured}")
         state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
 
-    def _diverged(self, what: str) -> UserError:
+    def _divergence_error(self, what: str) -> UserError:
         """For a loss that is not finite, with weights that are those before it: names the tensor that is so first."""
         state, recipe = self.state, self.recipe
         normalize, images = self.data.preprocessing.normalize, self.compute.images
@@ -345,7 +345,7 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
 
 
-def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+def _make_mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     """Blends a batch [N, C, H, W] and its labels [N], which become probabilities [N, classes]."""
     chosen = [
         transform(alpha=alpha, num_classes=classes)
