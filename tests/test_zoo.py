@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import cProfile
 from pathlib import Path
 
 import onnx_ir as ir
@@ -55,9 +55,11 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
     assert sum(declared) == sum(weights)
 
 
-@pytest.mark.parametrize(("name", "seconds"), [("resnet50", 2), ("efficientnet_v2_s", 10)])
-def test_placement_is_fast(name: str, seconds: float) -> None:
-    model = zoo.build(name)
-    start = time.perf_counter()
-    place(network_from_fx(trace(model), (3, 224, 224)))
-    assert time.perf_counter() - start < seconds
+@pytest.mark.parametrize(("name", "calls"), [("resnet50", 60_000), ("efficientnet_v2_s", 500_000)])
+def test_placement_does_not_take_long(name: str, calls: int) -> None:
+    """Counted in calls of Python functions, which do not depend on the machine: a million take about a second."""
+    network = network_from_fx(trace(zoo.build(name)), (3, 224, 224))
+    profile = cProfile.Profile()
+    profile.runcall(place, network)
+    made = sum(entry.callcount for entry in profile.getstats())
+    assert made < calls

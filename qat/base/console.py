@@ -51,7 +51,7 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
     name = module.__spec__.name if module.__spec__ else None
     chosen = tyro.cli(
         _with_flowing_help(options),
-        prog=f"python -m {name}" if name else None,
+        prog=f"python -m {name}" if name and module.__name__ == "__main__" else None,  # None: the console script's
         description=module.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

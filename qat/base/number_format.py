@@ -48,10 +48,6 @@ class NumberFormat:
         """Without the lowest code, so that the range is symmetric: what weights use."""
         return replace(self, low=-self.high)
 
-    def rectified(self) -> NumberFormat:
-        """Without codes below 0: what the result of a ReLU uses."""
-        return replace(self, low=0)
-
 
 INT8 = NumberFormat("INT8", -128, 127, "INT8")
 BITS = 8
