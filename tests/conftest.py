@@ -35,15 +35,16 @@ def _launcher() -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def command(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Command lines as a user gives them, in a process of their own that finds torch imported already."""
-    folder = tmp_path_factory.mktemp("streams")
+    streams_folder = tmp_path_factory.mktemp("streams")
 
     def run(
         module: str,
         *arguments: object,
         environment: dict[str, str] | None = None,
         file_size: int | None = None,
+        folder: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
-        streams = {name: folder / name for name in ("stdout", "stderr")}
+        streams = {name: streams_folder / name for name in ("stdout", "stderr")}
         for path in streams.values():
             path.write_text("")
         request = {
@@ -51,6 +52,7 @@ def command(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathF
             "arguments": list(map(str, arguments)),
             "environment": environment or {},
             "file_size": file_size,
+            "folder": str(folder),
             **{name: str(path) for name, path in streams.items()},
         }
         stdin = _stream(_launcher.stdin)

@@ -1,0 +1,140 @@
+"""README.md and docs/: every command and Python block runs, every link leads somewhere, the map is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import ROOT, Run
+from documents import PAGES, Block, blocks, environment, make_folder, shortened
+from own_network import CLASSES, PREPROCESSING, Net
+from torch import nn
+
+from qat.base.errors import UserError
+
+EXPECTED = {"gpu": "driver|GPU", "download": "cannot download"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("documents"))
+
+
+def pages() -> list[Any]:
+    """README.md always; the others, which take longer, only with all tests."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(page, marks=marks[page.name == "README.md"], id=page.name) for page in PAGES]
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_block_runs(page: Path, folder: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the page, in one folder: what one command writes the next one reads."""
+    monkeypatch.chdir(folder)
+    names = python_names()
+    for block in blocks(page):
+        if block.language == "python":
+            run_python(block, names)
+        else:
+            for words in block.commands():
+                run_command_line(block, words, command, folder)
+
+
+def run_command_line(block: Block, words: list[str], command: Run, folder: Path) -> None:
+    where = f"{block.page}:{block.line}: {' '.join(words)}"
+    assert words[:2] == ["python", "-m"] or words[0].startswith("scripts/"), where
+    if words[0].startswith("scripts/"):
+        assert os.access(ROOT / words[0], os.X_OK), where
+        return
+    module, *arguments = shortened(words[2:])
+    done = command(module, *arguments, environment=environment(), folder=folder)
+    if block.expected:
+        assert done.returncode == 2, where + done.stderr
+        assert re.search(EXPECTED[block.expected], done.stderr), where + done.stderr
+    else:
+        assert done.returncode == 0, where + done.stdout + done.stderr
+
+
+def run_python(block: Block, names: dict[str, Any]) -> None:
+    code = compile(block.text, f"{block.page}:{block.line}", "exec")
+    with contextlib.redirect_stdout(io.StringIO()):
+        if block.expected:
+            with pytest.raises(UserError, match=EXPECTED[block.expected]):
+                exec(code, names)
+        else:
+            exec(code, names)
+
+
+def python_names() -> dict[str, Any]:
+    """What a reader of the Python blocks has: a float model, images, labels, an optimizer, and what they mean."""
+    torch.manual_seed(0)
+    model = Net()
+    images = torch.randn(16, 3, 32, 32)
+    labels = torch.arange(16) % 3
+    size = {"height": 32, "width": 32, "resize": 32}
+    preprocessing = type(PREPROCESSING)(mean=PREPROCESSING.mean, std=PREPROCESSING.std, **size)
+    return {
+        "model": model,
+        "batches": images.split(8),
+        "loader": [(images, labels)],
+        "optimizer": torch.optim.SGD(model.parameters(), 1e-3),
+        "images": images,
+        "preprocessing": preprocessing,
+        "class_names": CLASSES,
+        "YourModel": Net,
+        "nn": nn,
+    }
+
+
+def test_no_command_stands_where_no_test_finds_it() -> None:
+    found = []
+    for page in PAGES:
+        fenced = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        found += [
+            f"{page.name}: {line}"
+            for line in fenced.splitlines()
+            if re.match(r"\s{4,}(python|torchrun|qat|export|deploy)", line)
+        ]
+    assert found == []
+
+
+def test_every_link_leads_to_a_file() -> None:
+    missing = []
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                missing.append(f"{page.name}: {target}")
+    assert missing == []
+
+
+def test_the_map_names_every_file() -> None:
+    text = (ROOT / "docs" / "how-it-works.md").read_text()
+    listed = subprocess.run(
+        ["git", "ls-files", "qat/*.py", "export/*.py", "deploy/*.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    names = {Path(name).name for name in listed} - {"__init__.py"}
+    assert {name for name in names if name not in text} == set()
+    paths = set(re.findall(r"\b((?:qat|export|deploy)/[\w/]+\.py)\b", text))
+    assert {path for path in paths if not (ROOT / path).is_file()} == set()
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_picture_is_what_the_command_draws(tmp_path: Path, command: Run) -> None:
+    picture = tmp_path / "block.svg"
+    network = "docs/examples/residual_block.py:network"
+    done = command("qat.placement", network, "--image-size", 32, "--num-classes", 10, "--svg", picture)
+    assert done.returncode == 0
+    assert picture.read_text() == (ROOT / "docs" / "residual_block.svg").read_text()
