@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings, Profile
-from deploy.trt import find_toolkit
 from export.lint import lint
 from export.onnx_network import network_from_onnx
 from export.read import read_onnx

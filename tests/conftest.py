@@ -97,7 +97,7 @@ def chain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(trained / name, folder / name)
     export_checkpoint(ExportOptions(checkpoint=folder / "model.qat"))
     onnx = folder / "model.onnx"
-    assert build.main(build.Options(model=onnx, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    assert build.main(build.BuildOptions(model=onnx, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     return folder
 
 

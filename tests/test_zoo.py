@@ -12,8 +12,8 @@ import zoo
 from commands import one_thread
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings, Profile
-from deploy.trt import find_toolkit
 from export.emit import emit
 from export.fold import fold
 from export.lint import lint

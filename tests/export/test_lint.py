@@ -17,8 +17,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import Graph, save
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
-from deploy.trt import find_toolkit
 from export.findings import LintFinding
 from export.hard_rules import hard_findings
 from export.lint import lint

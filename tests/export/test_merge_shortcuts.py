@@ -171,7 +171,7 @@ def test_the_file_is_clean_and_onnx_runtime_computes_the_same(stride, tmp_path):
     ir.save(exported, tmp_path / "m.onnx")
     (found,) = session(tmp_path / "m.onnx").run(None, {"input": images().numpy()})
     np.testing.assert_allclose(found, network(images()).numpy(), rtol=1e-5, atol=1e-5)
-    options = build.Options(model=tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
+    options = build.BuildOptions(model=tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
     assert build.main(options) == 0
     figures = read_sidecar(tmp_path / "m.engine", "engine").figures
     assert figures["convolutions_int8"] == figures["convolutions"] == 3

@@ -239,7 +239,7 @@ def test_the_padded_file_answers_as_the_plain_one_and_builds(options):
     answers = [session(path).run(None, {"input": x})[0] for path in paths]
     np.testing.assert_allclose(*answers, rtol=1e-6, atol=1e-6)
 
-    assert build.main(build.Options(model=paths[1], builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    assert build.main(build.BuildOptions(model=paths[1], builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     figures = read_sidecar(paths[1].with_suffix(".engine"), "engine").figures
     assert figures["convolutions_int8"] == figures["convolutions"] == 3
 

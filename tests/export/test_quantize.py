@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings, Profile
-from deploy.trt import find_toolkit
 from export.calibration_cache import read_calibration_cache
 from export.lint import lint
 from export.options import QuantizeOptions

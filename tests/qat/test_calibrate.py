@@ -135,7 +135,7 @@ def test_weights_are_rounded_by_adaround(trained: Path, weights: Path, photos: P
     export_checkpoint(ExportOptions(checkpoint=tmp_path / "rounded.qat"))
     assert read_sidecar(tmp_path / "rounded.onnx", "onnx").figures["parity"]["other_top1"] == 0
     model = tmp_path / "rounded.onnx"
-    assert build.main(build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    assert build.main(build.BuildOptions(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     report.main(report.ReportOptions(engine=tmp_path / "rounded.engine"))
     page = (tmp_path / "report.html").read_text()
     assert "rounded by AdaRound in 60 steps a layer" in " ".join(page.split())
@@ -302,7 +302,7 @@ def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: py
     assert onnx.figures["parity"]["images"] == 16
     assert (np.load(unlabelled.with_name("m.reference.npz"))["labels"] == -1).all()
     model = unlabelled.with_name("m.onnx")
-    assert build.main(build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    assert build.main(build.BuildOptions(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     capsys.readouterr()
     report.main(report.ReportOptions(engine=unlabelled.with_name("m.engine")))
     agreement = read_sidecar(unlabelled, "checkpoint").figures["agreement"]
@@ -322,7 +322,7 @@ def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: py
 def test_report_of_a_labelled_checkpoint_has_accuracies_and_no_training(
     trained: Path, weights: Path, tmp_path: Path
 ) -> None:
-    from deploy.report import _accuracies
+    from deploy.report_page import _accuracies
 
     sidecar = calibrate(trained, weights, trained / "images.npz", tmp_path / "c.qat")
     rows = _accuracies(sidecar)
