@@ -33,5 +33,10 @@ def main(options: CalibrateOptions) -> None:
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script qat-calibrate."""
     run_command(main, CalibrateOptions)
+
+
+if __name__ == "__main__":
+    cli()

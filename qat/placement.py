@@ -58,5 +58,10 @@ def main(options: PlacementOptions) -> None:
         say(f"picture: {options.svg}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script qat-placement."""
     run_command(main, PlacementOptions)
+
+
+if __name__ == "__main__":
+    cli()

@@ -61,5 +61,10 @@ def main(options: SensitivityOptions) -> None:
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script qat-sensitivity."""
     run_command(main, SensitivityOptions)
+
+
+if __name__ == "__main__":
+    cli()

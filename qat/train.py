@@ -37,5 +37,10 @@ def main(options: TrainOptions) -> None:
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script qat-train."""
     run_command(main, TrainOptions)
+
+
+if __name__ == "__main__":
+    cli()

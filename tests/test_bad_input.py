@@ -293,4 +293,4 @@ def test_debug_shows_the_traceback(place: Workplace, command: Run, module: str) 
     loud = command(module, *given, "--output", place.output, "--debug")
     assert loud.returncode != 0
     assert "Traceback (most recent call last)" in loud.stderr
-    assert loud.stderr.splitlines()[-1].startswith("qat.base.artifact.UserError: ")
+    assert loud.stderr.splitlines()[-1].startswith("qat.base.errors.UserError: ")
