@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from qat.base.choices import Schedule
 from qat.base.errors import UserError
+from qat.training.schedule import learning_rate
 
 _LEAST = {
     "epochs": 0,
@@ -67,11 +67,7 @@ class Recipe:
 
     def lr_at(self, done: float) -> float:
         """The learning rate when the fraction ``done`` in [0, 1] of the phase is over."""
-        warmup = 0.3 if self.schedule == "one-cycle" else 0.0
-        if done < warmup:
-            start = self.lr / 25
-            return start + (self.lr - start) * (1 - math.cos(math.pi * done / warmup)) / 2
-        return self.lr * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+        return learning_rate(self.schedule, self.lr, done)
 
 
 @dataclass(frozen=True)

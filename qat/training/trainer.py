@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torchvision.transforms import v2
 
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
@@ -27,12 +26,13 @@ from qat.compute.processes import unwrap, without_averaging
 from qat.data.batches import batch_count, batches
 from qat.data.splits import Data
 from qat.evaluate import evaluate
-from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.training.failures import first_not_finite, largest_fitting_batch
 from qat.training.interrupts import Clock, Interrupted, deferred_interrupt
 from qat.training.log import TrainingLog
 from qat.training.loss import CrossEntropy
+from qat.training.mixing import make_mixing
 from qat.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, update_average
+from qat.training.progressive import quantize_part
 from qat.training.recipe import Recipe
 
 _Result = TypeVar("_Result")
@@ -88,7 +88,7 @@ class Fit:
             steps=0 if recipe.progressive else recipe.epochs * self.total,  # each part would be compiled for itself
             accumulates=recipe.accumulate > 1,
         )
-        self._mix = _make_mixing(recipe, len(data.class_names))
+        self._mix = make_mixing(recipe, len(data.class_names))
         self._unchecked: list[Tensor] = []  # batches whose loss nobody has looked at
 
     @property
@@ -256,7 +256,7 @@ class Fit:
         """Training mode; normalizations whose statistics are frozen are in evaluation mode; quantizers on or off."""
         self.model.train()
         for model in self._models:
-            _quantize_part(model, self.recipe.quantized_share(self.state.epoch))
+            quantize_part(model, self.recipe.quantized_share(self.state.epoch))
         after = self.recipe.freeze_norms_after
         if after is not None and self.state.epoch >= after:
             for module in self.model.modules():
@@ -332,27 +332,9 @@ class Fit:
         return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times}, {made}")
 
 
-def _quantize_part(model: nn.Module, share: float) -> None:
-    """Turns on the first ``share`` of the quantizers of weights, and of activations, and the others off."""
-    for kind in (WeightQuantizer, ActivationQuantizer):
-        quantizers = [module for module in model.modules() if isinstance(module, kind)]
-        for index, quantizer in enumerate(quantizers):
-            quantizer.enabled = index < share * len(quantizers)
-
-
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """The entries of one part, without its name."""
     return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
-
-
-def _make_mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Blends a batch [N, C, H, W] and its labels [N], which become probabilities [N, classes]."""
-    chosen = [
-        transform(alpha=alpha, num_classes=classes)
-        for transform, alpha in ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix))
-        if alpha
-    ]
-    return v2.RandomChoice(chosen) if chosen else None
 
 
 def _step_seed(seed: int, phase: str, epoch: int, step: int, rank: int) -> int:
