@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from export.options import ExportOptions
 from qat.checkpoint import save_checkpoint
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import prepare
@@ -25,8 +24,8 @@ def lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def checkpoint_of(folder: Path, model: str) -> ExportOptions:
-    """Writes ``model``, FILE.py:FUNCTION of 10 classes, with all activations in -3 to 3; returns how to export it."""
+def checkpoint_of(folder: Path, model: str) -> Path:
+    """Writes a checkpoint of ``model``, FILE.py:FUNCTION of 10 classes, with all activations in -3 to 3."""
     spec = ModelSpec(model, 10)
     ready = prepare(build_model(spec).eval())
     for module in ready.modules():
@@ -35,4 +34,4 @@ def checkpoint_of(folder: Path, model: str) -> ExportOptions:
     data = {"data": {"source": "none", "image_size": 16, "root": "."}, "seed": 0, "calibration_images": 16}
     preprocessing = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3, resize=16)
     save_checkpoint(folder / "model.qat", ready, spec, preprocessing, tuple(map(str, range(10))), {}, data, seed=0)
-    return ExportOptions(checkpoint=folder / "model.qat")
+    return folder / "model.qat"
