@@ -16,7 +16,7 @@ from onnx import AttributeProto, GraphProto, NodeProto, helper, numpy_helper
 
 from export.names import unused_name
 from qat.base.choices import WeightStorage
-from qat.base.number_format import INT8, NumberFormat
+from qat.base.number_format import EXPORTED
 
 
 def with_float_weights(path: Path) -> bytes:
@@ -33,7 +33,7 @@ def save_onnx(model: onnx.ModelProto, path: Path, weights: WeightStorage) -> Non
     onnx.save(model, path)
 
 
-def make_weights_float(model: onnx.ModelProto, number_format: NumberFormat = INT8) -> None:
+def make_weights_float(model: onnx.ModelProto) -> None:
     """Replaces, in place, every initializer of codes that a DequantizeLinear of the main graph reads.
 
     The codes stay the same: code * scale and then / scale are each off by at most a relative 2^-11 in float16 (2^-24 in
@@ -44,7 +44,7 @@ def make_weights_float(model: onnx.ModelProto, number_format: NumberFormat = INT
     taken = set(_names(graph))
     quantizers: dict[tuple[str, ...], NodeProto] = {}
     for node in graph.node:
-        if _dequantizes_a_weight(node, constants, number_format):
+        if _dequantizes_a_weight(node, constants):
             key = tuple(node.input)
             if key not in quantizers:  # a weight may serve several layers
                 quantizers[key] = _add_quantizer(graph, node, constants, taken)
@@ -59,14 +59,14 @@ def make_weights_float(model: onnx.ModelProto, number_format: NumberFormat = INT
         entries.extend(kept)
 
 
-def _dequantizes_a_weight(node: NodeProto, constants: dict[str, np.ndarray], number_format: NumberFormat) -> bool:
+def _dequantizes_a_weight(node: NodeProto, constants: dict[str, np.ndarray]) -> bool:
     """Whether ``node`` makes a weight of codes, with zero point 0 and one scale, or one scale for each channel."""
     if node.op_type != "DequantizeLinear" or not {*node.input[:2]} <= constants.keys():
         return False
     codes, scale = (constants[name] for name in node.input[:2])
     zero_points = [constants.get(name) for name in node.input[2:] if name]
     symmetric = all(one is not None and not one.any() for one in zero_points)
-    has_codes = codes.dtype == np.dtype(number_format.dtype)
+    has_codes = codes.dtype.name in [number_format.dtype for number_format in EXPORTED]
     return symmetric and has_codes and scale.ndim < 2 and scale.dtype in (np.float32, np.float16)
 
 

@@ -59,7 +59,7 @@ class QuantizeDequantize(nn.Module):
 
 
 class Dequantize(nn.Module):
-    """Stands where the weight quantizer stood: turns codes into the weight. scale [C], zero point [C]."""
+    """Takes the place of a weight quantizer: turns codes into the weight. scale [C], zero point [C]."""
 
     scale: Tensor
     zero_point: Tensor
@@ -78,7 +78,7 @@ class Dequantize(nn.Module):
 
 
 class DequantizeInput(nn.Module):
-    """Stands where the quantizer of the network's input stood, when the caller quantizes: scale [], zero point []."""
+    """Takes the place of the input's quantizer when the caller quantizes: scale [], zero point []."""
 
     scale: Tensor
     zero_point: Tensor

@@ -106,6 +106,7 @@ def export_onnx(
 
     start = time.perf_counter()
     folded, dead = fold(network.model) if quantized else (fold_float(network.model), [])
+    classes = _class_count(folded, network)
     trained = copy.deepcopy(folded) if merge_shortcuts else None
     merged = _merge_or_refuse(folded, network.input_shape) if merge_shortcuts else []
     padded = _pad_or_refuse(folded) if pad_channels else []
@@ -131,7 +132,6 @@ def export_onnx(
     if findings := hard_findings(model):
         raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
     seconds = time.perf_counter() - start
-    classes = _class_count(folded, network)
     figures: dict[str, Any] = {"export_seconds": round(seconds, 2), "nodes": len(list(model.graph))}
 
     def write(path: Path) -> None:

@@ -48,7 +48,7 @@ def quantize_onnx(
     model: Path | str,
     output: Path | str | None = None,
     *,
-    data: str | None = None,
+    data: str | Path | None = None,
     inputs: np.ndarray | None = None,
     calibration_cache: Path | str | None = None,
     calibrator: Calibrator = "mse",
@@ -97,8 +97,10 @@ def quantize_onnx(
     reference = reference_path(output)
     if data is not None and inputs is not None:
         raise UserError("both data and inputs are given: leave out one of them")
-    given_data = data if inputs is None else inputs
-    if given_data is None and cache is None:
+    given: str | np.ndarray | None = None if inputs is None else np.asarray(inputs)
+    if data is not None:
+        given = str(data)
+    if given is None and cache is None:
         raise UserError("nothing tells the activation ranges: give --data, or --calibration-cache, or both")
     if output.resolve() == model.resolve():
         raise UserError(f"{output} would overwrite the float model: give another --output")
@@ -109,13 +111,13 @@ def quantize_onnx(
     network = _read_float_network(model)
     view = network_from_onnx(network)
     fed = None
-    if given_data is not None:
+    if given is not None:
         (spec,) = map(_spec, network.graph.inputs)
         fed = load_inputs(
             spec.name,
             spec.shape,
             model,
-            given_data,
+            given,
             limit=images,
             mean=mean,
             std=std,
@@ -132,10 +134,10 @@ def quantize_onnx(
         scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)
     say_placement(placement)
     plain = ir.to_proto(network).SerializeToString()
-    dead = insert(network, view, placement, scales)
+    dead = insert(network, view, placement, scales, ACTIVATION)
     if dead:
         warn(f"{dead} weight channels are zero; their scales were floored")
-    if findings := hard_findings(network):
+    if findings := hard_findings(network, ACTIVATION):
         raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
 
     figures: dict[str, Any] = {"nodes": len(list(network.graph))}

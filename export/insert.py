@@ -17,7 +17,7 @@ import torch
 from export.names import unused_name
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork
 from export.qdq import output_axis
-from qat.base.number_format import INT8, NumberFormat
+from qat.base.number_format import NumberFormat
 from qat.fake_quantize.quantizer import SCALE_FLOOR, per_channel, quantize, scale_from_amax, weight_amax
 from qat.rules.placement import Placement
 
@@ -27,7 +27,7 @@ def insert(
     view: OnnxNetwork,
     placement: Placement,
     scales: Mapping[str, float],
-    number_format: NumberFormat = INT8,
+    number_format: NumberFormat,
 ) -> int:
     """Quantizes ``model`` in place.
 

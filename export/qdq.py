@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, WEIGHTED, constant, constants, permutation
-from qat.base.number_format import INT8, NumberFormat
+from qat.base.number_format import NumberFormat
 from qat.graph.operations import COMMUTING, kind_of_onnx
 
 Q_DQ = (QUANTIZE, DEQUANTIZE)
@@ -43,7 +43,7 @@ class QdqModel:
     format: NumberFormat
 
     @classmethod
-    def from_ir(cls, model: ir.Model, number_format: NumberFormat = INT8) -> QdqModel:
+    def from_ir(cls, model: ir.Model, number_format: NumberFormat) -> QdqModel:
         """Reads ``model``; its codes must be of ``number_format``."""
         opset = model.opset_imports.get("", 0)
         return cls(opset, tuple(model.graph.all_nodes()), constants(model.graph), number_format)

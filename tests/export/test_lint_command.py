@@ -232,7 +232,7 @@ def test_an_operator_set_that_is_too_old_or_too_new(command: Run, tmp_path: Path
     model = onnx.load(clean(tmp_path / "m.onnx"))
     model.opset_import[0].version = opset
     line = refused(command, save(model, tmp_path / "m.onnx"))
-    assert f"has operator set {opset}; which must be 7 to " in line
+    assert f"has operator set {opset}, which must be 7 to " in line
 
 
 def test_data_outside_the_file_that_is_missing_or_short(command: Run, tmp_path: Path) -> None:
