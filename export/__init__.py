@@ -1,9 +1,9 @@
-"""ONNX files with explicit Q/DQ nodes: from a trained network, from a float ONNX file, and the lint of any.
+"""ONNX files with explicit Q/DQ nodes: made from a trained network or a float ONNX file, or checked by the lint.
 
     from export import export_onnx, lint_onnx, quantize_onnx
 
-Importing this package alone does not import torch or onnx: a name is loaded when it is first used. The commands are
-``python -m export.onnx``, ``export.quantize`` and ``export.lint``.
+Importing this package does not import torch or onnx: a name is loaded when it is used. The commands are
+``python -m export.onnx``, ``python -m export.quantize`` and ``python -m export.lint``.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from export.rule import GUIDE, ONNX, PARSER, RTX, HardRule
 
 
 class ExplicitZeroPoint(HardRule):
-    """Without a zero point and an output_dtype, codes are UINT8 in ONNX. The parser and TensorRT-RTX take INT8."""
+    """Without a zero point and an output_dtype, codes are UINT8 in ONNX. The parser and TensorRT-RTX read INT8."""
 
     name = "explicit_zero_point"
     sentence = "QuantizeLinear must have a zero point, whose type says what the codes are"
@@ -40,9 +40,9 @@ class ExplicitZeroPoint(HardRule):
 
 
 class ConstantZeroPoint(HardRule):
-    """The parser of TensorRT 9 wants an initializer or a Constant, of which it makes a float zero point.
+    """The parser of TensorRT 9 needs an initializer or a Constant, from which it makes a float zero point.
 
-    That of 10.11, and TensorRT-RTX, look through Identity and Cast, and through nothing else.
+    The parser of 10.11, and TensorRT-RTX, also look through Identity and Cast.
     """
 
     name = "constant_zero_point"
@@ -71,7 +71,7 @@ class Symmetric(HardRule):
     operators = Q_DQ
 
     def check(self, model: QdqModel, node: ir.Node) -> Iterator[str]:
-        """A zero point that is not 0; of codes of another type int8_codes tells."""
+        """A zero point that is not 0; about codes of another type see int8_codes."""
         zero_point = model.value(input_of(node, ZERO_POINT))
         if zero_point is None or not zero_point.any() or is_checked_at_quantizer(node, ZERO_POINT):
             return
@@ -126,7 +126,7 @@ class Int8Codes(HardRule):
 
 
 class FloatBias(HardRule):
-    """TensorRT-RTX refuses an INT32 bias. It takes an INT8 bias, of which only 8 bits are left."""
+    """TensorRT-RTX refuses an INT32 bias. It accepts an INT8 bias, which then has only 8 bits."""
 
     name = "float_bias"
     sentence = "a bias must not be quantized"

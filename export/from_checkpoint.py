@@ -60,7 +60,7 @@ def export_onnx(
     parity_images: int = 512,
     layer_images: int = 8,
 ) -> Sidecar:
-    """Writes a trained network as explicit-precision ONNX: INT8 weights inside, every Q/DQ node written down.
+    """Writes a trained network as explicit-precision ONNX: with INT8 weights and all Q/DQ nodes.
 
         export_onnx("runs/model.qat", "model.onnx")
         export_onnx(prepared, "model.onnx", input_shape=(3, 224, 224))  # a model that was prepared and calibrated
@@ -70,7 +70,7 @@ def export_onnx(
 
     Args:
         source: the path of a checkpoint, or what ``prepare`` of qat made of a model, calibrated; it is not changed.
-        output: the ONNX file to write. Of a checkpoint, None stands for a file beside it whose name says which options
+        output: the ONNX file to write. For a checkpoint, None means a file beside it whose name says which options
             were given: model.merged-padded.onnx.
         input: what the file takes. float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes; int8-nchw:
             normalized images that the caller has quantized by the ``input_scale`` in the sidecar's preprocessing.
@@ -78,10 +78,10 @@ def export_onnx(
         weights: int8; float for the same codes as float weights in front of a QuantizeLinear, four times the size.
         pad_channels: put zero channels into residual blocks that end with fewer than 128 input channels.
         merge_shortcuts: merge 1x1 shortcuts into the convolutions that they are added to.
-        preprocessing: of a model: how images become inputs. A checkpoint has its own.
-        input_shape: of a model without ``preprocessing``: the shape of one input, [C, H, W].
-        class_names: of a model: the names of the classes, in the order of the logits. A checkpoint has its own.
-        images: of a model: what PyTorch and ONNX Runtime are compared on; uint8 [N, 3, H, W] in RGB, or, without
+        preprocessing: for a model: how images become inputs. A checkpoint has its own.
+        input_shape: for a model without ``preprocessing``: the shape of one input, [C, H, W].
+        class_names: for a model: the names of the classes, in the order of the logits. A checkpoint has its own.
+        images: for a model: what PyTorch and ONNX Runtime are compared on; uint8 [N, 3, H, W] in RGB, or, without
             ``preprocessing``, float32 [N, C, H, W] as the model takes them. None for random ones.
         parity_images: how many images PyTorch and ONNX Runtime are compared on, at most.
         layer_images: how many of them are compared layer by layer.
@@ -110,7 +110,7 @@ def export_onnx(
     trained = copy.deepcopy(folded) if merge_shortcuts else None
     merged = _merge_or_refuse(folded, network.input_shape) if merge_shortcuts else []
     padded = _pad_or_refuse(folded) if pad_channels else []
-    dead = _still_existing(folded, dead)
+    dead = _remaining_dead_channels(folded, dead)
     _warn_of_dead_channels(dead)
     stated = dict(network.stated_preprocessing)
     if input == "int8-nchw":
@@ -252,7 +252,7 @@ def _pad_or_refuse(folded: fx.GraphModule) -> list[str]:
     return padded
 
 
-def _still_existing(folded: nn.Module, dead: list[DeadChannel]) -> list[DeadChannel]:
+def _remaining_dead_channels(folded: nn.Module, dead: list[DeadChannel]) -> list[DeadChannel]:
     """The channels among ``dead`` that still exist and are zero: merging removes layers and changes weights."""
     layers: dict[str, Any] = dict(folded.named_modules())
     there = [(channel, layers[channel.layer]) for channel in dead if channel.layer in layers]

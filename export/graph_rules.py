@@ -44,7 +44,8 @@ class PerTensorActivation(HardRule):
 class ChannelAxis(HardRule):
     """TensorRT-RTX computes in float what reads a weight with scales along another axis.
 
-    Of ConvTranspose, TensorRT 10.2 and later want axis 1, 8.4 to 10.0 axis 0; TensorRT-RTX computes both in float.
+    For ConvTranspose, TensorRT 10.2 and later need axis 1, and 8.4 to 10.0 need axis 0; TensorRT-RTX computes both in
+    float.
     """
 
     name = "channel_axis"
@@ -117,7 +118,7 @@ class Pair(HardRule):
 
 
 class SharedScale(HardRule):
-    """Q by one scale and DQ by another multiplies. TensorRT computes just that, but it is hardly ever meant."""
+    """Q by one scale and DQ by another multiplies. TensorRT computes exactly that, but it is hardly ever intended."""
 
     name = "shared_scale"
     sentence = "a Q and the DQ behind it should have the same scale"
@@ -141,9 +142,9 @@ class SharedScale(HardRule):
 
 
 class DirectWeight(HardRule):
-    """TensorRT 8.6 also refuses nodes between Q and DQ of a weight, and a Clip before Q, which TensorRT-RTX takes.
+    """TensorRT 8.6 also refuses nodes between Q and DQ of a weight, and a Clip before Q, which TensorRT-RTX accepts.
 
-    All of them compute data movement of a float weight beforehand.
+    All of them compute data movement of a float weight when the engine is built.
     """
 
     name = "direct_weight"

@@ -1,4 +1,4 @@
-"""The lint: all rules asked about one ONNX file, and what is printed and written of the findings."""
+"""The lint: checks one ONNX file by all rules, prints the findings and writes them as JSON."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 A comparison of the logits alone says little: one code that rounds the other way changes everything behind it. So each
 stretch between two quantizers is compared on the same inputs: PyTorch gets ONNX Runtime's quantized tensors, and what
-it computes from them is compared with what ONNX Runtime computed. Of a file without quantizers, logits are compared.
+it computes from them is compared with what ONNX Runtime computed. For a file without quantizers only the logits are
+compared.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class Sample:
 def sample(checkpoint: Checkpoint, count: int) -> Sample:
     """Up to ``count`` images of the test split that the checkpoint was measured on.
 
-    Without a test split, as of few images without labels, they are images that it was calibrated on; without the data
-    set, random ones.
+    If there is no test split, because there were few images and no labels, they are images that it was calibrated on.
+    If the data set is not at hand, they are random.
     """
     try:
         loaded = training_data(checkpoint)

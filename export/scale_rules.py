@@ -28,7 +28,7 @@ _FLOAT_TYPES = (ir.DataType.FLOAT, *HALF_TYPES)
 
 
 class Opset(HardRule):
-    """Told once for a model, at the first node. TensorRT-RTX takes both in older operator sets too."""
+    """Found once in a model, at the first node. TensorRT-RTX accepts both in older operator sets too."""
 
     name = "opset"
     sentence = "the operator set must be at least 13 for several scales, and at least 19 for 16-bit scales"
@@ -63,7 +63,7 @@ class ConstantScale(HardRule):
 
 
 class PositiveScale(HardRule):
-    """The parser: "Scale coefficients must all be positive". TensorRT-RTX takes infinity; then all codes are zero."""
+    """The parser: "Scale coefficients must all be positive". TensorRT-RTX accepts infinity; then all codes are zero."""
 
     name = "positive_scale"
     sentence = "every scale must be positive and finite"
@@ -114,9 +114,9 @@ class ScaleCount(HardRule):
 
 
 class ScalarScale(HardRule):
-    """TensorRT-RTX takes a vector of one scale for scales along an axis; what reads the activation is then in float.
+    """TensorRT-RTX takes a vector of one scale for scales along an axis, and what reads the activation is in float.
 
-    Of weights it takes such a vector, and the parser takes both.
+    For weights it accepts such a vector. The parser accepts it for both.
     """
 
     name = "scalar_scale"
@@ -160,7 +160,7 @@ class ScaleType(HardRule):
 
 
 class HalfScaleRange(HardRule):
-    """Float16 has at most 10 bits, and fewer below 6.1e-5. TensorRT-RTX takes such scales."""
+    """Float16 has at most 10 bits, and fewer below 6.1e-5. TensorRT-RTX accepts such scales."""
 
     name = "half_scale_range"
     sentence = "a float16 scale must be at least 6.1e-5, below which float16 loses bits"
