@@ -1,8 +1,8 @@
-"""An ONNX file's Q/DQ nodes held against where qat/rules wants them; each finding says what the difference costs.
+"""Compares the Q/DQ nodes of an ONNX file with where qat/rules wants them; each finding says what a difference costs.
 
-The float network behind the Q/DQ nodes is placed anew, and each decision is compared with what the file does. Where a
-scale passes through data movement it does not matter on which side of it the Q stands, and a Q behind a concatenation
-is as good as one before each of its inputs: TensorRT moves it there.
+The float network behind the Q/DQ nodes is placed again, and each decision is compared with what the file does. Where a
+scale passes through data movement, it does not matter on which side of it the Q stands. A Q behind a concatenation is
+as good as one before each of its inputs: TensorRT moves it there.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def placement_findings(view: OnnxNetwork) -> list[LintFinding]:
 
 
 def sentence(rule: str) -> str:
-    """What a placement rule says, for people; '' of any other rule, whose findings say all."""
+    """What a placement rule says, for people; '' for any other rule, whose findings say everything."""
     return RULES[rule].sentence if rule in RULES else ""
 
 
 class _Comparison:
-    """One file against one placement."""
+    """Compares one file with one placement."""
 
     def __init__(self, view: OnnxNetwork, wanted: Placement) -> None:
         self.view, self.network = view, view.network
@@ -61,7 +61,7 @@ class _Comparison:
             yield self._finding(op, decision.rule, message, sum(self.network[tensor].elements for tensor in missing))
 
     def tensor(self, op: Op) -> Iterator[LintFinding]:
-        """What is wrong with how the tensor of ``op`` is quantized, whoever reads it."""
+        """What is wrong with how the tensor of ``op`` is quantized, for all its readers."""
         fusing = [reader for reader in self.network.readers(op.name) if reader.kind in ("batch_norm", "activation")]
         for reader in fusing if op.kind in (*WEIGHTED, "batch_norm") else ():
             if (reader.name, op.name) in self.found.keys() - self.wanted.keys():
@@ -142,7 +142,7 @@ class _Comparison:
         return scales - {None}
 
     def _convolution(self, tensor: str) -> str:
-        """The convolution whose result a tensor is, through batch normalization and the like."""
+        """The convolution whose result a tensor is, perhaps through batch normalization and the like."""
         op = self.network[tensor]
         while op.kind not in WEIGHTED:
             op = self.network[op.inputs[0]]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from qat.placement_view import view_placement
     from qat.rules.drawing import draw
 
+    __version__: str
+
 _HOME = {
     "Checkpoint": "qat.checkpoint",
     "ModelSpec": "qat.models",
@@ -68,12 +70,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return metadata.version("int8-qat-pipeline")
-    if name not in _HOME:
-        raise AttributeError(f"module 'qat' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+if not TYPE_CHECKING:  # with __getattr__ a type checker would accept any name
+
+    def __getattr__(name: str) -> Any:
+        """Loads a public name."""
+        if name == "__version__":
+            return metadata.version("int8-qat-pipeline")
+        if name not in _HOME:
+            raise AttributeError(f"module 'qat' has no attribute {name!r}; it has {', '.join(__all__)}")
+        return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -89,13 +89,12 @@ def checkpoint(trained: Path, tmp_path: Path) -> Path:
 def chain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model.qat, the ONNX file made of it, the engine made of that, and their sidecars. Not to change."""
     from deploy import build
-    from export.from_checkpoint import export_checkpoint
-    from export.options import ExportOptions
+    from export import export_onnx
 
     folder = tmp_path_factory.mktemp("chain")
     for name in ("model.qat", "model.qat.json"):
         shutil.copy(trained / name, folder / name)
-    export_checkpoint(ExportOptions(checkpoint=folder / "model.qat"))
+    export_onnx(folder / "model.qat")
     onnx = folder / "model.onnx"
     assert build.main(build.BuildOptions(model=onnx, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     return folder

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from export.emit import emit
 from export.fold import fold
-from export.lint import lint
+from export.linter import lint_model
 from export.parity import measure
 from export.read import read_onnx
 from qat.calibration.activation_ranges import calibrate_ranges
@@ -194,7 +194,7 @@ def check(chosen: list[Step]) -> None:
         path = Path(folder) / "model.onnx"
         ir.save(emit(folded, x, {}), path)
         onnx = read_onnx(path)
-        assert [str(finding) for finding in lint(onnx)] == []
+        assert [str(finding) for finding in lint_model(onnx)] == []
         quantized = sum(node.op_type == "QuantizeLinear" for node in onnx.graph)
         assert quantized == len(placement_of(prepared).tensors)
         parity, _ = measure(folded, path, [(x, x)], 4)

@@ -16,9 +16,8 @@ from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings, Profile
 from export.emit import emit
 from export.fold import fold
-from export.lint import lint
+from export.linter import lint_onnx
 from export.parity import measure
-from export.read import read_onnx
 from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
 from qat.graph.fx_network import network_from_fx
@@ -43,7 +42,7 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     ir.save(emit(folded, x, {}), path)
 
-    assert lint(read_onnx(path)) == []  # TensorRT takes it, and the ONNX file is placed as the torch.fx graph was
+    assert lint_onnx(path) == []  # TensorRT takes it, and the ONNX file is placed as the torch.fx graph was
     parity, _ = measure(folded, path, [(x, x)], 4)
     assert min(layer.sqnr_db for layer in parity.layers if layer.sqnr_db is not None) > LARGEST_ERROR_DB
 

@@ -50,6 +50,8 @@ class NumberFormat:
 
 
 INT8 = NumberFormat("INT8", -128, 127, "INT8")
+EXPORTED = (INT8,)
+"""The formats that an ONNX file can hold. Each has a ``dtype`` of its own, by which its codes are recognized."""
 BITS = 8
 """Bits of the formats that can be exported."""
 
@@ -59,3 +61,11 @@ def low_bit_format(bits: int, *, signed: bool) -> NumberFormat:
     name = f"INT{bits}" if signed else f"UINT{bits}"
     half = 2 ** (bits - 1)
     return NumberFormat(name, -half, half - 1, "") if signed else NumberFormat(name, 0, 2 * half - 1, "")
+
+
+def format_of_codes(dtype: str) -> NumberFormat:
+    """The format in ``EXPORTED`` whose codes have this type, in NumPy's words. Raises ValueError if none has."""
+    for number_format in EXPORTED:
+        if number_format.dtype == dtype:
+            return number_format
+    raise ValueError(f"no number format has codes of type {dtype}: choose from {', '.join(map(str, EXPORTED))}")

@@ -17,8 +17,7 @@ from qdq_models import classifier, residual
 from deploy import build_engine
 from deploy.report import ReportOptions, main
 from deploy.report_page import _ticks, render_page
-from export.options import QuantizeOptions
-from export.post_training import quantize_file
+from export import quantize_onnx
 from qat.base.artifact import Sidecar, read_sidecar, sidecar_path, write_artifact
 from qat.base.errors import UserError
 
@@ -225,7 +224,7 @@ def test_an_engine_of_an_onnx_file_from_elsewhere(tmp_path: Path, capsys: pytest
 def test_an_engine_of_a_file_that_export_quantize_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = residual(tmp_path / "float.onnx", quantize=False)
     np.save(tmp_path / "inputs.npy", np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32))
-    quantize_file(QuantizeOptions(model=model, data=str(tmp_path / "inputs.npy"), output=tmp_path / "m.onnx"))
+    quantize_onnx(model, tmp_path / "m.onnx", data=str(tmp_path / "inputs.npy"))
     build_engine(tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
     main(ReportOptions(engine=tmp_path / "m.engine"))
     found = rows((tmp_path / "report.html").read_text())

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 import qat.post_training
 from deploy import build, report
-from export.from_checkpoint import export_checkpoint
-from export.options import ExportOptions
+from export import export_onnx
 from qat.base.artifact import Sidecar, read_sidecar
 from qat.base.errors import UserError
 from qat.calibrate import main as quantize_pretrained
@@ -132,7 +131,7 @@ def test_weights_are_rounded_by_adaround(trained: Path, weights: Path, photos: P
     for path, (codes, weight) in other.items():
         assert torch.equal(codes, weight), path  # it is what the codes stand for
     assert any(not torch.equal(one[path][0], other[path][0]) for path in one)
-    export_checkpoint(ExportOptions(checkpoint=tmp_path / "rounded.qat"))
+    export_onnx(tmp_path / "rounded.qat")
     assert read_sidecar(tmp_path / "rounded.onnx", "onnx").figures["parity"]["other_top1"] == 0
     model = tmp_path / "rounded.onnx"
     assert build.main(build.BuildOptions(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
@@ -293,7 +292,7 @@ def test_too_few_images_to_hold_any_out(
 
 
 def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    onnx = export_checkpoint(ExportOptions(checkpoint=unlabelled, output=unlabelled.with_name("m.onnx")))
+    onnx = export_onnx(unlabelled, unlabelled.with_name("m.onnx"))
     said = capsys.readouterr()
     assert said.err == ""
     reference = onnx.details["reference"]

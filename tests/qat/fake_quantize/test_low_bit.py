@@ -13,8 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx
 
-from export.from_checkpoint import export_checkpoint
-from export.options import ExportOptions
+from export import export_onnx
 from qat.base.errors import UserError
 from qat.base.number_format import low_bit_format
 from qat.calibration.activation_ranges import calibrate_ranges
@@ -176,8 +175,8 @@ def test_a_checkpoint_computes_with_the_bits_that_it_was_trained_with(simulated:
 
 
 def test_it_is_not_exported(simulated: Path) -> None:
-    with pytest.raises(UserError, match="simulates 4 bits, which no engine computes: train with --bits 8"):
-        export_checkpoint(ExportOptions(checkpoint=simulated))
+    with pytest.raises(UserError, match=r"simulates U?INT4, which no engine computes: train with --bits 8"):
+        export_onnx(simulated)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0])
