@@ -187,7 +187,7 @@ def data_set_batches(
 
 
 def _test_split(model: Path, sidecar: Sidecar, data: str, data_root: Path, images: int | None) -> Iterator[ImageBatch]:
-    from qat.data.batches import batches
+    from qat.data.batches import first_batches
     from qat.data.preprocessing import ImagePreset
     from qat.data.splits import load_data
 
@@ -200,14 +200,9 @@ def _test_split(model: Path, sidecar: Sidecar, data: str, data_root: Path, image
     preset = ImagePreset(given["height"], given["resize"], tuple(given["mean"]), tuple(given["std"]))
     seed, calibration_images = details["seed"], details["calibration_images"]
     data_set = load_data(data, given["height"], seed, calibration_images, data_root, preset)
-    left = images
-    for x_NCHW, labels in batches(data_set.test, BATCH, None):
-        part = slice(0, left)
-        yield x_NCHW[part].permute(0, 2, 3, 1).contiguous().numpy(), labels[part].numpy(), None
-        if left is not None:
-            left -= len(labels[part])
-            if left <= 0:
-                return
+    count = len(data_set.test) if images is None else images
+    for x_NCHW, labels in first_batches(data_set.test, count, BATCH):
+        yield x_NCHW.permute(0, 2, 3, 1).contiguous().numpy(), labels.numpy(), None
 
 
 def _collect_answers(
