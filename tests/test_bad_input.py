@@ -167,7 +167,7 @@ def test_the_image_folder_of_these_tests_is_good_until_it_is_spoiled(place: Work
     place.train |= {"data": image_folder(place.folder / "images"), "image_size": 16, "workers": 0}
     place.train |= {"float_epochs": 0, "qat_epochs": 0}
     done = command("qat.train", *tiny.flags(place.train))
-    few = "warning: only 3 images to calibrate on: ranges may not hold for others; add images\n"
+    few = "warning: only 3 images to calibrate on: ranges may not fit other images; add images\n"
     assert (done.returncode, done.stderr) == (0, few)
 
 

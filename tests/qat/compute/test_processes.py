@@ -83,7 +83,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(folder: Path) -> None:
     assert "torchrun --nproc-per-node 2 -m qat.train" in stopped.stderr
     other = train(folder, 1, output=folder / "stopped.qat", resume=True, **options)
     assert other.returncode == 2
-    assert "processes was 2, is 1" in other.stderr
+    assert "processes was 2, now 1" in other.stderr
     resumed = train(folder, 2, output=folder / "stopped.qat", resume=True, **options)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming qat training at epoch 2, step 16" in resumed.stdout
