@@ -206,7 +206,7 @@ def checkpoint_without_sidecar(place: Workplace) -> tuple[object, ...]:
 
 def checkpoint_of_another_format(place: Workplace) -> tuple[object, ...]:
     rewrite(sidecar_path(place.copy("model.qat")), lambda content: content.update(format=2))
-    return "has format version 2, this program reads 1", "make model.qat again"
+    return "has format version 2, but this program reads 1", "make model.qat again"
 
 
 def checkpoint_of_a_model_that_is_gone(place: Workplace) -> tuple[object, ...]:
@@ -245,7 +245,7 @@ def truncated_onnx_sidecar(place: Workplace) -> tuple[object, ...]:
 def checkpoint_for_an_onnx_file(place: Workplace) -> tuple[object, ...]:
     shutil.copy(place.copy("model.qat"), place.folder / "model.onnx")
     shutil.copy(place.folder / "model.qat.json", place.folder / "model.onnx.json")
-    return "is a file of kind 'checkpoint', needed is 'onnx'", "give the right file"
+    return "is a file of kind 'checkpoint', but must be of kind 'onnx'", "give the right file"
 
 
 @pytest.mark.parametrize("spoil", [truncated_onnx, truncated_onnx_sidecar, checkpoint_for_an_onnx_file])
