@@ -162,7 +162,7 @@ def test_ranges_of_a_checkpoint_of_pytorch_quantization(
     assert sidecar.details["amax"]["relu"] == 7.0
     said = capsys.readouterr().out
     assert "ranges of 1 of" in said
-    assert "not in the checkpoint, calibrated here: x," in said
+    assert "not in the checkpoint, so calibrated here: x," in said
 
 
 # --- without labels
