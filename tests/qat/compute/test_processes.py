@@ -114,7 +114,10 @@ def test_a_network_of_float_operations_needs_no_ranges(folder: Path) -> None:
 def test_a_batch_that_does_not_come_out_even_says_which_would(folder: Path) -> None:
     run = train(folder, 2, output=folder / "odd.qat", batch_size=9)
     assert run.returncode != 0
-    assert "error: --batch-size 9 cannot be shared by 2 processes: give a multiple, such as 8" in run.stderr
+    found = (
+        "--batch-size 9 cannot be shared equally by 2 processes: give a multiple of at least two images each, such as 8"
+    )
+    assert f"error: {found}" in run.stderr
     assert "process 1: error:" in run.stderr
 
 

@@ -512,7 +512,7 @@ def test_what_cannot_be_compiled_is_trained_all_the_same(
         fitted(other, data, Compute(torch.device("cpu"), compiled=True), epochs=2)
     torch.testing.assert_close(plain.fc.weight, other.fc.weight, rtol=0, atol=rounding)
     warning = " ".join(capsys.readouterr().err.split())
-    assert warning.count("torch.compile fails (") == 1
+    assert warning.count("torch.compile failed (") == 1
     assert reason in warning
     assert "as with --compile False" in warning
 
