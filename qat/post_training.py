@@ -187,7 +187,7 @@ def _remedy_for_memory(option: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(f"the GPU has not enough free memory: free some, or give a smaller {option}") from None
+        raise UserError(f"the GPU does not have enough free memory: free some, or give a smaller {option}") from None
 
 
 def _calibration_images(data: Data, images: ImageRequest, compute: Compute) -> Iterator[Tensor]:

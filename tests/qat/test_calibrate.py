@@ -359,10 +359,10 @@ def refused(*places: Path, **changes: Any) -> str:
         ({"std": (0.2, 0.0, 0.2)}, "--std 0.2 0.0 0.2: deviations must be above 0"),
         ({"adaround": -1}, "--adaround -1 is not a number of steps"),
         ({"percentile": 0.0}, "--percentile 0.0 is out of range"),
-        ({"calibration_images": 0}, "0 calibration images set no activation range"),
+        ({"calibration_images": 0}, "--calibration-images 0 is too few: it must be at least 1"),
         ({"batch_size": 0}, "batch size 0 is not positive"),
         ({"data": "digits"}, "have 3 classes, but data digits has 10: give weights for these classes"),
-        ({"data": "nowhere"}, "unknown data set 'nowhere': no such folder"),
+        ({"data": "nowhere"}, "unknown data set 'nowhere', and no such folder"),
         ({"model": "resnet18"}, "do not fit the model"),
     ],
 )
@@ -383,7 +383,7 @@ def test_a_full_gpu_names_the_option_that_asks_for_less(
         with monkeypatch.context() as patch:
             patch.setattr(qat.post_training, name, full)
             line = refused(trained, weights, photos, tmp_path / "model.qat", adaround=5)
-        assert line == f"the GPU has not enough free memory: free some, or give a smaller {option}"
+        assert line == f"the GPU does not have enough free memory: free some, or give a smaller {option}"
 
 
 def test_nothing_quantized_is_said(
