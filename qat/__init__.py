@@ -1,13 +1,13 @@
-"""PyTorch side: where quantizers go, fake quantization, calibration and training. The names below are the library.
+"""The PyTorch side: quantizer placement, fake quantization, calibration, training. The names below are the library.
 
     import qat
 
     prepared = qat.prepare(model, input_shape=(3, 224, 224))
     qat.calibrate_ranges(prepared, batches)
-    ...                                             # train it in a loop of one's own, as any module
+    ...                                             # train it in your own loop, like any other module
     qat.save_checkpoint("model.qat", prepared, qat.ModelSpec("resnet50", 1000), preprocessing, class_names)
 
-Each name is loaded when it is first asked for: ``import qat`` needs no torch.
+Each name is loaded on first use: ``import qat`` itself does not import torch.
 """
 
 from __future__ import annotations

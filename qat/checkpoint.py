@@ -1,7 +1,7 @@
-"""Checkpoints: a quantized model as safetensors, with all that is needed to build it again in its sidecar.
+"""Checkpoints: a quantized model as safetensors, and a sidecar with everything needed to build it again.
 
-Nothing here unpickles: tensors are safetensors, the rest is JSON. The sidecar holds the model's name, the placement
-that it was trained with, preprocessing, class names, data source and measured accuracies.
+Nothing is ever unpickled: tensors are stored as safetensors, the rest as JSON. The sidecar holds the model's name, the
+placement it was trained with, preprocessing, class names, data source and measured accuracies.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of what the network takes."""
+        """[C, H, W] of the network's input."""
         return 3, self.preprocessing.height, self.preprocessing.width
 
 
@@ -57,20 +57,20 @@ def save_checkpoint(
     details: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Sidecar:
-    """Writes a prepared and trained model and its sidecar.
+    """Writes a prepared and calibrated model, trained or not, and its sidecar.
 
     Args:
         path: the checkpoint, a safetensors file; its sidecar is written beside it.
-        model: from ``prepare``, calibrated.
-        spec: how to build the float model again, without unpickling anything; None where whoever loads the checkpoint
-            has the float model at hand.
-        preprocessing: from an RGB image to the network's input [N, 3, height, width].
+        model: a calibrated model that ``prepare`` returned.
+        spec: how to build the float model again, without unpickling anything; None if the float model will be given
+            to ``load_checkpoint``.
+        preprocessing: how an RGB image becomes the network's input [N, 3, height, width].
         class_names: one for each of the network's logits [N, classes].
-        figures: accuracies and the like, recorded as given.
-        details: the data source, the recipe, recorded as given.
-        seed: recorded too.
+        figures: measurements such as accuracies; recorded as given.
+        details: further facts such as the data source and the recipe; recorded as given.
+        seed: recorded with the program versions.
 
-    Returns the sidecar. Raises UserError when the disk does not take them.
+    Returns the sidecar. Raises UserError when the files cannot be written.
     """
     names = tuple(class_names)
     sidecar = Sidecar(
@@ -96,11 +96,11 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> Checkpo
 
     Args:
         path: the checkpoint.
-        model: the float model that it was prepared from, for a checkpoint that was saved without a ``spec``; it stays
-            as it is.
+        model: the float model it was prepared from, for a checkpoint that was saved without a ``spec``; it is not
+            modified.
 
     Raises:
-        UserError: the file or its sidecar is missing, truncated, of another version, or does not fit.
+        UserError: the file or its sidecar is missing, truncated or of another version, or does not fit the model.
     """
     path = Path(path)
     sidecar = read_sidecar(path, "checkpoint")
@@ -124,14 +124,14 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> Checkpo
 
 
 def float_model(checkpoint: Checkpoint) -> nn.Module:
-    """The float model that a checkpoint was made from, with random weights. Raises UserError when none is recorded."""
+    """The float model a checkpoint was made from, with random weights. Raises UserError when none is recorded."""
     return _build_recorded(checkpoint.path, checkpoint.sidecar)
 
 
 def _build_recorded(path: Path, sidecar: Sidecar) -> nn.Module:
     recorded = sidecar.details["model"]
     if recorded is None:
-        raise UserError(f"{path} does not say how its model is built: load it in Python and give the float model")
+        raise UserError(f"{path} does not record how to build its model: load it in Python and pass the float model")
     return build_model(ModelSpec(**recorded))
 
 
@@ -141,10 +141,13 @@ def _recorded_name(sidecar: Sidecar) -> str:
 
 
 def training_data(checkpoint: Checkpoint) -> Data:
-    """The splits that the checkpoint was trained and measured on. Raises UserError when they are not at hand."""
+    """The splits the checkpoint was trained and measured on. Raises UserError when their images cannot be loaded."""
     details = checkpoint.sidecar.details
     if "data" not in details:
-        raise UserError(f"{checkpoint.path} records no images: it was saved from Python")
+        raise UserError(
+            f"{checkpoint.path} does not record which images it was trained on: it was saved from Python; "
+            "give a checkpoint of python -m qat.train or qat.calibrate"
+        )
     data = details["data"]
     chosen = (data["image_size"], details["seed"], details["calibration_images"])
     preset = checkpoint.preprocessing.preset
@@ -155,20 +158,23 @@ def training_data(checkpoint: Checkpoint) -> Data:
     then = {name: size for name, size in details["splits"].items() if size}
     if found.sizes != then:
         sizes = " to ".join(", ".join(f"{name} {size}" for name, size in one.items()) for one in (then, found.sizes))
-        warn(f"{data['source']} has changed since ({sizes} images): its splits may not be those of then")
+        warn(
+            f"{data['source']} has changed since training ({sizes} images): its splits may differ from those used then"
+        )
     return found
 
 
 def has_labels(checkpoint: Checkpoint) -> bool:
-    """Whether ``training_data`` has labels: whether an accuracy can be measured on it."""
+    """Whether ``training_data`` has labels, so that an accuracy can be measured on it."""
     recorded = checkpoint.sidecar.details.get("data", {"labelled": False})
-    return bool(recorded.get("labelled", True))  # older ones do not say
+    return bool(recorded.get("labelled", True))  # older checkpoints do not record it
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> None:
-    """Writes the state of a training run, to be resumed.
+    """Writes the state of a training run, so that it can be resumed.
 
-    One file without a sidecar: two cannot be renamed at once, and a run that is killed in between could not be resumed.
+    It is one file without a sidecar: two files cannot be renamed in one step, and a run that was killed between the two
+    could not be resumed.
     """
     text = json.dumps({"format": FORMAT_VERSION, **details}, allow_nan=False)
     with atomic_write(path) as temporary:
@@ -183,19 +189,19 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     version = details.pop("format", None)
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} is a training state of format version {version}, this program reads {FORMAT_VERSION}: "
+            f"{path} is a training state of format version {version}, but this program reads {FORMAT_VERSION}: "
             "start without --resume"
         )
     return tensors, details
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors as safetensors, in plain contiguous form; ``metadata`` goes into the file's header."""
-    # clone: safetensors refuses tensors that share memory, as tied weights do
+    """Writes tensors as safetensors, detached and contiguous; ``metadata`` goes into the file's header."""
+    # clone: safetensors refuses tensors that share memory, such as tied weights
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(plain, path, dict(metadata or {}))
-    except safetensors.SafetensorError as error:  # it wraps the operating system's errors
+    except safetensors.SafetensorError as error:  # wraps the operating system's errors
         number = _os_error_number(str(error))
         if number is None:
             raise
@@ -203,14 +209,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads safetensors. Raises UserError when the file is truncated or something else."""
+    """Reads safetensors. Raises UserError when the file is truncated or not a safetensors file."""
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is no safetensors file or is truncated ({error}): make it again") from error
+        raise UserError(f"{path} is not a safetensors file, or is truncated ({error}): make it again") from error
 
 
 def _os_error_number(message: str) -> int | None:
-    """The 28 of 'I/O error: No space left on device (os error 28)'."""
+    """28 for 'I/O error: No space left on device (os error 28)'."""
     _, found, rest = message.partition("(os error ")
     return int(rest.partition(")")[0]) if found else None

@@ -1,14 +1,15 @@
-"""A float model by name; its weights are loaded by qat/weights.py.
+"""Builds a float model from its name; qat/weights.py loads its weights.
 
-A model is described by a few words (ModelSpec) that go into the checkpoint's sidecar, so that it can be built again
-without unpickling anything.
+The description of a model (ModelSpec) is short and goes into the checkpoint's sidecar, so that the model can be built
+again without unpickling anything.
 
 Four defaults differ from torchvision's, each for a reason:
 - zero_init_residual=True for the ResNet family: without it ResNet50 does not converge on small data.
 - No auxiliary heads for googlenet and inception_v3: they cost time in training and are not exported.
-- transform_input=True for the same two: their ImageNet weights were trained on images normalized in another way, and
-  the model converts. It is a fixed factor and shift, so it does not matter to a model trained from scratch.
-- weights_backbone=None for segmentation models, which would download them.
+- transform_input=True for the same two: their ImageNet weights were trained with another normalization of the images,
+  and with this option the model converts. The conversion is a fixed factor and shift, so it makes no difference to a
+  model trained from scratch.
+- weights_backbone=None for segmentation models, which would otherwise download weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
 
 _NO_AUXILIARY = {"aux_logits": False, "init_weights": False, "transform_input": True}
-_NAME = "model_name"  # attribute of a built model: qat/weights.py finds torchvision's weights by it
+_NAME = "model_name"  # attribute of a built model; qat/weights.py finds torchvision's weights by it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ModelSpec:
 
     ``name``: a torchvision classification or segmentation model ('resnet50'), 'timm/NAME', or 'path/file.py:function',
     which is called as function(num_classes=..., **kwargs). ``kwargs`` are passed to the constructor and must be
-    JSON-able.
+    representable in JSON.
     """
 
     name: str
@@ -63,7 +64,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     except Exception as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise UserError(
-            f"model {name} cannot be built with {shown} ({type(error).__name__}: {one_line(error)}): correct it"
+            f"model {name} cannot be built with {shown} ({type(error).__name__}: {one_line(error)}): correct the model"
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} returned a {type(model).__name__}: it must return a torch.nn.Module")
@@ -72,7 +73,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
 
 
 def name_of(model: nn.Module) -> str:
-    """The name that ``build_model`` built ``model`` by; '' for another one."""
+    """The name from which ``build_model`` built ``model``; '' for a model built otherwise."""
     return str(getattr(model, _NAME, ""))
 
 
@@ -94,7 +95,7 @@ def _torchvision_builder(name: str) -> Callable[..., Any]:
     known = torchvision_names()
     if name not in known:
         raise UserError(
-            f"unknown model {name!r}{did_you_mean(name, known)}; give one of torchvision's {len(known)} "
+            f"unknown model {name!r}{did_you_mean(name, known)}: give one of torchvision's {len(known)} "
             "classification and segmentation models, timm/NAME, or path/file.py:function"
         )
     builder: Callable[..., Any] = torchvision.models.get_model_builder(name)
@@ -102,7 +103,7 @@ def _torchvision_builder(name: str) -> Callable[..., Any]:
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """Constructor arguments that differ from torchvision's defaults; see the module's docstring."""
+    """The constructor arguments that differ from torchvision's defaults; see the module's docstring."""
     if torchvision.models.get_model_builder(name).__module__ == "torchvision.models.resnet":
         return {"zero_init_residual": True}
     if name in _segmentation_names():
@@ -118,7 +119,8 @@ def _timm_builder(name: str) -> Callable[..., Any]:
     if not timm.is_model(name):
         known = timm.list_models()
         raise UserError(
-            f"timm {timm.__version__} has no model {name!r} among its {len(known)}{did_you_mean(name, known)}"
+            f"timm {timm.__version__} has no model {name!r} among its {len(known)}: "
+            f"check the name{did_you_mean(name, known)}"
         )
     return lambda **options: timm.create_model(name, pretrained=False, **options)
 
@@ -138,9 +140,11 @@ def _function(name: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{file} cannot be run ({type(error).__name__}: {one_line(error)}): correct it") from error
+        raise UserError(
+            f"{file} cannot be run ({type(error).__name__}: {one_line(error)}): correct the file"
+        ) from error
     found: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(found):
         defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{file} has no function {function!r}: it has {', '.join(defined) or 'none'}")
+        raise UserError(f"{file} has no function {function!r}: give one that it has ({', '.join(defined) or 'none'})")
     return found

@@ -4,8 +4,8 @@
     python -m qat.placement timm/darknet53 --json placement.json --keep-float stem 'head.*'
     python -m qat.placement runs/model.qat --svg model.svg
 
-Of a checkpoint, the placement that it was trained with is shown; of a model, that which python -m qat.train would
-choose with the same options.
+For a checkpoint, this shows the placement it was trained with; for a model, the placement that python -m qat.train
+would choose with the same options.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ class PlacementOptions(Command):
     """The options of ``python -m qat.placement``."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """A torchvision model, timm/NAME, path/to/file.py:function, or a checkpoint that python -m qat.train wrote."""
+    """A torchvision model, timm/NAME, path/to/file.py:function, or a checkpoint written by python -m qat.train."""
     keep_float: tuple[str, ...] = ()
-    """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that are shown here."""
+    """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that this command shows."""
     image_size: int | None = None
-    """Height and width of the input in pixels; by default 224."""
+    """Height and width of the input in pixels; 224 by default."""
     num_classes: int | None = None
-    """Classes of the model; by default 1000."""
+    """Number of classes of the model; 1000 by default."""
     json: Path | None = None
-    """The placement, the scale groups and the rules are written there as JSON."""
+    """File for the placement, the scale groups and the rules, as JSON."""
     svg: Path | None = None
-    """A picture of the graph is written there as SVG."""
+    """File for a picture of the graph, as SVG."""
 
 
 def main(options: PlacementOptions) -> None:
-    """Prints the placement and writes what was asked for. Torch is imported here, so that --help answers at once."""
+    """Prints the placement and writes the files asked for. Torch is imported here, so that --help answers at once."""
     from qat.placement_view import view_placement
     from qat.rules.describe import placement_json, print_placement
     from qat.rules.drawing import draw

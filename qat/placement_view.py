@@ -1,4 +1,4 @@
-"""The placement of a model by name, as it would be trained, or of a checkpoint, as it was."""
+"""The placement of a model, as it would be trained, or of a checkpoint, as it was trained."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _IMAGE_SIZE, _CLASSES = 224, 1000
 def view_placement(
     model: str, keep_float: Iterable[str] = (), image_size: int | None = None, num_classes: int | None = None
 ) -> PlacementView:
-    """What is quantized of ``model``, and why.
+    """What is quantized in ``model``, and why.
 
     Args:
-        model: a name that qat.train takes, or the path of a checkpoint, whose placement is that of its training.
-        keep_float: patterns of what stays in float; not for a checkpoint, nor are the next two.
+        model: the name of a model, as qat.train takes it, or the path of a checkpoint, which keeps the placement it was
+            trained with.
+        keep_float: patterns of what stays in float. This and the next two arguments cannot be given for a checkpoint.
         image_size: height and width of the input in pixels; None: 224.
-        num_classes: None: 1000.
+        num_classes: number of classes of the model; None: 1000.
 
     Raises:
         UserError: there is no such model or file, it cannot be traced, or a pattern matches nothing.

@@ -1,6 +1,6 @@
-"""Post-training quantization: a float network and images in, the same network with calibrated INT8 ranges out.
+"""Post-training quantization: from a float network and images to the same network with calibrated INT8 ranges.
 
-All of python -m qat.calibrate, and what python -m qat.train does before and between its two phases.
+This is all the work of python -m qat.calibrate, and the steps of python -m qat.train before and between its two phases.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from qat.rules.place import place
 from qat.rules.placement import Placement
 from qat.weights import Pretrained, build_pretrained, preset_of_weights
 
-_FEW_IMAGES = 16  # fewer show too little of what a network will see
+_FEW_IMAGES = 16  # fewer do not represent what a network will see
 
 
 def quantize_pretrained(
@@ -58,28 +58,28 @@ def quantize_pretrained(
     adaround_steps: int = 0,
     compute: Compute,
 ) -> None:
-    """Quantizes a trained network and writes its checkpoint; prints what it finds.
+    """Quantizes a trained network, writes its checkpoint, and prints what was measured.
 
     Args:
         model: the name of a model, as qat.models.ModelSpec takes it.
-        weights: of torchvision by name, or a file.
-        images: to calibrate on, with labels or without; some are held out to measure on.
+        weights: torchvision's name of them, or a file.
+        images: images to calibrate on, with labels or without; some are held out to measure on.
         output: the checkpoint.
-        classes: how many the network has, where the weights do not tell.
+        classes: number of classes of the network, if the weights do not show it.
         calibration: how ranges are chosen.
         keep_float: patterns of what stays in float.
-        adaround_steps: in which AdaRound rounds the weights of each layer; 0: to the nearest code.
+        adaround_steps: steps in which AdaRound rounds the weights of each layer; 0: round to the nearest code.
         compute: the device; one process.
 
     Raises:
-        UserError: for what the user can mend.
+        UserError: for every mistake that the user can correct.
     """
     if weights is None:
         raise UserError("--weights is missing: give those of a trained network, or train one: python -m qat.train")
     if classes is not None and classes < 1:
         raise UserError(f"--classes {classes} is not positive: give the number of classes, or leave it out")
     if local_rank() is not None:
-        raise UserError("python -m qat.calibrate is a single process: start it without torchrun")
+        raise UserError("python -m qat.calibrate runs as a single process: start it without torchrun")
     if adaround_steps < 0:
         raise UserError(f"--adaround {adaround_steps} is not a number of steps: it must be at least 0")
     check_writable(output)
@@ -108,11 +108,11 @@ def quantize_pretrained(
     say_next(output)
 
 
-# --- what python -m qat.train does too
+# --- steps that python -m qat.train has too
 
 
 def input_preset(model: str, weights: str | None, images: ImageRequest) -> ImagePreset:
-    """How the network takes images. Raises UserError where they could not be normalized so."""
+    """Size and normalization of the network's input. Raises UserError when a deviation is not positive."""
     told = preset_of_weights(model, weights)
     if images.std is not None and not min(images.std) > 0:
         raise UserError(f"--std {' '.join(map(str, images.std))}: deviations must be above 0")
@@ -120,7 +120,7 @@ def input_preset(model: str, weights: str | None, images: ImageRequest) -> Image
 
 
 def say_data(data: Data) -> None:
-    """Prints what there is, and how it was split."""
+    """Prints which images there are, and how they were split."""
     sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
     classes = f"{len(data.class_names)} classes" if data.labelled else "no labels"
     size = f"{data.preprocessing.height}x{data.preprocessing.width}"
@@ -132,22 +132,23 @@ def say_data(data: Data) -> None:
 def choose_placement(
     model: nn.Module, name: str, data: Data, classes: int, keep_float: Iterable[str]
 ) -> tuple[Network, Placement]:
-    """The view of ``model``, and what will be quantized of it, which is printed.
+    """The neutral view of ``model``, and what will be quantized in it; the latter is printed too.
 
-    Raises UserError where it cannot be quantized, or not as asked for, or makes no logits [N, ``classes``].
+    Raises UserError when it cannot be quantized, or not as ``keep_float`` asks, or when its output is not logits
+    [N, ``classes``].
     """
     network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width))
     (output,) = (op for op in network if op.kind == "output")
     if output.shape != (1, classes):
-        found = f"a tensor of shape {list(output.shape)}" if output.shape else "something else than one tensor"
+        found = f"a tensor of shape {list(output.shape)}" if output.shape else "something other than one tensor"
         raise UserError(
-            f"model {name} makes {found} of one image; it must make logits of shape [1, {classes}]: "
+            f"for one image, model {name} returns {found}; it must return logits of shape [1, {classes}]: "
             "give a classification model"
         )
     placement = place(network, keep_float)
     say_placement(placement)
     if not any(decision.quantized for decision in placement.decisions):
-        warn("nothing of this network is quantized: python -m qat.placement shows why")
+        warn("nothing in this network is quantized: python -m qat.placement shows why")
     return network, placement
 
 
@@ -161,11 +162,11 @@ def prepare_and_calibrate(
     compute: Compute,
     bits: int = BITS,
 ) -> fx.GraphModule:
-    """A copy of ``model`` with quantizers; their ranges are from the calibration split, or from ``ranges``."""
+    """A copy of ``model`` with quantizers whose ranges come from the calibration split, or from ``ranges``."""
     prepared = prepare(model, placement)
     simulate_bits(prepared, bits)
     if len(data.calibration) < _FEW_IMAGES:
-        warn(f"only {len(data.calibration)} images to calibrate on: ranges may not hold for others; add images")
+        warn(f"only {len(data.calibration)} images to calibrate on: ranges may not fit other images; add images")
     count = batch_count(data.calibration, images.batch_size)
     with _remedy_for_memory("--batch-size"), progress("calibrating", count) as task, exact_float32():
         given = _calibration_images(data, images, compute)
@@ -182,20 +183,20 @@ def prepare_and_calibrate(
 
 @contextmanager
 def _remedy_for_memory(option: str) -> Iterator[None]:
-    """Where the GPU's memory is too small, UserError names the option that asks for less."""
+    """Turns a lack of GPU memory into a UserError that names the option to lower."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(f"the GPU has not enough free memory: free some, or give a smaller {option}") from None
+        raise UserError(f"the GPU does not have enough free memory: free some, or give a smaller {option}") from None
 
 
 def _calibration_images(data: Data, images: ImageRequest, compute: Compute) -> Iterator[Tensor]:
-    """Normalized, in batches, on the device."""
+    """The calibration images, normalized, in batches, on the device."""
     return (x for x, _ in inputs(data.calibration, images.batch_size, compute, images.workers))
 
 
 def record_of_images(images: ImageRequest, data: Data, calibration: CalibrationSettings) -> dict[str, Any]:
-    """What a checkpoint records of its images: enough to load them again, and how ranges were chosen from them."""
+    """What a checkpoint records about its images: enough to load them again, and how ranges were chosen from them."""
     source = {"source": images.source, "image_size": images.image_size, "root": str(images.root)}
     return {
         "data": source | {"labelled": data.labelled},
@@ -208,11 +209,11 @@ def record_of_images(images: ImageRequest, data: Data, calibration: CalibrationS
 
 
 def say_next(output: Path) -> None:
-    """Prints what was written, and what to run on it."""
+    """Prints what was written, and the next command to run."""
     say(f"wrote {output}\nnext: python -m export.onnx {output}")
 
 
-# --- what only python -m qat.calibrate does
+# --- steps that only python -m qat.calibrate has
 
 
 def _load_images(images: ImageRequest, preset: ImagePreset) -> Data:
@@ -224,23 +225,25 @@ def _load_images(images: ImageRequest, preset: ImagePreset) -> Data:
 
 
 def _round_weights(prepared: fx.GraphModule, data: Data, images: ImageRequest, steps: int, compute: Compute) -> None:
-    """Rounds the weights by AdaRound, on the calibration images."""
+    """Rounds the weights with AdaRound, on the calibration images."""
     given = list(_calibration_images(data, images, compute))
     layers = sum(1 for _ in weights_and_quantizers(prepared))
     with _remedy_for_memory("--calibration-images"), progress("rounding", layers) as task:
         found = adaround(prepared, given, steps, lambda layer: task.advance(note=layer), images.seed)
     shares = sorted(layer.mse / layer.mse_nearest for layer in found if layer.mse_nearest)
     if shares:
-        say(f"AdaRound: {len(found)} layers; the median one has {shares[len(shares) // 2]:.2f} times the squared error")
+        share = f"{shares[len(shares) // 2]:.2f} times the squared error of rounding to nearest"
+        say(f"AdaRound: {len(found)} layers; the median layer has {share}")
 
 
 def _class_names(weights: str, found: Pretrained, data: Data) -> tuple[str, ...]:
-    """The data's, else torchvision's, else numbers."""
+    """The class names of the data, else those of torchvision's weights, else numbers."""
     classes = found.spec.num_classes
     if data.labelled and len(data.class_names) != classes:
         raise UserError(
-            f"weights {weights} are of {classes} classes, data {data.source} has {len(data.class_names)}: give "
-            "weights of these classes (python -m qat.train trains them), or a folder of images without train/ and val/"
+            f"weights {weights} have {classes} classes, but data {data.source} has {len(data.class_names)}: "
+            "give weights for these classes (python -m qat.train trains them), or a folder of images without train/ "
+            "and val/"
         )
     return data.class_names or found.class_names or tuple(map(str, range(classes)))
 
@@ -248,9 +251,9 @@ def _class_names(weights: str, found: Pretrained, data: Data) -> tuple[str, ...]
 def _compare_on_test(
     model: nn.Module, prepared: nn.Module, data: Data, images: ImageRequest, compute: Compute
 ) -> dict[str, Any]:
-    """What was measured on the test split, as the checkpoint records it: accuracies only where there are labels."""
+    """What was measured on the test split, as the checkpoint records it; accuracies only if there are labels."""
     held_out = len(data.test) > 0
-    measured_on = data.test if held_out else data.calibration  # on these too a network must answer with numbers
+    measured_on = data.test if held_out else data.calibration  # these at least show an output that is not finite
     with _remedy_for_memory("--batch-size"):
         agreement, accuracies = compare(model, prepared, measured_on, data, images.batch_size, compute, images.workers)
     if not held_out:
@@ -261,7 +264,7 @@ def _compare_on_test(
 
 def _say_figures(figures: Mapping[str, Any]) -> None:
     if not figures:
-        say("nothing was measured: too few images to hold any out")
+        say("nothing was measured: there are too few images to hold any out")
         return
     agreement = figures["agreement"]
     columns, agrees = (
@@ -269,7 +272,7 @@ def _say_figures(figures: Mapping[str, Any]) -> None:
         (f"{agreement['top1']:.2f} %", decibels(agreement["sqnr_db"])),
     )
     if "ptq" not in figures:
-        title = f"Agreement on {agreement['images']} images held out, without labels"
+        title = f"Agreement on {agreement['images']} held-out images without labels"
         table(title, ("network", *columns), [("INT8, post-training", *agrees)])
         return
     floats, codes = (

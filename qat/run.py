@@ -1,7 +1,7 @@
 """One training run: float training -> post-training quantization -> quantization-aware training -> checkpoint.
 
-Each of the four splits has one use: weights learn on train, activation ranges come from calibration, epochs are chosen
-on validation, and what is reported is measured on test.
+Each of the four splits has one use: weights are trained on train, activation ranges come from calibration, the best
+epoch is chosen on validation, and reported accuracies are measured on test.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ from qat.training.recipe import DistillationSettings, Recipe
 from qat.training.trainer import Fit, FitState
 from qat.weights import load_weights
 
-# Options that may differ between a run and its resumption: they do not change the result.
+# Options that may change when a run is resumed: they do not affect the result.
 _FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root", "log_folder")
 
 
 @dataclass
 class Progress:
-    """What a run has reached; saved, so that it can be resumed."""
+    """How far a run has come; it is saved, so that the run can be resumed."""
 
     phase: Literal["float", "qat"] = "float"
     figures: dict[str, Any] = field(default_factory=dict)
     fit: FitState = field(default_factory=FitState)
     model: dict[str, Tensor] = field(default_factory=dict)
     training: dict[str, Tensor] = field(default_factory=dict)
-    """What Fit.tensors gave: optimizer, moving average."""
+    """What Fit.tensors returned: the state of the optimizer, the moving average."""
     teacher: dict[str, Tensor] = field(default_factory=dict)
     """The float network that distillation follows."""
 
@@ -88,28 +88,29 @@ def train(
     save_seconds: float = 60.0,
     recorded: Mapping[str, Any],
 ) -> None:
-    """Trains, quantizes and fine-tunes a network and writes its checkpoint, or goes on where it was stopped.
+    """Trains, quantizes and fine-tunes a network and writes its checkpoint, or resumes a stopped run.
 
     Args:
         model: the name of a model, as qat.models.ModelSpec takes it.
-        images: labelled ones, and how they are dealt.
-        output: the checkpoint; the training state lies beside it until the run is done.
-        weights: of torchvision by name, or a file; None: random ones.
+        images: labelled images, and their splits and batches.
+        output: the checkpoint; the training state is kept beside it until the run is finished.
+        weights: torchvision's name of them, or a file; None: random weights.
         float_recipe: how the float network is trained.
-        qat_recipe: how it is fine-tuned with quantization in the loop.
+        qat_recipe: how it is fine-tuned with fake quantization.
         calibration: how ranges are chosen.
         distillation: how the fine-tuning follows the float network.
         keep_float: patterns of what stays in float.
-        bits: below 8 it is a simulation.
+        bits: of weights and activations; fewer than 8 are a simulation.
         learn_ranges: whether the fine-tuning learns ranges too.
-        compute: device, types, compilation; several processes join here.
-        log_folder: for figures as training goes on.
-        resume: go on from the saved state.
-        save_seconds: between two saves of the state.
-        recorded: all options by name, by which a resumed run is held against the stopped one.
+        compute: device, types and compilation; the processes that torchrun started are added here.
+        log_folder: folder for figures as training proceeds.
+        resume: continue from the saved state.
+        save_seconds: seconds between two saves of the state.
+        recorded: all options by name; a resumed run is checked against those of the stopped run.
 
     Raises:
-        UserError: for what the user can mend. KeyboardInterrupt says how to continue.
+        UserError: for every mistake that the user can correct.
+        KeyboardInterrupt: the run was stopped; the message says how to continue.
     """
     with (
         process_group(compute.device) as processes,
@@ -136,7 +137,7 @@ def train(
 
 
 class _Run:
-    """What all phases share: images, device, and the state that is saved."""
+    """What all phases share: images, device, and the saved state."""
 
     def __init__(
         self,
@@ -165,13 +166,13 @@ class _Run:
         bits: int,
         learn_ranges: bool,
     ) -> None:
-        """All phases that are left, and the checkpoint."""
-        torch.set_flush_denormal(True)  # gradients fall into denormals in small networks: ten times as slow
+        """Runs all phases that are left and writes the checkpoint."""
+        torch.set_flush_denormal(True)  # gradients of small networks become denormal, which is ten times as slow
         compute, reached, images, (float_recipe, qat_recipe) = self.compute, self.reached, self.images, recipes
         self._load_images(name, weights)
         spec = ModelSpec(name, len(self.data.class_names))
         model, ranges = self._float_model(spec, weights, float_recipe)
-        # What cannot be quantized, or not as asked for, is refused now, not after hours of float training.
+        # A network that cannot be quantized as asked is refused now, not after hours of float training.
         network, placement = choose_placement(model, name, self.data, spec.num_classes, keep_float)
         prepared: fx.GraphModule
         if reached.phase == "float":
@@ -210,7 +211,7 @@ class _Run:
 
     def _load_images(self, name: str, weights: str | None) -> None:
         images, preset = self.images, input_preset(name, weights, self.images)
-        with self.compute.processes.first_of_machine_before_others():  # it may download
+        with self.compute.processes.first_of_machine_before_others():  # this may download
             data = load_data(
                 images.source, images.image_size, images.seed, images.calibration_images, images.root, preset
             )
@@ -218,7 +219,7 @@ class _Run:
         self.data = data.on(self.compute.device)
 
     def _float_model(self, spec: ModelSpec, weights: str | None, recipe: Recipe) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The model to start from, and the ranges that its weights bring."""
+        """The model to start from, and the activation ranges that came with its weights."""
         torch.manual_seed(self.images.seed)
         model = build_model(spec)
         ranges: dict[str, Tensor] = {}
@@ -227,15 +228,14 @@ class _Run:
             say(line)
         if ranges and recipe.epochs:
             raise UserError(
-                "the weights come with ranges of activations, which float training would invalidate: "
-                "give --float-epochs 0"
+                "the weights come with activation ranges, which float training would invalidate: give --float-epochs 0"
             )
         return model, ranges
 
     def _distillation(
         self, spec: ModelSpec, network: Network, recipe: Recipe, settings: DistillationSettings
     ) -> Distillation | None:
-        """The loss that follows the float network; None where nothing is to be followed."""
+        """The loss that follows the float network; None without distillation."""
         if not self.reached.teacher:
             return None
         teacher, processes = build_model(spec), self.compute.processes
@@ -252,7 +252,7 @@ class _Run:
         )
 
     def fit(self, phase: str, model: nn.Module, recipe: Recipe, loss: CrossEntropy | None = None) -> nn.Module:
-        """Trains ``model``, from where the run was stopped if it was in this phase."""
+        """Trains ``model``; continues where the run was stopped, if that was in this phase."""
         if self.reached.model:
             model.load_state_dict(self.reached.model)
         fit = Fit(phase, model, self.data, recipe, self.compute, self.images.workers, self.log, loss)
@@ -263,13 +263,13 @@ class _Run:
         return model
 
     def test(self, what: str, model: nn.Module) -> dict[str, float]:
-        """Accuracy on the test split, as it is recorded."""
+        """Accuracy on the test split, as the checkpoint records it."""
         measured: Accuracy = evaluate(model, self.data.test, self.images.batch_size, self.compute, self.images.workers)
         say(f"{what}: {measured} test images right")
         return measured.test_figures()
 
     def save(self, model: nn.Module, state: FitState, training: Mapping[str, Tensor]) -> None:
-        """Saves the training state under a name of its own beside the output; one process does it for all."""
+        """Saves the training state in its own file beside the output; only the main process does so."""
         if not self.compute.processes.is_main:
             return
         parts = {"model": model.state_dict(), "best": state.best_weights, "training": training}
@@ -290,7 +290,7 @@ def _read_state(output: Path, now: Mapping[str, Any]) -> Progress:
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or correct --output")
     tensors, details = load_state(path)
     then = details["options"]
-    differing = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+    differing = [f"{name} was {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
     if differing:
         raise UserError(
             f"cannot resume with other options: {'; '.join(differing)}; give the options of the stopped run"
@@ -307,7 +307,7 @@ def _read_state(output: Path, now: Mapping[str, Any]) -> Progress:
 
 
 def _resumable(options: Mapping[str, Any], processes: Processes) -> dict[str, Any]:
-    """The options that a resumed run must share, as JSON gives them back."""
+    """The options that a resumed run must share, as they come back from JSON."""
     shared = {name: value for name, value in options.items() if name not in _FREE_ON_RESUME}
     shared["processes"] = processes.world_size
     found: dict[str, Any] = json.loads(json.dumps(shared, default=str))
@@ -320,7 +320,7 @@ def _state_path(output: Path) -> Path:
 
 def _how_to_resume(output: Path, processes: Processes) -> str:
     if not _state_path(output).exists():
-        return "nothing was saved yet; nothing half-written was left behind"
+        return "nothing was saved yet; no half-written file was left behind"
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     alone = processes.world_size == 1
     start = "python -m" if alone else f"torchrun --nproc-per-node {processes.world_size} -m"
@@ -338,4 +338,4 @@ def _say_result(output: Path, bits: int, figures: dict[str, Any]) -> None:
     if bits == BITS:
         say_next(output)
     else:
-        say(f"wrote {output}, a simulation of {bits} bits, which cannot be exported")
+        say(f"wrote {output}: a simulation of {bits} bits, which cannot be exported")

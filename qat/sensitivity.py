@@ -1,10 +1,11 @@
-"""What the quantization of each operation costs: which to keep in float, and how much accuracy that gives back.
+"""Measure what the quantization of each operation costs, and suggest which operations to keep in float.
 
     python -m qat.sensitivity runs/model.qat
     python -m qat.sensitivity runs/model.qat --images 512 --target-drop 0.2 --json sensitivity.json
 
-Takes a checkpoint of python -m qat.train, or one that python -m qat.calibrate made of labelled images, and measures on
-its validation split, never on the test split. The operations that it suggests are what --keep-float of both takes.
+Takes a checkpoint of python -m qat.train, or of python -m qat.calibrate with labelled images, and measures on its
+validation split, never on the test split. Pass the operations it suggests to --keep-float of either command; the
+accuracy that they give back is printed.
 """
 
 from __future__ import annotations
@@ -25,30 +26,30 @@ class SensitivityOptions(Command):
     """The options of ``python -m qat.sensitivity``."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """The checkpoint that python -m qat.train or qat.calibrate wrote."""
+    """A checkpoint written by python -m qat.train or qat.calibrate."""
     images: int = 256
-    """Images of the validation split to measure on, at most."""
+    """Largest number of images of the validation split to measure on."""
     target_drop: float = 0.5
-    """Points of accuracy that the quantized network may lie below the float one."""
+    """How many percentage points of accuracy below the float network the quantized one may be."""
     device: str = "auto"
-    """cpu, cuda, cuda:1; auto takes a GPU where there is one."""
+    """cpu, cuda, or cuda:1 and so on; auto takes a GPU if there is one."""
     json: Path | None = None
-    """Also write all figures here."""
+    """File for all figures, as JSON."""
     show: int = 20
-    """Operations that are printed, the costliest first; the file of --json has all."""
+    """Number of operations to print, the costliest first; the file of --json has all."""
 
 
 def main(options: SensitivityOptions) -> None:
-    """Measures and prints. Torch is imported here, so that --help answers at once."""
+    """Measures and prints the costs. Torch is imported here, so that --help answers at once."""
     from qat.compute.device import Compute
     from qat.costs import measure_sensitivity
 
     if options.images < 1:
-        raise UserError(f"--images {options.images}: must be at least 1")
+        raise UserError(f"--images {options.images} is too few: it must be at least 1")
     if not options.target_drop >= 0:
-        raise UserError(f"--target-drop {options.target_drop}: must be at least 0, in points of accuracy")
+        raise UserError(f"--target-drop {options.target_drop} is out of range: it must be at least 0 percentage points")
     if options.show < 0:
-        raise UserError(f"--show {options.show}: must be at least 0, the number of operations")
+        raise UserError(f"--show {options.show} is not a number of operations: it must be at least 0")
     if options.json is not None:
         check_writable(options.json)
     measure_sensitivity(

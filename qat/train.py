@@ -1,4 +1,4 @@
-"""Train an INT8 network: float training, placement, calibration, quantization-aware fine-tuning, a checkpoint.
+"""Train an INT8 network: float training, quantizer placement, calibration, quantization-aware fine-tuning, checkpoint.
 
     python -m qat.train --model resnet50 --data digits --output runs/digits/model.qat
     python -m qat.train --model resnet50 --weights IMAGENET1K_V2 --float-epochs 0 --data path/to/folder

@@ -1,7 +1,7 @@
-"""Weights of a float model: from a file or from torchvision, whole or without the classifier; how they take images.
+"""Loads the weights of a float model, from a file or from torchvision, and tells which preprocessing they expect.
 
-Weights must fit key by key; only a classifier of another number of classes may differ. Nothing but tensors is
-unpickled.
+Weights must fit the model key by key. The one exception is a classifier with another number of classes, which then
+keeps its random weights. Only tensors are unpickled.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ _MOST_COMMON = 1000  # classes: ImageNet's
 def load_weights(model: nn.Module, weights: str) -> tuple[str, dict[str, Tensor]]:
     """Loads ``weights`` into ``model``, which ``build_model`` built.
 
-    Returns a line that says what was loaded, and the ranges of a checkpoint of pytorch-quantization.
+    Returns a line that says what was loaded, and the activation ranges if ``weights`` is a checkpoint of
+    pytorch-quantization.
 
     Args:
+        model: the model, which is changed.
         weights: a .safetensors file, a .pth or .pt file that holds a state dict (nothing else is unpickled), or
             torchvision's name of weights for the model, such as 'IMAGENET1K_V2' or 'DEFAULT'.
 
@@ -46,7 +48,7 @@ def load_weights(model: nn.Module, weights: str) -> tuple[str, dict[str, Tensor]
     if not head:
         return f"weights: {weights}", ranges
     then, now = (len(tensors[f"{head}.weight"]) for tensors in (found, model.state_dict()))
-    line = f"weights: {weights}, but for {head}: {then} classes there, {now} here, so it starts at random"
+    line = f"weights: {weights}, except {head}: it has {then} classes there and {now} here, so it starts at random"
     return line, ranges
 
 
@@ -54,7 +56,8 @@ def load_weights(model: nn.Module, weights: str) -> tuple[str, dict[str, Tensor]
 class Pretrained:
     """A float model all of whose weights were loaded.
 
-    ``ranges``: of a checkpoint of pytorch-quantization. ``class_names``: () where the weights do not tell them.
+    ``ranges``: activation ranges from a checkpoint of pytorch-quantization. ``class_names``: () if the weights do not
+    come with any.
     """
 
     spec: ModelSpec
@@ -69,7 +72,7 @@ def build_pretrained(name: str, weights: str, classes: int | None = None) -> Pre
     ``classes``: their number, for a model whose classifier cannot be told from its other layers.
 
     Raises:
-        UserError: as ``build_model`` and ``load_weights`` do, and when the weights are of another number of classes.
+        UserError: as ``build_model`` and ``load_weights`` do, and when the weights have another number of classes.
     """
     found, ranges = split_ranges(_tensors(name, weights))
     spec = ModelSpec(name, classes or _MOST_COMMON)
@@ -78,24 +81,27 @@ def build_pretrained(name: str, weights: str, classes: int | None = None) -> Pre
     if head := _other_classifier(model.state_dict(), found):
         rows = len(found[f"{head}.weight"])
         if classes:
-            raise UserError(f"weights {weights} are of {rows} classes ({head}), not of {classes}: leave out --classes")
+            raise UserError(f"weights {weights} have {rows} classes ({head}), not {classes}: leave out --classes")
         spec, remedy = ModelSpec(name, rows), ""
         model = build_model(spec)
     if _load(model, weights, found, remedy):
-        raise UserError(f"weights {weights} are of {rows} classes, but {name} makes others when asked for as many")
+        raise UserError(
+            f"weights {weights} have {rows} classes, but {name} has another number when it is built for {rows}: "
+            "correct the model"
+        )
     return Pretrained(spec, model, ranges, () if _is_file(weights) else _categories(name, weights))
 
 
 def _load(model: nn.Module, weights: str, found: Mapping[str, Tensor], remedy: str = "") -> str:
-    """Loads the tensors ``found``; the path of a classifier of other classes, which stays as it was, or ''."""
+    """Loads the tensors ``found``; returns the path of a classifier with other classes, which is not loaded, or ''."""
     if getattr(model, "aux_logits", None) is False:
         found = {key: tensor for key, tensor in found.items() if not key.startswith(_AUXILIARY)}
     own = model.state_dict()
     head = _other_classifier(own, found)
     misfits = _misfits(own, {key: tensor for key, tensor in found.items() if not _belongs(key, head)}, head)
     if misfits:
-        if not all("of another shape" in misfit for misfit in misfits):
-            remedy = ""  # no number of classes makes up for it
+        if not all("with another shape" in misfit for misfit in misfits):
+            remedy = ""  # another number of classes would not help
         raise UserError(
             f"weights {weights} do not fit the model: {'; '.join(misfits)}; give weights of this model{remedy}"
         )
@@ -110,12 +116,15 @@ def _is_file(weights: str) -> bool:
 
 
 def _tensors(name: str, weights: str) -> dict[str, Tensor]:
-    """The state dict that ``weights`` of model ``name`` are: a file's, or torchvision's."""
+    """The state dict of ``weights`` of model ``name``, from a file or from torchvision."""
     return _state_dict(Path(weights).expanduser()) if _is_file(weights) else _torchvision_weights(name, weights)
 
 
 def preset_of_weights(name: str, weights: str | None) -> ImagePreset:
-    """How ``weights`` of the model ``name`` were trained to take photographs, as far as torchvision or timm tell."""
+    """The preprocessing of photographs with which ``weights`` of model ``name`` were trained.
+
+    It is ImageNet's usual one if neither torchvision nor timm knows it.
+    """
     if weights is not None and name.startswith("timm/") and importlib.util.find_spec("timm"):
         import timm
 
@@ -134,23 +143,26 @@ def preset_of_weights(name: str, weights: str | None) -> ImagePreset:
 
 
 def _categories(name: str, weights: str) -> tuple[str, ...]:
-    """The names of the classes of torchvision's weights, which exist."""
+    """The class names of torchvision's weights, which must exist."""
     known = torchvision.models.get_model_weights(name)
     return tuple(known[weights.removeprefix(f"{known.__name__}.")].meta["categories"])
 
 
 def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
     if name not in torchvision_names():
-        raise UserError(f"no weights file {weights}: check the path; only torchvision's models have weights by name")
+        raise UserError(
+            f"there is no weights file {weights}: check the path; only torchvision's models have weights by name"
+        )
     known = torchvision.models.get_model_weights(name)
     entry = weights.removeprefix(f"{known.__name__}.")
     if entry not in known.__members__:
         raise UserError(
-            f"{name} has no weights {weights!r}, and there is no such file; there are {', '.join(known.__members__)}"
+            f"{name} has no weights {weights!r}, and there is no such file: give a file, "
+            f"or one of {', '.join(known.__members__)}"
         )
-    try:  # torchvision itself knows which old keys to rename
+    try:  # torchvision renames old keys
         model = torchvision.models.get_model(name, weights=known[entry])
-    except Exception as error:  # URLError, a time-out, a wrong hash, a full disk
+    except Exception as error:  # for example URLError, a time-out, a wrong hash, a full disk
         raise UserError(
             f"cannot download weights {entry} of {name} from {known[entry].url} ({one_line(error)}): "
             "check the network, or download that file by hand and give its path"
@@ -160,7 +172,7 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file; 'state_dict' and 'model' entries are entered, the prefix 'module.' is removed."""
+    """The state dict in a file; it may be nested in 'state_dict' or 'model', and a prefix 'module.' is removed."""
     found = _read(path)
     while isinstance(found, Mapping):
         inner = next((key for key in ("state_dict", "model") if isinstance(found.get(key), Mapping)), None)
@@ -169,7 +181,7 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         found = found[inner]
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         content = ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
-        raise UserError(f"{path} holds no state dict (found: {content or 'nothing'}): save model.state_dict()")
+        raise UserError(f"{path} does not hold a state dict (found: {content or 'nothing'}): save model.state_dict()")
     prefix = "module." if all(key.startswith("module.") for key in found) else ""
     return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
 
@@ -179,12 +191,12 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols; what cannot be read safely is refused below
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read safely is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is no weights file, or holds Python objects; unpickling those can run any code and is refused: "
-            "save the tensors alone, torch.save(model.state_dict(), file)"
+            f"{path} is not a weights file, or holds Python objects; unpickling those can run any code and is refused: "
+            "save only the tensors, torch.save(model.state_dict(), file)"
         ) from error
     except OSError as error:
         raise UserError(
@@ -195,9 +207,9 @@ def _read(path: Path) -> Any:
 
 
 def _other_classifier(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The module whose tensors differ in their first dimension alone, if it is the only one: '' if there is none.
+    """The only module whose tensors differ in shape, if they differ only in the first dimension; else ''.
 
-    A layer inside the network would make the next one differ too.
+    This is the classifier: if a layer inside the network differed, the next layer would differ too.
     """
     differing = [key for key in own if key in found and own[key].shape != found[key].shape]
     modules = {key.rpartition(".")[0] for key in differing}
@@ -211,7 +223,7 @@ def _belongs(key: str, module: str) -> bool:
 
 
 def _misfits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], head: str) -> list[str]:
-    """What does not fit, a phrase for each kind. num_batches_tracked may be missing: old files lack it."""
+    """What does not fit, one phrase for each kind of misfit. num_batches_tracked may be missing, as in old files."""
     missing = [
         key for key in own if key not in found and not key.endswith("num_batches_tracked") and not _belongs(key, head)
     ]
@@ -221,7 +233,7 @@ def _misfits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], head: str) 
         for key in found
         if key in own and own[key].shape != found[key].shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    kinds = (("missing", missing), ("unexpected", unexpected), ("with another shape", shapes))
     return [
         f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in kinds

@@ -1,12 +1,12 @@
-"""What calibration keeps of a tensor: the exact max |x| and a histogram of |x|, whose size no number of images changes.
+"""What calibration records of a tensor: the exact max |x|, and a histogram of |x| whose size is fixed.
 
-    counts[j] = how many |x| lie in [j, j + 1) * limit / B        j = 0 .. B-1, B = 2048
+    counts[j] = number of |x| in [j, j + 1) * limit / B        j = 0 .. B-1, B = 2048
 
-``limit`` starts as the max of the first batch; when a larger value comes it doubles and adjacent bins merge, so that no
-count is lost. On a GPU nothing waits for a result: what the kernels below decide stays there, and they mostly read a
-tensor once, as fast as the memory gives it. torch.histc takes 7 times as long, behind a ReLU 75 times
-(benchmarks/gpu_training_step.txt): it adds float32 numbers in shared memory, for which GPUs have no instruction, and
-the zeros of a ReLU all meet in one bin.
+``limit`` starts as the max of the first batch. When a larger value comes, it doubles and adjacent bins merge, so no
+count is lost. On a GPU nothing waits for a result: the kernels (qat/compute/histogram.cu) keep their decisions there,
+and they mostly read a tensor only once, at the speed of the memory. torch.histc takes 7 times as long, and 75 times
+after a ReLU (benchmarks/gpu_training_step.txt): it adds float32 numbers in shared memory, for which GPUs have no
+instruction, and all zeros of a ReLU fall into the same bin.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from qat.compute.cuda_kernels import Kernels
 from qat.fake_quantize.quantizer import SCALE_FLOOR
 
 BINS = 2048
-# torch.histc counts in float32, which is exact up to 2**24: larger tensors are counted piece by piece.
+# torch.histc counts in float32, which is exact up to 2**24: larger tensors are counted in pieces.
 EXACT_COUNT = 2**24
-# The limit may double above the largest |x| and a bin's width must stay a normal float.
+# The limit may be up to twice the largest |x|, and the width of a bin must be a normal float.
 LARGEST, SMALLEST_LIMIT = torch.finfo(torch.float32).max / 2, BINS * SCALE_FLOOR
 
 _THREADS, _BLOCKS_PER_PROCESSOR = 1024, 2
-_WORDS_BEHIND_COUNTS = 3  # of the kernels' State
-_MOST = 2**30  # elements that they count at a time
+_WORDS_BEHIND_COUNTS = 3  # the rest of the kernels' State
+_MOST = 2**30  # elements that the kernels count at a time
 _CONSTANTS = f"""
 #define BINS {BINS}
 #define STATE_BYTES {8 * (BINS + _WORDS_BEHIND_COUNTS)}
@@ -47,9 +47,9 @@ class HistogramObserver:
 
     Attributes:
         counts: [BINS], int64, on ``device``.
-        limit: [], float32: upper edge of the last bin; 0 until a value other than zero was seen.
+        limit: [], float32: upper edge of the last bin; 0 until a nonzero value was seen.
         largest: [], float32: the exact max |x|.
-        seen: whether there was a tensor.
+        seen: whether any tensor was observed.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
@@ -60,15 +60,15 @@ class HistogramObserver:
 
     @property
     def amax(self) -> float:
-        """The exact max |x|; NaN until a tensor was seen."""
+        """The exact max |x|; NaN until a tensor was observed."""
         return self.largest.item() if self.seen else math.nan
 
     def __call__(self, x: Tensor) -> None:
-        """Counts ``x``: any shape, memory layout and floating-point type. Ask ``check_finite`` before using counts."""
+        """Counts ``x`` of any shape, layout and floating-point type. Call ``check_finite`` before using the counts."""
         self.seen = True
         x = x.detach().float()
         if x.is_cuda and x.device == self.state.device and (kernels := _kernels(x.device)) is not None:
-            for part in (x,) if x.is_contiguous() and x.numel() <= _MOST else _flatten(x).split(_MOST):
+            for part in (x,) if x.is_contiguous() and x.numel() <= _MOST else torch.split(_flatten(x), _MOST):
                 kernels.launch(part, part.numel(), self.state)
             return
         x = _flatten(x)
@@ -79,14 +79,14 @@ class HistogramObserver:
             self._count(x if low >= 0 else x.abs())
 
     def start(self, largest: float) -> None:
-        """Begins anew with a limit that others begin with too: ``largest``, or where that is 0, the least one."""
+        """Starts again from the limit ``largest``, which other processes use too; from the least limit if it is 0."""
         self.seen = False
         self.counts.zero_()
         self.largest.zero_()
         self.limit.fill_(max(largest, SMALLEST_LIMIT))
 
     def grow(self, largest: float) -> None:
-        """Doubles the limit until it reaches ``largest``, or sets it, where it was 0."""
+        """Doubles the limit until it reaches ``largest``; if it was 0, sets it to ``largest``."""
         limit = self.limit.item()
         if limit == 0 and largest > 0:
             limit = max(largest, SMALLEST_LIMIT)
@@ -101,18 +101,18 @@ class HistogramObserver:
         if limit == 0:
             self.counts[0] += magnitudes.numel()
             return
-        for part in magnitudes.split(EXACT_COUNT):
+        for part in torch.split(magnitudes, EXACT_COUNT):
             self.counts += torch.histc(part, BINS, 0, limit).long()
 
 
 def largest_of(observers: Sequence[HistogramObserver]) -> list[float]:
-    """The exact max |x| of each tensor. Waits for the GPU, once."""
+    """The exact max |x| of each tensor. Waits for the GPU once."""
     found: list[float] = torch.stack([observer.largest for observer in observers]).tolist() if observers else []
     return found
 
 
 def check_finite(observers: Iterable[HistogramObserver]) -> None:
-    """Raises UserError, naming the first tensor that held NaN or infinity. Waits for the GPU, once."""
+    """Raises UserError naming the first tensor that held NaN or infinity. Waits for the GPU once."""
     observers = list(observers)
     for observer, largest in zip(observers, largest_of(observers), strict=True):
         if not largest <= LARGEST:  # also when it is NaN
@@ -123,15 +123,15 @@ def check_finite(observers: Iterable[HistogramObserver]) -> None:
 
 
 def _flatten(x: Tensor) -> Tensor:
-    """All elements of ``x``, one behind the other in memory; not copied where they lie so, as in channels_last."""
+    """The elements of ``x`` contiguous in memory, in any order; not copied if they are, as in channels_last."""
     return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1).contiguous()
 
 
 @lru_cache(maxsize=16)
 def _kernels(device: torch.device) -> Kernels | None:
-    """None where they cannot be compiled and torch.histc has to do; Triton's histogram is ten times as slow."""
+    """The kernels, or None if they cannot be compiled: torch.histc is used then (Triton's takes 10 times as long)."""
     try:
         return Kernels("histogram.cu", _CONSTANTS, ["count", "count_rest"], device, _THREADS, _BLOCKS_PER_PROCESSOR)
     except (OSError, RuntimeError) as error:
-        warn(f"calibration is slower than it could be: its kernels cannot be used ({one_line(error)})")
+        warn(f"calibration is slower than it could be: its CUDA kernels cannot be used ({one_line(error)})")
         return None

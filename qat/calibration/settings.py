@@ -1,4 +1,4 @@
-"""How ranges are chosen in calibration: what commands and library calls pass on. Needs no torch."""
+"""The settings of calibration, as commands and library calls pass them on. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from qat.base.errors import UserError
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """The methods for activations and for weights. Raises UserError where the percentile is out of range.
+    """The methods for activation and weight ranges. Raises UserError when ``percentile`` is out of range.
 
-    ``percentile``: share of the values, in percent, that the method of that name keeps unclipped.
+    ``percentile``: percentage of the values that the method of that name leaves unclipped.
     """
 
     method: Calibrator = "mse"
@@ -21,4 +21,4 @@ class CalibrationSettings:
 
     def __post_init__(self) -> None:
         if not 0 < self.percentile <= 100:
-            raise UserError(f"--percentile {self.percentile} is out of range: choose one above 0 and up to 100")
+            raise UserError(f"--percentile {self.percentile} is out of range: it must be above 0 and at most 100")

@@ -1,4 +1,4 @@
-"""A network that torch.compile compiles for training, and what happens where it cannot."""
+"""A network that torch.compile compiles for training; if that fails, training continues without compilation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from qat.compute.inductor import training_backend
 
 
 class CompiledNetwork(nn.Module):
-    """Compiles a model at its first batch of ``images``; one that cannot be compiled stays as it is, with a warning.
+    """Compiles a model at its first batch of ``images`` images; if that fails, warns and runs the model as it is.
 
-    ``graphs``: its kernels are recorded, and sent to the GPU together. One by one they take a CPU 25 ms a step of
-    ResNet50, and the GPU 12 ms with 256 images of 32 pixels (benchmarks/gpu_training_step.txt).
+    ``graphs``: use CUDA graphs, which record the kernels and launch them together. Launching the kernels of a ResNet50
+    step one by one takes a CPU 25 ms, while the GPU needs 12 ms to compute them for 256 images of 32 pixels
+    (benchmarks/gpu_training_step.txt).
     """
 
-    graphs_fit = True  # into the GPU's memory, as far as is known
+    graphs_fit = True  # whether CUDA graphs fit into the GPU's memory, as far as is known
 
     def __init__(self, model: nn.Module, images: int, graphs: bool) -> None:
         super().__init__()
@@ -29,20 +30,20 @@ class CompiledNetwork(nn.Module):
         self.whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
 
     def forward(self, x: Tensor) -> Any:
-        """What the model makes of ``x`` [N, ...]."""
+        """The output of the model for ``x`` [N, ...]."""
         if len(x) != self.images:
             return self.model(x)
         try:
             return self.whole(x)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
-            reason = "the network changed more often than it allows; TORCH_LOGS=recompiles shows where"
+            reason = "the network was recompiled too often; TORCH_LOGS=recompiles shows why"
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = one_line(error)
-        warn(f"torch.compile fails ({reason}): training goes on without, as with --compile False")
+        warn(f"torch.compile failed ({reason}): training continues without it, as with --compile False")
         self.whole = self.model
         return self.model(x)
 
 
 def _compile(network: fx.GraphModule, inputs: Any, graphs: bool) -> Any:
-    """The backend, asked for at the first batch and after ``release``: whether graphs fit may have changed."""
+    """The backend. It is called again after ``Compute.release``, when ``graphs_fit`` may have changed."""
     return training_backend(network, inputs, graphs and CompiledNetwork.graphs_fit)

@@ -1,7 +1,7 @@
-// Counts |x| of a tensor in a histogram whose limit doubles as larger values come: see qat/calibration/histogram.py,
+// Counts |x| of a tensor in a histogram whose limit doubles when larger values come; see qat/calibration/histogram.py,
 // which defines the constants in capitals.
 
-// Shows ``see`` every element that is this thread's share: where they lie so, four of one load, while the next come.
+// Calls ``see`` for each of this thread's elements. Aligned elements are loaded by fours, one load ahead.
 template <typename See> __device__ void each(const float* __restrict__ x, unsigned int size, See see) {
     unsigned int first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
     unsigned int fours = (unsigned long long)x % sizeof(float4) ? 0 : size / 4;
@@ -15,7 +15,7 @@ template <typename See> __device__ void each(const float* __restrict__ x, unsign
     for (unsigned int i = 4 * fours + first; i < size; i += stride) see(x[i]);
 }
 
-// What one block counts. Zeros, most of a ReLU's values, each thread counts for itself.
+// The counts of one block. Each thread counts zeros, most of the values after a ReLU, in its own register.
 struct Found {
     unsigned int* bins;
     float bins_per_unit;
@@ -37,17 +37,17 @@ struct Found {
     }
 };
 
-// Of an observer; what stands behind ``largest`` is what the two kernels tell each other. Floats that are not negative
-// have the order of their bits; NaN's are above those of all numbers.
+// The state of an observer; the members after ``largest`` pass between the two kernels. Nonnegative floats compare like
+// their bits as integers, and NaN compares above all numbers.
 struct State {
     unsigned long long counts[BINS];
     float limit, largest;
     unsigned int blocks_done, largest_here;
-    float rest;  // the magnitude above which the values of the tensor are not counted yet; negative: all are counted
+    float rest;  // values of the tensor with magnitudes above this are not counted yet; negative: all are counted
 };
-static_assert(sizeof(State) == STATE_BYTES, "the tensor that holds it");
+static_assert(sizeof(State) == STATE_BYTES, "State must have the size of the tensor that holds it");
 
-// By one block. As many doublings of the limit as the largest value needs; each merges two bins.
+// Run by one block. Doubles the limit until it reaches the largest value; each doubling merges pairs of bins.
 __device__ void grow(State* state) {
     __shared__ unsigned long long merged[BINS];
     float reach = state->limit, largest = state->largest;
@@ -66,7 +66,7 @@ __device__ void grow(State* state) {
     for (int j = threadIdx.x; j < BINS; j += blockDim.x) state->counts[j] = merged[j];
 }
 
-// Counts what is within the limit, finds the largest, and lets the limit grow to it.
+// Counts the values within the limit, finds the largest, and makes the limit grow to it.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 count(const float* x, int size, State* state) {
     __shared__ unsigned int bins[BINS];
@@ -97,7 +97,7 @@ count(const float* x, int size, State* state) {
     grow(state);
 }
 
-// Counts what was above the limit, which has grown since; mostly there is nothing to do.
+// Counts the values that were above the limit before it grew; mostly there are none.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
 count_rest(const float* x, int size, State* state) {
     __shared__ unsigned int bins[BINS];

@@ -1,4 +1,4 @@
-"""float32 as the engine and ONNX Runtime compute it."""
+"""Exact float32, as ONNX Runtime and the engine compute it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """No TF32 in convolutions and matrix products, as long as it lasts: the engine and ONNX Runtime have none."""
+    """Inside this context, convolutions and matrix products do not use TF32, as in ONNX Runtime and the engine."""
     cudnn: Any = torch.backends.cudnn
     backends = (cudnn.conv, torch.backends.cuda.matmul)
     before = [backend.fp32_precision for backend in backends]

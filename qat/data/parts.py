@@ -1,4 +1,4 @@
-"""What a reader of a data set finds: its parts, and what is known of the images."""
+"""What a reader of a data set returns: its parts, and what is known about the images."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Part:
 class Source:
     """What a reader found. A part that the source does not have is None.
 
-    ``default_size`` is (height, width) in pixels, None for photographs; ``cropped``: all images have one size and are
-    taken whole, without a margin to crop in evaluation; ``mirrors``: the mirror image of a class still belongs to it.
+    ``default_size`` is (height, width) in pixels, None for photographs. ``cropped``: all images have the same size and
+    are used whole; evaluation crops no margin. ``mirrors``: mirroring an image does not change its class.
     """
 
     train: Part

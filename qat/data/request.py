@@ -1,4 +1,4 @@
-"""Which images are asked for, and how they are dealt: what commands and library calls pass on. Needs no torch."""
+"""Which images are asked for, in which splits and batches, as commands and library calls pass it on. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ ThreeFloats = tuple[float, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
-    """Images from ``source`` in splits that a seed decides; values are checked when they are loaded.
+    """Images from ``source``, in splits that a seed determines. Values are checked when the images are loaded.
 
     Attributes:
         source: 'digits', an image folder, an .npz file, or 'torchvision:NAME'.
-        image_size: height and width of the network's input in pixels; None for what suits the data.
-        seed: decides which images go into which split.
-        calibration_images: upper limit on the calibration split.
-        root: where torchvision's data sets are, or are downloaded to.
-        mean: by which images are normalized, for red, green and blue in 0..1; None for what the weights were trained
-        with. std: the deviation, likewise. batch_size: images in a batch, of all processes together. workers: processes
-        that decode images which do not fit in memory.
+        image_size: height and width of the network's input in pixels; None: the size that suits the data.
+        seed: determines which images go into which split.
+        calibration_images: largest number of images in the calibration split.
+        root: folder in which torchvision's data sets are found, or to which they are downloaded.
+        mean: mean of red, green and blue by which images are normalized, each in 0..1; None: the mean with which the
+            weights were trained.
+        std: standard deviation by which images are normalized; None as for ``mean``.
+        batch_size: images in a batch, for all processes together.
+        workers: processes that decode images which do not fit in memory.
     """
 
     source: str

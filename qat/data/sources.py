@@ -1,7 +1,7 @@
-"""Where images come from: digits, an image folder, an .npz file, torchvision's data sets; a folder without labels.
+"""Reads image sources: digits, an image folder, an .npz file, torchvision's data sets, a folder without labels.
 
-Every reader checks all that it can before training starts, and says in one line what is wrong. How the images are
-split is decided in qat/data/splits.py, how they are decoded and kept in qat/data/pixels.py.
+Every reader checks what it can before training starts, and reports a fault in one line. qat/data/splits.py decides how
+the images are split, qat/data/pixels.py how they are decoded and kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from qat.data.torchvision_sets import read_torchvision, torchvision_sets
 def read_source(source: str, root: Path) -> Source:
     """Reads ``source``: 'digits', 'torchvision:NAME', an .npz file or an image folder.
 
-    ``root`` is where torchvision's data sets are or will be downloaded to. Raises UserError.
+    ``root`` is the folder in which torchvision's data sets are found, or to which they are downloaded. Raises UserError
+    when the source is unknown, missing or damaged.
     """
     path = Path(source).expanduser()
     if source == "digits":
@@ -38,9 +39,9 @@ def read_source(source: str, root: Path) -> Source:
         return _read_npz(path)
     known = ["digits", *(f"torchvision:{name}" for name in torchvision_sets())]
     raise UserError(
-        f"unknown data set {source!r}: no such folder{did_you_mean(source, known)}; give digits, a folder with train/ "
-        "and val/ (to python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with one of "
-        f"{', '.join(torchvision_sets())}"
+        f"unknown data set {source!r}, and no such folder{did_you_mean(source, known)}: give digits, a folder with "
+        "train/ and val/ (for python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with "
+        f"one of {', '.join(torchvision_sets())}"
     )
 
 
@@ -48,7 +49,7 @@ def read_source(source: str, root: Path) -> Source:
 
 
 def _read_digits() -> Source:
-    from sklearn.datasets import load_digits  # slow to import: only where it is needed
+    from sklearn.datasets import load_digits  # slow to import, so only when needed
 
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 0..16 -> 0..255
@@ -87,12 +88,12 @@ def _read_folder(folder: Path) -> Source:
         tuple(files["train"]),
         None,
         cropped=False,
-        notes=(f"test: {folder / 'test'}" if has_test else f"test: {folder / 'val'}, as there is no test/",),
+        notes=(f"test: {folder / 'test'}" if has_test else f"test: {folder / 'val'}, because there is no test/",),
     )
 
 
 def _class_files(split: Path) -> dict[str, list[str]]:
-    """Class name -> its image files, both sorted; files in folders within a class count as the class's."""
+    """Class name -> its image files, both sorted; files in subfolders of a class belong to it too."""
     classes = sorted(child.name for child in split.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not classes:
         raise UserError(f"{split} has no class folders: put the images of each class into {split}/<class>/")
@@ -106,7 +107,7 @@ def _class_files(split: Path) -> dict[str, list[str]]:
 
 
 def _image_files(folder: Path) -> list[str]:
-    """The image files in ``folder`` and in the folders within it, sorted."""
+    """The image files in ``folder`` and its subfolders, sorted."""
     return sorted(
         os.path.join(inner, file)
         for inner, _, names in os.walk(folder, followlinks=True)
@@ -130,7 +131,7 @@ def _check_same_classes(folder: Path, files: dict[str, dict[str, list[str]]], sp
 
 
 def unlabelled_folder(source: str) -> Path | None:
-    """The folder that ``source`` is, if it has neither train/ nor val/: its images have no labels. None otherwise."""
+    """``source`` as a folder of images without labels: it has neither train/ nor val/. None if it is anything else."""
     path = Path(source).expanduser()
     labelled = (path / "train").is_dir() or (path / "val").is_dir()
     named = source == "digits" or source.startswith("torchvision:")
@@ -138,7 +139,7 @@ def unlabelled_folder(source: str) -> Path | None:
 
 
 def unlabelled_files(folder: Path) -> list[str]:
-    """The image files in ``folder`` and in the folders within it, sorted. Raises UserError when there is none."""
+    """The image files in ``folder`` and its subfolders, sorted. Raises UserError when there is none."""
     files = _image_files(folder)
     if not files:
         raise UserError(f"{folder} has no image ({' '.join(IMG_EXTENSIONS)}): add some, or give another folder")
@@ -154,7 +155,9 @@ def _read_npz(path: Path) -> Source:
     missing = [key for key in required if key not in arrays]
     if missing:
         found = ", ".join(arrays) or "nothing"
-        raise UserError(f"{path} lacks {', '.join(missing)} (found: {found}): save it with {', '.join(required)}")
+        raise UserError(
+            f"{path} does not have {', '.join(missing)} (found: {found}): save it with {', '.join(required)}"
+        )
     if ("val_images" in arrays) != ("val_labels" in arrays):
         raise UserError(f"{path} has only one of val_images and val_labels: save both or neither")
     splits = [split for split in ("train", "val", "test") if f"{split}_images" in arrays]
@@ -179,13 +182,13 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as file:  # np.load itself leaves a damaged file open
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise ValueError("one bare array")
+                raise ValueError("a single array")
             return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{path} is no .npz file, is truncated or holds Python objects ({one_line(error)}): "
+            f"{path} is not an .npz file, is truncated or holds Python objects ({one_line(error)}): "
             "save it again with np.savez"
         ) from error
 
@@ -194,17 +197,18 @@ def _check_npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndar
     grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
     if images.dtype != np.uint8 or not grey_or_rgb or images.size == 0:
         raise UserError(
-            f"{path}: {split}_images is {images.dtype} {list(images.shape)}: needed is uint8 [N, H, W, 3] or [N, H, W]"
+            f"{path}: {split}_images is {images.dtype} {list(images.shape)}, but must be uint8 [N, H, W, 3] or "
+            "[N, H, W]: save it so"
         )
     if images.shape[1:3] != size:
         raise UserError(
-            f"{path}: {split}_images are {images.shape[1]}x{images.shape[2]} pixels, train_images are "
+            f"{path}: {split}_images are {images.shape[1]}x{images.shape[2]} pixels, but train_images are "
             f"{size[0]}x{size[1]}: resize them to one size"
         )
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise UserError(
-            f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)}: needed is an integer for each of the "
-            f"{len(images)} images"
+            f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)}, but must be one integer for each of the "
+            f"{len(images)} images: save it so"
         )
 
 
@@ -213,7 +217,9 @@ def _npz_class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ..
         return tuple(str(label) for label in range(max(0, int(arrays["train_labels"].max())) + 1))
     names = arrays["class_names"]
     if names.dtype.kind != "U" or names.ndim != 1:
-        raise UserError(f"{path}: class_names is {names.dtype} {list(names.shape)}: needed is a list of strings")
+        raise UserError(
+            f"{path}: class_names is {names.dtype} {list(names.shape)}, but must be a list of strings: save it so"
+        )
     return tuple(str(name) for name in names)
 
 

@@ -21,8 +21,8 @@ def _named(train: str, test: str, validation: str | None = None) -> tuple[dict[s
 
 
 _FLAG: tuple[dict[str, Any] | None, ...] = ({"train": True}, None, {"train": False})
-# Name -> the arguments that select (train, validation, test). Where there is no test split with public labels, the
-# validation split is the test split.
+# Name -> the arguments that select (train, validation, test). If there is no test split with public labels, the
+# validation split is used as test.
 _TORCHVISION: dict[str, tuple[dict[str, Any] | None, ...]] = {
     "CIFAR10": _FLAG,
     "CIFAR100": _FLAG,
@@ -46,21 +46,21 @@ _TORCHVISION: dict[str, tuple[dict[str, Any] | None, ...]] = {
     "StanfordCars": _named("train", "test"),
     "USPS": _FLAG,
 }
-# Characters and traffic signs: their mirror images are something else.
+# Characters and traffic signs: a mirrored image is not of the same class.
 _NOT_MIRRORED = {"EMNIST", "GTSRB", "KMNIST", "MNIST", "RenderedSST2", "SVHN", "USPS"}
 
 
 def torchvision_sets() -> list[str]:
-    """The names that this version of torchvision knows."""
+    """The names of the data sets that this version of torchvision has."""
     return [name for name in _TORCHVISION if hasattr(torchvision.datasets, name)]
 
 
 def read_torchvision(name: str, root: Path) -> Source:
-    """The data set ``name`` from ``root``; downloaded to it where it is not there yet. Raises UserError."""
+    """The data set ``name`` in ``root``, downloaded to it if necessary. Raises UserError when it cannot be had."""
     if name not in torchvision_sets():
         raise UserError(
             f"torchvision has no classification data set {name!r} that can be read by name"
-            f"{did_you_mean(name, torchvision_sets())}; there are {', '.join(torchvision_sets())}"
+            f"{did_you_mean(name, torchvision_sets())}: give one of {', '.join(torchvision_sets())}"
         )
     datasets = [None if options is None else _open(name, root, options) for options in _TORCHVISION[name]]
     train, validation, test = (None if dataset is None else _part(dataset) for dataset in datasets)
@@ -76,11 +76,11 @@ def read_torchvision(name: str, root: Path) -> Source:
 
 
 def _open(name: str, root: Path, options: dict[str, Any]) -> Any:
-    """The data set from ``root``; downloaded to it where it is not there yet."""
+    """The data set in ``root``, downloaded to it if necessary."""
     make = getattr(torchvision.datasets, name)
     try:
         return make(root, **options)
-    except Exception as error:  # each set has its own way to say that its files are not there
+    except Exception as error:  # each set reports missing files in its own way
         absent = error
     if name in ("ImageNet", "StanfordCars"):  # cannot be downloaded
         raise UserError(f"{name} is not in {root} ({one_line(absent)}): put its files there by hand") from absent

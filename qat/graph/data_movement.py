@@ -1,7 +1,7 @@
-"""Walking through operations that only move data: what goes in and what comes out are the same values.
+"""Walks through operations that only move data, whose input and output hold the same values.
 
-Codes, scales and quantizers pass through such operations (``COMMUTING``), so that whoever asks where a tensor comes
-from, or who reads it in the end, asks here. What an operation moves is its first input.
+Codes, scales and quantizers pass through such operations (``COMMUTING``). So all questions about where a tensor comes
+from, or who finally reads it, are answered here. The data that an operation moves are its first input.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ Read = tuple[str, str]
 
 
 def source_of(network: Network, tensor: str) -> str:
-    """The tensor that ``tensor`` is a moved copy of; itself where no data movement makes it."""
+    """The tensor of which ``tensor`` is a moved copy; ``tensor`` itself if it is not the output of data movement."""
     while network[tensor].kind in COMMUTING:
         tensor = network[tensor].inputs[0]
     return tensor
 
 
 def movers_before(network: Network, op: Op) -> set[str]:
-    """The operations that move data to ``op``, which itself is not among them."""
+    """The operations that move data to ``op``, without ``op`` itself."""
     found: set[str] = set()
     waiting = list(op.inputs)
     while waiting:
@@ -35,7 +35,7 @@ def movers_before(network: Network, op: Op) -> set[str]:
 
 
 def copies_of(network: Network, tensor: str, ends: Collection[Read] = ()) -> Iterator[str]:
-    """``tensor`` and all that data movement makes of it; a mover whose read is among ``ends`` is not followed."""
+    """``tensor`` and all its moved copies; an operation whose read is in ``ends`` is not followed."""
     waiting = [tensor]
     while waiting:
         current = waiting.pop()
@@ -46,9 +46,10 @@ def copies_of(network: Network, tensor: str, ends: Collection[Read] = ()) -> Ite
 
 
 def final_reads(network: Network, tensor: str, ends: Collection[Read] = ()) -> Iterator[Read]:
-    """Every read of ``tensor`` and of what is moved out of it.
+    """Every read of ``tensor`` and of its moved copies.
 
-    An operation that moves data counts as a reader only where its read is among ``ends``; else those behind it do.
+    An operation that moves data counts as a reader only if its read is in ``ends``; otherwise the readers of its output
+    count instead.
     """
     for current in copies_of(network, tensor, ends):
         for op in network.readers(current):
@@ -59,10 +60,10 @@ def final_reads(network: Network, tensor: str, ends: Collection[Read] = ()) -> I
 def first_reads(
     network: Network, read: Read, ends: Collection[Read], through: tuple[OpKind, ...] = COMMUTING
 ) -> Iterator[Read]:
-    """Where the values of ``read`` come from: walks back through data movement.
+    """Where the values of ``read`` come from, walking back through data movement.
 
-    A way ends at a read that is among ``ends``, or that no operation of the kinds ``through`` moves on. Of a
-    concatenation, where that is one of them, all inputs are followed.
+    A path ends at a read that is in ``ends``, or whose tensor was not made by an operation of a kind in ``through``.
+    If ``through`` contains concatenation, all its inputs are followed.
     """
     waiting = [read]
     while waiting:

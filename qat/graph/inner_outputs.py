@@ -1,4 +1,4 @@
-"""Tensors inside a traced network as further outputs of it."""
+"""Makes tensors inside a traced network additional outputs of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import fx
 
 
 def with_inner_outputs(model: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """``model``, its modules shared, with (its output, the tensors ``names`` inside it) as output."""
+    """A network that returns (the output of ``model``, its inner tensors ``names``); the modules are shared."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     output = graph.graph_copy(model.graph, copied)

@@ -1,4 +1,4 @@
-"""What is said of a placement: the printed page, its JSON, and the lines that every run prints."""
+"""Describes a placement: the page that qat.placement prints, its JSON, and the lines that every run prints."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from qat.rules.place import RULES
 from qat.rules.placement import Decision, Placement
 from qat.rules.rule import RuleText
 
-_TOGETHER = 40  # operations of one module that are listed under its name; those of a larger one by its parts
+_TOGETHER = 40  # a module with more operations than this is listed by its submodules
 _FORGOTTEN = RuleText("no longer among the rules", "the version that trained the checkpoint")
 
 
 @dataclass(frozen=True)
 class PlacementView:
-    """A network and what was decided about it.
+    """A network and its placement.
 
-    ``input_shape``: [C, H, W]. ``rules``: the texts of those that ``placement`` names.
+    ``input_shape``: [C, H, W]. ``rules``: the texts of the rules that ``placement`` names.
     """
 
     title: str
@@ -35,7 +35,7 @@ class PlacementView:
 
 
 def texts_of(placement: Placement, recorded: Mapping[str, str] | None = None) -> dict[str, RuleText]:
-    """The texts of the rules that ``placement`` names, with the sentences that were ``recorded`` when it was made."""
+    """The texts of the rules that ``placement`` names; sentences ``recorded`` when it was made take precedence."""
     names = [decision.rule for decision in placement.decisions] + [rule for _, _, rule in placement.reads()]
     found = {name: RULES[name].text if name in RULES else _FORGOTTEN for name in dict.fromkeys(names)}
     recorded = recorded or {}
@@ -43,7 +43,7 @@ def texts_of(placement: Placement, recorded: Mapping[str, str] | None = None) ->
 
 
 def say_placement(placement: Placement) -> None:
-    """Prints what a run needs to be told: the summary, the layers that stay in float, and what was kept so."""
+    """Prints what matters in a run: the summary, the layers that stay in float, and what the user kept in float."""
     say(f"placement: {'; '.join(placement.summary())}")
     for decision in placement.decisions:
         if not decision.quantized and (decision.kind in WEIGHTED or decision.rule == KeptFloat.name):
@@ -51,7 +51,7 @@ def say_placement(placement: Placement) -> None:
 
 
 def placement_json(view: PlacementView) -> dict[str, object]:
-    """What --json writes."""
+    """The content of the file that --json writes."""
     return {
         "model": view.title,
         "input_shape": list(view.input_shape),
@@ -73,7 +73,7 @@ def print_placement(view: PlacementView) -> None:
     _print_decisions("float", names, [decision for decision in decisions if not decision.quantized])
     others = [names[op.name] for op in view.network if op.kind == "other"]
     if others:
-        say(f"\nfloat, since no rule knows these operations ({len(others)})")
+        say(f"\nfloat, because no rule knows these operations ({len(others)})")
         _print_names(others)
     groups = view.placement.scale_groups()
     if groups:
@@ -88,7 +88,7 @@ def print_placement(view: PlacementView) -> None:
 
 
 def _print_decisions(title: str, names: Mapping[str, str], decisions: Iterable[Decision]) -> None:
-    """The operations under the rule and the reason of their decision."""
+    """Prints the operations grouped by the rule and the reason of their decision."""
     groups: dict[tuple[str, str], list[Decision]] = {}
     for decision in decisions:
         groups.setdefault((decision.rule, decision.reason), []).append(decision)
@@ -105,7 +105,7 @@ def _print_names(names: list[str]) -> None:
 
 
 def _by_module(names: list[str], prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Names under the module that they have in common: (module, rest of the names); '' for those that stand alone."""
+    """Names grouped by their common module: (module, rest of each name); '' for names without a group."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.removeprefix(prefix).partition(".")[0], []).append(name)
@@ -122,7 +122,7 @@ def _by_module(names: list[str], prefix: str = "") -> Iterator[tuple[str, list[s
 
 
 def _print_wrapped(label: str, words: Iterable[str]) -> None:
-    """A line of words behind a label, on as many lines as they need; words are not broken."""
+    """Prints a label and words, wrapped between words."""
     text = textwrap.fill(
         " ".join(words),
         width=console.width,
@@ -135,6 +135,6 @@ def _print_wrapped(label: str, words: Iterable[str]) -> None:
 
 
 def _names(network: Network) -> dict[str, str]:
-    """What every operation is called: its label, or its own name where several have that label."""
+    """The shown name of every operation: its label, or its own name if several have the same label."""
     labels = Counter(op.label for op in network)
     return {op.name: op.label if labels[op.label] == 1 else op.name for op in network}

@@ -1,7 +1,7 @@
-"""A picture of a placement: every operation, coloured by what it computes in, and a dot for every Q/DQ.
+"""Draws a placement as SVG: a box for every operation, coloured by its precision, and a dot for every Q/DQ.
 
-What a box, a line or a dot stands for says its tooltip: the rule, its sentence, the reason, who shares the scale.
-Where they stand decides qat/rules/graph_layout.py; what they look like, qat/placement.svg.j2. Needs no torch.
+Tooltips explain each box, line and dot: the rule, its sentence, the reason, who shares the scale. The layout comes from
+qat/rules/graph_layout.py, the style from qat/rules/placement.svg.j2. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from qat.rules.obstacles import KeptFloat
 from qat.rules.placement import Decision, Placement
 from qat.rules.rule import RuleText
 
-UNKNOWN = "no rule knows such an operation"
+UNKNOWN = "no rule knows this operation"
 TEMPLATE = Path(__file__).with_name("placement.svg.j2")
 STATES = {
     "int8": "INT8",
     "float": "float, by a rule",
     "kept": "float, on request",
-    "neutral": "no decision of its own",
+    "neutral": "not decided by itself",
 }
-OWN_COLOUR = "#14622c"  # of a scale that one tensor has alone
+OWN_COLOUR = "#14622c"  # for a scale that is not shared
 GROUP_COLOURS = ("#7b3fb5", "#c2255c", "#0b7285", "#a0522d", "#364fc7", "#9c6500", "#d6336c", "#444c56")
-LETTER, SMALL_LETTER = 6.1, 4.9  # mean widths; small are boxes about which nothing was decided
+LETTER, SMALL_LETTER = 6.1, 4.9  # mean widths; boxes without a decision are small
 HEIGHT, SMALL_HEIGHT = 22.0, 15.0
 STUB = 7  # how far a line goes down before it turns
 
 
 @dataclass(frozen=True)
 class _Box:
-    """``x``, ``y``: the left upper corner."""
+    """``x``, ``y``: the upper left corner."""
 
     x: float
     y: float
@@ -68,7 +68,7 @@ class _Dot:
 
 
 def draw(view: PlacementView) -> str:
-    """The picture as SVG; above it stand the title and the summary."""
+    """The picture as SVG, under a heading with the title and the summary."""
     import jinja2
 
     network, placement = view.network, view.placement
@@ -91,7 +91,7 @@ def draw(view: PlacementView) -> str:
 
 
 class _Picture:
-    """What the picture shows of each operation and each tensor."""
+    """What the picture shows for each operation and each tensor."""
 
     def __init__(self, network: Network, placement: Placement, rules: Mapping[str, RuleText]) -> None:
         self.network, self.rules = network, rules
@@ -101,14 +101,14 @@ class _Picture:
         self.groups = placement.scale_groups()
 
     def size(self, op: Op) -> tuple[float, float]:
-        """Width and height of a box, by the length of its text."""
+        """Width and height of a box, from the length of its text."""
         letters = len(f"{op.label} {_kind(op)}")
         if op.name in self.decisions or op.kind == "other":
             return letters * LETTER + 16, HEIGHT
         return letters * SMALL_LETTER + 14, SMALL_HEIGHT
 
     def wires(self) -> dict[Wire, bool]:
-        """A wire for every tensor's INT8 readers, and one for its other readers: wire -> INT8."""
+        """Two wires for every tensor, to its INT8 readers and to its other readers: wire -> whether INT8."""
         found: dict[Wire, bool] = {}
         for op in self.network:
             readers: dict[bool, list[str]] = {True: [], False: []}
@@ -121,7 +121,7 @@ class _Picture:
         """The box of ``op``."""
         decision, (width, height) = self.decisions.get(op.name), self.size(op)
         extents = (op.shape or ())[1:]
-        shape = f", makes {'x'.join(map(str, extents))}" if extents else ""
+        shape = f", output {'x'.join(map(str, extents))}" if extents else ""
         tip = f"{op.label} ({op.name})\n{op.kind.replace('_', ' ')}{shape}"
         if decision is not None:
             computes = "INT8" if decision.quantized else "float"
@@ -142,7 +142,7 @@ class _Picture:
         """The dot of a quantized tensor, at the start of its INT8 line."""
         reads = [f"{self.network[read.reader].label}: {self._rule(read.rule)}" for read in self.tensors[tensor].reads]
         quantizer, group = self.tensors[tensor].quantizer, 0
-        scale = "a scale of its own"
+        scale = "its own scale"
         if quantizer in self.groups:
             group = 1 + list(self.groups).index(quantizer)
             scale = f"scale {group}, shared by {', '.join(self.groups[quantizer])}"
@@ -155,7 +155,7 @@ class _Picture:
         return f"{name}: {self.rules[name].sentence}"
 
     def _reads_codes(self, reader: Op, tensor: str) -> bool:
-        """Whether ``reader`` reads ``tensor`` through its quantizer, or as codes that were moved into ``tensor``."""
+        """Whether ``reader`` reads ``tensor`` through its quantizer, or ``tensor`` is a moved copy of codes."""
         if (reader.name, tensor) in self.reads:
             return True
         decision = self.decisions.get(reader.name)
@@ -174,7 +174,7 @@ def _state(op: Op, decision: Decision | None) -> str:
 
 
 def _kind(op: Op) -> str:
-    """The kind, where it says more than the label."""
+    """The kind, if it says more than the label; else ''."""
     said = ("other", op.label.rpartition(".")[2])
     return "" if op.kind in said else op.kind.replace("_", " ")
 

@@ -1,4 +1,4 @@
-"""--keep-float: the operations and tensors that a user's patterns name."""
+"""Finds the operations and tensors that the user's --keep-float patterns name."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from qat.graph.network import Network, Op
 from qat.graph.operations import POOLS, WEIGHTED
 from qat.rules.fusion import stands_alone
 
-_CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")  # what could be INT8 itself, as some norms could
+_CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")  # may be INT8, as some norms may
 
 
 @dataclass(frozen=True)
 class KeepFloat:
-    """Operations that stay in float, and tensors that are not quantized, on request."""
+    """The operations that stay in float and the tensors that are not quantized, on the user's request."""
 
     ops: frozenset[str] = frozenset()
     tensors: frozenset[str] = frozenset()
 
     @classmethod
     def from_patterns(cls, network: Network, patterns: Iterable[str]) -> KeepFloat:
-        """What ``patterns`` name (see qat.rules.place.place). Raises UserError when one of them names nothing."""
+        """What ``patterns`` name (see qat.rules.place.place). Raises UserError when a pattern matches nothing."""
         named = {name for pattern in patterns for name in _matches(network, pattern)}
         ops = frozenset(name for name in named if _is_choosable(network, network[name]))
         return cls(ops, frozenset(named - ops))
@@ -37,8 +37,8 @@ def _matches(network: Network, pattern: str) -> set[str]:
         labels = sorted({op.label for op in network})
         close = difflib.get_close_matches(pattern, labels, n=3) or labels[:3]
         raise UserError(
-            f"--keep-float {pattern} matches none of the {len(network.ops)} operations; there are, for example, "
-            f"{', '.join(close)}"
+            f"--keep-float {pattern} matches none of the {len(network.ops)} operations: give the name of one, "
+            f"for example {', '.join(close)}"
         )
     return matched
 
@@ -48,7 +48,7 @@ def _is_choosable(network: Network, op: Op) -> bool:
 
 
 def _is_meant(network: Network, op: Op, pattern: str) -> bool:
-    """Whether ``pattern`` names ``op``. What could not be INT8 stands for its tensor, and is meant by its very name."""
+    """Whether ``pattern`` names ``op``. An operation that cannot be INT8 stands for its output: give its exact name."""
     if not _is_choosable(network, op):
         return pattern in (op.name, op.label)
     forms = (pattern, f"{pattern}.*", pattern.removesuffix(".*"))

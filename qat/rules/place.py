@@ -1,15 +1,17 @@
-"""Where quantizers go: TensorRT's rules for Q/DQ nodes, applied in order to the neutral view of a network.
+"""Decides where quantizers go: TensorRT's rules for Q/DQ nodes, applied in order to the neutral view of a network.
 
-A wrong placement builds and is slower than FP16, because TensorRT fuses a convolution with what follows it only where
-the Q/DQ nodes allow it. Each rule is one object (qat/rules/weight_rules.py, activation_rules.py, obstacles.py); this
-module says in which order they are asked:
+A wrong placement still builds, but can be slower than FP16, because TensorRT fuses a convolution with what follows only
+if the Q/DQ nodes allow it. Each rule is one object (qat/rules/weight_rules.py, activation_rules.py, obstacles.py). This
+module defines the order in which they are asked:
 
 1. Every convolution and linear layer: the first rule that answers decides. Then layers that share a weight are made
-alike. 2. Additions and products of activations, whose rules depend on which layers run in INT8. 3. From the output to
-the input, what reads codes where it makes codes: what stands behind it is decided already. 4. Normalizations beside
-readers of codes.
+   alike.
+2. Additions and products of activations. Their rules depend on which layers run in INT8.
+3. From the output to the input, operations that should read codes if their own output is read as codes. The readers of
+   that output are decided already.
+4. Normalizations whose input other operations read as codes.
 
-Whatever a rule wants, an obstacle may stop a read. Where quantized tensors are one tensor but for data movement,
+An obstacle may stop any read that a rule asks for. If quantized tensors differ only by data movement,
 qat/rules/scale_groups.py gives them one scale and one quantizer.
 """
 
@@ -52,14 +54,14 @@ _GROUPED_FLOAT_OUTPUT = GroupedFloatOutput()
 
 @dataclass(frozen=True)
 class Pass:
-    """Rules that are asked together about one operation after another; the first that answers decides."""
+    """Rules that are asked about one operation after another; the first rule that answers decides."""
 
     rules: tuple[Rule, ...]
     only_weighted: bool = False
     backward: bool = False
 
     def run(self, state: PlacementState) -> None:
-        """Asks about every operation and applies what is answered."""
+        """Asks the rules about every operation and applies their verdicts."""
         for op in reversed(state.network) if self.backward else state.network:
             if op.kind in WEIGHTED or not self.only_weighted:
                 answers = (rule.decide(op, state) for rule in self.rules)
@@ -96,12 +98,12 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
     """Applies the rules to ``network``.
 
     Args:
-        network: the view of a float network.
-        keep_float: patterns of operations and tensors that stay in float, as ``fnmatch`` takes them; each is compared
-            with names and labels, and a module's path stands for all that is inside it. A matched convolution, linear
-            layer, addition, pool, product, concatenation or normalization that stands alone computes in float. Any
-            other operation is matched by its very name alone, and then the tensor that it makes is not quantized.
-        unknown: tensors whose range nobody knows, so that they cannot be quantized.
+        network: the neutral view of a float network.
+        keep_float: patterns of operations and tensors that stay in float, as ``fnmatch`` takes them. Each is compared
+            with names and labels, and a module's path stands for everything inside it. A matched convolution, linear
+            layer, addition, pool, product, concatenation or stand-alone normalization computes in float. Any other
+            operation is matched only by its exact name or label, and then its output is not quantized.
+        unknown: tensors whose range is not known, so that they cannot be quantized.
 
     Raises:
         UserError: a pattern matches nothing.
@@ -109,7 +111,7 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
     patterns = tuple(keep_float)
     kept, without_range = KeepFloat.from_patterns(network, patterns), frozenset(unknown)
     slow: frozenset[str] = frozenset()
-    while True:  # what one layer does without, another may have relied on
+    while True:  # a layer that returns to float may make another one lose too
         state = PlacementState(network, kept, without_range, slow)
         for one in PASSES:
             one.run(state)
@@ -122,7 +124,7 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
 
 
 def _unless_stopped(verdict: Verdict, op: Op, state: PlacementState) -> Verdict:
-    """``verdict``, or that of an obstacle to one of its reads."""
+    """``verdict``, or the verdict of an obstacle to one of its reads."""
     for obstacle in OBSTACLES if verdict.quantized else ():
         if reason := obstacle.reason(op, verdict.reads, state):
             return obstacle.keep_float(reason)

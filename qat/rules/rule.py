@@ -1,8 +1,7 @@
-"""What a rule is: a name, a sentence, a source, and what it decides about one operation.
+"""The interface of a placement rule: a name, a sentence, a source, and a decision about one operation.
 
 A rule sees operations, channel counts, shapes and the graph, never the names of models or classes. It answers with a
-``Verdict``, or with None where it has nothing to say; qat/rules/place.py asks the rules in order and applies the
-verdicts.
+``Verdict``, or with None if it does not apply; qat/rules/place.py asks the rules in order and applies the verdicts.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ MEASURED = "benchmarks/gpu_placement.txt"
 BYTES = "bytes that TensorRT-RTX's layers write: benchmarks/placement_table.txt"
 
 Reads = Mapping[Read, str]
-"""(reader, tensor) -> name of the rule by which the reader reads the tensor quantized."""
+"""(reader, tensor) -> name of the rule because of which the reader reads the tensor quantized."""
 
 
 @dataclass(frozen=True)
 class RuleText:
-    """A rule's sentence for people, shown wherever a decision is, and the source of its claim."""
+    """A rule's sentence, which is shown beside its decisions, and the source of its claim."""
 
     sentence: str
     source: str
@@ -39,7 +38,7 @@ class RuleText:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule says of an operation: it computes in INT8 and reads ``reads`` quantized, or in float for a reason.
+    """A rule's answer about an operation: it computes in INT8 and reads ``reads`` quantized, or in float for a reason.
 
     ``rule`` is the name under which the decision and the reads are recorded.
     """
@@ -51,39 +50,41 @@ class Verdict:
 
 
 class Rule(ABC):
-    """One rule of placement; each is one object (qat/rules/place.py lists them)."""
+    """One placement rule; each is one object (qat/rules/place.py lists them)."""
 
     name: ClassVar[str]
-    """By which decisions, checkpoints and findings name it."""
+    """The rule's name in decisions, checkpoints and findings."""
     sentence: ClassVar[str]
+    """What the rule says, for people."""
     source: ClassVar[str]
+    """Where the claim comes from."""
     cost: ClassVar[str] = ""
-    """What follows where an operation's inputs are not all quantized, though the rule wants them so."""
+    """The consequence if the rule wants all inputs of an operation quantized and some are not."""
 
     @abstractmethod
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
-        """What the rule says of ``op``, after all that ``state`` holds was decided; None where it does not apply."""
+        """The rule's verdict on ``op``, given everything decided so far in ``state``; None if it does not apply."""
 
     @property
     def text(self) -> RuleText:
-        """For people."""
+        """The sentence and its source."""
         return RuleText(self.sentence, self.source)
 
     def quantize(self, *tensors: str) -> Verdict:
-        """The operation computes in INT8 and reads ``tensors`` quantized."""
+        """The verdict that the operation computes in INT8 and reads ``tensors`` quantized."""
         return Verdict(self.name, True, tensors)
 
     def keep_float(self, reason: str) -> Verdict:
-        """The operation computes in float."""
+        """The verdict that the operation computes in float."""
         return Verdict(self.name, False, (), reason)
 
 
 @dataclass
 class PlacementState:
-    """A placement under way.
+    """A placement while it is being made.
 
-    ``kept``: what the user keeps in float; ``without_range``: tensors that no calibration has seen; ``slow_in_int8``:
-    layers that an earlier attempt found to be slower in INT8, given what their neighbours do.
+    ``kept``: what the user keeps in float; ``without_range``: tensors for which calibration found no range;
+    ``slow_in_int8``: layers that an earlier attempt found to be slower in INT8, given what their neighbours do.
     """
 
     network: Network
@@ -94,7 +95,7 @@ class PlacementState:
     reads: dict[Read, str] = field(default_factory=dict)
 
     def record(self, op: Op, verdict: Verdict) -> None:
-        """Applies a verdict, in the place of an earlier one about ``op``."""
+        """Applies a verdict; it replaces an earlier one about ``op``."""
         self.decisions[op.name] = Decision(
             op.name, op.label, op.kind, verdict.quantized, verdict.rule, "" if verdict.quantized else verdict.reason
         )
@@ -108,15 +109,15 @@ class PlacementState:
 
     @cached_property
     def int8_layers(self) -> set[str]:
-        """The convolutions and linear layers in INT8; asked for when all of them are decided."""
+        """The convolutions and linear layers in INT8. Use it only when all of them are decided."""
         return {op.name for op in self.network if op.kind in WEIGHTED and self.is_quantized(op)}
 
     def fusing_convolution(self, tensor: str) -> str | None:
-        """The INT8 convolution whose result ``tensor`` is, through normalization at most: it can take in a sum."""
+        """The INT8 convolution that makes ``tensor``, with at most normalization between; a sum can fuse into it."""
         return fusing_convolution(self.network, tensor, self.int8_layers)
 
     def written_by(self, op: Op) -> str:
-        """The tensor that the kernel of ``op``, with all that fuses into it, writes."""
+        """The tensor that the kernel of ``op`` writes, including everything that fuses into that kernel."""
 
         def takes_in(following: Op, tensor: str) -> bool:
             takes_sum = following.kind == "add" and self.is_quantized(following)
@@ -126,9 +127,9 @@ class PlacementState:
         return written_by(self.network, op, takes_in)
 
     def is_read_quantized(self, tensor: str) -> bool:
-        """Whether somebody reads ``tensor``, or what is moved out of it, quantized."""
+        """Whether any operation reads ``tensor``, or a moved copy of it, quantized."""
         return any(read in self.reads for read in final_reads(self.network, tensor, self.reads))
 
     def is_only_read_quantized(self, tensor: str) -> bool:
-        """Whether nobody reads ``tensor``, or what is moved out of it, in float."""
+        """Whether no operation reads ``tensor``, or a moved copy of it, in float."""
         return all(read in self.reads for read in final_reads(self.network, tensor, self.reads))

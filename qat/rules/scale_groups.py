@@ -1,9 +1,9 @@
-"""One scale for what is one tensor: where quantizers stand among data movement, and which tensors share one.
+"""Decides which quantized tensors share a scale, and where quantizers stand among data movement.
 
-A tensor and what data movement makes of it hold the same values, so TensorRT can move a Q from one to the other, but
-only where one scale comes from all sides. They form a tree with one scale, and a quantized concatenation joins the
-trees of its inputs with its own. In a tree the quantizer stands as late as possible, but before paths part of which all
-are read quantized.
+A tensor and its moved copies hold the same values. TensorRT can move a Q from one to the other, but only if all have
+the same scale. So a tensor and its moved copies form a tree with one scale, and a quantized concatenation joins the
+trees of its inputs with the tree of its output. Within a tree, quantizers stand as late as possible, with one
+exception: where paths part and all that follows is read quantized, one quantizer stands before the branch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qat.rules.rule import GUIDE, PlacementState, Reads, Rule, Verdict
 
 
 def share_scales(network: Network, reads: Reads) -> tuple[QuantizedTensor, ...]:
-    """Gives every tensor that is read quantized its quantizer, in the order of the network."""
+    """The quantizers for all quantized reads: the tensors that get one, in the order of the network."""
     state = PlacementState(network, reads=dict(reads))
     settled: dict[Read, str] = {}
     for source in dict.fromkeys(source_of(network, tensor) for _, tensor in reads):
@@ -28,7 +28,7 @@ def share_scales(network: Network, reads: Reads) -> tuple[QuantizedTensor, ...]:
     for reader, tensor in sorted(settled, key=lambda read: network.position(read[0])):
         readers.setdefault(tensor, []).append(reader)
     tensors = sorted(readers, key=network.position)
-    quantizer = {scales[source_of(network, tensor)]: tensor for tensor in tensors}  # named by the last of its tensors
+    quantizer = {scales[source_of(network, tensor)]: tensor for tensor in tensors}  # named after its last tensor
     return tuple(
         QuantizedTensor(
             tensor,
@@ -40,20 +40,21 @@ def share_scales(network: Network, reads: Reads) -> tuple[QuantizedTensor, ...]:
 
 
 class OneQuantizer(Rule):
-    """Decided when all reads are: an operation that moves data reads codes, instead of each of those behind it.
+    """An operation that moves data reads codes, instead of each of the readers after it. Decided after all reads.
 
-    Two cases. Where paths part and all of one are read quantized, one quantizer before it serves them. And behind a
-    dropout, which scales up what it keeps, values in training exceed what calibration found.
+    There are two cases. If paths part and everything after the operation is read quantized, one quantizer before it
+    serves all readers. And a quantizer stands before a dropout, not after it: in training dropout scales up the values
+    it keeps, beyond the range that calibration found.
     """
 
     name = "one_quantizer"
-    sentence = "one quantizer before data movement serves all that read the data (qat/rules/scale_groups.py)"
+    sentence = "one quantizer before data movement serves all readers of the data (qat/rules/scale_groups.py)"
     source = GUIDE
 
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
-        """In INT8, for an operation that moves data to somebody who reads it quantized; None where it is not needed."""
+        """INT8 for an operation that moves data to quantized reads; None if it does not need a quantizer of its own."""
         (tensor, *_), network = op.inputs, state.network
-        if not network[tensor].floating:  # not one tensor, but several
+        if not network[tensor].floating:  # several tensors, not one
             return None
         if op.kind == "dropout":
             behind = [state.reads[read] for read in final_reads(network, op.name, state.reads) if read in state.reads]
@@ -68,7 +69,7 @@ ONE_QUANTIZER = OneQuantizer()
 
 
 def _quantizers_behind(source: str, state: PlacementState) -> dict[Read, str]:
-    """The quantized reads of ``source`` and of all that is moved out of it; quantizers stand as late as they may."""
+    """The quantized reads of ``source`` and its moved copies, each with its rule; quantizers are placed late."""
     settled: dict[Read, str] = {}
     waiting = [source]
     while waiting:
@@ -81,24 +82,24 @@ def _quantizers_behind(source: str, state: PlacementState) -> dict[Read, str]:
             verdict = ONE_QUANTIZER.decide(op, state)
             if verdict is not None:
                 settled[op.name, tensor] = verdict.rule
-            # A max pool's readers, if there are several, would each dequantize for themselves.
+            # If a max pool had several readers, each would dequantize for itself.
             if verdict is None or (op.kind == "max_pool" and verdict.rule == ONE_QUANTIZER.name):
                 waiting.append(op.name)
     return settled
 
 
 def _readers_of_codes(tensor: str, state: PlacementState) -> list[Op]:
-    """Those who read ``tensor`` quantized, and those who move it to somebody who does."""
+    """The operations that read ``tensor`` quantized, or move it to one that reads it quantized."""
     return [op for op in state.network.readers(tensor) if (op.name, tensor) in state.reads or _moves_codes(op, state)]
 
 
 def _moves_codes(op: Op, state: PlacementState) -> bool:
-    """Whether ``op`` moves data to somebody who reads it quantized."""
+    """Whether ``op`` moves data to an operation that reads it quantized."""
     return op.kind in COMMUTING and state.is_read_quantized(op.name)
 
 
 def _scales(network: Network, reads: Mapping[Read, str]) -> dict[str, str]:
-    """For every tensor that is not a moved copy, one that stands for all of the same scale."""
+    """Maps every tensor that is not a moved copy to the one that represents all tensors with the same scale."""
     same = {name: name for name in network.ops}
 
     def find(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What training makes small: the loss of the labels; with distillation, the distance from a float teacher too."""
+"""The loss that training minimizes: cross-entropy with the labels, and with distillation the distance to a teacher."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from qat.training.recipe import DistillationSettings
 
 
 class CrossEntropy:
-    """The loss of the labels alone."""
+    """Cross-entropy with the labels."""
 
     def __init__(self, label_smoothing: float) -> None:
         self.label_smoothing = label_smoothing
 
     def network(self, model: nn.Module) -> nn.Module:
-        """What computes of ``model`` all that the loss needs; shares its modules."""
+        """The module that computes from ``model`` everything the loss needs; it shares the modules of ``model``."""
         return model
 
     def __call__(self, output: Any, targets: Tensor, x: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
-            output: what ``network`` made of ``x``.
+            output: the output of ``network(model)`` for ``x``.
             targets: labels int64 [N], or probabilities [N, classes].
             x: the normalized images [N, C, H, W].
         """
@@ -37,7 +37,7 @@ class CrossEntropy:
 
 
 class Distillation(CrossEntropy):
-    """The loss of the labels, of a teacher's answers (Hinton et al. 2015), and of its tensors (Romero et al. 2015).
+    """Cross-entropy, distance to a teacher's outputs (Hinton et al. 2015) and to its tensors (Romero et al. 2015).
 
     loss = (1 - weight) * cross-entropy + weight * T^2 * KL(teacher / T || student / T)
            + feature_weight * mean over points of |student - teacher|^2 / |teacher|^2
@@ -53,7 +53,7 @@ class Distillation(CrossEntropy):
         images: int,
         steps: int,
     ) -> None:
-        """``points``: tensors that both graphs have, by name; ``images``, ``steps``: of a batch, and how many."""
+        """``points``: names of tensors that both graphs have; ``images``: per batch; ``steps``: number of batches."""
         super().__init__(label_smoothing)
         self.weight, self.temperature = settings.weight, settings.temperature
         self.feature_weight = settings.feature_weight
@@ -62,12 +62,12 @@ class Distillation(CrossEntropy):
         self._teacher = compute.forward(self.network(teacher.eval().requires_grad_(False)), images, steps)
 
     def network(self, model: nn.Module) -> nn.Module:
-        """Gives the tensors of ``points`` beside the logits."""
+        """Returns the logits and the tensors of ``points``."""
         assert isinstance(model, fx.GraphModule)
         return with_inner_outputs(model, self.points)
 
     def __call__(self, output: Any, targets: Tensor, x: Tensor) -> Tensor:
-        """As that of the labels."""
+        """The loss of one batch; arguments as in ``CrossEntropy``."""
         logits, features = output
         with torch.no_grad(), self.compute.autocast():
             wanted, wanted_features = self._teacher(x)
@@ -82,7 +82,7 @@ class Distillation(CrossEntropy):
 
 
 def stage_ends(network: Network) -> tuple[str, ...]:
-    """The last image-like tensor of each resolution: where a network's stages end."""
+    """The ends of a network's stages: the last tensor [N, C, H, W] of each resolution above 1x1."""
     ends: dict[tuple[int, ...], str] = {}
     for op in network:
         if op.floating and op.kind not in ("input", "output") and op.shape is not None and len(op.shape) == 4:

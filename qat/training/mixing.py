@@ -11,7 +11,7 @@ from qat.training.recipe import Recipe
 
 
 def make_mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Blends a batch [N, C, H, W] and its labels [N], which become probabilities [N, classes]."""
+    """MixUp or CutMix of a batch [N, C, H, W] and its labels [N], which become probabilities [N, classes]."""
     chosen = [
         transform(alpha=alpha, num_classes=classes)
         for transform, alpha in ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix))

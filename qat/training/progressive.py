@@ -8,7 +8,7 @@ from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 
 
 def quantize_part(model: nn.Module, share: float) -> None:
-    """Turns on the first ``share`` of the quantizers of weights, and of activations, and the others off."""
+    """Turns on the first ``share`` of the weight quantizers and of the activation quantizers, and the others off."""
     for kind in (WeightQuantizer, ActivationQuantizer):
         quantizers = [module for module in model.modules() if isinstance(module, kind)]
         for index, quantizer in enumerate(quantizers):

@@ -47,7 +47,7 @@ def gpu() -> bool:
 def test_what_is_not_an_engine_is_said_before_a_gpu_is_looked_for(engine, chain):
     assert "no file" in refused(engine.with_name("no.engine"))
     assert "no file" in refused(engine.with_name("no.engine"), trust=True)
-    assert "is a file of kind 'onnx', needed is 'engine'" in refused(chain / "model.onnx")
+    assert "is a file of kind 'onnx', but must be of kind 'engine'" in refused(chain / "model.onnx")
     engine.write_bytes(engine.read_bytes()[:-1])
     assert "is truncated or is another one" in refused(engine)
     sidecar_path(engine).unlink()

@@ -371,7 +371,7 @@ def no_sidecar(engine: Path) -> tuple[str, ...]:
 
 def an_onnx_file(engine: Path) -> tuple[str, ...]:
     write_engine(engine, kind="onnx")
-    return "is a file of kind 'onnx', needed is 'engine'", "give the right file"
+    return "is a file of kind 'onnx', but must be of kind 'engine'", "give the right file"
 
 
 def another_engine_than_the_sidecar_s(engine: Path) -> tuple[str, ...]:

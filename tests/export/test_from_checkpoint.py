@@ -372,9 +372,9 @@ def test_parity_cannot_be_left_out(checkpoint: Path, count: str) -> None:
 
 def test_an_onnx_file_is_no_checkpoint(chain: Path, tmp_path: Path) -> None:
     refused(
-        "is a file of kind 'onnx', needed is 'checkpoint'",
+        "is a file of kind 'onnx', but must be of kind 'checkpoint'",
         checkpoint=chain / "model.onnx",
         output=tmp_path / "x.onnx",
     )
-    refused("is a file of kind 'onnx', needed is 'checkpoint'", checkpoint=chain / "model.onnx")
+    refused("is a file of kind 'onnx', but must be of kind 'checkpoint'", checkpoint=chain / "model.onnx")
     assert list(tmp_path.iterdir()) == []

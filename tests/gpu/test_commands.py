@@ -105,7 +105,7 @@ def test_timing_cache_is_created_reused_and_replaced(model, tmp_path, capfd):
 
 def test_an_artifact_of_another_kind_is_not_taken_for_a_timing_cache(model, engine_path):
     before = engine_path.read_bytes()
-    with pytest.raises(UserError, match="is a file of kind 'engine', needed is 'timing-cache'"):
+    with pytest.raises(UserError, match="is a file of kind 'engine', but must be of kind 'timing-cache'"):
         build.main(build.BuildOptions(model=model, output=model.with_name("y.engine"), timing_cache=engine_path))
     assert engine_path.read_bytes() == before
 

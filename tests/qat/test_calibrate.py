@@ -161,7 +161,7 @@ def test_ranges_of_a_checkpoint_of_pytorch_quantization(
     assert sidecar.details["amax"]["relu"] == 7.0
     said = capsys.readouterr().out
     assert "ranges of 1 of" in said
-    assert "not in the checkpoint, calibrated here: x," in said
+    assert "not in the checkpoint, so calibrated here: x," in said
 
 
 # --- without labels
@@ -174,7 +174,7 @@ def test_the_command_says_agreement_and_no_accuracy(
     assert (done.returncode, done.stderr) == (0, "")
     assert f"weights: {weights}, 3 classes\n" in done.stdout
     assert f"data {photos}: no labels, 16x16 pixels; images: calibration 64, test 16\n" in done.stdout
-    assert "Agreement on 16 images held out, without labels" in done.stdout
+    assert "Agreement on 16 held-out images without labels" in done.stdout
     for absent in ("top-1", "loss", "ccuracy", "nan"):
         assert absent not in done.stdout
     assert done.stdout.endswith(f"\nnext: python -m export.onnx {tmp_path / 'u.qat'}\n")
@@ -280,8 +280,8 @@ def test_too_few_images_to_hold_any_out(
         (few / path.name).write_bytes(path.read_bytes())
     done = command("qat.calibrate", *tiny.flags(given(trained, weights, few, tmp_path / "f.qat")))
     assert done.returncode == 0
-    assert done.stderr == "warning: only 4 images to calibrate on: ranges may not hold for others; add images\n"
-    assert "nothing was measured: too few images to hold any out" in done.stdout
+    assert done.stderr == "warning: only 4 images to calibrate on: ranges may not fit other images; add images\n"
+    assert "nothing was measured: there are too few images to hold any out" in done.stdout
     assert read_sidecar(tmp_path / "f.qat", "checkpoint").figures == {}
     done = command("export.onnx", tmp_path / "f.qat")
     assert (done.returncode, done.stderr) == (0, "")
@@ -334,7 +334,7 @@ def test_sensitivity_says_that_it_needs_labels(unlabelled: Path, command: Run) -
     done = command("qat.sensitivity", unlabelled)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "calibrated on images without labels, and losses need labels: run python -m qat.calibrate again" in line
+    assert "calibrated on images without labels, but losses need labels: run python -m qat.calibrate again" in line
 
 
 # --- what the user can mend
@@ -354,14 +354,14 @@ def refused(*places: Path, **changes: Any) -> str:
     [
         ({"weights": None}, "--weights is missing: give those of a trained network, or train one: python -m qat.train"),
         ({"classes": 0}, "--classes 0 is not positive"),
-        ({"classes": 4}, "are of 3 classes (fc), not of 4: leave out --classes"),
+        ({"classes": 4}, "have 3 classes (fc), not 4: leave out --classes"),
         ({"std": (0.2, 0.0, 0.2)}, "--std 0.2 0.0 0.2: deviations must be above 0"),
         ({"adaround": -1}, "--adaround -1 is not a number of steps"),
         ({"percentile": 0.0}, "--percentile 0.0 is out of range"),
-        ({"calibration_images": 0}, "0 calibration images set no activation range"),
+        ({"calibration_images": 0}, "--calibration-images 0 is too few: it must be at least 1"),
         ({"batch_size": 0}, "batch size 0 is not positive"),
-        ({"data": "digits"}, "are of 3 classes, data digits has 10: give weights of these classes"),
-        ({"data": "nowhere"}, "unknown data set 'nowhere': no such folder"),
+        ({"data": "digits"}, "have 3 classes, but data digits has 10: give weights for these classes"),
+        ({"data": "nowhere"}, "unknown data set 'nowhere', and no such folder"),
         ({"model": "resnet18"}, "do not fit the model"),
     ],
 )
@@ -382,14 +382,14 @@ def test_a_full_gpu_names_the_option_that_asks_for_less(
         with monkeypatch.context() as patch:
             patch.setattr(qat.post_training, name, full)
             line = refused(trained, weights, photos, tmp_path / "model.qat", adaround=5)
-        assert line == f"the GPU has not enough free memory: free some, or give a smaller {option}"
+        assert line == f"the GPU does not have enough free memory: free some, or give a smaller {option}"
 
 
 def test_nothing_quantized_is_said(
     trained: Path, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibrate(trained, weights, photos, tmp_path / "model.qat", keep_float=("*",))
-    assert "nothing of this network is quantized" in capsys.readouterr().err
+    assert "nothing in this network is quantized" in capsys.readouterr().err
 
 
 def test_images_that_were_added_since_are_noticed(

@@ -125,7 +125,7 @@ def test_a_pickle_under_the_name_of_a_checkpoint_is_not_unpickled(checkpoint: Pa
 
     sidecar = read_sidecar(checkpoint, "checkpoint")
     write_artifact(checkpoint, sidecar, lambda file: torch.save({"conv1.weight": Trap()}, file))
-    refused(checkpoint, "is no safetensors file or is truncated")
+    refused(checkpoint, "is not a safetensors file, or is truncated")
     assert not (tmp_path / "unpickled").exists()
     torch.load(checkpoint, weights_only=False)  # the trap works
     assert (tmp_path / "unpickled").exists()
@@ -280,10 +280,10 @@ def test_a_process_killed_while_it_saves_leaves_a_state_that_loads(
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_truncated_state(state: Path, keep: int) -> None:
     state.write_bytes(state.read_bytes()[:keep])
-    refused(state, "is no safetensors file or is truncated", load=load_state)
+    refused(state, "is not a safetensors file, or is truncated", load=load_state)
 
 
 def test_a_state_of_another_version_and_a_file_that_is_none(state: Path, trained: Path) -> None:
     save_file({"model.w": torch.zeros(2)}, state, {"training_state": '{"format": 99}'})
-    refused(state, "format version 99, this program reads 1", load=load_state)
+    refused(state, "format version 99, but this program reads 1", load=load_state)
     refused(trained / "model.qat", "format version None", load=load_state)

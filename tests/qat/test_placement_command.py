@@ -94,10 +94,10 @@ def test_the_whole_page_of_a_small_network(capsys: pytest.CaptureFixture[str], n
         "float by kept_float: kept in float (1 convolution)",
         "  head",
         "",
-        "float by pool_input: nothing behind it reads INT8 (1 global pool)",
+        "float by pool_input: nothing after it reads INT8 (1 global pool)",
         "  mean",
         "",
-        "float, since no rule knows these operations (1)",
+        "float, because no rule knows these operations (1)",
         "  norm",
         "",
         "shared scales",
@@ -130,7 +130,7 @@ def test_a_module_of_many_operations_is_listed_by_its_parts(capsys: pytest.Captu
 def test_segmentation_models_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     page = printed(capsys, "fcn_resnet50", image_size=64, num_classes=21)
     assert "INT8: 55 of 55 convolutions and linear layers" in page
-    assert "float, since no rule knows these operations (1)\n  interpolate" in page
+    assert "float, because no rule knows these operations (1)\n  interpolate" in page
 
 
 def test_a_checkpoint_is_shown_as_it_was_trained(
@@ -233,11 +233,11 @@ def test_states_and_reasons(net: str) -> None:
     }
     tips = {tip(box).split()[0]: tip(box) for box in elements(root, "g", "box")}
     assert tips["stem"] == (
-        f"stem (stem)\nconvolution, makes 16x32x32\nINT8 by weighted_input: {RULES['weighted_input'].sentence}"
+        f"stem (stem)\nconvolution, output 16x32x32\nINT8 by weighted_input: {RULES['weighted_input'].sentence}"
     )
     assert tips["head"].endswith("float by kept_float: kept in float on request\nkept in float")
-    assert tips["mean"].endswith("\nnothing behind it reads INT8")
-    assert tips["norm"].endswith("float: no rule knows such an operation")
+    assert tips["mean"].endswith("\nnothing after it reads INT8")
+    assert tips["norm"].endswith("float: no rule knows this operation")
 
 
 def test_lines_say_who_reads_codes(net: str) -> None:

@@ -54,7 +54,9 @@ def test_prepare_calibrate_train_save_and_load(model: nn.Module, images: Tensor,
     assert loaded.sidecar.class_names == CLASSES
     assert loaded.preprocessing == PREPROCESSING
     assert qat.placement_of(loaded.model) == qat.placement_of(prepared)
-    with pytest.raises(qat.UserError, match=r"model\.qat does not say how its model is built: .* give the float model"):
+    with pytest.raises(
+        qat.UserError, match=r"model\.qat does not record how to build its model: .* pass the float model"
+    ):
         qat.load_checkpoint(path)
     with pytest.raises(qat.UserError, match="it was made for another model"):
         qat.load_checkpoint(path, nn.Sequential(nn.Conv2d(3, 8, 3)))

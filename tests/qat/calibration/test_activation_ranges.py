@@ -94,7 +94,7 @@ class TestModel:
 
     def test_images_that_are_all_one_constant_are_refused(self):
         constant = torch.arange(8.0).expand(16, 8)
-        with pytest.raises(UserError, match="all calibration images are one constant"):
+        with pytest.raises(UserError, match="all calibration images are the same constant"):
             calibrate_ranges(Net(), [constant, constant], "max")
         assert calibrate_ranges(Net(), [constant, constant + 1], "max") == []
 

@@ -98,5 +98,5 @@ def test_a_run_with_distillation_resumes_to_the_same_weights(
 
 @pytest.mark.parametrize("changes", [{"distill": 1.5}, {"distill_temperature": 0.0}, {"distill_features": -1.0}])
 def test_options_out_of_range(trained: Path, tmp_path: Path, changes: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="--distill must be between 0 and 1"):
+    with pytest.raises(UserError, match=r"--distill \S+ must be from 0 to 1"):
         train(trained, tmp_path / "model.qat", **changes)

@@ -253,7 +253,7 @@ def test_quantization_progresses_from_the_input_on(model: nn.Module, data: Data)
     state = fit.run(lambda: None, 3600)
     assert seen == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1, 1])
     assert state.best_epoch >= 2  # what was measured before is of another network
-    with pytest.raises(UserError, match="progressive must be below the 2 epochs of the fine-tuning, got 2"):
+    with pytest.raises(UserError, match="progressive must be below the 2 epochs of the fine-tuning, but is 2"):
         recipe(epochs=2, progressive=2)
 
 
@@ -294,7 +294,7 @@ def test_a_stopped_run_ends_with_the_same_weights_whatever_the_options(
     ("name", "value"), [("accumulate", 0), ("clip_norm", -1.0), ("mixup", math.nan), ("cutmix", -1.0), ("ema", 1.0)]
 )
 def test_options_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"{name} must be at .*, got {value}"):
+    with pytest.raises(UserError, match=f"{name} must be at .*, but is {value}"):
         recipe(**{name: value})
 
 
@@ -396,7 +396,7 @@ def test_cuda_graphs_are_given_up_where_they_take_too_much_memory(
 
     monkeypatch.setattr(CompiledNetwork, "graphs_fit", True)
     assert fitted(Full(9), data, as_on_gpu).epoch == 1
-    assert "training goes on without them" in " ".join(capsys.readouterr().err.split())
+    assert "training continues without them" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match="for batches of 9 images; 4 fit"):
         fitted(Full(5), data, as_on_gpu)
 
@@ -512,7 +512,7 @@ def test_what_cannot_be_compiled_is_trained_all_the_same(
         fitted(other, data, Compute(torch.device("cpu"), compiled=True), epochs=2)
     torch.testing.assert_close(plain.fc.weight, other.fc.weight, rtol=0, atol=rounding)
     warning = " ".join(capsys.readouterr().err.split())
-    assert warning.count("torch.compile fails (") == 1
+    assert warning.count("torch.compile failed (") == 1
     assert reason in warning
     assert "as with --compile False" in warning
 
