@@ -151,7 +151,7 @@ def _order_arguments(traced: fx.GraphModule) -> None:
 
 
 def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
-    """Makes the readers of a tensor that was changed in place read the result of the change, which fx does not do.
+    """Makes the readers of a tensor that was changed in place read the result of the change, which fx hides.
 
     Raises UserError when they read it through another view of the same memory.
     """
