@@ -7,19 +7,32 @@ import io
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import ROOT, Run
+from commands import ONE_THREAD, ROOT, Run
 from documents import PAGES, Block, blocks, environment, make_folder, shortened
 from own_network import CLASSES, PREPROCESSING, Net
 from torch import nn
 
+import deploy
+import export
+import qat
+from export.hard_rules import HARD_RULES
+from qat.base import exit_codes
 from qat.base.errors import UserError
+from qat.rules.place import RULES
 
-EXPECTED = {"gpu": "driver|GPU", "download": "cannot download"}
+EXPECTED = {
+    "gpu": "driver|GPU",
+    "download": "cannot download",
+    "stopped": "nothing to resume",
+    "tensorrt": "Triton serves only TensorRT's engines",
+}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +61,18 @@ def test_every_block_runs(page: Path, folder: Path, command: Run, monkeypatch: p
 
 def run_command_line(block: Block, words: list[str], command: Run, folder: Path) -> None:
     where = f"{block.page}:{block.line}: {' '.join(words)}"
-    assert words[:2] == ["python", "-m"] or words[0].startswith("scripts/"), where
     if words[0].startswith("scripts/"):
         assert os.access(ROOT / words[0], os.X_OK), where
         return
-    module, *arguments = shortened(words[2:])
-    done = command(module, *arguments, environment=environment(), folder=folder)
+    if words[0] == "torchrun":
+        at = words.index("-m") + 1
+        started = [*TORCHRUN, *words[1:at], *shortened(words[at:]), "--device", "cpu"]
+        variables = {**os.environ, **ONE_THREAD, **environment(), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(started, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    else:
+        assert words[:2] == ["python", "-m"], where
+        module, *arguments = shortened(words[2:])
+        done = command(module, *arguments, environment=environment(), folder=folder)
     if block.expected:
         assert done.returncode == 2, where + done.stderr
         assert re.search(EXPECTED[block.expected], done.stderr), where + done.stderr
@@ -126,6 +145,37 @@ def test_the_map_names_every_file() -> None:
     assert {name for name in names if name not in text} == set()
     paths = set(re.findall(r"\b((?:qat|export|deploy)/[\w/]+\.py)\b", text))
     assert {path for path in paths if not (ROOT / path).is_file()} == set()
+
+
+def table_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table below ``heading``, without its own heading; ` and backslashes are taken out."""
+    text = (ROOT / page).read_text().partition(f"\n{heading}\n")[2]
+    table = text[text.index("\n| ") :].partition("\n\n")[0].strip().splitlines()
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")] for line in table[2:]]
+
+
+def test_the_table_of_rules_is_that_of_the_program() -> None:
+    rules = [[name, rule.sentence, rule.source] for name, rule in RULES.items()]
+    assert table_of("docs/placement.md", "## The rules") == rules
+
+
+def test_the_table_of_hard_rules_is_that_of_the_program() -> None:
+    rules = [[name, rule.sentence] for name, rule in HARD_RULES.items()]
+    assert table_of("docs/placement.md", "### What TensorRT refuses") == rules
+
+
+@pytest.mark.parametrize("package", [qat, export, deploy], ids=["qat", "export", "deploy"])
+def test_the_tables_of_the_library_name_every_name(package: Any) -> None:
+    rows = table_of("docs/python.md", f"## {package.__name__}")
+    assert sorted(name.split("(")[0] for name, *_ in rows) == sorted(package.__all__)
+
+
+def test_the_page_of_exit_codes_is_that_of_the_program() -> None:
+    defined = {str(value) for value in vars(exit_codes).values() if isinstance(value, int)}
+    rows = table_of("docs/exit-codes.md", "# Exit codes")
+    assert {code for code, *_ in rows} == defined
+    said = re.findall(r"^\| (\d+) \| (.*) \|$", exit_codes.__doc__ or "", flags=re.MULTILINE)
+    assert [[code, meaning] for code, meaning, *_ in rows] == [list(row) for row in said]
 
 
 def test_the_readme_is_short() -> None:
