@@ -149,7 +149,7 @@ def test_the_map_names_every_file() -> None:
 
 def table_of(page: str, heading: str) -> list[list[str]]:
     """The cells of the first table below ``heading``, without its own heading; ` and backslashes are taken out."""
-    text = (ROOT / page).read_text().partition(f"\n{heading}\n")[2]
+    text = f"\n{(ROOT / page).read_text()}".partition(f"\n{heading}\n")[2]
     table = text[text.index("\n| ") :].partition("\n\n")[0].strip().splitlines()
     return [[cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")] for line in table[2:]]
 
