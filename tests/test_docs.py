@@ -14,17 +14,15 @@ from typing import Any
 import pytest
 import torch
 from commands import ONE_THREAD, ROOT, Run
-from documents import PAGES, Block, blocks, environment, make_folder, shortened
+from documents import PAGES, Block, blocks, environment, make_folder, shortened, table_below, tables
 from own_network import CLASSES, PREPROCESSING, Net
 from torch import nn
 
 import deploy
 import export
 import qat
-from export.hard_rules import HARD_RULES
 from qat.base import exit_codes
 from qat.base.errors import UserError
-from qat.rules.place import RULES
 
 EXPECTED = {
     "gpu": "driver|GPU",
@@ -148,20 +146,15 @@ def test_the_map_names_every_file() -> None:
 
 
 def table_of(page: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below ``heading``, without its own heading; ` and backslashes are taken out."""
-    text = f"\n{(ROOT / page).read_text()}".partition(f"\n{heading}\n")[2]
-    table = text[text.index("\n| ") :].partition("\n\n")[0].strip().splitlines()
-    return [[cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")] for line in table[2:]]
+    """The cells of the first table below ``heading``, without its own heading and without `."""
+    lines = table_below((ROOT / page).read_text(), heading).splitlines()
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")] for line in lines[2:]]
 
 
-def test_the_table_of_rules_is_that_of_the_program() -> None:
-    rules = [[name, rule.sentence, rule.source] for name, rule in RULES.items()]
-    assert table_of("docs/placement.md", "## The rules") == rules
-
-
-def test_the_table_of_hard_rules_is_that_of_the_program() -> None:
-    rules = [[name, rule.sentence] for name, rule in HARD_RULES.items()]
-    assert table_of("docs/placement.md", "### What TensorRT refuses") == rules
+@pytest.mark.parametrize(("page", "heading"), tables())
+def test_the_tables_of_rules_and_exit_codes_are_those_of_the_program(page: str, heading: str) -> None:
+    again = "write it anew: PYTHONPATH=. python tests/helpers/documents.py"
+    assert table_below((ROOT / page).read_text(), heading) == tables()[page, heading], again
 
 
 @pytest.mark.parametrize("package", [qat, export, deploy], ids=["qat", "export", "deploy"])
@@ -170,12 +163,9 @@ def test_the_tables_of_the_library_name_every_name(package: Any) -> None:
     assert sorted(name.split("(")[0] for name, *_ in rows) == sorted(package.__all__)
 
 
-def test_the_page_of_exit_codes_is_that_of_the_program() -> None:
+def test_every_exit_code_is_on_its_page() -> None:
     defined = {str(value) for value in vars(exit_codes).values() if isinstance(value, int)}
-    rows = table_of("docs/exit-codes.md", "# Exit codes")
-    assert {code for code, *_ in rows} == defined
-    said = re.findall(r"^\| (\d+) \| (.*) \|$", exit_codes.__doc__ or "", flags=re.MULTILINE)
-    assert [[code, meaning] for code, meaning, *_ in rows] == [list(row) for row in said]
+    assert {code for code, *_ in table_of("docs/exit-codes.md", "# Exit codes")} == defined
 
 
 def test_the_readme_is_short() -> None:

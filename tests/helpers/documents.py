@@ -3,6 +3,12 @@
 Blocks that run are fenced: ```bash and ```python. A further word says that a block ends in one line of error on the
 machine of the tests, and in which: ``gpu``, about the GPU or its driver; ``download``, about the network; ``stopped``,
 that there is no stopped run; ``tensorrt``, that TensorRT-RTX built the engine and not TensorRT.
+
+The tables of rules and of exit codes are those of the program. After one of them has changed,
+
+    PYTHONPATH=. python tests/helpers/documents.py
+
+writes the tables anew.
 """
 
 from __future__ import annotations
@@ -24,6 +30,10 @@ from commands import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+
+from export.hard_rules import HARD_RULES
+from qat.base import exit_codes
+from qat.rules.place import RULES
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _FENCE = re.compile(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -139,6 +149,30 @@ def _write_float_onnx(path: Path) -> None:
     path.with_name("calibration.cache").write_text("\n".join(["TRT-8601-EntropyCalibration2", *lines]) + "\n")
 
 
+def table_below(text: str, heading: str) -> str:
+    """The first table of ``text`` below the line ``heading``."""
+    below = f"\n{text}".partition(f"\n{heading}\n")[2]
+    return below[below.index("\n| ") + 1 :].partition("\n\n")[0].rstrip("\n")
+
+
+def tables() -> dict[tuple[str, str], str]:
+    """(page, heading) -> the table below it, as the program has it; what to do about an exit code is the page's own."""
+    rules = ["| rule | what it says | source |", "| --- | --- | --- |"]
+    rules += [f"| `{name}` | {rule.sentence} | {rule.source} |" for name, rule in RULES.items()]
+    hard = ["| rule | what it says |", "| --- | --- |"]
+    hard += [f"| `{name}` | {rule.sentence} |" for name, rule in HARD_RULES.items()]
+    title, line, *codes = table_below((ROOT / "docs/exit-codes.md").read_text(), "# Exit codes").splitlines()
+    advice = {code.split(" | ")[0]: code.split(" | ")[2] for code in codes}
+    said = [row for row in (exit_codes.__doc__ or "").splitlines() if re.match(r"\| \d+ \|", row)]
+    return {
+        ("docs/placement.md", "## The rules"): "\n".join(rules),
+        ("docs/placement.md", "### What TensorRT refuses"): "\n".join(hard),
+        ("docs/exit-codes.md", "# Exit codes"): "\n".join(
+            [title, line, *(f"{row} {advice.get(row.split(' | ')[0], '|')}" for row in said)]
+        ),
+    }
+
+
 OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 """An environment in which a download fails at once."""
 
@@ -146,3 +180,10 @@ OFFLINE = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY
 def environment() -> dict[str, str]:
     """That of the commands: no network, and caches of their own."""
     return {**OFFLINE, "TORCH_HOME": os.devnull}
+
+
+if __name__ == "__main__":
+    for (name, heading), table in tables().items():
+        page = ROOT / name
+        content = page.read_text()
+        page.write_text(content.replace(table_below(content, heading), table))
