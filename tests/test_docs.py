@@ -7,19 +7,30 @@ import io
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import ROOT, Run
-from documents import PAGES, Block, blocks, environment, make_folder, shortened
+from commands import ONE_THREAD, ROOT, Run
+from documents import PAGES, Block, blocks, environment, make_folder, shortened, table_below, tables
 from own_network import CLASSES, PREPROCESSING, Net
 from torch import nn
 
+import deploy
+import export
+import qat
+from qat.base import exit_codes
 from qat.base.errors import UserError
 
-EXPECTED = {"gpu": "driver|GPU", "download": "cannot download"}
+EXPECTED = {
+    "gpu": "driver|GPU",
+    "download": "cannot download",
+    "stopped": "nothing to resume",
+    "tensorrt": "Triton serves only TensorRT's engines",
+}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +59,18 @@ def test_every_block_runs(page: Path, folder: Path, command: Run, monkeypatch: p
 
 def run_command_line(block: Block, words: list[str], command: Run, folder: Path) -> None:
     where = f"{block.page}:{block.line}: {' '.join(words)}"
-    assert words[:2] == ["python", "-m"] or words[0].startswith("scripts/"), where
     if words[0].startswith("scripts/"):
         assert os.access(ROOT / words[0], os.X_OK), where
         return
-    module, *arguments = shortened(words[2:])
-    done = command(module, *arguments, environment=environment(), folder=folder)
+    if words[0] == "torchrun":
+        at = words.index("-m") + 1
+        started = [*TORCHRUN, *words[1:at], *shortened(words[at:]), "--device", "cpu"]
+        variables = {**os.environ, **ONE_THREAD, **environment(), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(started, cwd=folder, env=variables, capture_output=True, text=True, check=False)
+    else:
+        assert words[:2] == ["python", "-m"], where
+        module, *arguments = shortened(words[2:])
+        done = command(module, *arguments, environment=environment(), folder=folder)
     if block.expected:
         assert done.returncode == 2, where + done.stderr
         assert re.search(EXPECTED[block.expected], done.stderr), where + done.stderr
@@ -126,6 +143,29 @@ def test_the_map_names_every_file() -> None:
     assert {name for name in names if name not in text} == set()
     paths = set(re.findall(r"\b((?:qat|export|deploy)/[\w/]+\.py)\b", text))
     assert {path for path in paths if not (ROOT / path).is_file()} == set()
+
+
+def table_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table below ``heading``, without its own heading and without `."""
+    lines = table_below((ROOT / page).read_text(), heading).splitlines()
+    return [[cell.strip().replace("`", "") for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize(("page", "heading"), tables())
+def test_the_tables_of_rules_and_exit_codes_are_those_of_the_program(page: str, heading: str) -> None:
+    again = "write it anew: PYTHONPATH=. python tests/helpers/documents.py"
+    assert table_below((ROOT / page).read_text(), heading) == tables()[page, heading], again
+
+
+@pytest.mark.parametrize("package", [qat, export, deploy], ids=["qat", "export", "deploy"])
+def test_the_tables_of_the_library_name_every_name(package: Any) -> None:
+    rows = table_of("docs/python.md", f"## {package.__name__}")
+    assert sorted(name.split("(")[0] for name, *_ in rows) == sorted(package.__all__)
+
+
+def test_every_exit_code_is_on_its_page() -> None:
+    defined = {str(value) for value in vars(exit_codes).values() if isinstance(value, int)}
+    assert {code for code, *_ in table_of("docs/exit-codes.md", "# Exit codes")} == defined
 
 
 def test_the_readme_is_short() -> None:
