@@ -32,7 +32,8 @@ from torch import Tensor, fx, nn
 from qat.base.choices import Calibrator
 from qat.calibration.activation_ranges import observe, set_ranges
 from qat.calibration.adaround import adaround
-from qat.compute.device import Compute, exact_float32
+from qat.compute.device import Compute
+from qat.compute.precision import exact_float32
 from qat.compute.processes import SINGLE_PROCESS, Processes, process_group
 from qat.data.batches import batch_count
 from qat.data.splits import Data, load_data
@@ -43,7 +44,7 @@ from qat.fake_quantize.weight_ranges import learn_ranges
 from qat.graph.tracing import network_of, trace
 from qat.models import ModelSpec, build_model
 from qat.training.loss import CrossEntropy, Distillation, stage_ends
-from qat.training.recipe import Recipe
+from qat.training.recipe import DistillationSettings, Recipe
 from qat.training.trainer import Fit
 
 METHODS: tuple[Calibrator, ...] = ("max", "percentile", "mse", "entropy")
@@ -160,7 +161,7 @@ class Rows:
         steps = recipe.epochs * batch_count(self.data.train, images, training=True)
         smoothing = self.setting.label_smoothing
         points = stage_ends(network)
-        return Distillation(teacher, self.compute, smoothing, 0.9, 4.0, 0.0, points, images, steps)
+        return Distillation(teacher, self.compute, smoothing, DistillationSettings(0.9, 4.0), points, images, steps)
 
     @contextmanager
     def row(self, name: str) -> Iterator[Callable[..., None]]:

@@ -25,7 +25,7 @@ from benchmarks.gpu_training_step import now
 from benchmarks.stamp import stamp
 from qat.base.choices import Calibrator
 from qat.calibration.activation_ranges import observe, set_ranges
-from qat.compute.device import exact_float32
+from qat.compute.precision import exact_float32
 from qat.fake_quantize.prepare import prepare
 
 ROUNDS = 7

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from export_and_build import write_checkpoint
 
-from export.from_checkpoint import export_checkpoint
-from export.options import ExportOptions
+from export import export_onnx
 
 
 def main() -> None:
@@ -26,7 +25,7 @@ def main() -> None:
     torch.manual_seed(0)
     for name, calibrator in (("resnet50", "max"), ("resnet50_ptq", "percentile")):
         write_checkpoint(folder / f"{name}.qat", calibrator)
-        export_checkpoint(ExportOptions(checkpoint=folder / f"{name}.qat"))
+        export_onnx(folder / f"{name}.qat")
     checkpoint = folder / "resnet50.qat"
     padded: dict[str, Any] = {"pad_channels": True}
     merged = padded | {"merge_shortcuts": True}
@@ -40,7 +39,7 @@ def main() -> None:
         ("resnet50_int8-nchw.merged-padded", {"input": "int8-nchw"} | merged),
     )
     for name, options in more:
-        export_checkpoint(ExportOptions(checkpoint=checkpoint, output=folder / f"{name}.onnx", **options))
+        export_onnx(checkpoint, folder / f"{name}.onnx", **options)
 
 
 if __name__ == "__main__":

@@ -16,32 +16,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deploy.benchmark import FP16, MODEL, BenchmarkOptions
-from deploy.benchmark import main as benchmark
+from deploy.candidate_engines import CandidateEngines
+from deploy.candidates import FP16, MODEL, CandidateSet
+from deploy.comparison import Comparison, Workload
+from deploy.installed import find_toolkit
 from qat.base.errors import UserError
 
 OURS, FLOAT = "ours", "float32"
-_PLACEMENTS = {FP16: FLOAT, MODEL: OURS}  # as deploy.benchmark calls them
+_PLACEMENTS = {FP16: FLOAT, MODEL: OURS}  # their names in a benchmark
 
 
 def compare(folder: Path, output: Path, batch: int, build_only: bool) -> None:
     """Builds the engine of every ONNX file of ``folder`` and measures them against each other."""
     others = sorted(path for path in folder.glob("*.onnx") if path.stem not in _PLACEMENTS.values())
-    options = BenchmarkOptions(
-        model=folder / f"{OURS}.onnx",
+    toolkit = find_toolkit("tensorrt")
+    candidates = CandidateSet.from_files(
+        toolkit,
+        folder / f"{OURS}.onnx",
         float32=folder / f"{FLOAT}.onnx",
         precisions=("fp16",),
-        peers=tuple(f"{path.stem}={path}" for path in others),
-        batches=(),
-        full_batches=(batch,),
-        engines=output / "engines",
-        output=output / "benchmark.json",
-        build_only=build_only,
+        peers=[(path.stem, path) for path in others],
     )
-    benchmark(options)
-    if not build_only:
-        found = json.loads((output / "benchmark.json").read_text(encoding="utf-8"))
-        _write(output, [{"model": folder.name, **entry} for entry in entries(found)])
+    engines = CandidateEngines(toolkit, output / "engines")
+    comparison = Comparison(engines, candidates, Workload(full_batches=(batch,)))
+    if build_only:
+        comparison.build()
+        return
+    found = comparison.measure(output / "benchmark.json")
+    _write(output, [{"model": folder.name, **entry} for entry in entries(found)])
 
 
 def _write(output: Path, found: list[dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.compute.device import Compute
 from qat.fake_quantize.prepare import prepare
 from qat.models import ModelSpec, build_model
@@ -90,7 +90,7 @@ def network(name: str) -> nn.Module:
 
 def quantized(name: str, x: Tensor) -> nn.Module:
     prepared = prepare(network(name), input_shape=tuple(x.shape[1:]))
-    calibrate(prepared, [x[:4].cpu()], "max")
+    calibrate_ranges(prepared, [x[:4].cpu()], "max")
     return prepared
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.measure import latencies, throughput
 from deploy.runtime import Engine
 from deploy.settings import BuildSettings, Profile
-from deploy.trt import find_toolkit
 from qat.base.errors import UserError
 
 FLOAT, INT8 = "resnet50.onnx", "resnet50_int8-nchw.onnx"

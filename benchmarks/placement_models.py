@@ -18,7 +18,7 @@ import zoo
 
 from export.emit import emit
 from export.fold import fold, fold_float
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import prepare
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         model, x = zoo.build(name), zoo.full_images(name, 4)
         prepared = prepare(model, input_shape=x.shape[1:])
         with torch.no_grad():
-            calibrate(prepared, [x], "max")
+            calibrate_ranges(prepared, [x], "max")
         ir.save(emit(fold(prepared)[0], x[:2], {}), folder / "ours.onnx")
         ir.save(emit(fold_float(prepared), x[:2], {}), folder / "float32.onnx")
         print(folder, flush=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings, Profile
-from deploy.trt import find_toolkit
-from export.lint import lint
+from export.linter import lint_model
 from export.onnx_network import network_from_onnx
 from export.read import read_onnx
 from qat.base.errors import UserError
@@ -31,7 +31,7 @@ def measure(path: Path) -> dict[str, Any]:
     """One file: counts of its nodes, and of the layers that TensorRT-RTX makes of it."""
     model = read_onnx(path)
     operators = Counter(node.op_type for node in model.graph)
-    findings = lint(model)
+    findings = lint_model(model)
     entry: dict[str, Any] = {
         "network": path.parent.name,
         "tool": path.stem,

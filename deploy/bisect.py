@@ -1,8 +1,8 @@
-"""Where an engine leaves the path: the first tensor that differs from ONNX Runtime's.
+"""Where an engine goes wrong: a binary search for the first tensor that differs from ONNX Runtime's.
 
-An engine hides what is inside: layers are fused, tensors never exist. So it is built again with one tensor more as an
-output, which is compared on a few images. Once something is wrong everything behind it is wrong too, which makes a
-binary search possible: a network with 56 quantized tensors takes 6 builds.
+The tensors inside an engine cannot be read, because layers are fused. So the engine is built again with one more tensor
+as an output, which is compared on a few images. If a tensor is wrong, all tensors after it are wrong too, so a binary
+search finds the first one: a network with 56 quantized tensors takes 6 builds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first tensor that differs: its name, the node that makes it, and signal to noise in dB of it."""
+    """The first tensor that differs: its name, the node that makes it, and its signal-to-noise ratio in dB."""
 
     tensor: str
     node: str
@@ -33,10 +33,14 @@ class Difference:
 def first_difference(
     names: Sequence[str], sqnr_db: Callable[[str], float | None], least_db: float
 ) -> tuple[str, float] | None:
-    """The first of ``names``, in the network's order, whose ``sqnr_db`` is below ``least_db``.
+    """The first tensor whose signal-to-noise ratio is below ``least_db``.
 
-    ``sqnr_db`` is asked for few of them: behind a tensor that differs all others are taken to differ. None is equality.
-    Returns the name and its value, or None when the last one does not differ.
+    Args:
+        names: the tensors in the network's order. If one differs, all after it are assumed to differ.
+        sqnr_db: measures a tensor, in dB; None means that it is equal. It is called for only a few tensors.
+        least_db: a tensor with less differs.
+
+    Returns the name and its ratio, or None if the last tensor does not differ.
     """
     known: dict[int, float] = {}
 
@@ -49,7 +53,7 @@ def first_difference(
 
     if not names or not differs(len(names) - 1):
         return None
-    low, high = 0, len(names) - 1  # the first that differs is in low..high
+    low, high = 0, len(names) - 1  # the first one that differs is in low..high
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if differs(middle) else (middle + 1, high)
@@ -70,21 +74,23 @@ def bisect(
     Args:
         toolkit: builds and runs the engine.
         model: the ONNX file that the engine is built from.
-        reference: the ONNX file that is the truth; usually the same.
-        inputs: a few images as the network takes them.
+        reference: the ONNX file with the right answers; usually the same.
+        inputs: a few images [N, ...] as the network takes them.
         settings: how the engine was built.
-        least_db: what agrees at least so well does not differ.
-        report: is told each tensor and its signal to noise ratio.
+        least_db: a tensor differs if its signal-to-noise ratio is below this.
+        report: is called with each measured tensor and its ratio in dB, or None if it is equal.
+
+    Raises UserError when the engine cannot be built or run.
     """
     from deploy.builder import build
     from deploy.runtime import Engine
     from export.session import run, session_with_tensors, sqnr_db
 
-    makers, outputs = telling_tensors(toolkit, model, settings)
+    makers, outputs = tensors_to_compare(toolkit, model, settings)
     expected = run(session_with_tensors(reference, makers), inputs)
     names = [name for name in makers if name in expected]
     fixed = Profile(len(inputs), len(inputs), len(inputs))
-    # An engine without weights computes nothing.
+    # An engine without weights cannot compute.
     settings = dataclasses.replace(settings, profiles=(fixed,), strip_weights=False)
     timings = b"" if toolkit.times_kernels else None
     float_weights = False
@@ -106,14 +112,14 @@ def bisect(
     return Difference(found[0], makers[found[0]], found[1]) if found else None
 
 
-def telling_tensors(toolkit: Toolkit, model: Path, settings: BuildSettings) -> tuple[dict[str, str], list[str]]:
-    """Tensors that are about to be quantized and the network's outputs, in order, with the node that makes each.
+def tensors_to_compare(toolkit: Toolkit, model: Path, settings: BuildSettings) -> tuple[dict[str, str], list[str]]:
+    """The inputs of quantizations and the network's outputs, in order, with the node that makes each of them.
 
     Also returns the names of the outputs.
     """
-    from deploy.builder import parsed
+    from deploy.builder import open_network
 
-    with parsed(toolkit, model, settings) as graph:
-        read = [layer.get_input(0).name for layer in graph.layers if layer.type.name == "QUANTIZE"]
-        makers = {name: graph.makers[name] for name in (*read, *graph.outputs) if name in graph.makers}
-        return {name: maker.name for name, maker in makers.items() if maker.type.name != "CONSTANT"}, graph.outputs
+    with open_network(toolkit, model, settings) as network:
+        read = [layer.get_input(0).name for layer in network.layers if layer.type.name == "QUANTIZE"]
+        makers = {name: network.makers[name] for name in (*read, *network.outputs) if name in network.makers}
+        return {name: maker.name for name, maker in makers.items() if maker.type.name != "CONSTANT"}, network.outputs

@@ -1,4 +1,4 @@
-"""ONNX file -> engine in memory: parse, configure, build, and hold what came out against what the ONNX declares."""
+"""ONNX file -> engine in memory: parses, configures and builds, and audits the engine's precision."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import diagnose, implicit
-from deploy.buildlog import BuildLog
-from deploy.layers import layers_from_inspector, layers_from_log
+from deploy import builder_errors, implicit_int8
+from deploy.build_log import BuildLog
+from deploy.engine_layers import layers_from_inspector, layers_from_log
 from deploy.parsed_network import ParsedNetwork
-from deploy.precision import PrecisionAudit, audit, declared_layers
+from deploy.precision_audit import PrecisionAudit, audit_precision, declared_layers
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
 from qat.base.artifact import TensorSpec
 from qat.base.console import progress, say
 from qat.base.errors import UserError
+from qat.base.number_format import INT8
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Repetition:
-    """Several builds of one network: the median of each in milliseconds, measured at one batch."""
+    """Several builds of one network: the median latency of each in milliseconds, measured at one batch size."""
 
     batch: int
     milliseconds: Sequence[float]
 
     @property
     def spread_percent(self) -> float:
-        """How much longer the slowest takes than the fastest."""
+        """How much longer the slowest takes than the fastest, in percent."""
         return 100 * (max(self.milliseconds) / min(self.milliseconds) - 1)
 
     def __str__(self) -> str:
@@ -46,27 +47,27 @@ class Repetition:
 
 
 @dataclass(frozen=True)
-class Built:
-    """A built engine, still in memory."""
+class BuiltEngine:
+    """An engine in memory that has just been built, serialized in ``plan``."""
 
     plan: Any
     seconds: float
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     profiles: tuple[Profile, ...]
-    """Empty for an engine of fixed batch."""
+    """Empty for an engine with a fixed batch."""
     audit: PrecisionAudit
     log: BuildLog
     timing_cache: TimingCache | None
     timing_cache_content: bytes
     float_weights: bool = False
-    """Whether the builder got float weights, having refused the file's INT8 ones."""
+    """Whether the builder got float weights, because it refused the INT8 weights of the file."""
     repetition: Repetition | None = None
-    """The builds of which this one is the fastest."""
+    """All builds, if this is the fastest of several."""
 
     @property
     def bytes(self) -> int:
-        """Size of the engine."""
+        """Size of the serialized engine."""
         return memoryview(self.plan).nbytes
 
 
@@ -78,41 +79,49 @@ def build(
     extra_outputs: tuple[str, ...] = (),
     *,
     float_weights: bool = False,
-) -> Built:
-    """Parses ``model``, builds its engine and audits it; nothing is written.
+) -> BuiltEngine:
+    """Parses an ONNX file, builds its engine and audits it. Nothing is written.
 
-    ``timing_cache`` is what an earlier build left (``Built.timing_cache_content``), b"" to make one, None for none.
-    ``extra_outputs`` names tensors inside the network that become outputs. Where the builder refuses the network only
-    because its weights are INT8, it gets the same codes as float weights; with ``float_weights`` from the start. Raises
-    UserError when the parser or the builder refuses the model, naming the node, or when this version of TensorRT lacks
-    something that ``settings`` ask for.
+    If the builder refuses the network only because its weights are INT8, it gets the same codes as float weights.
+
+    Args:
+        toolkit: the builder.
+        model: the ONNX file.
+        settings: how to build.
+        timing_cache: what an earlier build left (``BuiltEngine.timing_cache_content``), b"" for a new cache, None for
+            no cache.
+        extra_outputs: names of tensors inside the network that become outputs.
+        float_weights: gives the builder float weights at once.
+
+    Raises UserError when the parser or the builder refuses the model, naming the node, and when this version of
+    TensorRT does not have something that ``settings`` ask for.
     """
-    built = _build(toolkit, model, settings, timing_cache, extra_outputs, float_weights)
+    built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, float_weights)
     if built is None:
-        say(f"{toolkit.title} refuses INT8 weights in this network: it gets the same codes as float weights")
-        built = _build(toolkit, model, settings, timing_cache, extra_outputs, float_weights=True)
+        say(f"{toolkit.title} refuses {INT8.name} weights in this network: it gets the same codes as float weights")
+        built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, float_weights=True)
     assert built is not None
     return built
 
 
-def _build(
+def _try_build(
     toolkit: Toolkit,
     model: Path,
     settings: BuildSettings,
     timing_cache: bytes | None,
     extra_outputs: tuple[str, ...],
     float_weights: bool,
-) -> Built | None:
-    """What ``build`` does, with the weights as they are or as float; None where they have to be float."""
+) -> BuiltEngine | None:
+    """Does what ``build`` does, but returns None if the builder refuses the INT8 weights."""
     log = BuildLog()
     builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
     config = toolkit.create_config(builder, settings)
     outcome = None if timing_cache is None else toolkit.use_timing_cache(config, timing_cache)
-    network = parse(toolkit, builder, model, log, settings, float_weights=float_weights)
+    network = parse_onnx(toolkit, builder, model, log, settings, float_weights=float_weights)
     for name in extra_outputs:
-        network.mark_output(_tensor(network, name))
+        network.mark_output(_find_tensor(network, name))
     if settings.precision == "implicit":
-        implicit.set_dynamic_ranges(network)
+        implicit_int8.set_dynamic_ranges(network)
     declared = declared_layers(network, toolkit.module)
     profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
 
@@ -124,22 +133,22 @@ def _build(
         if not float_weights and toolkit.refuses_int8_weights(log):
             return None
         raise UserError(
-            f"{toolkit.title} could not build {model}: {diagnose.build_failure(log)}; "
+            f"{toolkit.title} could not build {model}: {builder_errors.build_failure(log)}; "
             "change the model there, or try the other --builder"
         )
     form, text = toolkit.final_layers(log, plan, host_code=settings.version_compatible)
     layers = layers_from_log(text) if form == "log" else layers_from_inspector(text)
     if not layers:
         raise UserError(
-            f"{toolkit.title} did not list the engine's layers: nothing proves their precision; report this"
+            f"{toolkit.title} did not list the engine's layers, so their precision cannot be checked; report this"
         )
-    return Built(
+    return BuiltEngine(
         plan=plan,
         seconds=seconds,
-        inputs=_specs([network.get_input(i) for i in range(network.num_inputs)]),
-        outputs=_specs([network.get_output(i) for i in range(network.num_outputs)]),
+        inputs=_tensor_specs([network.get_input(i) for i in range(network.num_inputs)]),
+        outputs=_tensor_specs([network.get_output(i) for i in range(network.num_outputs)]),
         profiles=profiles,
-        audit=audit(declared, layers),
+        audit=audit_precision(declared, layers),
         log=log,
         timing_cache=outcome,
         timing_cache_content=bytes(config.get_timing_cache().serialize()) if outcome else b"",
@@ -147,7 +156,7 @@ def _build(
     )
 
 
-def parse(
+def parse_onnx(
     toolkit: Toolkit,
     builder: trt.Builder,
     model: Path,
@@ -156,36 +165,39 @@ def parse(
     *,
     float_weights: bool = False,
 ) -> trt.INetworkDefinition:
-    """The network of an ONNX file, or of its twin with float weights. Raises UserError that names the refused node."""
+    """The network of an ONNX file, with its own weights or with float weights.
+
+    Raises UserError that names the node when the parser refuses it.
+    """
     network = toolkit.create_network(builder, settings.precision)
     parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
-    if not (parser.parse(_float_weights(model)) if float_weights else parser.parse_from_file(str(model))):
-        failures = diagnose.parser_failures(parser, log)
-        raise UserError(f"{toolkit.title} cannot parse {model}: {diagnose.explain(failures, log)}")
-    if nodes := diagnose.uint8_nodes(log):
+    if not (parser.parse(_model_with_float_weights(model)) if float_weights else parser.parse_from_file(str(model))):
+        failures = builder_errors.parser_failures(parser, log)
+        raise UserError(f"{toolkit.title} cannot parse {model}: {builder_errors.explain(failures, log)}")
+    if nodes := builder_errors.uint8_nodes(log):
         raise UserError(
-            f"{model} quantizes to UINT8 at {len(nodes)} nodes, the first {nodes[0]!r}, which TensorRT would "
-            "take as INT8, so that codes above 127 saturate: quantize again with INT8 and zero point 0"
+            f"{model} quantizes to UINT8 at {len(nodes)} nodes, the first {nodes[0]!r}. TensorRT would read them as "
+            f"{INT8.name}, so that codes above {INT8.high} saturate: quantize again with {INT8.name} and zero point 0"
         )
-    if network.num_outputs == 0:  # the parser takes an empty file, and text too, for a network without nodes
-        raise UserError(f"{model} holds no network: it is empty or not an ONNX file; make or copy it again")
+    if network.num_outputs == 0:  # the parser reads an empty file, or text, as a network without nodes
+        raise UserError(f"there is no network in {model}: it is empty or not an ONNX file; make or copy it again")
     return network
 
 
-def _float_weights(model: Path) -> bytes:
+def _model_with_float_weights(model: Path) -> bytes:
     try:
         from export.float_weights import with_float_weights
     except ImportError as error:
-        raise UserError(f"float weights take another package: pip install {error.name}") from error
+        raise UserError(f"writing float weights needs another package: pip install {error.name}") from error
     return with_float_weights(model)
 
 
 @contextmanager
-def parsed(toolkit: Toolkit, model: Path, settings: BuildSettings) -> Iterator[ParsedNetwork]:
-    """The graph of an ONNX file, for as long as the block runs. Raises UserError as ``parse`` does."""
+def open_network(toolkit: Toolkit, model: Path, settings: BuildSettings) -> Iterator[ParsedNetwork]:
+    """The parsed network of an ONNX file while the block runs. Raises UserError as ``parse_onnx`` does."""
     log = BuildLog()
     builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
-    network = parse(toolkit, builder, model, log, settings)
+    network = parse_onnx(toolkit, builder, model, log, settings)
     yield ParsedNetwork(network)
 
 
@@ -196,7 +208,7 @@ def _set_batch(
     network: trt.INetworkDefinition,
     profiles: tuple[Profile, ...],
 ) -> tuple[Profile, ...]:
-    """Makes a dynamic batch static, or gives it the profiles, which are returned where they apply."""
+    """Makes a dynamic batch static, or gives it the profiles. Returns the profiles that the engine will have."""
     inputs = [network.get_input(i) for i in range(network.num_inputs)]
     dynamic = {tensor.name: (tensor, sizes(tensor.shape)[1:]) for tensor in inputs if -1 in sizes(tensor.shape)}
     for name, (tensor, image) in dynamic.items():
@@ -209,8 +221,8 @@ def _set_batch(
         own = sizes(inputs[0].shape)[:1]
         if profiles[0].fixed and own != (profiles[0].opt,):
             raise UserError(
-                f"the ONNX file has a fixed batch of {', '.join(map(str, own))}, asked for is {profiles[0].opt}: "
-                "export it with a dynamic batch"
+                f"the ONNX file has a fixed batch of {', '.join(map(str, own))}, but the profile asks for "
+                f"{profiles[0].opt}: export it with a dynamic batch"
             )
         return ()
     if profiles[0].fixed:
@@ -227,7 +239,7 @@ def _set_batch(
     return profiles
 
 
-def _tensor(network: trt.INetworkDefinition, name: str) -> trt.ITensor:
+def _find_tensor(network: trt.INetworkDefinition, name: str) -> trt.ITensor:
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         for output in map(layer.get_output, range(layer.num_outputs)):
@@ -238,7 +250,7 @@ def _tensor(network: trt.INetworkDefinition, name: str) -> trt.ITensor:
 
 @contextmanager
 def _build_progress(toolkit: Toolkit, config: trt.IBuilderConfig) -> Iterator[None]:
-    """Shows how far the build is; where the builder does not tell, the seconds that it has taken."""
+    """Shows the progress of the build, or the seconds that it has taken if the builder does not report progress."""
     start = time.monotonic()
     ended = threading.Event()
     with progress("building the engine, percent", 100) as task:
@@ -260,5 +272,5 @@ def _build_progress(toolkit: Toolkit, config: trt.IBuilderConfig) -> Iterator[No
             ended.set()
 
 
-def _specs(tensors: list[trt.ITensor]) -> tuple[TensorSpec, ...]:
+def _tensor_specs(tensors: list[trt.ITensor]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(tensor.name, sizes(tensor.shape), numpy_name(tensor.dtype)) for tensor in tensors)

@@ -1,7 +1,7 @@
 """CUDA through cuda-python: errors as one line, and memory, streams, events and graphs that free themselves.
 
-Every object here owns one thing of the GPU and gives it back on ``close``, which may be called twice. Streams are made
-non-blocking: they do not wait for the legacy default stream unless they are told to.
+Every object here owns one GPU resource and frees it in ``close``, which may be called twice. Streams are non-blocking:
+they do not wait for the legacy default stream unless they are told to.
 """
 
 from __future__ import annotations
@@ -24,26 +24,25 @@ if TYPE_CHECKING:
 
 INSTALL = "pip install cuda-bindings"
 GIB = 2**30
-OUT_OF_MEMORY = "use a smaller batch or fewer contexts, or end other programs on the GPU"
+OUT_OF_MEMORY = "use a smaller batch or fewer contexts, or stop other programs on the GPU"
 LEGACY_STREAM = 1
-"""The handle of CUDA's legacy default stream, on which libraries work unless told otherwise."""
+"""Handle of CUDA's legacy default stream, which libraries use unless they are told otherwise."""
 
-
-# What a user can do about other faults of the driver.
+# What a user can do about other errors of the driver.
 _REMEDIES = {
     "cudaErrorSystemDriverMismatch": "it was updated while in use; restart the machine",
     "cudaErrorCompatNotSupportedOnDevice": "CUDA's forward compatibility does not work on this GPU; update the driver",
-    "cudaErrorInitializationError": "it does not start; look whether nvidia-smi works",
-    "cudaErrorDevicesUnavailable": "another program has the GPU for itself; end it or wait for it",
-    "cudaErrorStubLibrary": "a stub was found in its place; take the folder of CUDA's stubs out of LD_LIBRARY_PATH",
-    "cudaErrorSystemNotReady": "a service of the driver is not running; see NVIDIA's fabric manager",
-    "cudaErrorNotPermitted": "this user may not use the GPU; ask for the permission",
+    "cudaErrorInitializationError": "it does not start; check that nvidia-smi works",
+    "cudaErrorDevicesUnavailable": "another program uses the GPU exclusively; stop it or wait for it",
+    "cudaErrorStubLibrary": "a stub library was loaded instead; remove the folder of CUDA's stubs from LD_LIBRARY_PATH",
+    "cudaErrorSystemNotReady": "a service of the driver is not running; check NVIDIA's fabric manager",
+    "cudaErrorNotPermitted": "this user may not use the GPU; ask for permission",
 }
 
 
 @dataclass(frozen=True)
 class Device:
-    """The GPU in use, and the driver: ``driver`` is its own version, ``cuda`` the newest CUDA version that it runs."""
+    """The GPU in use and its driver: ``driver`` is the driver's version, ``cuda`` the newest CUDA version it runs."""
 
     name: str
     capability: str
@@ -53,7 +52,7 @@ class Device:
 
 
 def device() -> Device:
-    """The current GPU. Raises UserError when there is no driver, none that is new enough, or no GPU."""
+    """The current GPU. Raises UserError when there is no driver or no GPU, or the driver is too old."""
     cuda = _runtime()
     count = call(cuda.cudaGetDeviceCount)
     if not count:
@@ -69,18 +68,18 @@ def device() -> Device:
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Calls a function of cuda-python; returns its value, or a tuple of them.
+    """Calls a function of cuda-python. Returns its value, or a tuple if there are several.
 
-    Raises UserError for what the user can mend (no driver, no memory), RuntimeError for the rest.
+    Raises UserError for what the user can fix (no driver, no memory), RuntimeError for the rest.
     """
     error, *values = function(*arguments)
     if int(error) != 0:
-        raise _explained(error, function.__name__)
+        raise _error_for(error, function.__name__)
     return None if not values else values[0] if len(values) == 1 else tuple(values)
 
 
 class Stream:
-    """A CUDA stream; ``handle`` is what TensorRT and other libraries take."""
+    """A CUDA stream. TensorRT and other libraries take its ``handle``."""
 
     def __init__(self) -> None:
         cuda = _runtime()
@@ -101,10 +100,10 @@ class Stream:
 
     @contextmanager
     def capture(self) -> Iterator[list[CudaGraph]]:
-        """Records what the block launches on the stream, instead of running it; afterwards the list holds the graph."""
+        """Records what the block launches on the stream instead of running it. Then the list has the graph."""
         cuda = _runtime()
         graphs: list[CudaGraph] = []
-        # Thread-local: other threads may allocate and launch meanwhile.
+        # Thread-local, so that other threads may allocate and launch meanwhile.
         mode = cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call(cuda.cudaStreamBeginCapture, self._stream, mode)
         try:
@@ -132,7 +131,7 @@ class CudaGraph:
             call(cuda.cudaGraphDestroy, captured)
 
     def launch(self, stream: int) -> None:
-        """Runs it behind the work that the stream has already; returns at once."""
+        """Starts it after the work that the stream already has. Does not wait."""
         call(_runtime().cudaGraphLaunch, self._graph, stream)
 
     def close(self) -> None:
@@ -143,7 +142,7 @@ class CudaGraph:
 
 
 class Event:
-    """A point in a stream's work; ``timed`` ones tell the time between two."""
+    """A point in a stream's work. Two events that are ``timed`` tell the time between them."""
 
     def __init__(self, timed: bool = False) -> None:
         cuda = _runtime()
@@ -151,16 +150,16 @@ class Event:
         self.raw = call(cuda.cudaEventCreateWithFlags, flags)
 
     def record(self, stream: int) -> Event:
-        """Marks the end of the work that the stream has now."""
+        """Marks the end of the work that the stream already has."""
         call(_runtime().cudaEventRecord, self.raw, stream)
         return self
 
     def synchronize(self) -> None:
-        """Waits until it has happened."""
+        """Waits until the work before it is done."""
         call(_runtime().cudaEventSynchronize, self.raw)
 
     def milliseconds_since(self, start: Event) -> float:
-        """Time between two timed events that have both happened."""
+        """Milliseconds between two timed events that have both happened."""
         return float(call(_runtime().cudaEventElapsedTime, start.raw, self.raw))
 
     def close(self) -> None:
@@ -171,11 +170,11 @@ class Event:
 
 
 class DeviceMemory:
-    """``size`` bytes of the GPU's memory at ``address``. Raises UserError when they are not free."""
+    """``size`` bytes of GPU memory at ``address``. Raises UserError when there is not enough free memory."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.address = int(_allocated(_runtime().cudaMalloc, size, "GPU"))
+        self.address = int(_allocate(_runtime().cudaMalloc, size, "GPU"))
 
     def close(self) -> None:
         """Frees it."""
@@ -185,29 +184,29 @@ class DeviceMemory:
 
 
 class PooledMemory:
-    """``size`` bytes at ``address`` from CUDA's pool, for results: neither taking nor freeing waits for the GPU."""
+    """``size`` bytes at ``address`` from CUDA's pool, for results: neither allocating nor freeing waits for the GPU."""
 
     def __init__(self, size: int, stream: int) -> None:
-        """The memory can be used behind the work that ``stream`` has now."""
+        """The memory can be used after the work that ``stream`` already has."""
         self.size = size
-        self.address = int(_allocated(_runtime().cudaMallocAsync, size, "GPU", stream))
+        self.address = int(_allocate(_runtime().cudaMallocAsync, size, "GPU", stream))
 
     def close(self) -> None:
-        """Gives it back behind the work of the legacy default stream."""
+        """Frees it after the work of the legacy default stream."""
         if self.address:
             call(_runtime().cudaFreeAsync, self.address, LEGACY_STREAM)
             self.address = 0
 
 
 class PinnedMemory:
-    """``size`` bytes of host memory that the GPU copies from and to by itself."""
+    """``size`` bytes of host memory that the GPU can read and write without the CPU."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.address = int(_allocated(_runtime().cudaMallocHost, size, "pinned host"))
+        self.address = int(_allocate(_runtime().cudaMallocHost, size, "pinned host"))
 
     def array(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        """Its beginning as an array, which must not be used after ``close``."""
+        """An array over its first bytes. It must not be used after ``close``."""
         count = math.prod(shape) * np.dtype(dtype).itemsize
         assert count <= self.size
         view: Any = (ctypes.c_byte * count).from_address(self.address)
@@ -221,30 +220,30 @@ class PinnedMemory:
 
 
 def copy(target: int, source: int, size: int, stream: int) -> None:
-    """Copies ``size`` bytes between any two addresses, host or GPU; asynchronous where the host's are pinned."""
+    """Copies ``size`` bytes between any two addresses, host or GPU. Asynchronous if the host memory is pinned."""
     cuda = _runtime()
     call(cuda.cudaMemcpyAsync, target, source, size, cuda.cudaMemcpyKind.cudaMemcpyDefault, stream)
 
 
 def is_pinned(address: int) -> bool:
-    """Whether the GPU can copy from the host memory at ``address`` by itself."""
+    """Whether the host memory at ``address`` is pinned, so that the GPU can copy it without the CPU."""
     cuda = _runtime()
     attributes = call(cuda.cudaPointerGetAttributes, address)
     return bool(attributes.type == cuda.cudaMemoryType.cudaMemoryTypeHost)
 
 
 def free_memory() -> int:
-    """Bytes of the GPU's memory that are free."""
+    """How many bytes of GPU memory are free."""
     return int(call(_runtime().cudaMemGetInfo)[0])
 
 
 def current_device() -> int:
-    """Number of the GPU that this thread uses."""
+    """Index of the GPU that this thread uses."""
     return int(call(_runtime().cudaGetDevice))
 
 
 def use_device(number: int) -> None:
-    """Makes this thread use a GPU; each thread begins with the first one."""
+    """Makes this thread use the GPU with this index. Every thread starts with GPU 0."""
     call(_runtime().cudaSetDevice, number)
 
 
@@ -256,28 +255,28 @@ def _runtime() -> Any:
     return runtime
 
 
-def _allocated(function: Callable[..., tuple[Any, ...]], size: int, kind: str, *arguments: Any) -> Any:
+def _allocate(function: Callable[..., tuple[Any, ...]], size: int, kind: str, *arguments: Any) -> Any:
     cuda = _runtime()
     error, address = function(max(size, 1), *arguments)
     if error == cuda.cudaError_t.cudaErrorMemoryAllocation:
-        cuda.cudaGetLastError()  # forgets it, so that the next call is not blamed
+        cuda.cudaGetLastError()  # clears the error, so that the next call does not report it
         free, total = call(cuda.cudaMemGetInfo)
         raise UserError(
-            f"out of {kind} memory: asked for {size / GIB:.2f} GiB, the GPU has {free / GIB:.2f} of {total / GIB:.2f} "
+            f"out of {kind} memory: {size / GIB:.2f} GiB are needed, the GPU has {free / GIB:.2f} of {total / GIB:.2f} "
             f"GiB free; {OUT_OF_MEMORY}"
         )
     if int(error) != 0:
-        raise _explained(error, function.__name__)
+        raise _error_for(error, function.__name__)
     return address
 
 
-def _explained(error: Any, function: str) -> Exception:
+def _error_for(error: Any, function: str) -> Exception:
     cuda = _runtime()
     codes = cuda.cudaError_t
     if error in (codes.cudaErrorNoDevice, codes.cudaErrorInsufficientDriver):
         _, driver = cuda.cudaDriverGetVersion()
         if not driver:
-            return UserError("no NVIDIA driver is found: run this on a machine with an NVIDIA GPU and its driver")
+            return UserError("there is no NVIDIA driver: run this on a machine with an NVIDIA GPU and its driver")
         if error == codes.cudaErrorNoDevice:
             return UserError("the NVIDIA driver finds no GPU: run this on a machine that has one")
         _, needed = cuda.cudaRuntimeGetVersion()

@@ -1,8 +1,12 @@
-"""Which layers of a network take longer in INT8 than in FP16, by the times of the layers of both engines.
+"""Which layers of a network take longer in INT8 than in FP16, from the layer times of both engines.
 
-All of an engine's time is charged to the network's convolutions and matrix products, so that two engines that fuse
-differently can be compared: a layer that computes some of them is charged to these; a Q or DQ, to those that read what
-it writes; a reformat, as the layer that it is for; anything else, to those whose output it works on.
+Two engines fuse layers differently. To compare them, all of an engine's time is charged to the convolutions and matrix
+products of the network:
+
+- an engine layer that computes some of them, to these;
+- a quantization or dequantization, to those that read its output;
+- a reformat, to the same ones as the layer that it serves;
+- any other layer, to those whose output it works on.
 """
 
 from __future__ import annotations
@@ -14,47 +18,51 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from deploy.builder import parsed
-from deploy.layers import EngineLayer, node_names
+from deploy.builder import open_network
+from deploy.engine_layers import EngineLayer, node_names
 from deploy.parsed_network import ParsedNetwork
-from deploy.precision import CONVOLUTION_TYPES, MATRIX_TYPES
+from deploy.precision_audit import CONVOLUTION_TYPES, MATRIX_TYPES
 from deploy.settings import BuildSettings
+from qat.base.number_format import INT8
 
 if TYPE_CHECKING:
     from deploy.trt import Toolkit
 
 LEAST_SHARE = 0.01
-"""Differences below this share of the engine's time are taken for noise."""
+"""Smaller differences, as a share of the engine's time, count as noise."""
 _REFORMAT = re.compile(r"Reformatting CopyNode for (?:Input|Output) Tensor \d+ (?:to|from) (.*)")
+
+NodeKind = Literal["product", "conversion", "other"]
+"""``product``: a convolution or matrix product; ``conversion``: a QuantizeLinear or DequantizeLinear."""
 
 
 @dataclass(frozen=True)
-class Node:
-    """A node of the network, with the names of its tensors. ``product``: a convolution or matrix product."""
+class CostNode:
+    """A node of the network, with the names of the tensors that it reads and writes."""
 
-    kind: Literal["product", "conversion", "other"]
+    kind: NodeKind
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Slower:
-    """A convolution or matrix product that takes longer in INT8, with all that is charged to it, in milliseconds."""
+class SlowerInInt8:
+    """A convolution or matrix product that takes longer in INT8, and its milliseconds in both engines."""
 
     node: str
     int8: float
     fp16: float
 
     @property
-    def lost(self) -> float:
-        """What INT8 costs here."""
+    def loss(self) -> float:
+        """How many milliseconds INT8 takes more."""
         return self.int8 - self.fp16
 
 
 class LayerCosts:
-    """The time of a network's nodes, from that of an engine's layers."""
+    """The time of a network's nodes, from the times of an engine's layers."""
 
-    def __init__(self, nodes: Mapping[str, Node]) -> None:
+    def __init__(self, nodes: Mapping[str, CostNode]) -> None:
         self._nodes = nodes
         self._makers = {output: name for name, node in nodes.items() for output in node.outputs}
         self._readers: dict[str, list[str]] = defaultdict(list)
@@ -64,12 +72,12 @@ class LayerCosts:
 
     @classmethod
     def from_model(cls, toolkit: Toolkit, model: Path) -> LayerCosts:
-        """Of a Q/DQ file, which has all nodes of the float file too. Raises UserError when it is refused."""
-        with parsed(toolkit, model, BuildSettings()) as graph:
-            return cls(_nodes(graph))
+        """For a Q/DQ file, which has all nodes of the float file too. Raises UserError when TensorRT refuses it."""
+        with open_network(toolkit, model, BuildSettings()) as network:
+            return cls(_nodes(network))
 
     def charge(self, times: Iterable[tuple[EngineLayer, float]]) -> dict[str, float]:
-        """From the times of an engine's layers to those of nodes; what can be charged to nobody is under ''."""
+        """From milliseconds of engine layers to milliseconds of nodes. Time that belongs to no node is under ''."""
         costs: dict[str, float] = defaultdict(float)
         for layer, milliseconds in times:
             owners = self._owners(layer) or [""]
@@ -79,22 +87,22 @@ class LayerCosts:
 
     def slower_in_int8(
         self, int8: Sequence[tuple[EngineLayer, float]], fp16: Sequence[tuple[EngineLayer, float]]
-    ) -> list[Slower]:
-        """The nodes that run in INT8 and take longer there by a notable share of the whole, worst first.
+    ) -> list[SlowerInInt8]:
+        """The nodes that run in INT8 and take longer there by more than ``LEAST_SHARE`` of the whole time, worst first.
 
-        How the time of a kernel that computes several nodes at once is shared by them is not known, so that such nodes
-        count only where all of them together take longer.
+        If a kernel computes several nodes, their shares of its time are not known. Such nodes count only if all of them
+        together take longer.
         """
-        inside = {node for layer, _ in int8 if layer.product_precision == "INT8" for node in self._products(layer)}
+        inside = {node for layer, _ in int8 if layer.product_precision == INT8.name for node in self._products(layer)}
         at_once = [self._products(layer) for layer, _ in (*int8, *fp16)]
-        ours, theirs = self.charge(int8), self.charge(fp16)
-        least = LEAST_SHARE * sum(ours.values())
+        in_int8, in_fp16 = self.charge(int8), self.charge(fp16)
+        least = LEAST_SHARE * sum(in_int8.values())
         found = []
-        for node in inside & ours.keys() & theirs.keys():
+        for node in inside & in_int8.keys() & in_fp16.keys():
             together = {node}.union(*(nodes for nodes in at_once if node in nodes))
-            if sum(ours.get(one, 0.0) for one in together) - sum(theirs.get(one, 0.0) for one in together) > least:
-                found.append(Slower(node, ours[node], theirs[node]))
-        return sorted((one for one in found if one.lost > least), key=lambda one: (-one.lost, one.node))
+            if sum(in_int8.get(one, 0.0) for one in together) - sum(in_fp16.get(one, 0.0) for one in together) > least:
+                found.append(SlowerInInt8(node, in_int8[node], in_fp16[node]))
+        return sorted((one for one in found if one.loss > least), key=lambda one: (-one.loss, one.node))
 
     def _products(self, layer: EngineLayer) -> list[str]:
         """The convolutions and matrix products that ``layer`` computes."""
@@ -123,7 +131,7 @@ class LayerCosts:
                 yield self._makers[tensor]
 
     def _nearest(self, name: str, neighbours: Callable[[str], Iterator[str]]) -> list[str]:
-        """The first convolutions and matrix products that are met on every way from ``name``."""
+        """The first convolutions and matrix products on every path from ``name``."""
         found: list[str] = []
         seen, ahead = {name}, [name]
         while ahead:
@@ -134,16 +142,18 @@ class LayerCosts:
         return found
 
 
-def _nodes(graph: ParsedNetwork) -> dict[str, Node]:
+def _nodes(network: ParsedNetwork) -> dict[str, CostNode]:
     found = {}
-    for layer in graph.layers:
-        kind: Literal["product", "conversion", "other"] = "other"
+    for layer in network.layers:
+        kind: NodeKind = "other"
         if layer.type.name in (*CONVOLUTION_TYPES, *MATRIX_TYPES):
             kind = "product"
         elif layer.type.name in ("QUANTIZE", "DEQUANTIZE"):
             kind = "conversion"
         inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
         outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
-        # An input that is left out is None.
-        found[layer.name] = Node(kind, tuple(t.name for t in inputs if t is not None), tuple(t.name for t in outputs))
+        # An optional input that is missing is None.
+        found[layer.name] = CostNode(
+            kind, tuple(t.name for t in inputs if t is not None), tuple(t.name for t in outputs)
+        )
     return found

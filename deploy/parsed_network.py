@@ -1,4 +1,4 @@
-"""A parsed INetworkDefinition as a graph: its layers, and who makes each tensor."""
+"""A network as TensorRT's parser read it: its layers, and which layer makes each tensor."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 class ParsedNetwork:
-    """The layers of a parsed network, and who makes each tensor."""
+    """The layers of an INetworkDefinition in order, and which of them makes each tensor."""
 
     def __init__(self, network: trt.INetworkDefinition) -> None:
         self.layers: list[Any] = [network.get_layer(index) for index in range(network.num_layers)]
         self.makers: dict[str, Any] = {}
-        """The layer that makes a tensor, by the tensor's name."""
+        """The layer that makes each tensor, by the tensor's name."""
         for layer in self.layers:
             for index in range(layer.num_outputs):
                 self.makers[layer.get_output(index).name] = layer

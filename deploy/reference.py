@@ -1,6 +1,6 @@
-"""The reference file of an ONNX file: test images and PyTorch's answers on them, for a machine without torch and data.
+"""The reference file of an ONNX file: test images and PyTorch's answers, for a machine without torch or the data set.
 
-``python -m export.onnx`` writes it: ``model.onnx`` -> ``model.reference.npz``, recorded in the sidecar by its SHA-256.
+``python -m export.onnx`` writes it: ``model.onnx`` -> ``model.reference.npz``. The sidecar records its SHA-256.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import numpy as np
 
 from qat.base.artifact import Sidecar, sha256_of
 from qat.base.errors import UserError
+from qat.base.number_format import INT8
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """N images and what PyTorch answers on them.
+    """N images and PyTorch's answers.
 
-    ``images``: uint8 [N, H, W, 3] in RGB, as they go into the network, before normalization.
-    ``labels``: int64 [N]; -1 where there are none, as of random images.
-    ``logits``: float32 [N, classes], of the folded network in PyTorch.
-    ``source``: where the images come from.
+    Attributes:
+        images: uint8 [N, H, W, 3], RGB, resized and cropped, before normalization.
+        labels: int64 [N]; -1 for an image without a label, such as a random one.
+        logits: float32 [N, classes], of the folded network in PyTorch.
+        source: where the images come from.
     """
 
     images: np.ndarray
@@ -31,9 +33,9 @@ class Reference:
 
 
 def read_reference(onnx_path: Path, sidecar: Sidecar) -> Reference:
-    """Reads the reference file that lies beside ``onnx_path`` and that its ``sidecar`` records.
+    """Reads the reference file beside ``onnx_path`` that the ``sidecar`` of the ONNX file records.
 
-    Raises UserError when none is recorded, it is missing, or it is another file.
+    Raises UserError when the sidecar records none, when the file is missing, and when it is another file.
     """
     recorded = sidecar.details.get("reference")
     if recorded is None:
@@ -54,25 +56,29 @@ def read_reference(onnx_path: Path, sidecar: Sidecar) -> Reference:
 
 
 def network_input(images_NHWC: np.ndarray, sidecar: Sidecar) -> np.ndarray:
-    """uint8 [N, H, W, 3] in RGB -> what the network's input takes, by the ``sidecar`` of its ONNX file or engine.
+    """Turns images into what the network's input takes.
 
-    That is the images as they are, or float32 [N, 3, H, W], (x / 255 - mean) / std, the same to the last bit as
-    qat.data.preprocessing computes it, or the INT8 codes of that, by the recorded ``input_scale``. Raises UserError for
-    an input of another type or shape.
+    Args:
+        images_NHWC: uint8 [N, H, W, 3], RGB.
+        sidecar: that of the ONNX file or of the engine.
+
+    Returns the images unchanged, or uint8 [N, 3, H, W], or float32 [N, 3, H, W] = (x / 255 - mean) / std, bit for bit
+    as qat.data.preprocessing computes it, or the INT8 codes of that, by the recorded ``input_scale``. Raises UserError
+    when the input has another type or shape.
     """
     (spec,) = sidecar.inputs
     given = images_NHWC
     if spec.shape[1] == 3:  # [N, 3, H, W]
         given = np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
-    if spec.dtype in ("float32", "int8"):
+    if spec.dtype in ("float32", INT8.dtype):
         mean, std = (np.array(sidecar.preprocessing[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
         given = given.astype(np.float32)
-        given /= 255  # in place: three more copies of the images would be large
+        given /= 255  # in place, because three more copies of the images would need much memory
         given -= mean
         given /= std
-    if spec.dtype == "int8":
+    if spec.dtype == INT8.dtype:
         given /= np.float32(sidecar.preprocessing["input_scale"])
-        given = np.rint(given, out=given).clip(-128, 127).astype(np.int8)
+        given = np.rint(given, out=given).clip(INT8.low, INT8.high).astype(INT8.dtype)
     if given.dtype != spec.dtype or given.shape[1:] != spec.shape[1:]:
         raise UserError(
             f"input {spec.name!r} takes {spec.dtype} {list(spec.shape)}, the images are {given.dtype} "

@@ -1,7 +1,7 @@
-"""One network built several times, of which the fastest engine is kept.
+"""Builds one network several times and keeps the fastest engine (``--repeat``).
 
-The builder chooses kernels by timing them, and close ones fall out differently each time: on an H200 two builds of one
-network differ by 1 to 3 %.
+The builder chooses kernels by timing them. If two are about equally fast, it may choose another one each time: on an
+H200 two builds of one network differ by 1 to 3 %.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.builder import Built, Repetition, build
+from deploy.builder import BuiltEngine, Repetition, build
 
 if TYPE_CHECKING:
     from deploy.settings import BuildSettings
     from deploy.trt import Toolkit
 
 
-def build_fastest(toolkit: Toolkit, model: Path, settings: BuildSettings, repeat: int) -> Built:
-    """Builds ``repeat`` times, timing all kernels anew each time; needs the GPU that the engines are built for.
+def build_fastest(toolkit: Toolkit, model: Path, settings: BuildSettings, repeat: int) -> BuiltEngine:
+    """Builds ``repeat`` times and times all kernels again each time. Needs the GPU that the engines are built for.
 
     Returns the engine that is fastest at the OPT batch of its first profile. Raises UserError as ``build`` does.
     """

@@ -1,16 +1,17 @@
-"""Runs an engine: buffers, streams and CUDA graphs are taken care of.
+"""Runs an engine. Buffers, streams and CUDA graphs are managed here.
 
     with Engine.load("runs/model.engine") as engine:
         logits = engine(images)                     # NumPy in, NumPy out
         logits = engine(torch_tensor_on_the_gpu)    # GPU in, GPU out: anything with __cuda_array_interface__
         for logits in engine.map(batches): ...      # copies overlap with computing
 
-An engine holds several *executors*. An executor has all that one inference at a time needs: a stream, buffers for
-inputs and outputs, scratch memory, and for each batch size that it has met an execution context with a CUDA graph
-captured from it. Executors work at the same time, which is what lets copies overlap with computing.
+An engine has several *executors* (deploy/executor.py). An executor has all that one inference at a time needs: a
+stream, buffers for inputs and outputs, scratch memory, and for each batch size an execution context with a CUDA graph
+captured from it. Executors work at the same time, so that copies overlap with computing.
 
-Thread safety: ``__call__``, ``map`` and ``pinned`` may be called from any number of threads at once. Each call takes an
-executor and waits when all are taken. ``close`` waits for running calls to end; a call after it raises ValueError.
+Thread safety: ``__call__``, ``map`` and ``pinned_input`` may be called from any number of threads at once. Each call
+takes an executor and waits while all are taken. ``close`` waits for running calls to end. A call after ``close`` raises
+ValueError.
 """
 
 from __future__ import annotations
@@ -23,94 +24,80 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deploy import cuda
-from deploy.arrays import InputBatch, pinned_array, read_inputs, sized
-from deploy.buildlog import BuildLog
+from deploy.arrays import InputBatch, pinned_array, read_inputs, shape_for_batch
 from deploy.executor import Executor
+from deploy.loaded_engine import LoadedEngine
 from deploy.settings import BuildSettings, Profile
-from deploy.trt import Toolkit, find_toolkit, numpy_name, sizes
-from qat.base.artifact import Sidecar, TensorSpec, parent_paths, read_sidecar, sha256_of, sidecar_path
-from qat.base.choices import BuilderName
+from deploy.trt import Toolkit
+from qat.base.artifact import TensorSpec
 from qat.base.errors import UserError
 
-if TYPE_CHECKING:
-    import tensorrt as trt
-
 SECONDS_BETWEEN_LOOKS = 0.05
-"""How often a call that waits for an executor looks whether the engine has been closed."""
+"""How often a call that waits for an executor checks whether the engine has been closed."""
 
 
 class Engine:
-    """An engine in the GPU's memory; see the head of this module. Use it as a context manager, or call ``close``."""
+    """An engine that is ready to run. Use it as a context manager, or call ``close``.
 
-    def __init__(
-        self,
-        plan: bytes,
-        toolkit: Toolkit,
-        *,
-        contexts: int = 3,
-        host_code: bool = False,
-        weights: Path | None = None,
-    ) -> None:
-        """``plan`` is the serialized engine, ``contexts`` the number of executors: two overlap copies with computing, a
-        third keeps the GPU busy while the host turns from one result to the next.
+    Example::
 
-        ``host_code`` lets an engine bring code for the CPU along, as version-compatible ones do. ``weights`` is the
-        ONNX file that a stripped engine takes its weights from.
-        Raises UserError when the engine does not load or its buffers do not fit into the GPU's memory.
+        with Engine.load("runs/model.engine") as engine:
+            logits = engine(images)    # as engine.inputs says, such as float32 [N, 3, 224, 224] -> float32 [N, 1000]
+    """
+
+    def __init__(self, loaded: LoadedEngine, *, contexts: int = 3) -> None:
+        """Allocates all buffers. The engine then owns ``loaded`` and closes it.
+
+        Args:
+            loaded: the deserialized engine.
+            contexts: the number of executors. Two overlap copies with computing; a third keeps the GPU busy while the
+                host turns from one result to the next.
+
+        Raises UserError when the buffers do not fit into the GPU's memory.
         """
-        if contexts < 1:
-            raise UserError(f"{contexts} contexts: needed is 1 at least")
-        self.toolkit, self.contexts = toolkit, contexts
-        self.log = BuildLog()
-        self.lock = threading.Lock()  # TensorRT makes contexts for one thread at a time
-        self._runtime, self.plan = toolkit.load(plan, self.log, host_code)
-        if weights is not None:
-            toolkit.refit(self.plan, weights, self.log)
-        self.inputs, self.outputs = _io(self.plan, toolkit.module)
-        self.profiles = _profiles(self.plan, self.inputs)
+        _check_contexts(contexts)
+        self.loaded, self.contexts = loaded, contexts
         self._closed = False
         self._device = cuda.current_device()
         self._all = threading.Lock()
-        self._maps: weakref.WeakSet[_Map] = weakref.WeakSet()
+        self._maps: weakref.WeakSet[_RunningMap] = weakref.WeakSet()
         self._free: queue.Queue[Executor] = queue.Queue()
         self._executors: list[Executor] = []
         try:
             for _ in range(contexts):
-                self._executors.append(Executor(self))
+                self._executors.append(Executor(loaded))
                 self._free.put(self._executors[-1])
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def from_plan(cls, plan: Any, toolkit: Toolkit, settings: BuildSettings, *, contexts: int = 1) -> Engine:
-        """An engine that has just been built with ``settings``."""
-        return cls(bytes(plan), toolkit, contexts=contexts, host_code=settings.version_compatible)
+    def from_plan(
+        cls, plan: Any, toolkit: Toolkit, settings: BuildSettings | None = None, *, contexts: int = 1
+    ) -> Engine:
+        """An engine that ``toolkit`` has just built, with ``settings`` or the default ones."""
+        _check_contexts(contexts)
+        host_code = settings is not None and settings.version_compatible
+        return cls(LoadedEngine(bytes(plan), toolkit, host_code=host_code), contexts=contexts)
 
     @classmethod
     def load(cls, path: str | Path, *, contexts: int = 3, trust: bool = False) -> Engine:
-        """Loads an engine that python -m deploy.build wrote.
+        """Loads an engine file that python -m deploy.build or ``build_engine`` wrote.
 
-        An engine file can make TensorRT do anything, so it must be the one that its sidecar was written for; ``trust``
-        loads any. Raises UserError when it is not, was built by another TensorRT version or for another GPU, is
-        truncated, or when there is no GPU, driver or memory.
+        Args:
+            path: the engine; its sidecar is beside it.
+            contexts: how many inferences can run at the same time.
+            trust: load the file even if it is not the one that the sidecar was written for. An engine file can make
+                TensorRT execute anything, so trust only files whose origin you know.
+
+        Raises UserError when the file is not the sidecar's, was built by another version of TensorRT or for another
+        GPU, or is truncated, and when there is no GPU, no driver or not enough GPU memory.
         """
-        path = Path(path)
-        sidecar = _trusted_sidecar(path) if trust else read_sidecar(path, "engine")
-        toolkit = _toolkit_here(path, sidecar)
-        try:
-            plan = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
-        if sidecar is None:
-            return cls(plan, toolkit, contexts=contexts)
-        settings = sidecar.details.get("settings", {})
-        weights = _weights_of_stripped(path, sidecar) if settings.get("strip_weights") else None
-        host_code = bool(settings.get("version_compatible"))
-        return cls(plan, toolkit, contexts=contexts, host_code=host_code, weights=weights)
+        _check_contexts(contexts)
+        return cls(LoadedEngine.load(Path(path), trust=trust), contexts=contexts)
 
     def __call__(self, batch: Any) -> Any:
         """Computes one batch and waits for the result.
@@ -120,92 +107,93 @@ class Engine:
                 to the GPU; arrays with ``__cuda_array_interface__`` must be C-contiguous and never leave it.
 
         Returns:
-            The output, or a dict of outputs by name where there are several: NumPy arrays for NumPy arrays,
+            The output, or a dict of outputs by name if there are several: NumPy arrays for NumPy arrays,
             ``DeviceArray`` for arrays on the GPU.
 
-        Raises UserError when shape, type or batch size is not one that the engine takes.
+        Raises UserError when the engine does not take this shape, type or batch size.
         """
-        inputs = self._checked(batch)
+        inputs = self._check_inputs(batch)
         executor = self._wait_for_executor()
         try:
             executor.submit(inputs)
-            return _one_or_all(executor.result())
+            return _single_or_dict(executor.result())
         finally:
-            self._give(executor)
+            self._return_executor(executor)
 
     def map(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Computes batches, in order, as many at a time as there are executors: copies of one overlap with another.
+        """Computes batches in order, as many at a time as there are executors. Their copies and computing overlap.
 
-        Takes and yields what ``__call__`` does. An array in pinned memory (``pinned``) is copied from where it lies
-        and must not be changed until its result has been yielded; others are copied by the CPU first, which can cost
-        more than all the rest. ``batches`` must not use the engine itself: it may find all executors taken.
+        Takes and yields what ``__call__`` does. An array in pinned memory (``pinned_input``) is copied directly and
+        must not be changed until its result has been yielded. Other arrays are first copied by the CPU, which can cost
+        more than everything else. ``batches`` must not use the engine itself: all executors may be taken.
         """
-        running = _Map(self, batches)
+        running = _RunningMap(self, batches)
         self._maps.add(running)
         return running
 
-    def pinned(self, batch: int) -> Any:
-        """An uninitialized input for ``batch`` images (a dict, where there are several) in pinned host memory."""
-        return _one_or_all({spec.name: pinned_array(sized(spec, batch), spec.dtype) for spec in self.inputs})
+    def pinned_input(self, batch: int) -> Any:
+        """An uninitialized input for ``batch`` images in pinned host memory; a dict if there are several inputs."""
+        return _single_or_dict(
+            {spec.name: pinned_array(shape_for_batch(spec, batch), spec.dtype) for spec in self.inputs}
+        )
 
-    @contextmanager
-    def all_executors(self) -> Iterator[list[Executor]]:
-        """All executors, which other callers wait for meanwhile: for measuring."""
-        with self._all, ExitStack() as stack:  # one at a time: two could wait for each other
-            taken = []
-            for _ in range(self.contexts):
-                taken.append(self._wait_for_executor())
-                stack.callback(self._give, taken[-1])
-            yield taken
+    @property
+    def toolkit(self) -> Toolkit:
+        """The TensorRT that runs the engine."""
+        return self.loaded.toolkit
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Name, shape (-1 for a dynamic batch) and NumPy type of each input."""
+        return self.loaded.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Name, shape (-1 for a dynamic batch) and NumPy type of each output."""
+        return self.loaded.outputs
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """The batch sizes of each optimization profile."""
+        return self.loaded.profiles
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch that the engine takes."""
+        return self.loaded.max_batch
 
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""
         return self._closed
 
-    @property
-    def max_batch(self) -> int:
-        """The largest batch that the engine takes."""
-        return max(profile.max for profile in self.profiles)
-
-    def profile_for(self, batch: int) -> int:
-        """Index of the optimization profile that suits ``batch`` best. Raises UserError when there is none."""
-        fitting = [i for i, profile in enumerate(self.profiles) if profile.min <= batch <= profile.max]
-        if not fitting:
-            ranges = " or ".join(f"{p.min} to {p.max}" if p.min < p.max else str(p.max) for p in self.profiles)
-            raise UserError(
-                f"a batch of {batch} is outside what the engine takes ({ranges}): split or pad the batch, or build "
-                "with other --profiles"
-            )
-        return min(fitting, key=lambda index: abs(self.profiles[index].opt - batch))
+    @contextmanager
+    def all_executors(self) -> Iterator[list[Executor]]:
+        """All executors, for measuring. Other callers wait meanwhile."""
+        with self._all, ExitStack() as stack:  # one caller at a time: two could wait for each other
+            taken = []
+            for _ in range(self.contexts):
+                taken.append(self._wait_for_executor())
+                stack.callback(self._return_executor, taken[-1])
+            yield taken
 
     def close(self) -> None:
-        """Waits for running calls, ends ``map`` where it was left, and frees all memory; may be called twice."""
-        with self.lock:
+        """Waits for running calls, ends every ``map`` that is not complete, and frees all memory.
+
+        It may be called twice.
+        """
+        with self.loaded.lock:
             if self._closed:
                 return
             self._closed = True
-        with ExitStack() as stack:  # every step is taken, also where one before it fails; the last one is first
-            stack.callback(self._forget)
+        with ExitStack() as stack:  # runs every step, even if one fails; the last one that is added runs first
+            stack.callback(self.loaded.close)
+            stack.callback(self._executors.clear)
             for executor in self._executors:
                 stack.callback(executor.close)
             stack.callback(self._collect_executors)
             stack.callback(self._end_maps)
             cuda.use_device(self._device)
-
-    def _end_maps(self) -> None:
-        with ExitStack() as stack:
-            for running in self._maps:
-                stack.callback(running.close)
-
-    def _collect_executors(self) -> None:
-        """Waits until all executors are given back."""
-        for _ in self._executors:
-            self._free.get()
-
-    def _forget(self) -> None:
-        self._executors.clear()
-        del self.plan, self._runtime
 
     def __enter__(self) -> Engine:
         return self
@@ -215,15 +203,26 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _checked(self, batch: Any) -> InputBatch:
+    def _end_maps(self) -> None:
+        with ExitStack() as stack:
+            for running in self._maps:
+                stack.callback(running.close)
+
+    def _collect_executors(self) -> None:
+        """Waits until all executors are returned."""
+        for _ in self._executors:
+            self._free.get()
+
+    def _check_inputs(self, batch: Any) -> InputBatch:
         inputs = read_inputs(batch, self.inputs)
-        self.profile_for(inputs.batch)
+        self.loaded.profile_for(inputs.batch)
         return inputs
 
-    def _take(self, wait: bool) -> Executor | None:
-        """An executor; None when none is free and there is no waiting. Raises ValueError when the engine is closed."""
+    def _take_executor(self, wait: bool) -> Executor | None:
+        """An executor, or None if none is free and ``wait`` is false. Raises ValueError when the engine is closed."""
         cuda.use_device(self._device)
-        while not self._closed:  # asked again and again: who waits may hold an executor that ``close`` waits for
+        # Checked again and again, because a waiting call may hold other executors, for which ``close`` waits.
+        while not self._closed:
             try:
                 return self._free.get(block=wait, timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
@@ -232,53 +231,54 @@ class Engine:
         raise ValueError("the engine is closed")
 
     def _wait_for_executor(self) -> Executor:
-        executor = self._take(wait=True)
+        executor = self._take_executor(wait=True)
         assert executor is not None
         return executor
 
-    def _give(self, executor: Executor) -> None:
+    def _return_executor(self, executor: Executor) -> None:
         try:
             executor.settle()
         finally:
             self._free.put(executor)
 
-    def _finish(self, pending: deque[Executor]) -> Any:
-        """The result of the inference that was begun first."""
+    def _finish_first(self, pending: deque[Executor]) -> Any:
+        """The result of the inference that was submitted first."""
         executor = pending[0]
         outputs = executor.result()
-        self._give(pending.popleft())
-        return _one_or_all(outputs)
+        self._return_executor(pending.popleft())
+        return _single_or_dict(outputs)
 
 
-def _in_flight(engine: Engine, batches: Iterable[Any]) -> Generator[Any, None, bool]:
-    """Submits batches while there are executors, and yields results in order; returns True after the last one."""
+def _submit_ahead(engine: Engine, batches: Iterable[Any]) -> Generator[Any, None, bool]:
+    """Submits batches while there are executors, and yields results in order. Returns True after the last one."""
     pending: deque[Executor] = deque()
     try:
         for batch in batches:
-            inputs = engine._checked(batch)
-            # Waiting for an executor while holding others could be waiting for each other: finish one instead.
-            while (executor := engine._take(wait=not pending)) is None:
-                yield engine._finish(pending)
+            inputs = engine._check_inputs(batch)
+            # Two maps that wait for an executor while they hold others could wait for each other: finish one instead.
+            while (executor := engine._take_executor(wait=not pending)) is None:
+                yield engine._finish_first(pending)
             pending.append(executor)
             executor.submit(inputs)
         while pending:
-            yield engine._finish(pending)
+            yield engine._finish_first(pending)
         return True
     finally:
-        with ExitStack() as stack:  # gives back all, also where one fails
+        with ExitStack() as stack:  # returns all, even if one fails
             for executor in pending:
-                stack.callback(engine._give, executor)
+                stack.callback(engine._return_executor, executor)
 
 
-class _Map(Iterator[Any]):
+class _RunningMap(Iterator[Any]):
     """A running ``Engine.map``, which the engine can end when it is closed.
 
-    The generator does not know this object: without a circle, its executors are free as soon as the caller drops it.
+    The generator has no reference to this object. Without a reference cycle, the executors are free as soon as the
+    caller drops it.
     """
 
     def __init__(self, engine: Engine, batches: Iterable[Any]) -> None:
         self._engine, self._complete = engine, False
-        self._results = _in_flight(engine, batches)
+        self._results = _submit_ahead(engine, batches)
 
     def __next__(self) -> Any:
         try:
@@ -296,88 +296,16 @@ class _Map(Iterator[Any]):
         return found
 
     def close(self) -> None:
-        """Gives its executors back, unless it is computing in another thread, which does so when it has its result."""
+        """Returns its executors. If it is computing in another thread, that thread returns them with its result."""
         with suppress(ValueError):
             self._results.close()
 
 
-def _one_or_all(arrays: dict[str, Any]) -> Any:
+def _check_contexts(contexts: int) -> None:
+    """Raises UserError before an engine is loaded in vain."""
+    if contexts < 1:
+        raise UserError(f"{contexts} contexts: must be at least 1")
+
+
+def _single_or_dict(arrays: dict[str, Any]) -> Any:
     return next(iter(arrays.values())) if len(arrays) == 1 else arrays
-
-
-def _io(plan: trt.ICudaEngine, module: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of a loaded engine."""
-    found: dict[Any, list[TensorSpec]] = {module.TensorIOMode.INPUT: [], module.TensorIOMode.OUTPUT: []}
-    for name in map(plan.get_tensor_name, range(plan.num_io_tensors)):
-        spec = TensorSpec(name, sizes(plan.get_tensor_shape(name)), numpy_name(plan.get_tensor_dtype(name)))
-        found[plan.get_tensor_mode(name)].append(spec)
-    return tuple(found[module.TensorIOMode.INPUT]), tuple(found[module.TensorIOMode.OUTPUT])
-
-
-def _profiles(plan: trt.ICudaEngine, inputs: tuple[TensorSpec, ...]) -> tuple[Profile, ...]:
-    """The batch sizes of each optimization profile; those of a fixed engine are all the same."""
-    first = inputs[0]
-    shapes = [plan.get_tensor_profile_shape(first.name, index) for index in range(plan.num_optimization_profiles)]
-    return tuple(Profile(*(int(shape[0]) for shape in three)) for three in shapes)
-
-
-def why_not_here(path: Path, sidecar: Sidecar | None) -> str:
-    """Why an engine cannot run on this machine: no GPU, another GPU, another version; empty when it can."""
-    try:
-        _toolkit_here(path, sidecar)
-    except UserError as error:
-        return str(error)
-    return ""
-
-
-def _toolkit_here(path: Path, sidecar: Sidecar | None) -> Toolkit:
-    """What runs an engine on this machine. Raises UserError when nothing does."""
-    device = cuda.device()
-    builder: BuilderName = sidecar.details["builder"]["name"] if sidecar else "tensorrt"
-    toolkit = find_toolkit(builder)
-    if sidecar is not None:
-        _check_built_for(path, sidecar, toolkit, device)
-    return toolkit
-
-
-def _weights_of_stripped(path: Path, sidecar: Sidecar) -> Path:
-    """The ONNX file that a stripped engine was made from. Raises UserError when it is not there or another one."""
-    assert sidecar.parent is not None
-    for candidate in parent_paths(path, sidecar.parent):
-        if candidate.is_file() and sha256_of(candidate) == sidecar.parent.sha256:
-            return candidate
-    raise UserError(
-        f"{path} was built without weights and needs those of {Path(sidecar.parent.file).name} (SHA-256 "
-        f"{sidecar.parent.sha256}): put that file beside it"
-    )
-
-
-def _trusted_sidecar(path: Path) -> Sidecar | None:
-    """The sidecar of a file that is loaded in any case: it only helps to choose the runtime."""
-    if not path.is_file():
-        raise UserError(f"no file {path}: check the path, or make it with python -m deploy.build")
-    try:
-        return read_sidecar(path, "engine", trust=True) if sidecar_path(path).exists() else None
-    except UserError:
-        return None
-
-
-def _check_built_for(path: Path, sidecar: Sidecar, toolkit: Toolkit, device: cuda.Device) -> None:
-    """Says why an engine cannot load here, in better words than TensorRT's."""
-    details = sidecar.details
-    built = details["builder"]["version"]
-    if built != toolkit.version and not details.get("version_compatible"):
-        raise UserError(
-            f"{path} was built by version {built}, here is {toolkit.title}: build it again here, or install {built}"
-        )
-    if toolkit.name == "tensorrt-rtx":
-        if device.capability not in details["compute_capabilities"]:
-            raise UserError(
-                f"{path} was built for compute capabilities {' '.join(details['compute_capabilities'])}, this GPU "
-                f"({device.name}) has {device.capability}: build it again for that"
-            )
-    elif device.name != details["gpu"] and not details.get("hardware_compatible"):
-        raise UserError(
-            f"{path} was built for {details['gpu']}, this GPU is {device.name}: build it again here, or with "
-            "--hardware-compatible"
-        )

@@ -1,4 +1,4 @@
-"""What a build is asked for: precision, batch sizes, and how the builder goes about it."""
+"""How an engine is to be built: its precision, its batch sizes, and the options of the builder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from qat.base.errors import UserError
 
 @dataclass(frozen=True)
 class Profile:
-    """An optimization profile: the batch sizes that an engine takes, and the one that it is tuned for."""
+    """An optimization profile: the batch sizes that an engine takes, and the one that it is tuned for.
+
+    Example: ``Profile(1, 8, 32)`` takes 1 to 32 images and is tuned for 8. ``Profile(128, 128, 128)`` is a fixed batch.
+    Raises UserError unless 1 <= min <= opt <= max.
+    """
 
     min: int
     opt: int
@@ -20,11 +24,11 @@ class Profile:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max:
-            raise UserError(f"profile {self}: needed is 1 <= min <= opt <= max")
+            raise UserError(f"profile {self}: must have 1 <= min <= opt <= max")
 
     @classmethod
     def parse(cls, text: str) -> Profile:
-        """``1,8,32`` -> min 1, opt 8, max 32; a single number is a fixed batch. Raises UserError."""
+        """``1,8,32`` -> min 1, opt 8, max 32. A single number is a fixed batch. Raises UserError for any other text."""
         try:
             numbers = [int(word) for word in text.split(",")]
         except ValueError:
@@ -40,54 +44,60 @@ class Profile:
 
     @property
     def fixed(self) -> bool:
-        """Whether it takes one batch size only."""
+        """Whether it takes only one batch size."""
         return self.min == self.max
+
+
+DEFAULT_PROFILES = (Profile(1, 8, 32),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuilderOptions:
-    """The builder's own options, as the command line has them too. The defaults are TensorRT's, but for TF32."""
+    """The builder's own options, which python -m deploy.build has too. The defaults are TensorRT's, except for TF32.
+
+    Example: ``BuilderOptions(optimization_level=5, timing_iterations=8)``.
+    """
 
     optimization_level: int = 3
     """0 (fast build) to 5 (fast engine)."""
     workspace_gib: float | None = None
-    """Most scratch memory that a layer may use, in GiB; None is all of the GPU's."""
+    """The most scratch memory that a layer may use, in GiB. None: all of the GPU's memory."""
     timing_iterations: int | None = None
-    """How often each tactic is timed; more makes the choice steadier and the build longer. None: the builder's own."""
+    """How often each tactic is timed. More gives a steadier choice and a longer build. None: the builder decides."""
     tactic_sources: tuple[str, ...] | None = None
-    """Where kernels may come from, by the names of TensorRT's TacticSource; None: the builder's own choice."""
+    """Where kernels may come from, by the names of TensorRT's TacticSource. None: the builder decides."""
     aux_streams: int | None = None
-    """Further streams that one inference may use for branches side by side; None: the builder's own choice."""
+    """How many auxiliary streams one inference may use to run branches in parallel. None: the builder decides."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products may run on TF32 tensor cores."""
     hardware_compatible: bool = False
-    """Whether the engine must run on every GPU from Ampere on, not on this one alone."""
+    """Whether the engine must run on every GPU from Ampere on, not only on this one."""
     version_compatible: bool = False
     """Whether the engine must load in later versions of TensorRT."""
     refit: bool = False
-    """Whether weights can be exchanged in the built engine."""
+    """Whether the weights of the built engine can be replaced."""
     strip_weights: bool = False
-    """Whether weights are left out of the engine, to be refitted when it is loaded."""
+    """Whether the engine is built without weights. They are read from the ONNX file when the engine is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildSettings(BuilderOptions):
-    """All that one build is asked for."""
+    """All settings of one build."""
 
     precision: EnginePrecision = "explicit"
-    profiles: tuple[Profile, ...] = (Profile(1, 8, 32),)
-    """For networks whose batch is dynamic. A single fixed one makes the batch static, which is the fastest."""
+    profiles: tuple[Profile, ...] = DEFAULT_PROFILES
+    """The batch sizes of a network with a dynamic batch. A single fixed one makes it static, which is fastest."""
     capabilities: tuple[str, ...] = ()
     """Compute capabilities such as ``8.9``, for TensorRT-RTX."""
 
     @classmethod
     def from_options(cls, options: BuilderOptions, **more: Any) -> BuildSettings:
-        """``options`` of the builder, and the rest by name."""
+        """``options`` of the builder, and the other settings by name."""
         return cls(**{field.name: getattr(options, field.name) for field in fields(BuilderOptions)}, **more)
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> BuildSettings:
-        """From what ``dataclasses.asdict`` gave and JSON kept, as the sidecar of an engine has it."""
+        """From the sidecar of an engine, which has the output of ``dataclasses.asdict`` as JSON."""
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
         }
@@ -95,14 +105,14 @@ class BuildSettings(BuilderOptions):
 
     def __post_init__(self) -> None:
         if not self.profiles:
-            raise UserError("no profile: give one at least, such as 1,8,32")
+            raise UserError("there is no profile: give at least one, such as 1,8,32")
         if len(self.profiles) > 1 and any(profile.fixed for profile in self.profiles):
-            raise UserError("a fixed batch excludes further profiles: give MIN,OPT,MAX for each, or build twice")
+            raise UserError("a fixed batch allows no other profile: give MIN,OPT,MAX for each profile, or build twice")
         if not 0 <= self.optimization_level <= 5:
-            raise UserError(f"optimization level {self.optimization_level}: the builder knows 0 to 5")
+            raise UserError(f"optimization level {self.optimization_level}: must be 0 to 5")
         if self.workspace_gib is not None and self.workspace_gib <= 0:
-            raise UserError(f"workspace of {self.workspace_gib} GiB: needed is more than 0")
+            raise UserError(f"workspace of {self.workspace_gib} GiB: must be more than 0")
         if self.aux_streams is not None and self.aux_streams < 0:
-            raise UserError(f"{self.aux_streams} further streams: needed is 0 at least")
+            raise UserError(f"{self.aux_streams} auxiliary streams: must be at least 0")
         if self.timing_iterations is not None and self.timing_iterations < 1:
-            raise UserError(f"{self.timing_iterations} timing iterations: needed is 1 at least")
+            raise UserError(f"{self.timing_iterations} timing iterations: must be at least 1")

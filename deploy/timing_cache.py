@@ -1,4 +1,4 @@
-"""The file that keeps the timings of kernels from build to build."""
+"""The file that keeps measured kernel times from one build to the next (``--timing-cache``)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,24 @@ from qat.base.console import say, warn
 from qat.base.errors import UserError
 
 if TYPE_CHECKING:
-    from deploy.builder import Built
+    from deploy.builder import BuiltEngine
     from deploy.settings import BuildSettings
     from deploy.trt import TimingCache, Toolkit
 
 
 class TimingCacheFile:
-    """The file that keeps the timings of kernels, with a sidecar that says of which version and GPU, and how taken."""
+    """A timing cache. Its sidecar says by which version, on which GPU and with how many iterations it was measured."""
 
-    def __init__(self, path: Path, toolkit: Toolkit, settings: BuildSettings, *, ours: bool = False) -> None:
-        """``ours``: the name was not chosen by the user, so what has no sidecar was cut off, and is replaced."""
+    def __init__(self, path: Path, toolkit: Toolkit, settings: BuildSettings, *, replace_unknown: bool = False) -> None:
+        """Reads the cache, if the file exists.
+
+        Args:
+            path: the file.
+            toolkit, settings: what builds; a cache of another version, GPU or number of iterations is replaced.
+            replace_unknown: whether a file without sidecar may be replaced. Only for names that no user has chosen.
+
+        Raises UserError when the file is not a timing cache, or cannot be written.
+        """
         check_writable(path)
         self.path, self.content, self._replaced = path, b"", ""
         self._maker = {
@@ -30,10 +38,10 @@ class TimingCacheFile:
         if not path.exists():
             return
         if not sidecar_path(path).exists():
-            if ours:
+            if replace_unknown:
                 self._replaced = "has no sidecar"
                 return
-            raise UserError(f"{path} is no timing cache of this program (it has no sidecar): give another file name")
+            raise UserError(f"{path} is not a timing cache of this program (it has no sidecar): give another file name")
         try:
             found = read_sidecar(path, "timing-cache").details
             if found == self._maker:
@@ -46,8 +54,8 @@ class TimingCacheFile:
         except UserError as error:
             self._replaced = f"is damaged ({error})"
 
-    def save(self, built: Built) -> TimingCache | None:
-        """Writes what the build has added, and says what became of the file."""
+    def save(self, built: BuiltEngine) -> TimingCache | None:
+        """Writes the cache with what ``built`` has added. Returns and prints what happened to the file."""
         outcome: TimingCache | None = "replaced" if self._replaced else built.timing_cache
         content = built.timing_cache_content
         if outcome == "replaced":

@@ -1,38 +1,37 @@
-"""The one place that knows TensorRT's versions: 8.6, 10.x, 11.x and TensorRT-RTX 1.7.
+"""The only file that knows TensorRT's versions: 8.6, 10.x, 11.x and TensorRT-RTX 1.7.
 
-It decides which builder a machine can use, how a network is created and typed there, how a build is configured, where
-the builder tells what the final layers are, and how an engine is loaded. Everything else in deploy/ works through
-``Toolkit`` and the part of the Python API that all these versions share.
+It knows how a network is created and typed in each version, how a build is configured, where the builder lists the
+final layers, and how an engine is loaded. Everything else in deploy/ uses ``Toolkit`` and the part of the Python API
+that all these versions share. Which builder is installed is found by deploy/installed.py.
 
-What differs, and what is done about it:
-- Typing. A strongly typed network takes every precision from the network itself. 8.6 has weakly typed networks only:
-  there the INT8 and FP16 builder flags allow what the Q/DQ nodes ask for, and the sidecar says "weak". FP16 and
+The differences, and how they are handled:
+
+- Typing. A strongly typed network takes every precision from the network itself. 8.6 has only weakly typed networks:
+  there the builder flags INT8 and FP16 allow what the Q/DQ nodes ask for, and the sidecar says "weak". FP16 and
   implicit INT8 from a float32 network need weak typing, which 8.6 and 10.x have.
-- EXPLICIT_BATCH must be set in 8.6, is ignored in 10.x and does not exist later: it is set where it exists.
-- Sharing an optimization profile among execution contexts is a preview feature of 8.6 and the rule from 10.x on.
-- Final layers. TensorRT has a GPU and loads the engine, so the engine inspector answers. TensorRT-RTX builds ahead of
-  time, often without any GPU: its verbose log lists the layers.
-- A context whose scratch memory is the caller's: ``device_memory`` in 8.6, a strategy and ``set_device_memory`` later.
+- EXPLICIT_BATCH must be set in 8.6, is ignored in 10.x and does not exist later. It is set if it exists.
+- Sharing an optimization profile between execution contexts is a preview feature of 8.6 and always on from 10.x.
+- Final layers. TensorRT has a GPU and loads the engine, so the engine inspector lists them. TensorRT-RTX builds ahead
+  of time, often without a GPU, so they are read from its verbose log.
+- A context that uses the caller's scratch memory: ``device_memory`` in 8.6, a strategy and ``set_device_memory`` later.
 
-Run for this file: TensorRT-RTX 1.7 (tests/deploy) and TensorRT 8.6.0 on an H200 (tests/gpu). The branches of 10.x and
-11.x follow NVIDIA's API documentation and the types of 10.13; they were not run.
+This file was run with TensorRT-RTX 1.7 (tests/deploy) and TensorRT 8.6.0 on an H200 (tests/gpu). The branches for 10.x
+and 11.x follow NVIDIA's API documentation and the types of 10.13; they were not run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib
-import importlib.util
 import re
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from deploy import cuda
-from deploy.buildlog import BuildLog, progress_monitor, raise_if_out_of_memory, recorder
+from deploy.build_log import BuildLog, progress_monitor, raise_if_out_of_memory, recording_logger
 from deploy.settings import BuildSettings
 from qat.base.choices import BuilderName, EnginePrecision
 from qat.base.errors import UserError
@@ -42,16 +41,9 @@ if TYPE_CHECKING:
 
 TimingCache = Literal["created", "reused", "replaced"]
 
-# The wheel of ONNX Runtime's TensorRT-RTX provider carries the libraries; the order is that of loading.
-RTX_LIBRARY_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
-RTX_LIBRARIES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")
-RTX_BINDINGS = "tensorrt_rtx_bindings"
-RTX_INSTALL = "pip install tensorrt-rtx-cu13-bindings onnxruntime-ep-nv-tensorrt-rtx-cu13"
-TENSORRT_INSTALL = "a machine with an NVIDIA GPU and its driver, and there pip install tensorrt"
-
 # TensorRT's names of data types -> NumPy's.
 _NUMPY_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-# Builder flags that allow a precision in a weakly typed network.
+# The builder flags that allow each precision in a weakly typed network.
 _WEAK_FLAGS: dict[EnginePrecision, tuple[str, ...]] = {
     "explicit": ("INT8", "FP16"),
     "implicit": ("INT8", "FP16"),
@@ -66,7 +58,7 @@ class Toolkit:
     name: BuilderName
     module: Any
     device: cuda.Device | None = None
-    """The GPU that engines are built for; None when the builder works ahead of time, without one."""
+    """The GPU that engines are built for. None if the builder works ahead of time, without a GPU."""
 
     @property
     def version(self) -> str:
@@ -79,9 +71,9 @@ class Toolkit:
         return {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[self.name] + f" {self.version}"
 
     def typing(self, precision: EnginePrecision = "explicit") -> Literal["strong", "weak"]:
-        """``strong`` where every precision comes from the network, ``weak`` where builder flags allow it.
+        """``strong`` if every precision comes from the network, ``weak`` if builder flags allow it.
 
-        Raises UserError when this version has no typing that gives a float32 network this precision.
+        Raises UserError when no typing of this version gives a float32 network this precision.
         """
         strong = hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") or self.name == "tensorrt-rtx"
         if strong and precision in ("explicit", "fp32", "tf32"):
@@ -89,31 +81,31 @@ class Toolkit:
         flags = _WEAK_FLAGS.get(precision, ())
         if missing := [flag for flag in flags if not hasattr(self.module.BuilderFlag, flag)]:
             raise UserError(
-                f"{self.title} knows strongly typed networks only, where a float32 ONNX file cannot run in {precision} "
+                f"{self.title} has only strongly typed networks: a float32 ONNX file cannot run there in {precision} "
                 f"(no {' and '.join(missing)} flag)"
             )
         return "weak"
 
     @property
     def times_kernels(self) -> bool:
-        """Whether a build times kernels, and so has timings to keep."""
+        """Whether a build times kernels, so that a timing cache is of use."""
         return self.name == "tensorrt"
 
     @property
     def reports_progress(self) -> bool:
-        """Whether a build tells how far it is, and can be cancelled."""
+        """Whether a build reports its progress and can be cancelled."""
         return hasattr(self.module, "IProgressMonitor")
 
     def compute_capabilities(self) -> tuple[str, ...]:
-        """What can be built for ahead of time, such as ``("7.5", "8.0")``; empty when only the GPU here."""
+        """What can be built for ahead of time, such as ``("7.5", "8.0")``. Empty if only this machine's GPU can."""
         if self.name == "tensorrt":
             return ()
         numbers = [int(name[2:]) for name in dir(self.module.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
         return tuple(f"{number // 10}.{number % 10}" for number in sorted(numbers))
 
-    def logger(self, log: BuildLog) -> Any:
-        """An ILogger that writes every message, verbose ones too, to ``log``."""
-        return recorder(self.module.ILogger, log)
+    def logger(self, log: BuildLog) -> trt.ILogger:
+        """An ILogger that appends every message to ``log``, including verbose ones."""
+        return recording_logger(self.module.ILogger, log)
 
     def create_network(self, builder: trt.Builder, precision: EnginePrecision = "explicit") -> trt.INetworkDefinition:
         """An empty network with explicit batch, typed as ``typing(precision)`` says."""
@@ -123,7 +115,10 @@ class Toolkit:
         return builder.create_network(sum(1 << int(flag) for flag in wanted if flag is not None))
 
     def create_config(self, builder: trt.Builder, settings: BuildSettings) -> trt.IBuilderConfig:
-        """A builder configuration that records every final layer. Raises UserError for what this version lacks."""
+        """A builder configuration that records every final layer.
+
+        Raises UserError when this version does not have something that ``settings`` ask for.
+        """
         self._check_ahead_of_time(settings)
         config = builder.create_builder_config()
         config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED
@@ -157,21 +152,22 @@ class Toolkit:
         return config
 
     def refuses_int8_weights(self, log: BuildLog) -> bool:
-        """Whether a build failed by one of 8.6's faults with INT8 constants (export/float_weights.py).
+        """Whether a build failed because of a bug of 8.6 with INT8 constants (export/float_weights.py).
 
-        The first function names merging convolutions of one input, the second handing a part to the compiler Myelin.
+        The first function merges convolutions of one input, the second gives a part of the network to the compiler
+        Myelin.
         """
         faults = ("graphOptimizer.cpp::chooseHigherPrecision", "graphOptimizer.cpp::convertMyelinWeightsToFp32")
         return any(fault in text for text in log.errors() for fault in faults)
 
     def use_timing_cache(self, config: trt.IBuilderConfig, content: bytes) -> TimingCache:
-        """Gives the build the tactic timings of earlier ones; b"" begins a cache.
+        """Gives a build the tactic timings of earlier builds; b"" starts a new cache.
 
-        8.6 takes damaged caches without a word: give it only those that are known to be whole. Raises UserError where
-        builds time no tactics.
+        8.6 accepts damaged caches without an error, so ``content`` must be known to be intact. Raises UserError if this
+        builder times no tactics.
         """
         if not self.times_kernels:
-            raise UserError(f"{self.title} times no kernels when it builds: leave out --timing-cache")
+            raise UserError(f"{self.title} does not time kernels when it builds: leave out --timing-cache")
         outcome: TimingCache = "reused" if content else "created"
         cache = config.create_timing_cache(content)
         if cache is None or not config.set_timing_cache(cache, False):
@@ -180,26 +176,26 @@ class Toolkit:
         return outcome
 
     def _check_ahead_of_time(self, settings: BuildSettings) -> None:
-        """TensorRT-RTX fails deep inside when it is asked for these; found out by trying."""
+        """Raises UserError for options with which TensorRT-RTX was seen to fail without a useful message."""
         if self.name != "tensorrt-rtx":
             return
         if settings.hardware_compatible:
-            raise UserError(f"{self.title} builds for the compute capabilities asked for: list them all instead")
+            raise UserError(f"{self.title} builds for a list of compute capabilities: list all of them instead")
         if settings.version_compatible:
             raise UserError(f"{self.title} has no version-compatible engines: leave the option out")
         if settings.refit or settings.strip_weights:
-            raise UserError(f"{self.title} cannot make engines refittable when it builds without a GPU: leave that out")
+            raise UserError(f"{self.title} cannot make engines refittable when it builds without a GPU: leave it out")
 
     def _tactic_sources(self, names: tuple[str, ...]) -> int:
         known = self.module.TacticSource.__members__
         if unknown := [name for name in names if name not in known]:
-            raise UserError(f"{self.title} knows no tactic source {', '.join(unknown)}: choose from {', '.join(known)}")
+            raise UserError(f"{self.title} has no tactic source {', '.join(unknown)}: choose from {', '.join(known)}")
         return sum(1 << int(known[name]) for name in names)
 
     def _flag(self, name: str) -> Any:
         flag = getattr(self.module.BuilderFlag, name, None)
         if flag is None:
-            raise UserError(f"{self.title} does not know the option {name}: leave it out, or use another version")
+            raise UserError(f"{self.title} does not have the option {name}: leave it out, or use another version")
         return flag
 
     def _set_capabilities(self, config: Any, capabilities: tuple[str, ...]) -> None:
@@ -214,7 +210,7 @@ class Toolkit:
         if not supported:
             gpu = self.device.name if self.device else "none"
             raise UserError(
-                f"{self.title} builds for the GPU of this machine ({gpu}) only: leave out "
+                f"{self.title} builds only for the GPU of this machine ({gpu}): leave out "
                 "--compute-capabilities, or choose --builder tensorrt-rtx"
             )
         if capability not in supported:
@@ -227,9 +223,10 @@ class Toolkit:
     def report_progress(self, config: trt.IBuilderConfig, report: Callable[[float, str], None]) -> Iterator[None]:
         """While the block builds, calls ``report(fraction done, phase)`` and lets Ctrl-C cancel the build.
 
-        An exception must not pass through TensorRT's C++ code, so Ctrl-C only sets a mark, on which the
-        monitor cancels the build and KeyboardInterrupt is raised afterwards. Without a monitor Ctrl-C ends the
-        process at once; nothing has been written by then.
+        An exception must not pass through TensorRT's C++ code. So Ctrl-C only sets a flag; the progress monitor sees it
+        and cancels the build, and then KeyboardInterrupt is raised. Without a progress monitor Ctrl-C ends the process
+        at once; nothing has been written by then. In a thread other than the main one Ctrl-C is left alone, because
+        Python allows no signal handlers there.
         """
         interrupted: list[int] = []
 
@@ -239,19 +236,22 @@ class Toolkit:
         if self.reports_progress:
             base = self.module.IProgressMonitor
             config.progress_monitor = progress_monitor(base, report, lambda: not interrupted)
-        before = signal.signal(signal.SIGINT, mark if self.reports_progress else signal.SIG_DFL)
+        main_thread = threading.current_thread() is threading.main_thread()
+        handler = mark if self.reports_progress else signal.SIG_DFL
+        before = signal.signal(signal.SIGINT, handler) if main_thread else None
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            if main_thread:
+                signal.signal(signal.SIGINT, before)
         if interrupted:
             raise KeyboardInterrupt("the build was cancelled and nothing was written")
 
     def load(self, plan: Any, log: BuildLog, host_code: bool = False) -> tuple[Any, trt.ICudaEngine]:
-        """The runtime and the engine of a serialized one; the runtime must live as long.
+        """The runtime and the deserialized engine. The runtime must live as long as the engine.
 
-        ``host_code`` lets the engine run code of its own on the CPU: version-compatible ones carry their runtime.
-        Raises UserError when it does not load.
+        ``plan`` is the serialized engine. ``host_code`` allows the engine to run code of its own on the CPU:
+        version-compatible engines contain their runtime. Raises UserError when it does not load.
         """
         runtime = self.module.Runtime(self.logger(log))
         if host_code:
@@ -266,7 +266,7 @@ class Toolkit:
         return runtime, engine
 
     def create_context(self, engine: trt.ICudaEngine, memory: cuda.DeviceMemory) -> trt.IExecutionContext:
-        """An execution context that works in ``memory`` of ``scratch_bytes``. Raises UserError when there is none."""
+        """An execution context with ``memory`` as its scratch memory. Raises UserError when TensorRT makes none."""
         strategy = getattr(self.module, "ExecutionContextAllocationStrategy", None)
         if strategy is None:
             context = engine.create_execution_context_without_device_memory()
@@ -290,16 +290,17 @@ class Toolkit:
             raise UserError(f"the stripped engine does not take the weights of {model}: build it again ({said})")
 
     def scratch_bytes(self, engine: trt.ICudaEngine) -> int:
-        """Bytes of GPU memory that an execution context works in."""
+        """How many bytes of scratch memory an execution context needs."""
         newer = getattr(engine, "device_memory_size_v2", None)
         return int(engine.device_memory_size if newer is None else newer)
 
     def final_layers(
         self, log: BuildLog, plan: Any, host_code: bool = False
     ) -> tuple[Literal["log", "inspector"], str]:
-        """What the builder says about the engine's final layers, and in which form: see deploy/layers.py.
+        """The builder's description of the engine's final layers, and its form: see deploy/engine_layers.py.
 
-        ``plan`` is the serialized engine. TensorRT-RTX answers from ``log``; TensorRT loads and inspects it.
+        ``plan`` is the serialized engine. TensorRT-RTX has written the description to ``log``; TensorRT loads the
+        engine and inspects it.
         """
         if self.name == "tensorrt-rtx":
             return "log", "\n".join(log.texts("VERBOSE"))
@@ -309,65 +310,19 @@ class Toolkit:
     def inspect(self, engine: trt.ICudaEngine) -> str:
         """The engine inspector's JSON."""
         inspector = engine.create_engine_inspector()
-        return inspector.get_engine_information(self.module.LayerInformationFormat.JSON)
-
-
-def find_toolkit(choice: Literal["auto"] | BuilderName = "auto") -> Toolkit:
-    """The builder asked for; ``auto`` is TensorRT where it and a GPU are usable, else TensorRT-RTX.
-
-    Raises UserError that names every builder tried, why it failed and what to install.
-    """
-    finders: dict[str, Callable[[], Toolkit]] = {"tensorrt": _find_tensorrt, "tensorrt-rtx": _find_rtx}
-    failures = []
-    for name, find in finders.items():
-        if choice not in ("auto", name):
-            continue
-        try:
-            return find()
-        except (ImportError, OSError, UserError) as error:
-            failures.append(f"{name} ({' '.join(str(error).split())})")
-    remedy = {"tensorrt": TENSORRT_INSTALL, "tensorrt-rtx": RTX_INSTALL}.get(
-        choice, f"{RTX_INSTALL} (needs no GPU), or use {TENSORRT_INSTALL}"
-    )
-    raise UserError(f"no TensorRT builder is usable. Tried: {'; '.join(failures)}. To install: {remedy}")
+        return str(inspector.get_engine_information(self.module.LayerInformationFormat.JSON))
 
 
 def sizes(shape: trt.Dims) -> tuple[int, ...]:
-    """A shape as Python's tuple; -1 is a dynamic size."""
+    """A shape as a tuple; -1 is a dynamic size."""
     return tuple(shape[index] for index in range(len(shape)))
 
 
 def failed_node(error: Any) -> tuple[str, str] | None:
-    """Name and operator of the ONNX node that a parser's error is about; 8.6 does not tell."""
+    """Name and operator of the ONNX node that a parser's error is about, or None: 8.6 does not tell."""
     return (error.node_name(), error.node_operator()) if hasattr(error, "node_name") else None
 
 
 def numpy_name(data_type: Any) -> str:
-    """TensorRT's data type in NumPy's words: ``DataType.FLOAT`` -> ``float32``."""
-    return _NUMPY_NAMES.get(data_type.name, data_type.name.lower())
-
-
-def _find_tensorrt() -> Toolkit:
-    spec = importlib.util.find_spec("tensorrt")
-    if spec is None or spec.origin is None:  # a folder of type stubs has no origin
-        raise ImportError("the package tensorrt is not installed")
-    device = cuda.device()
-    return Toolkit("tensorrt", importlib.import_module("tensorrt"), device)
-
-
-def _find_rtx() -> Toolkit:
-    # The meta package loads its own libraries; the bindings alone need them loaded first.
-    if importlib.util.find_spec("tensorrt_rtx") is not None:
-        return Toolkit("tensorrt-rtx", importlib.import_module("tensorrt_rtx"))
-    if importlib.util.find_spec(RTX_BINDINGS) is None:
-        raise ImportError(f"the package {RTX_BINDINGS} is not installed")
-    spec = importlib.util.find_spec(RTX_LIBRARY_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"the package {RTX_LIBRARY_PACKAGE}, which carries its libraries, is not installed")
-    folder = Path(spec.submodule_search_locations[0])
-    for pattern in RTX_LIBRARIES:
-        library = next(iter(sorted(folder.glob(pattern))), None)
-        if library is None:
-            raise ImportError(f"no {pattern} in {folder}")
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    return Toolkit("tensorrt-rtx", importlib.import_module(RTX_BINDINGS))
+    """NumPy's name of TensorRT's data type: ``DataType.FLOAT`` -> ``float32``."""
+    return _NUMPY_NAMES.get(data_type.name, str(data_type.name).lower())

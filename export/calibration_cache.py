@@ -1,7 +1,7 @@
-"""TensorRT's calibration cache: the ranges that implicit INT8 was built with, to be carried over to Q/DQ nodes.
+"""Reads TensorRT's calibration cache: the scales that implicit INT8 was built with, for use in Q/DQ nodes.
 
-TensorRT 10 and older write it as text: a header, then one line for each tensor, its name and the bits of a float32 in
-hexadecimal. The float is the scale of the tensor: amax / 127.
+TensorRT 10 and older write it as text: a header, then one line for each tensor, with its name and the bits of a float32
+in hexadecimal. The float is the scale of the tensor: amax / 127.
 
     TRT-8601-EntropyCalibration2
     input: 3caa1f6d
@@ -20,9 +20,9 @@ _HEADER = "TRT-"
 
 
 def read_calibration_cache(path: Path) -> dict[str, float]:
-    """The scale of every tensor in the cache, > 0, in the unit of the tensor.
+    """The scale of every tensor in the cache: > 0, in the unit of the tensor, exactly the float32 that it holds.
 
-    Raises UserError when the file cannot be read, is no calibration cache, or holds a scale that is none.
+    Raises UserError when the file cannot be read, is not a calibration cache, or holds a scale that is not positive.
     """
     try:
         header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
@@ -30,24 +30,28 @@ def read_calibration_cache(path: Path) -> dict[str, float]:
         raise UserError(f"cannot read the calibration cache {path} ({error}): check the path") from error
     if not header.startswith(_HEADER):
         raise UserError(
-            f"{path} is no calibration cache of TensorRT: its first line is {header[:40]!r}, not {_HEADER}<version>-..."
+            f"{path} is not a calibration cache of TensorRT: its first line is {header[:40]!r}, and should be "
+            f"{_HEADER}<version>-...: give the cache that a builder of TensorRT 10 or older wrote"
         )
     scales = {}
     for number, line in enumerate(lines, 2):
         if not line.strip():
             continue
         name, separator, digits = line.rpartition(": ")
-        scale = _float(digits) if separator else math.nan
+        scale = _float_from_hex(digits) if separator else math.nan
         if not (math.isfinite(scale) and scale > 0):
-            raise UserError(f"{path}, line {number}: {line[:60]!r} is no 'tensor: scale' with a positive scale in hex")
+            raise UserError(
+                f"{path}, line {number}: {line[:60]!r} is not 'tensor: scale' with a positive scale in hexadecimal: "
+                "calibrate again"
+            )
         scales[name] = scale
     if not scales:
-        raise UserError(f"{path} holds no tensor: calibrate again")
+        raise UserError(f"{path} does not hold any tensor: calibrate again")
     return scales
 
 
-def _float(digits: str) -> float:
-    """``3caa1f6d`` -> 0.0207...; NaN of anything else."""
+def _float_from_hex(digits: str) -> float:
+    """``3caa1f6d`` -> 0.0207...; NaN for anything that is not hexadecimal."""
     try:
         return float(struct.unpack("!f", struct.pack("!I", int(digits, 16)))[0])
     except (ValueError, struct.error):

@@ -1,9 +1,9 @@
 """Folded network -> explicit-precision ONNX: opset 20, dynamic batch, INT8 weights, Q/DQ nodes named by their layers.
 
-A network without quantizers becomes an ONNX file of float32 or, by ``with_ends``, of float16.
+A network without quantizers becomes an ONNX model of float32 or, by ``with_ends``, of float16.
 
-torch.onnx does the translation; export/ops.py keeps the Q/DQ pairs whole on the way. What is done afterwards is naming:
-each node bears the path of the module that it came from, so that the engine's layers can be traced back to the model.
+torch.onnx does the translation; export/ops.py keeps the Q/DQ pairs whole on the way. Afterwards nodes get names: each
+is called after the path of the module that it came from, so that the engine's layers can be traced back to the model.
 """
 
 from __future__ import annotations
@@ -29,34 +29,42 @@ from export import ops
 from export.fold import DequantizeInput, QuantizeDequantize
 from export.names import unused_name
 from export.onnx_network import WEIGHTED
-from export.reuse_concats import take_earlier_concats
+from export.reuse_concats import reuse_concats
 from qat.base.choices import InputKind
 from qat.base.errors import UserError
 from qat.data.preprocessing import Preprocessing
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"
-_LONGEST = np.iinfo(np.int64).max  # to the end, whatever the length
-_EXAMPLE_BATCH = 2  # any but 0 and 1, which torch.export would take for constants
+_TO_THE_END = np.iinfo(np.int64).max  # the end of a Slice of any length
+_EXAMPLE_BATCH = 2  # not 0 or 1: torch.export would take these for constants
 
 
 def with_ends(
-    folded: fx.GraphModule, preprocessing: Preprocessing, kind: InputKind, dtype: torch.dtype = torch.float32
+    folded: fx.GraphModule,
+    preprocessing: Preprocessing | None,
+    kind: InputKind,
+    dtype: torch.dtype = torch.float32,
 ) -> fx.GraphModule:
-    """``folded`` computing in ``dtype``, between what a user hands over and float32 logits; ``folded`` stays as it is.
+    """A copy of ``folded`` that computes in ``dtype``, takes an input of ``kind`` and returns float32 logits.
 
-    float32-nchw: [N, 3, H, W], normalized. uint8-nhwc: [N, H, W, 3] in RGB -> cast, transpose, normalize -> network;
-    uint8-nchw: [N, 3, H, W], without the transposition.
-    int8-nchw: [N, 3, H, W], normalized and quantized by ``input_scale``. Raises UserError when ``folded`` has none.
+    float32-nchw: [N, 3, H, W], normalized; or whatever float32 tensor the network takes, [N, ...].
+    uint8-nhwc: [N, H, W, 3] in RGB; a cast, a transposition and the normalization come before the network.
+    uint8-nchw: [N, 3, H, W] in RGB; likewise, without the transposition.
+    int8-nchw: [N, 3, H, W], normalized and quantized by ``input_scale``.
+
+    Raises UserError when ``kind`` is int8-nchw and ``folded`` does not quantize its input, or when ``kind`` is one of
+    the uint8 inputs and there is no ``preprocessing``.
     """
     network = copy.deepcopy(folded).to(dtype)
     if kind == "int8-nchw":
-        network.set_submodule(_input_quantizer(network), DequantizeInput(_quantizer_of_input(network)))
+        network.set_submodule(_input_quantizer_path(network), DequantizeInput(input_quantizer(network)))
         return network
     graph = network.graph
     given = next(node for node in graph.nodes if node.op == "placeholder")
     behind = next(node for node in graph.nodes if node.op != "placeholder")
     readers, x = list(given.users), given
-    # Nodes of the same graph: in a module around it, the exporter would forget which module calls which function.
+    # These are nodes of the same graph. In a module around it the exporter would lose track of which module calls
+    # which function.
     with graph.inserting_before(behind):
         from_bytes = kind in ("uint8-nhwc", "uint8-nchw")
         if from_bytes or dtype != torch.float32:
@@ -64,7 +72,7 @@ def with_ends(
         if kind == "uint8-nhwc":
             x = graph.call_method("permute", (x, 0, 3, 1, 2))
         if from_bytes:
-            for function, name, values in _normalization(preprocessing):
+            for function, name, values in _normalization(preprocessing, kind):
                 network.register_buffer(name, values.to(dtype))
                 x = graph.call_function(function, (x, graph.get_attr(name)))
     for reader in readers:
@@ -81,17 +89,18 @@ def with_ends(
 
 def input_scale(folded: fx.GraphModule) -> float:
     """The scale that the network's input is quantized by. Raises UserError when it is not quantized."""
-    return float(_quantizer_of_input(folded).scale)
+    return float(input_quantizer(folded).scale)
 
 
-def _quantizer_of_input(folded: fx.GraphModule) -> QuantizeDequantize:
-    module = folded.get_submodule(_input_quantizer(folded))
+def input_quantizer(folded: fx.GraphModule) -> QuantizeDequantize:
+    """What quantizes the network's input. Raises UserError when nothing does, or something else reads it too."""
+    module = folded.get_submodule(_input_quantizer_path(folded))
     assert isinstance(module, QuantizeDequantize)
     return module
 
 
-def _input_quantizer(folded: fx.GraphModule) -> str:
-    """Path of the quantizer through which alone the network reads its input."""
+def _input_quantizer_path(folded: fx.GraphModule) -> str:
+    """Path of the quantizer that is the only reader of the network's input."""
     (given,) = folded.graph.find_nodes(op="placeholder")
     readers = [str(node.target) for node in given.users if node.op == "call_module"]
     if len(given.users) != 1 or not readers or not isinstance(folded.get_submodule(readers[0]), QuantizeDequantize):
@@ -99,8 +108,14 @@ def _input_quantizer(folded: fx.GraphModule) -> str:
     return readers[0]
 
 
-def _normalization(preprocessing: Preprocessing) -> Iterator[tuple[Callable[..., Any], str, Tensor]]:
+def _normalization(
+    preprocessing: Preprocessing | None, kind: InputKind
+) -> Iterator[tuple[Callable[..., Any], str, Tensor]]:
     """(x / 255 - mean) / std as one multiplication and one addition: the function, a name and its other operand."""
+    if preprocessing is None:
+        raise UserError(
+            f"--input {kind} makes preprocessing part of the network, and there is none: give preprocessing"
+        )
     mean, deviation = (np.array(values, np.float64) for values in (preprocessing.mean, preprocessing.std))
     for function, name, values in (
         (operator.mul, "input_factor", 1 / (255 * deviation)),
@@ -109,12 +124,17 @@ def _normalization(preprocessing: Preprocessing) -> Iterator[tuple[Callable[...,
         yield function, name, torch.tensor(values, dtype=torch.float32).reshape(1, 3, 1, 1)
 
 
-def example_input(preprocessing: Preprocessing, kind: InputKind, batch: int = _EXAMPLE_BATCH) -> Tensor:
-    """Zeros of the shape and type that a network exported with ``kind`` takes."""
-    if kind == "uint8-nhwc":
-        return torch.zeros(batch, preprocessing.height, preprocessing.width, 3, dtype=torch.uint8)
-    dtype = {"float32-nchw": torch.float32, "uint8-nchw": torch.uint8, "int8-nchw": torch.int8}[kind]
-    return torch.zeros(batch, 3, preprocessing.height, preprocessing.width, dtype=dtype)
+def example_input(input_shape: Sequence[int], kind: InputKind, batch: int = _EXAMPLE_BATCH) -> Tensor:
+    """Zeros of the shape and type that a network exported with ``kind`` takes.
+
+    ``input_shape`` is that of the folded network, without the batch: [C, H, W] for images.
+    """
+    type_name, _, layout = kind.partition("-")
+    shape = list(input_shape)
+    if layout == "nhwc":
+        channels, height, width = shape
+        shape = [height, width, channels]
+    return torch.zeros(batch, *shape, dtype=getattr(torch, type_name))
 
 
 def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir.Model:
@@ -122,8 +142,8 @@ def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir
 
     Args:
         network: maps one tensor, batch first, to logits [N, classes].
-        example: an input of the right shape and type; its first dimension becomes dynamic.
-        metadata: what is written into the file's metadata.
+        example: an input of the right shape and type. Its first dimension becomes dynamic.
+        metadata: is written into the model's metadata.
     """
     with _quiet_exporter():
         program = torch.onnx.export(
@@ -146,11 +166,11 @@ def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir
     ):
         clean(model)
     _split_into_tensors(model.graph)
-    # Sizes and bounds that the exporter computes in the graph; weights stay INT8 codes.
+    # Computes sizes and bounds now that the exporter computes in the graph. Weights stay codes.
     fold_constants_ir(model, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None)
-    _plain_shapes(model.graph)
+    _simplify_shapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
-    take_earlier_concats(model.graph)
+    reuse_concats(model.graph)
     _name_by_module(model.graph, _layers(network))
     _drop_exporter_notes(model)
     model.producer_name, model.producer_version = "int8-qat-pipeline", None
@@ -160,7 +180,7 @@ def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir
 
 @contextlib.contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """The exporter prints and warns of its own insides, which a user can do nothing about."""
+    """Silences what the exporter prints and warns about its own work: a user cannot do anything about it."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -172,7 +192,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _split_into_tensors(graph: ir.Graph) -> None:
-    """The exporter splits into a sequence and takes tensors out of it; TensorRT knows Split alone."""
+    """Replaces SplitToSequence by Split: the exporter splits into a sequence, and TensorRT only knows Split."""
     for node in list(graph):
         if node.op_type != "SplitToSequence":
             continue
@@ -201,11 +221,11 @@ def _split_into_tensors(graph: ir.Graph) -> None:
         graph.remove([*takers, node], safe=True)
 
 
-def _plain_shapes(graph: ir.Graph) -> None:
-    """The shape of a Reshape becomes a constant, and a part of a shape is cut out by Slice.
+def _simplify_shapes(graph: ir.Graph) -> None:
+    """Makes the shape of each Reshape a constant, and cuts parts out of shapes by Slice.
 
-    The exporter computes the first in the graph and does the second by attributes of Shape, which TensorRT 8.6 does
-    not read: it takes the whole shape without a word.
+    The exporter computes the shape of a Reshape in the graph. It cuts out a part of a shape by attributes of the Shape
+    node, which TensorRT 8.6 ignores: it takes the whole shape and does not say so.
     """
     for node in list(graph):
         shape = node.outputs[0].shape
@@ -216,7 +236,7 @@ def _plain_shapes(graph: ir.Graph) -> None:
                 node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
         elif node.op_type == "Shape" and {"start", "end"} & node.attributes.keys():
             start = node.attributes.pop("start", ir.AttrInt64("start", 0)).as_int()
-            end = node.attributes.pop("end", ir.AttrInt64("end", _LONGEST)).as_int()
+            end = node.attributes.pop("end", ir.AttrInt64("end", _TO_THE_END)).as_int()
             whole = node.outputs[0]
             readers = whole.uses()
             bounds = [_constant(graph, f"{whole.name}_{name}", [at]) for name, at in (("start", start), ("end", end))]
@@ -235,10 +255,10 @@ def _constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
 
 
 def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
-    """Names each node, and what it computes, by its module's path; a Q or DQ by the tensor that it quantizes."""
+    """Names each node and its outputs after the module's path, and a Q or DQ after the tensor that it quantizes."""
     outputs = set(graph.outputs)
     taken: set[str] = {value.name or "" for value in graph.inputs} | set(graph.initializers)
-    # A linear layer may be several nodes, of which the product bears its name.
+    # A linear layer may be several nodes: the matrix product gets the layer's name.
     for node in sorted(graph, key=lambda node: node.op_type not in WEIGHTED):
         unique = unused_name(_node_name(node, layers), taken)
         taken.add(unique)
@@ -249,7 +269,7 @@ def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
 
 
 def _layers(network: nn.Module) -> set[str]:
-    """Paths of the modules that are one layer: with no children but a quantizer of their weight."""
+    """Paths of the modules that are one layer: they have no children but the quantizer of their weight."""
     modules = network.named_modules()
     return {path for path, module in modules if {name for name, _ in module.named_children()} <= {"weight_quantizer"}}
 
@@ -269,7 +289,7 @@ def _node_name(node: ir.Node, layers: set[str]) -> str:
 
 
 def _drop_exporter_notes(model: ir.Model) -> None:
-    """Stack traces of the exporting machine: half a megabyte, and its paths."""
+    """Removes the exporter's stack traces: half a megabyte, with paths of the machine that exported."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     model.graph.doc_string = None

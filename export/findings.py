@@ -1,4 +1,4 @@
-"""What a lint finds: a node, the rule that it breaks, and what follows from it in plain words."""
+"""What the lint finds: a node, the rule that it breaks, and what follows, in plain words."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ Severity = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class LintFinding:
-    """A broken rule. error: TensorRT refuses the model, or does not compute what it says; warning: it is slower for it.
+    """A broken rule.
 
-    ``bytes_per_image`` is the extra memory traffic that follows, where shapes tell.
+    Attributes:
+        node: name of the node that breaks it.
+        rule: name of the rule, such as ``positive_scale``.
+        message: what is wrong, and what follows or what to do.
+        severity: ``error`` if TensorRT refuses the model or computes something else, ``warning`` if it is slower.
+        bytes_per_image: extra memory traffic for each image, in bytes; 0 if there is none, or shapes are not known.
     """
 
     node: str

@@ -1,9 +1,9 @@
-"""A trained quantized network -> the network that the engine computes: INT8 weight codes, no batch normalization.
+"""A trained quantized network -> the network that the engine computes: weights as codes, no batch normalization.
 
 Batch normalization y = g * conv(x, W) + b moves into the weight's scales: W' = W * g has amax' = amax * |g|, so its
-codes are those of W, with the sign of g. Folding changes no code, and what was trained is what is deployed.
+codes are those of W, with the sign of g. Folding changes no magnitude of a code: what was trained is what is deployed.
 
-``fold_float`` makes the float twin, which speed is compared with: the same weights, no quantizer.
+``fold_float`` makes the same network in float, with the same weights and no quantizers: the baseline for speed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 
 from export import ops
 from export.lower import lower, unused_path
+from qat.base.number_format import NumberFormat
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import (
     SCALE_FLOOR,
-    WEIGHT,
     ActivationQuantizer,
     WeightQuantizer,
     per_channel,
@@ -34,47 +34,51 @@ _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 @dataclass(frozen=True)
 class DeadChannel:
-    """A channel whose weight is zero, or becomes zero by batch normalization: its scale was floored."""
+    """A channel of ``layer`` whose weight is zero, or that batch normalization makes zero: its scale was floored."""
 
     layer: str
     channel: int
 
 
 class QuantizeDequantize(nn.Module):
-    """A calibrated activation quantizer: scale [] float32, zero point [] int8."""
+    """A calibrated activation quantizer: scale [] float32, zero point [] of the codes' type."""
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, scale: Tensor, number_format: NumberFormat) -> None:
         super().__init__()
         self.register_buffer("scale", scale.clone())
-        self.register_buffer("zero_point", torch.zeros((), dtype=torch.int8))
+        self.register_buffer("zero_point", torch.zeros((), dtype=ops.codes_dtype(number_format)))
+        self.format = number_format
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` of any shape, float32, rounded to its INT8 grid."""
-        return ops.quantize_dequantize(x, self.scale, self.zero_point)
+        """``x`` of any shape, float32, rounded to the grid of its codes."""
+        rounded: Tensor = ops.quantize_dequantize(x, self.scale, self.zero_point)
+        return rounded
 
 
 class Dequantize(nn.Module):
-    """Stands where the weight quantizer stood: turns INT8 codes into the weight. scale [C], zero point [C]."""
+    """Takes the place of a weight quantizer: turns codes into the weight. scale [C], zero point [C]."""
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, scale: Tensor, axis: int) -> None:
+    def __init__(self, scale: Tensor, axis: int, number_format: NumberFormat) -> None:
         super().__init__()
         self.register_buffer("scale", scale)
-        self.register_buffer("zero_point", torch.zeros(scale.shape, dtype=torch.int8))
+        self.register_buffer("zero_point", torch.zeros(scale.shape, dtype=ops.codes_dtype(number_format)))
         self.axis = axis
+        self.format = number_format
 
     def forward(self, codes: Tensor) -> Tensor:
-        """INT8 codes to float32, same shape."""
-        return ops.dequantize(codes, self.scale, self.zero_point, self.axis)
+        """Codes to float32, same shape."""
+        weight: Tensor = ops.dequantize(codes, self.scale, self.zero_point, self.axis)
+        return weight
 
 
 class DequantizeInput(nn.Module):
-    """Stands where the quantizer of the network's input stood, when the caller quantizes: scale [], zero point []."""
+    """Takes the place of the input's quantizer when the caller quantizes: scale [], zero point []."""
 
     scale: Tensor
     zero_point: Tensor
@@ -85,41 +89,45 @@ class DequantizeInput(nn.Module):
         self.register_buffer("zero_point", quantizer.zero_point)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """INT8 codes to float32, same shape."""
-        return ops.dequantize_input(codes, self.scale, self.zero_point)
+        """Codes to float32, same shape."""
+        x: Tensor = ops.dequantize_input(codes, self.scale, self.zero_point)
+        return x
 
 
 def fold(prepared: fx.GraphModule) -> tuple[fx.GraphModule, list[DeadChannel]]:
-    """Folds a prepared and calibrated model for inference; ``prepared`` stays as it is.
+    """Folds a copy of a prepared and calibrated model for inference, on the CPU; ``prepared`` stays as it is.
+
+    Each quantizer says which number format its codes have.
 
     Returns the folded module (float32 NCHW in, logits out, same node names) and the channels whose scale was floored.
     """
-    folded = copy.deepcopy(prepared).eval().requires_grad_(False)
+    folded = copy.deepcopy(prepared).cpu().eval().requires_grad_(False)
     dead: list[DeadChannel] = []
     _layers_from_functions(folded)
     _fold_batch_norms(folded, dead)
     for name, module in list(folded.named_modules()):
         if isinstance(module, ActivationQuantizer):
-            folded.set_submodule(name, QuantizeDequantize(scale_from_amax(module.amax)))
+            folded.set_submodule(name, QuantizeDequantize(scale_from_amax(module.amax, module.format), module.format))
         elif isinstance(getattr(module, "weight_quantizer", None), WeightQuantizer):
             _store_codes(name, module, None, dead)
-    return _finished(folded), dead
+    return _finish(folded), dead
 
 
 def fold_float(prepared: fx.GraphModule) -> fx.GraphModule:
-    """Folds a prepared model without its quantizers: float weights as trained; ``prepared`` stays as it is.
+    """Folds a copy of a prepared model without its quantizers, on the CPU; ``prepared`` stays as it is.
 
-    Returns the folded module: float32 NCHW in, logits out, node names as those of ``fold``.
+    Weights are float, as they were trained. Returns the folded module: float32 NCHW in, logits out, with the node names
+    that ``fold`` gives.
     """
-    folded = copy.deepcopy(prepared).eval().requires_grad_(False)
+    folded = copy.deepcopy(prepared).cpu().eval().requires_grad_(False)
     _layers_from_functions(folded)
     _remove_quantizers(folded)
     _fold_batch_norms(folded, [])
-    return _finished(folded)
+    return _finish(folded)
 
 
-def _finished(folded: fx.GraphModule) -> fx.GraphModule:
-    """``folded`` in operations that the exporter keeps, without what is no longer used."""
+def _finish(folded: fx.GraphModule) -> fx.GraphModule:
+    """Puts operations that the exporter keeps into ``folded`` and removes what is no longer used."""
     lower(folded)
     folded.delete_all_unused_submodules()
     folded.graph.lint()
@@ -128,7 +136,7 @@ def _finished(folded: fx.GraphModule) -> fx.GraphModule:
 
 
 def _layers_from_functions(folded: fx.GraphModule) -> None:
-    """Convolutions and matrix products that are function calls on a quantized weight -> layers, as all others are."""
+    """Turns convolutions and matrix products that are function calls on a quantized weight into layers."""
     modules = dict(folded.named_modules())
     for node in list(folded.graph.nodes):
         weights = [
@@ -138,8 +146,10 @@ def _layers_from_functions(folded: fx.GraphModule) -> None:
             continue
         path = unused_path(folded, label(node))
         layer: Any = quantized_layer(layer_of(node, folded))
-        if (amax := modules[str(weights[0].target)].amax) is not None:
-            layer.weight_quantizer.fix(amax)
+        quantizer: Any = modules[str(weights[0].target)]
+        layer.weight_quantizer.format = quantizer.format
+        if quantizer.amax is not None:
+            layer.weight_quantizer.fix(quantizer.amax)
         folded.add_submodule(path, layer)
         given, bystanders = node.args[0], node.all_input_nodes[1:]
         with folded.graph.inserting_before(node):
@@ -164,7 +174,7 @@ def _remove_quantizers(folded: fx.GraphModule) -> None:
 
 
 def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
-    """Folds each batch normalization that alone reads a convolution, and removes its node."""
+    """Folds each batch normalization that is the only reader of a convolution, and removes its node."""
     modules = dict(folded.named_modules())
     calls: dict[str, int] = {}
     for node in folded.graph.nodes:
@@ -176,7 +186,7 @@ def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
         if source.op != "call_module" or len(source.users) != 1 or norm.running_var is None:
             continue
         layer, name = modules[source.target], str(source.target)
-        # Behind a linear layer normalization may run over another axis than the layer's channels.
+        # Not into a linear layer: the normalization may run over another axis than the layer's channels.
         if calls[name] != 1 or not isinstance(layer, nn.modules.conv._ConvNd) or "weight" not in layer._parameters:
             continue
         if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
@@ -190,23 +200,24 @@ def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
 
 
 def _store_codes(name: str, layer: Any, norm: _Norm | None, dead: list[DeadChannel]) -> None:
-    """Replaces the weight of ``layer`` by INT8 codes and its quantizer by a dequantizer, with ``norm`` folded in."""
+    """Replaces the weight of ``layer`` by codes and its quantizer by a dequantizer, with ``norm`` folded in."""
     quantizer, weight = layer.weight_quantizer, layer.weight.detach()
     scale = quantizer.scale(weight)
-    codes = quantize(weight, per_channel(scale, weight.ndim, quantizer.axis), WEIGHT)
+    codes = quantize(weight, per_channel(scale, weight.ndim, quantizer.axis), quantizer.format)
     if norm is not None:
         factor, shift = _affine(norm)
         codes = codes * per_channel(torch.where(factor < 0, -1.0, 1.0), weight.ndim, quantizer.axis)
         scale = scale * factor.abs()
         bias = 0 if layer.bias is None else layer.bias.detach()
         layer.bias = nn.Parameter(shift + bias * factor, requires_grad=False)
-    # A channel whose scale vanishes computes zero: zero codes with the smallest normal scale say so to TensorRT.
+    # A channel whose scale vanishes computes zero. TensorRT refuses a scale of zero, so the channel gets zero codes and
+    # the smallest normal scale.
     vanished = scale <= SCALE_FLOOR
     codes = codes.masked_fill(per_channel(vanished, weight.ndim, quantizer.axis), 0)
     dead.extend(DeadChannel(name, int(channel)) for channel in vanished.nonzero().flatten())
     del layer.weight
-    layer.register_buffer("weight", codes.to(torch.int8))
-    layer.weight_quantizer = Dequantize(scale.clamp(min=SCALE_FLOOR), quantizer.axis)
+    layer.register_buffer("weight", codes.to(ops.codes_dtype(quantizer.format)))
+    layer.weight_quantizer = Dequantize(scale.clamp(min=SCALE_FLOOR), quantizer.axis, quantizer.format)
 
 
 def _fold_float(layer: Any, norm: _Norm) -> None:

@@ -1,4 +1,7 @@
-"""Checkpoint -> ONNX file, reference file and sidecar: fold, emit, check TensorRT's rules, measure parity."""
+"""Checkpoint, or a calibrated model in memory -> ONNX file, reference file and sidecar.
+
+Steps: fold, rewrite what was asked for, emit, check TensorRT's rules, measure parity with ONNX Runtime.
+"""
 
 from __future__ import annotations
 
@@ -9,130 +12,228 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-from export.emit import INPUT_NAME, OUTPUT_NAME, emit, example_input, input_scale, with_ends
-from export.float_weights import save
+from export import ops
+from export.emit import INPUT_NAME, OUTPUT_NAME, emit, example_input, input_quantizer, input_scale, with_ends
+from export.float_weights import save_onnx
 from export.fold import DeadChannel, fold, fold_float
 from export.hard_rules import hard_findings
-from export.merge_shortcuts import VECTOR, merge_shortcuts
-from export.ops import OPSET
-from export.pad_channels import CHANNELS, pad_channels
+from export.merge_shortcuts import VECTOR
+from export.merge_shortcuts import merge_shortcuts as merge
+from export.pad_channels import CHANNELS
+from export.pad_channels import pad_channels as pad
 from export.parity import measure
-from export.reference import Sample, reference_path, sample, write_reference
+from export.reference import Sample, reference_path, write_reference
 from export.session import sqnr_db
-from qat.base.artifact import Parent, Sidecar, TensorSpec, check_writable, read_sidecar, sidecar_path, write_artifact
-from qat.base.choices import InputKind
+from export.trained_network import TrainedNetwork
+from qat.base.artifact import Sidecar, TensorSpec, check_writable, read_sidecar, sidecar_path, write_artifact
+from qat.base.choices import ExportPrecision, InputKind, WeightStorage
 from qat.base.console import say, warn
 from qat.base.errors import UserError
-from qat.base.number_format import BITS
 from qat.base.text import megabytes
-from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.data.preprocessing import Preprocessing
-from qat.fake_quantize.quantizer import ACTIVATION, quantize
-
-if TYPE_CHECKING:
-    from export.options import ExportOptions
+from qat.fake_quantize.quantizer import quantize
 
 _PARITY_BATCH = 32
-_ALIKE = 0.95  # cosine of the logits that no rounding brings a network of any use below
+_ALIKE = 0.95  # cosine of the logits; rounding does not bring a useful network below it
 
 
-def export_checkpoint(options: ExportOptions) -> Sidecar:
-    """Exports a checkpoint and returns the sidecar of the ONNX file. Raises UserError for what the user can mend."""
-    quantized = options.precision == "int8"
-    needless = {
-        "--pad-channels": options.pad_channels,
-        "--merge-shortcuts": options.merge_shortcuts,
-        "--weights": options.weights == "float",
-        "--input int8-nchw": options.input == "int8-nchw",
-    }
-    if not quantized and any(needless.values()):
-        given = " and ".join(name for name, is_given in needless.items() if is_given)
-        raise UserError(f"--precision {options.precision} computes nothing in INT8: leave out {given}")
-    output = options.output or options.checkpoint.with_suffix(f"{_special(options)}.onnx")
+def export_onnx(
+    source: Path | str | fx.GraphModule,
+    output: Path | str | None = None,
+    *,
+    input: InputKind = "float32-nchw",
+    precision: ExportPrecision = "int8",
+    weights: WeightStorage = "int8",
+    pad_channels: bool = False,
+    merge_shortcuts: bool = False,
+    preprocessing: Preprocessing | None = None,
+    input_shape: Sequence[int] | None = None,
+    class_names: Sequence[str] = (),
+    images: Tensor | np.ndarray | None = None,
+    parity_images: int = 512,
+    layer_images: int = 8,
+) -> Sidecar:
+    """Writes a trained network as explicit-precision ONNX: with INT8 weights and all Q/DQ nodes.
+
+        export_onnx("runs/model.qat", "model.onnx")
+        export_onnx(prepared, "model.onnx", input_shape=(3, 224, 224))  # a model that was prepared and calibrated
+
+    The file takes [N, ...] with any N, and its output is float32 logits [N, classes]. Beside it are written its sidecar
+    and, where preprocessing is known, model.reference.npz: images with PyTorch's answers, to check an engine by.
+
+    Args:
+        source: the path of a checkpoint, or what ``prepare`` of qat made of a model, calibrated; it is not changed.
+        output: the ONNX file to write. For a checkpoint, None means a file beside it whose name says which options
+            were given: model.merged-padded.onnx.
+        input: what the file takes. float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes; int8-nchw:
+            normalized images that the caller has quantized by the ``input_scale`` in the sidecar's preprocessing.
+        precision: int8; float32 or float16 for the same weights without any quantizer, as a baseline.
+        weights: int8; float for the same codes as float weights in front of a QuantizeLinear, four times the size.
+        pad_channels: put zero channels into residual blocks that end with fewer than 128 input channels.
+        merge_shortcuts: merge 1x1 shortcuts into the convolutions that they are added to.
+        preprocessing: for a model: how images become inputs. A checkpoint has its own.
+        input_shape: for a model without ``preprocessing``: the shape of one input, [C, H, W].
+        class_names: for a model: the names of the classes, in the order of the logits. A checkpoint has its own.
+        images: for a model: what PyTorch and ONNX Runtime are compared on; uint8 [N, 3, H, W] in RGB, or, without
+            ``preprocessing``, float32 [N, C, H, W] as the model takes them. None for random ones.
+        parity_images: how many images PyTorch and ONNX Runtime are compared on, at most.
+        layer_images: how many of them are compared layer by layer.
+
+    Returns the sidecar of the ONNX file: ``figures["parity"]`` says how well the two agree.
+
+    Raises UserError when a checkpoint cannot be read or the file cannot be written, when options exclude each other,
+    when a model is not calibrated, or when ``images`` or ``class_names`` do not fit it.
+    """
+    quantized = precision == "int8"
+    _check_precision(precision, weights, input, pad_channels=pad_channels, merge_shortcuts=merge_shortcuts)
+    suffix = _name_suffix(precision, weights, input, pad_channels=pad_channels, merge_shortcuts=merge_shortcuts)
+    output = _resolve_output(source, output, suffix)
+    if parity_images < 1 or layer_images < 1:
+        raise UserError("--parity-images and --layer-images must be at least 1: parity is part of every export")
     reference = reference_path(output)
     for path in (output, reference):
-        if path.resolve() == options.checkpoint.resolve():
-            if sidecar_path(options.checkpoint).exists():
-                read_sidecar(options.checkpoint, "checkpoint")  # an ONNX file in its place is another mistake
-            raise UserError(f"{path} would overwrite the checkpoint: give another --output")
-    if options.parity_images < 1 or options.layer_images < 1:
-        raise UserError("--parity-images and --layer-images must be at least 1: parity is part of every export")
-    for path in (output, reference):
         check_writable(path)
-    checkpoint = load_checkpoint(options.checkpoint)
-    if quantized and (bits := checkpoint.sidecar.details.get("bits", BITS)) != BITS:
-        raise UserError(
-            f"{options.checkpoint} simulates {bits} bits, which no engine computes: train with --bits {BITS}"
-        )
+    network = _load(source, preprocessing, input_shape, class_names, images)
+    if quantized:
+        network.check_exportable()
 
     start = time.perf_counter()
-    folded, dead = fold(checkpoint.model) if quantized else (fold_float(checkpoint.model), [])
-    trained = copy.deepcopy(folded) if options.merge_shortcuts else None
-    shape = (3, checkpoint.preprocessing.height, checkpoint.preprocessing.width)
-    merged = _merged(folded, shape) if options.merge_shortcuts else []
-    padded = _padded(folded) if options.pad_channels else []
-    dead = _still_dead(folded, dead)
+    folded, dead = fold(network.model) if quantized else (fold_float(network.model), [])
+    classes = _class_count(folded, network)
+    trained = copy.deepcopy(folded) if merge_shortcuts else None
+    merged = _merge_or_refuse(folded, network.input_shape) if merge_shortcuts else []
+    padded = _pad_or_refuse(folded) if pad_channels else []
+    dead = _remaining_dead_channels(folded, dead)
     _warn_of_dead_channels(dead)
-    dtype = torch.float16 if options.precision == "float16" else torch.float32
-    preprocessing = dict(checkpoint.sidecar.preprocessing)
-    if options.input == "int8-nchw":
-        preprocessing["input_scale"] = input_scale(folded)
-    network = with_ends(folded, checkpoint.preprocessing, options.input, dtype)
-    example = example_input(checkpoint.preprocessing, options.input)
+    stated = dict(network.stated_preprocessing)
+    if input == "int8-nchw":
+        stated["input_scale"] = input_scale(folded)
+    example = example_input(network.input_shape, input)
     details: dict[str, Any] = {
-        "input": options.input,
-        "precision": options.precision,
-        "weights": options.weights if quantized else "float",
+        "input": input,
+        "precision": precision,
+        "weights": weights if quantized else "float",
         "padded": padded,
         "merged": merged,
-        "opset": OPSET,
+        "opset": ops.OPSET,
         "dead_channels": [asdict(channel) for channel in dead],
+        **network.details,
     }
-    model = emit(network, example, _metadata(checkpoint, details))
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    ready = with_ends(folded, network.preprocessing, input, dtype)
+    model = emit(ready, example, _metadata(network, details))
     if findings := hard_findings(model):
         raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
     seconds = time.perf_counter() - start
     figures: dict[str, Any] = {"export_seconds": round(seconds, 2), "nodes": len(list(model.graph))}
 
     def write(path: Path) -> None:
-        save(ir.to_proto(model), path, options.weights)
+        save_onnx(ir.to_proto(model), path, weights)
         figures["bytes"] = path.stat().st_size
         say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {megabytes(figures['bytes'])}")
-        images = sample(checkpoint, options.parity_images)
-        # The float16 file too is held against float32 PyTorch: what half the bits cost is to be seen.
-        pairs = _pairs(images, checkpoint.preprocessing, options.input, preprocessing.get("input_scale"))
-        parity, logits = measure(folded, path, pairs, options.layer_images)
-        say(f"PyTorch against ONNX Runtime on {images.source}: {parity}")
+        compared = network.sample(parity_images)
+        # A float16 file is compared with float32 PyTorch too, so that the loss of precision shows.
+        parity, logits = measure(folded, path, _pairs(network, folded, compared, input), layer_images)
+        say(f"PyTorch against ONNX Runtime on {compared.source}: {parity}")
         if parity.smallest_logit_cosine < _ALIKE:
-            warn("ONNX Runtime computes other answers than PyTorch: are the network's own of any use? if so, report it")
-        figures["parity"] = {"source": images.source} | parity.to_json()
+            warn(
+                "ONNX Runtime computes other answers than PyTorch: check whether the network's own answers are of any "
+                "use, and report it if they are"
+            )
+        figures["parity"] = {"source": compared.source} | parity.to_json()
         if trained is not None:
-            figures["merging"] = _merging(trained, images, checkpoint.preprocessing, logits)
-        details["reference"] = write_reference(reference, images, logits)
+            figures["merging"] = _compare_with_trained(trained, network, compared, logits)
+        details["reference"] = write_reference(reference, compared, logits) if network.preprocessing else None
 
     sidecar = Sidecar(
         kind="onnx",
-        parent=Parent.from_file(output, options.checkpoint, checkpoint.sidecar.sha256),
+        parent=network.parent(output),
         inputs=(TensorSpec(INPUT_NAME, (-1, *example.shape[1:]), str(example.dtype).removeprefix("torch.")),),
-        outputs=(TensorSpec(OUTPUT_NAME, (-1, len(checkpoint.sidecar.class_names)), "float32"),),
-        preprocessing=preprocessing,
-        class_names=checkpoint.sidecar.class_names,
+        outputs=(TensorSpec(OUTPUT_NAME, (-1, classes), "float32"),),
+        preprocessing=stated,
+        class_names=network.class_names,
         figures=figures,
         details=details,
     )
     written = write_artifact(output, sidecar, write)
-    say(f"wrote {output} and {reference.name}\nnext: python -m deploy.build {output}")
+    beside = f" and {reference.name}" if details["reference"] else ""
+    say(f"wrote {output}{beside}\nnext: python -m deploy.build {output}")
     return written
 
 
-def _merged(folded: fx.GraphModule, input_shape: Sequence[int]) -> list[str]:
-    merged = merge_shortcuts(folded, input_shape)
+def _load(
+    source: Path | str | fx.GraphModule,
+    preprocessing: Preprocessing | None,
+    input_shape: Sequence[int] | None,
+    class_names: Sequence[str],
+    images: Tensor | np.ndarray | None,
+) -> TrainedNetwork:
+    if not isinstance(source, (str, Path)):
+        return TrainedNetwork.from_model(source, preprocessing, input_shape, class_names, images)
+    if preprocessing is not None or input_shape is not None or images is not None or class_names:
+        raise UserError(
+            f"{source} is a checkpoint, which has its own preprocessing, class names and images: leave out "
+            "preprocessing, input_shape, class_names and images"
+        )
+    return TrainedNetwork.from_checkpoint(Path(source))
+
+
+def _check_precision(
+    precision: ExportPrecision, weights: WeightStorage, kind: InputKind, *, pad_channels: bool, merge_shortcuts: bool
+) -> None:
+    """Raises UserError when options of INT8 are given for a float file."""
+    needless = {
+        "--pad-channels": pad_channels,
+        "--merge-shortcuts": merge_shortcuts,
+        "--weights": weights == "float",
+        "--input int8-nchw": kind == "int8-nchw",
+    }
+    if precision != "int8" and any(needless.values()):
+        given = " and ".join(name for name, is_given in needless.items() if is_given)
+        raise UserError(f"--precision {precision} computes nothing in INT8: leave out {given}")
+
+
+def _name_suffix(
+    precision: ExportPrecision, weights: WeightStorage, kind: InputKind, *, pad_channels: bool, merge_shortcuts: bool
+) -> str:
+    """What stands before .onnx in the file's name: the options that are not the defaults."""
+    chosen = {
+        precision: precision != "int8",
+        "merged": merge_shortcuts,
+        "padded": pad_channels,
+        "float-weights": weights == "float",
+        kind: kind != "float32-nchw",
+    }
+    names = "-".join(name for name, wanted in chosen.items() if wanted)
+    return f".{names}" if names else ""
+
+
+def _resolve_output(source: Path | str | fx.GraphModule, output: Path | str | None, suffix: str) -> Path:
+    """The ONNX file to write. Raises UserError when it, or its reference file, would overwrite the checkpoint."""
+    if not isinstance(source, (str, Path)):
+        if output is None:
+            raise UserError("output is missing, and a model has no file to be named after: give the file to write")
+        return Path(output)
+    checkpoint = Path(source)
+    chosen = checkpoint.with_suffix(f"{suffix}.onnx") if output is None else Path(output)
+    for path in (chosen, reference_path(chosen)):
+        if path.resolve() == checkpoint.resolve():
+            if sidecar_path(checkpoint).exists():
+                read_sidecar(checkpoint, "checkpoint")  # an ONNX file given as the checkpoint is another mistake
+            raise UserError(f"{path} would overwrite the checkpoint: give another --output")
+    return chosen
+
+
+def _merge_or_refuse(folded: fx.GraphModule, input_shape: Sequence[int]) -> list[str]:
+    """Merges shortcuts. Raises UserError when there is none to merge."""
+    merged = merge(folded, input_shape)
     if not merged:
         raise UserError(
             "no shortcut of this network can be merged, which takes two INT8 convolutions 1x1 whose outputs are added "
@@ -142,12 +243,20 @@ def _merged(folded: fx.GraphModule, input_shape: Sequence[int]) -> list[str]:
     return merged
 
 
-def _padded(folded: fx.GraphModule) -> list[str]:
-    padded = pad_channels(folded)
+def _pad_or_refuse(folded: fx.GraphModule) -> list[str]:
+    """Pads channels. Raises UserError when there is no convolution to pad."""
+    padded = pad(folded)
     if not padded:
         raise UserError("no convolution of this network can be padded with zero channels: leave out --pad-channels")
     say(f"zero channels up to {CHANNELS} before {', '.join(padded)}")
     return padded
+
+
+def _remaining_dead_channels(folded: nn.Module, dead: list[DeadChannel]) -> list[DeadChannel]:
+    """The channels among ``dead`` that still exist and are zero: merging removes layers and changes weights."""
+    layers: dict[str, Any] = dict(folded.named_modules())
+    there = [(channel, layers[channel.layer]) for channel in dead if channel.layer in layers]
+    return [one for one, layer in there if not layer.weight.select(layer.weight_quantizer.axis, one.channel).any()]
 
 
 def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
@@ -157,31 +266,26 @@ def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
         warn(f"{layer}: dead channels {listed}, {len(numbers)} in all: their weights are zero; the scales were floored")
 
 
-def _still_dead(folded: nn.Module, dead: list[DeadChannel]) -> list[DeadChannel]:
-    """Those of ``dead`` that are, now that layers may have been merged."""
-    layers: dict[str, Any] = dict(folded.named_modules())
-    there = [(channel, layers[channel.layer]) for channel in dead if channel.layer in layers]
-    return [one for one, layer in there if not layer.weight.select(layer.weight_quantizer.axis, one.channel).any()]
-
-
-def _special(options: ExportOptions) -> str:
-    """What the file's name says of how it was exported, in front of .onnx: what is not the default."""
-    chosen = {
-        options.precision: options.precision != "int8",
-        "merged": options.merge_shortcuts,
-        "padded": options.pad_channels,
-        "float-weights": options.weights == "float",
-        options.input: options.input != "float32-nchw",
-    }
-    names = "-".join(name for name, wanted in chosen.items() if wanted)
-    return f".{names}" if names else ""
+def _class_count(folded: fx.GraphModule, network: TrainedNetwork) -> int:
+    """How many logits the network has. Raises UserError when it has none, or they do not fit the class names."""
+    with torch.no_grad():
+        logits = folded(torch.zeros(1, *network.input_shape))
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"{network.name} answers {shape}, and must answer logits [N, classes]: export its classifier")
+    names, classes = network.class_names, logits.shape[1]
+    if names and len(names) != classes:
+        raise UserError(f"{network.name} has {classes} classes, there are {len(names)} class names: give one for each")
+    return classes
 
 
 @torch.no_grad()
-def _merging(trained: nn.Module, images: Sample, preprocessing: Preprocessing, logits: Tensor) -> dict[str, Any]:
-    """How far merging has moved the ``logits`` of ``images``, [N, classes], from what was ``trained``."""
-    batches = images.images_NCHW.split(_PARITY_BATCH)
-    before = torch.cat([trained(preprocessing.normalize(x_NCHW)) for x_NCHW in batches])
+def _compare_with_trained(
+    trained: nn.Module, network: TrainedNetwork, images: Sample, logits: Tensor
+) -> dict[str, Any]:
+    """How far merging has moved the ``logits`` of ``images``, [N, classes], from those of the ``trained`` network."""
+    batches = torch.split(images.images_NCHW, _PARITY_BATCH)
+    before = torch.cat([trained(network.normalize(batch)) for batch in batches])
     other = int((before.argmax(1) != logits.argmax(1)).sum())
     decibels = sqnr_db(before.numpy(), logits.numpy())
     distance = "no logit changed" if decibels is None else f"logits at {decibels:.1f} dB"
@@ -189,28 +293,30 @@ def _merging(trained: nn.Module, images: Sample, preprocessing: Preprocessing, l
     return {"images": len(logits), "other_top1": other, "sqnr_db": decibels}
 
 
-def _metadata(checkpoint: Checkpoint, details: Mapping[str, Any]) -> dict[str, str]:
-    """What travels inside the ONNX file, for programs that have no sidecar."""
+def _metadata(network: TrainedNetwork, details: Mapping[str, Any]) -> dict[str, str]:
+    """What the ONNX file itself says, for programs that do not have the sidecar."""
     return {
-        "checkpoint_sha256": checkpoint.sidecar.sha256,
-        "class_names": json.dumps(checkpoint.sidecar.class_names),
-        "preprocessing": json.dumps(dict(checkpoint.sidecar.preprocessing)),
+        **network.metadata,
+        "class_names": json.dumps(network.class_names),
+        "preprocessing": json.dumps(dict(network.stated_preprocessing)),
         "padded": json.dumps(details["padded"]),
         "merged": json.dumps(details["merged"]),
     } | {name: details[name] for name in ("input", "precision", "weights")}
 
 
 def _pairs(
-    images: Sample, preprocessing: Preprocessing, kind: InputKind, scale: float | None
+    network: TrainedNetwork, folded: fx.GraphModule, images: Sample, kind: InputKind
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(normalized images, the same as the exported network takes them) in batches."""
-    for x_NCHW in images.images_NCHW.split(_PARITY_BATCH):
-        normalized = preprocessing.normalize(x_NCHW)
+    """Batches of (what ``folded`` takes, the same as a file exported with ``kind`` takes it)."""
+    for x_NCHW in torch.split(images.images_NCHW, _PARITY_BATCH):
+        normalized = network.normalize(x_NCHW)
         given = normalized
         if kind == "uint8-nhwc":
             given = x_NCHW.permute(0, 2, 3, 1).contiguous()
         elif kind == "uint8-nchw":
             given = x_NCHW
-        elif scale is not None:
-            given = quantize(normalized, torch.tensor(scale), ACTIVATION).to(torch.int8)
+        elif kind == "int8-nchw":
+            quantizer = input_quantizer(folded)
+            codes = quantize(normalized, quantizer.scale, quantizer.format)
+            given = codes.to(ops.codes_dtype(quantizer.format))
         yield normalized, given

@@ -1,6 +1,7 @@
-"""Writes a placement into a float ONNX graph: Q/DQ nodes around activations, INT8 codes for weights.
+"""Writes a placement into a float ONNX graph: Q/DQ nodes around activations, codes for weights.
 
-Numerics are those of qat/fake_quantize/quantizer.py. Q and DQ of all tensors that share a scale share its initializers.
+Numerics are those of qat/fake_quantize/quantizer.py. The Q and DQ nodes of all tensors that share a scale share its
+initializers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from export.names import unused_name
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork
 from export.qdq import output_axis
-from qat.fake_quantize import quantizer
+from qat.base.number_format import NumberFormat
 from qat.fake_quantize.quantizer import SCALE_FLOOR, per_channel, quantize, scale_from_amax, weight_amax
 from qat.rules.placement import Placement
 
@@ -25,7 +26,8 @@ def insert(
     model: ir.Model,
     view: OnnxNetwork,
     placement: Placement,
-    amax: Mapping[str, float],
+    scales: Mapping[str, float],
+    number_format: NumberFormat,
 ) -> int:
     """Quantizes ``model`` in place.
 
@@ -33,30 +35,35 @@ def insert(
         model: a float network.
         view: what ``network_from_onnx`` read of it.
         placement: what qat.rules.place.place decided about ``view.network``.
-        amax: the largest magnitude by the name of each quantizer of ``placement``.
+        scales: the scale of each quantizer of ``placement``, by its name: > 0, in the unit of its tensor. It is written
+            as float32, so that one that is a float32 already keeps all its bits.
+        number_format: the format of activations. Weights use it without its lowest code.
 
     Returns:
         How many weight channels are zero; their scales were floored.
     """
     values = {value.name: value for value in (*model.graph.inputs, *_outputs(model.graph))}
-    scales = {name: _scale(model.graph, name, amax[name]) for name in {t.quantizer for t in placement.tensors}}
+    stored = {
+        name: _store_scale(model.graph, name, scales[name], number_format)
+        for name in dict.fromkeys(tensor.quantizer for tensor in placement.tensors)
+    }
     for tensor in placement.tensors:
         value = values[tensor.tensor]
-        dequantized = _pair(model.graph, value, *scales[tensor.quantizer])
+        dequantized = _add_pair(model.graph, value, *stored[tensor.quantizer], number_format)
         for read in tensor.reads:
             _reroute(view.nodes[read.reader], value, dequantized)
     dead = 0
-    stored: dict[tuple[str, int], ir.Value] = {}  # a weight may serve several layers
+    weights: dict[tuple[str, int], ir.Value] = {}  # a weight may serve several layers
     for decision in placement.weights:
         if decision.quantized:
             node = view.nodes[decision.op]
             weight, axis = node.inputs[WEIGHT], output_axis(node)
             assert weight is not None
             key = (weight.name or "", axis)
-            if key not in stored:
-                stored[key], zeros = _quantized_weight(model.graph, weight, axis)
+            if key not in weights:
+                weights[key], zeros = _quantize_weight(model.graph, weight, axis, number_format.narrow())
                 dead += zeros
-            node.replace_input_with(WEIGHT, stored[key])
+            node.replace_input_with(WEIGHT, weights[key])
     model.graph.sort()
     passes.RemoveUnusedNodesPass()(model)  # the float weights, too
     return dead
@@ -66,28 +73,35 @@ def _outputs(graph: ir.Graph) -> list[ir.Value]:
     return [value for node in graph for value in node.outputs]
 
 
-def _scale(graph: ir.Graph, name: str, amax: float) -> tuple[ir.Value, ir.Value]:
-    scale = scale_from_amax(torch.tensor(amax)).numpy()
-    return _initializer(graph, f"{name}.scale", scale), _initializer(graph, f"{name}.zero_point", np.zeros((), np.int8))
+def _store_scale(graph: ir.Graph, name: str, scale: float, number_format: NumberFormat) -> tuple[ir.Value, ir.Value]:
+    """Initializers of the scale and of its zero point."""
+    zero_point = np.zeros((), number_format.dtype)
+    return (
+        _initializer(graph, f"{name}.scale", np.array(scale, np.float32)),
+        _initializer(graph, f"{name}.zero_point", zero_point),
+    )
 
 
-def _pair(graph: ir.Graph, value: ir.Value, scale: ir.Value, zero_point: ir.Value) -> ir.Value:
+def _add_pair(
+    graph: ir.Graph, value: ir.Value, scale: ir.Value, zero_point: ir.Value, number_format: NumberFormat
+) -> ir.Value:
     """``value`` through QuantizeLinear and DequantizeLinear."""
-    codes = _append(graph, QUANTIZE, [value, scale, zero_point], f"{value.name}/quantize", ir.DataType.INT8, value)
+    codes_type = ir.DataType[number_format.onnx_type]
+    codes = _append(graph, QUANTIZE, [value, scale, zero_point], f"{value.name}/quantize", codes_type, value)
     return _append(graph, DEQUANTIZE, [codes, scale, zero_point], f"{value.name}/dequantize", ir.DataType.FLOAT, value)
 
 
-def _quantized_weight(graph: ir.Graph, weight: ir.Value, axis: int) -> tuple[ir.Value, int]:
-    """``weight`` as INT8 codes behind DequantizeLinear; how many of its channels are zero."""
+def _quantize_weight(graph: ir.Graph, weight: ir.Value, axis: int, number_format: NumberFormat) -> tuple[ir.Value, int]:
+    """``weight`` as codes behind DequantizeLinear, and how many of its channels are zero."""
     assert weight.const_value is not None
     given = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
-    scale = scale_from_amax(weight_amax(given, axis))
-    codes = quantize(given, per_channel(scale, given.ndim, axis), quantizer.WEIGHT)
+    scale = scale_from_amax(weight_amax(given, axis), number_format)
+    codes = quantize(given, per_channel(scale, given.ndim, axis), number_format)
     name = weight.name or ""
     constants = [
-        _initializer(graph, f"{name}.codes", codes.to(torch.int8).numpy()),
+        _initializer(graph, f"{name}.codes", codes.numpy().astype(number_format.dtype)),
         _initializer(graph, f"{name}.scale", scale.numpy()),
-        _initializer(graph, f"{name}.zero_point", np.zeros(len(scale), np.int8)),
+        _initializer(graph, f"{name}.zero_point", np.zeros(len(scale), number_format.dtype)),
     ]
     dequantized = _append(graph, DEQUANTIZE, constants, f"{name}/dequantize", ir.DataType.FLOAT, weight, axis=axis)
     return dequantized, int((scale <= SCALE_FLOOR).sum())

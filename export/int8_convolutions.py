@@ -1,22 +1,22 @@
-"""Where a folded network calls INT8 convolutions that can be rewritten: what the rewritings of residual blocks ask."""
+"""Questions about the INT8 convolutions of a folded network, for the rewriting of residual blocks."""
 
 from __future__ import annotations
 
 from torch import fx, nn
 
 from export.fold import Dequantize, QuantizeDequantize
-from qat.graph.fx_network import function_name, kind_of
+from qat.graph.fx_network import is_relu, kind_of
 
 
 class Int8Convolutions:
-    """The calls of a folded network (from export.fold.fold), with answers about what one of them computes."""
+    """The calls of a folded network (from export.fold.fold), and what each of them computes."""
 
     def __init__(self, folded: fx.GraphModule) -> None:
         self.modules = dict(folded.named_modules())
         self._called = [node.target for node in folded.graph.nodes if node.op == "call_module"]
 
     def convolution(self, node: fx.Node, *, grouped: bool = False) -> nn.Conv2d | None:
-        """What ``node`` calls, where that is an INT8 convolution, called only here, without groups or as it may be."""
+        """The INT8 convolution that ``node``, and no other node, calls; one with groups only where ``grouped``."""
         module = self.module(node)
         if not isinstance(module, nn.Conv2d) or not isinstance(getattr(module, "weight_quantizer", None), Dequantize):
             return None
@@ -27,10 +27,8 @@ class Int8Convolutions:
         return isinstance(self.module(node), QuantizeDequantize)
 
     def is_relu(self, node: fx.Node) -> bool:
-        """Whether ``node`` clips at zero and nothing else."""
-        if node.op == "call_module":
-            return isinstance(self.module(node), nn.ReLU)
-        return function_name(node).removesuffix("_") == "relu"
+        """Whether ``node`` clips at zero and does nothing else."""
+        return is_relu(node, self.modules)
 
     def is_sum_of_two(self, node: fx.Node) -> bool:
         """Whether ``node`` adds two different tensors."""

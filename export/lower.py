@@ -1,7 +1,7 @@
 """Operations that the exporter would decompose -> operators that stay one ONNX node each (export/ops.py).
 
-PyTorch's exporter makes shape arithmetic of a flatten, ReduceMean and Reshape of a pool, and casts of a clip. TensorRT
-has better kernels for the whole operation, and people find it again in the file.
+PyTorch's exporter turns a flatten into shape arithmetic, a pool into ReduceMean and Reshape, and a clip into casts.
+TensorRT has better kernels for the whole operation, and people can find it in the file.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ class GlobalAveragePool(nn.Module):
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """The mean over H and W."""
-        return ops.global_average_pool(x_NCHW)
+        mean: Tensor = ops.global_average_pool(x_NCHW)
+        return mean
 
 
 class Clip(nn.Module):
-    """Any shape, between two constants."""
+    """Clips a tensor of any shape to two constants."""
 
     low: Tensor
     high: Tensor
@@ -42,11 +43,12 @@ class Clip(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` of any shape, clipped."""
-        return ops.clip(x, self.low, self.high)
+        clipped: Tensor = ops.clip(x, self.low, self.high)
+        return clipped
 
 
 class BatchNorm(nn.Module):
-    """A batch normalization that could not be folded: [N, C, ...], statistics fixed."""
+    """A batch normalization that could not be folded, with fixed statistics: [N, C, ...] -> the same shape."""
 
     scale: Tensor
     bias: Tensor
@@ -67,20 +69,21 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` normalized, scaled and shifted."""
-        return ops.batch_norm(x, self.scale, self.bias, self.mean, self.variance, self.epsilon)
+        normalized: Tensor = ops.batch_norm(x, self.scale, self.bias, self.mean, self.variance, self.epsilon)
+        return normalized
 
 
 def lower(folded: fx.GraphModule) -> None:
-    """Replaces in ``folded`` what the exporter would take apart."""
+    """Replaces in ``folded`` the operations that the exporter would decompose."""
     called = [str(node.target) for node in folded.graph.nodes if node.op == "call_module"]
     for path in dict.fromkeys(called):
         module = folded.get_submodule(path)
         if isinstance(module, PLAIN_NORMS) and module.running_mean is not None:
-            folded.set_submodule(path, _with_children(BatchNorm(module), module))
+            folded.set_submodule(path, _copy_children(module, BatchNorm(module)))
         elif isinstance(module, nn.Hardtanh):  # and ReLU6
             folded.set_submodule(path, Clip(module.min_val, module.max_val))
         elif isinstance(module, nn.modules.conv._ConvNd) and module.bias is None:
-            # Without a bias the exporter computes one of zeros, out of the shape of the weight.
+            # Without a bias the exporter adds nodes that compute zeros from the shape of the weight.
             module.bias = nn.Parameter(torch.zeros(module.out_channels), requires_grad=False)
     modules = dict(folded.named_modules())
     for node in list(folded.graph.nodes):
@@ -92,26 +95,27 @@ def lower(folded: fx.GraphModule) -> None:
             if kind_of(node, modules) == "global_pool" and isinstance(modules[str(node.target)], nn.AdaptiveAvgPool2d):
                 folded.set_submodule(str(node.target), GlobalAveragePool())
         elif kind_of(node, modules) == "global_pool" and function_name(node) in ("adaptive_avg_pool2d", "mean"):
-            _pool(folded, node)
+            _replace_pool(folded, node)
         elif (bounds := _bounds(node)) is not None:
             path = unused_path(folded, node.name)
             folded.add_submodule(path, Clip(*bounds))
             node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
 
 
-def _with_children(module: nn.Module, other: nn.Module) -> nn.Module:
-    for name, child in other.named_children():
-        module.add_module(name, child)
-    return module
+def _copy_children(source: nn.Module, target: nn.Module) -> nn.Module:
+    """``target``, with the children of ``source``: other nodes may call them."""
+    for name, child in source.named_children():
+        target.add_module(name, child)
+    return target
 
 
 def unused_path(module: nn.Module, path: str) -> str:
-    """``path``, or with a number behind it, where ``module`` has no submodule yet."""
+    """``path``, or ``path`` with a number behind it: a path where ``module`` has no submodule yet."""
     return unused_name(path, dict(module.named_modules()))
 
 
-def _pool(folded: fx.GraphModule, node: fx.Node) -> None:
-    """A functional mean over H and W: [N, C, H, W] -> [N, C, 1, 1], or [N, C] without ``keepdim``."""
+def _replace_pool(folded: fx.GraphModule, node: fx.Node) -> None:
+    """Replaces a functional mean over H and W: [N, C, H, W] -> [N, C, 1, 1], or [N, C] without ``keepdim``."""
     keeps = function_name(node) != "mean" or bool(arguments(node).get("keepdim", False))
     node.op, node.target, node.args, node.kwargs = "call_function", POOL, (node.args[0],), {}
     if not keeps:
@@ -123,7 +127,7 @@ def _pool(folded: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _bounds(node: fx.Node) -> tuple[float, float] | None:
-    """What a function clips to, where both bounds are known."""
+    """The bounds that a function clips to, if both are known."""
     name, given = function_name(node).removesuffix("_"), arguments(node)
     low: Any
     high: Any
@@ -135,7 +139,7 @@ def _bounds(node: fx.Node) -> tuple[float, float] | None:
         case "clamp" | "clip":
             low, high = given.get("min"), given.get("max")
             if isinstance(low, int) and isinstance(high, int):
-                return None  # perhaps of integers, which are no matter of quantization
+                return None  # it may clip integers, which are not quantized
         case _:
             return None
     bounds = [value for value in (low, high) if isinstance(value, (int, float)) and math.isfinite(value)]

@@ -1,13 +1,14 @@
-"""A projection shortcut and the convolution that it is added to, merged into one convolution.
+"""Merges a projection shortcut and the convolution that it is added to into one convolution.
 
 A residual block whose shortcut is a 1x1 convolution ends with W a + b + V x + c, which is [W V] [a; x] + (b + c): one
 convolution of the concatenated inputs. The shortcut's output, one of the block's widest tensors, is then neither
 written nor read, the kernel has no addition, and one quantizer is gone. Where the shortcut skips pixels, a 1x1 max pool
-picks those that it reads. What this gives on a GPU is in benchmarks/gpu_benchmark.txt.
+picks those that it reads. The gain on a GPU is in benchmarks/gpu_benchmark.txt.
 
-Both inputs take one scale: the convolution that makes ``a`` gets the factor between the two scales, so that the codes
-of ``a`` stay what they were, ties apart. Each output channel takes one weight scale too, the larger of the two, so that
-the weights with the smaller one are rounded again: the network computes almost the same, the export says how nearly.
+Both inputs get one scale: the convolution that makes ``a`` is multiplied by the factor between the two scales, so that
+the codes of ``a`` stay the same, except for ties. Each output channel gets one weight scale too, the larger of the two,
+so that the weights with the smaller one are rounded again. The network then computes almost the same, and the export
+says how far it moved.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from torch import Tensor, fx, nn
 from export.fold import QuantizeDequantize
 from export.int8_convolutions import Int8Convolutions
 from export.lower import unused_path
-from qat.fake_quantize.quantizer import SCALE_FLOOR, WEIGHT, per_channel, quantize, scale_from_amax
+from qat.fake_quantize.quantizer import SCALE_FLOOR, per_channel, quantize, scale_from_amax
 from qat.graph.fx_network import shapes
 
 VECTOR = 32
-"""Channels that INT8 kernels move at a time: parts of a concatenation that end elsewhere have to be copied."""
+"""Channels that INT8 kernels move at a time: a part of a concatenation that ends elsewhere has to be copied."""
 
 
 def merge_shortcuts(folded: fx.GraphModule, input_shape: Sequence[int]) -> list[str]:
     """Merges, inside ``folded`` (from export.fold.fold), 1x1 shortcuts into the 1x1 convolutions beside them.
 
-    ``input_shape`` is the network's, without the batch. Returns the paths of the convolutions that took a shortcut in.
+    ``input_shape`` is the network's, without the batch. Returns the paths of the convolutions that took in a shortcut;
+    [] if no shortcut can be merged.
     """
     calls, extents = Int8Convolutions(folded), shapes(folded, input_shape)
     blocks = [block for node in folded.graph.nodes if (block := _block(calls, extents, node)) is not None]
@@ -55,7 +57,7 @@ class _Branch:
 
 @dataclass(frozen=True)
 class _Block:
-    """The end of a residual block: ``add`` of two branches; ``maker`` makes what ``last`` alone reads."""
+    """The end of a residual block: ``add`` of two branches; ``maker`` makes the tensor that only ``last`` reads."""
 
     add: fx.Node
     last: _Branch
@@ -64,7 +66,7 @@ class _Block:
 
 
 def _block(calls: Int8Convolutions, extents: Mapping[str, tuple[int, ...]], add: fx.Node) -> _Block | None:
-    """The block that ends with ``add``, if it is one; ``extents`` are the shapes of the floating-point tensors."""
+    """The block that ends with ``add``, if there is one; ``extents`` are the shapes of the floating-point tensors."""
     if not calls.is_sum_of_two(add) or len({extents.get(node.name) for node in add.all_input_nodes}) != 1:
         return None
     one, other = (_branch(calls, node) for node in add.all_input_nodes)
@@ -78,7 +80,7 @@ def _block(calls: Int8Convolutions, extents: Mapping[str, tuple[int, ...]], add:
 
 
 def _branch(calls: Int8Convolutions, added: fx.Node) -> _Branch | None:
-    """The branch that ends with ``added``, or with what ``added`` quantizes for the addition alone."""
+    """The branch that ends with ``added``, or with the tensor that ``added`` quantizes for the addition only."""
     if len(added.users) != 1:
         return None
     call = added.all_input_nodes[0] if calls.is_quantizer(added) else added
@@ -93,7 +95,7 @@ def _branch(calls: Int8Convolutions, added: fx.Node) -> _Branch | None:
 
 
 def _maker(calls: Int8Convolutions, quantizer: fx.Node) -> nn.Conv2d | None:
-    """The convolution that makes what ``quantizer`` reads, with no more than a ReLU between, and for it alone."""
+    """The convolution that makes what ``quantizer`` reads: only a ReLU may stand between, and nothing else reads it."""
     (node,) = quantizer.all_input_nodes
     while len(node.users) == 1:
         if (made := calls.convolution(node, grouped=True)) is not None:
@@ -111,10 +113,10 @@ def _merge(folded: fx.GraphModule, block: _Block) -> None:
     assert isinstance(outer, QuantizeDequantize)
     factor = outer.scale / inner.scale
     _scale_output(block.maker, factor)
-    _take_in(last.convolution, shortcut.convolution, factor)
-    graph, quantizer = folded.graph, str(shortcut.source.target)  # both inputs and what they make share its scale
+    _merge_weights(last.convolution, shortcut.convolution, factor)
+    graph, quantizer = folded.graph, str(shortcut.source.target)  # both inputs and their concatenation share its scale
 
-    def quantized(x: fx.Node) -> fx.Node:
+    def add_quantizer(x: fx.Node) -> fx.Node:
         call = graph.call_module(quantizer, (x,))
         call.meta = dict(shortcut.source.meta)
         return call
@@ -124,9 +126,9 @@ def _merge(folded: fx.GraphModule, block: _Block) -> None:
         if shortcut.convolution.stride != (1, 1):
             path = unused_path(folded, f"{shortcut.call.name}_pixels")
             folded.add_submodule(path, nn.MaxPool2d(1, shortcut.convolution.stride))
-            x = quantized(graph.call_module(path, (x,)))
-        both = graph.call_function(torch.cat, ((quantized(last.source.all_input_nodes[0]), x), 1))
-        last.call.args = (quantized(both),)
+            x = add_quantizer(graph.call_module(path, (x,)))
+        both = graph.call_function(torch.cat, ((add_quantizer(last.source.all_input_nodes[0]), x), 1))
+        last.call.args = (add_quantizer(both),)
     unused = dict.fromkeys((block.add, *block.add.all_input_nodes, shortcut.call, last.source))
     block.add.replace_all_uses_with(last.call)
     block.add.append(last.call)
@@ -136,18 +138,18 @@ def _merge(folded: fx.GraphModule, block: _Block) -> None:
 
 
 def _scale_output(maker: Any, factor: Tensor) -> None:
-    """Makes what ``maker`` computes ``factor`` times as large; its codes stay."""
+    """Makes the output of ``maker`` ``factor`` times as large; its codes stay the same."""
     scale = maker.weight_quantizer.scale
     maker.weight_quantizer.scale = torch.where(scale > SCALE_FLOOR, scale * factor, scale).clamp(min=SCALE_FLOOR)
     maker.bias = nn.Parameter(maker.bias * factor, requires_grad=False)
 
 
-def _take_in(last: Any, shortcut: Any, factor: Tensor) -> None:
-    """Makes ``last`` the convolution of its own input, which has grown by ``factor``, and of the shortcut's."""
+def _merge_weights(last: Any, shortcut: Any, factor: Tensor) -> None:
+    """Makes ``last`` a convolution of its own input, now ``factor`` times as large, and of the shortcut's input."""
     own, taken = (one.weight * per_channel(one.weight_quantizer.scale, 4, 0) for one in (last, shortcut))
     weight = torch.cat((own / factor, taken), 1)
     quantizer = last.weight_quantizer
-    quantizer.scale = scale_from_amax(weight.abs().amax((1, 2, 3)))
-    last.weight = quantize(weight, per_channel(quantizer.scale, 4, 0), WEIGHT).to(torch.int8)
+    quantizer.scale = scale_from_amax(weight.abs().amax((1, 2, 3)), quantizer.format)
+    last.weight = quantize(weight, per_channel(quantizer.scale, 4, 0), quantizer.format).to(last.weight.dtype)
     last.bias = nn.Parameter(last.bias + shortcut.bias, requires_grad=False)
     last.in_channels += shortcut.in_channels

@@ -1,4 +1,4 @@
-"""Names that are not taken yet."""
+"""Finds names that are not taken yet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Container
 
 
 def unused_name(name: str, taken: Container[str]) -> str:
-    """``name``, or with the least number behind it that is not ``taken``: name_1."""
+    """``name``, or ``name_1``, ``name_2``, ...: the first of these that is not ``taken``."""
     serial, unique = 0, name
     while unique in taken:
         serial += 1

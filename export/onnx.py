@@ -11,15 +11,62 @@ Next: python -m deploy.build runs/model.onnx
 
 from __future__ import annotations
 
-from export.options import ExportOptions
-from qat.base.console import run_command
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from qat.base.choices import ExportPrecision, InputKind, WeightStorage
+from qat.base.console import Command, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Command):
+    """The options of ``python -m export.onnx``."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """The checkpoint that python -m qat.train or qat.calibrate wrote."""
+    output: Path | None = None
+    """The ONNX file to write; by default beside the checkpoint, with a name that says which options were given:
+    model.merged-padded.onnx."""
+    input: InputKind = "float32-nchw"
+    """float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes, preprocessing becomes part of the
+    network; int8-nchw: normalized images that the caller has quantized by the input_scale in the sidecar, which leaves
+    the least work for the GPU."""
+    precision: ExportPrecision = "int8"
+    """float32, float16: the same weights without any quantizer, as the baseline that INT8 is compared with."""
+    weights: WeightStorage = "int8"
+    """float: the same codes as float weights in front of a QuantizeLinear, four times the size, for tools that refuse
+    INT8 weights. deploy.build makes them by itself if TensorRT 8.6 refuses INT8 weights."""
+    pad_channels: bool = False
+    """Put zero channels into residual blocks that end with fewer than 128 input channels: the answers stay the same,
+    and some GPUs have a faster kernel for them (measure it: python -m deploy.benchmark --variants)."""
+    merge_shortcuts: bool = False
+    """Merge a 1x1 shortcut into the convolution that it is added to, as in each stage of ResNet50: one kernel instead
+    of two, and one wide tensor less to write. Input channels must be multiples of 32. Some weights are rounded again;
+    the export says what that changes."""
+    parity_images: int = 512
+    """Test images on which PyTorch and ONNX Runtime are compared, at most; they go into the reference file."""
+    layer_images: int = 8
+    """Images on which they are compared layer by layer."""
 
 
 def main(options: ExportOptions) -> None:
     """Exports. Torch is imported here, so that --help answers at once."""
-    from export.from_checkpoint import export_checkpoint
+    from export.from_checkpoint import export_onnx
 
-    export_checkpoint(options)
+    export_onnx(
+        options.checkpoint,
+        options.output,
+        input=options.input,
+        precision=options.precision,
+        weights=options.weights,
+        pad_channels=options.pad_channels,
+        merge_shortcuts=options.merge_shortcuts,
+        parity_images=options.parity_images,
+        layer_images=options.layer_images,
+    )
 
 
 if __name__ == "__main__":

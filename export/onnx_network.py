@@ -1,8 +1,8 @@
 """The neutral view (qat/graph/network.py) of an ONNX graph, float or with Q/DQ nodes, and where it is quantized.
 
-Q and DQ nodes are no operations of the view: who reads a tensor through them is noted as a quantized read. Operations
-are named after the tensor that they make; a GELU of several operators is one. What is computed from constants alone is
-constant, as are weights behind their Q/DQ; what is computed from sizes alone is left out.
+Q and DQ nodes are not operations of the view: it notes a read through them as a quantized read. Operations are named
+after the tensor that they make; a GELU of several operators is one operation. What is computed from constants only is
+constant, and so are weights behind their Q/DQ. What is computed from sizes only is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from export.composed_activations import Composed, composed_activations
+from export.composed_activations import ComposedActivation, composed_activations
+from qat.base.number_format import EXPORTED
 from qat.graph.network import ConstantWeight, Network, Op, exact_kind
 from qat.graph.operations import OpKind, kind_of_onnx
 
@@ -23,7 +24,9 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 WEIGHT = 1
 """Which input of a ``WEIGHTED`` operator is its weight."""
 MOVING = ("Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast")
-"""Operators that a weight may pass through as it is."""
+"""Operators that leave the values of a weight as they are."""
+CODE_TYPES = tuple(ir.DataType[number_format.onnx_type] for number_format in EXPORTED)
+"""The types of tensors that hold codes."""
 # Inputs that say how an operation works: operator -> attribute name by input position
 _ARGUMENTS = {"Pad": {2: "value"}, "ReduceMean": {1: "axes"}}
 
@@ -36,12 +39,12 @@ class OnnxNetwork:
     nodes: dict[str, ir.Node]
     """Operation -> its node."""
     reads: dict[tuple[str, str], list[ir.Node]] = field(default_factory=dict)
-    """(reader, tensor) -> the DequantizeLinear nodes through which it is read; only quantized reads."""
+    """(reader, tensor) -> the DequantizeLinear nodes through which it is read. Reads in float are left out."""
     weights: dict[str, ir.Node] = field(default_factory=dict)
     """Operation -> the DequantizeLinear node of its weight."""
 
     def scale(self, reader: str, tensor: str) -> float | None:
-        """The scale by which ``reader`` reads ``tensor``; None where it reads it in float, or the scale is odd."""
+        """The scale by which ``reader`` reads ``tensor``; None if it reads in float, or by no single constant scale."""
         found = self.reads.get((reader, tensor))
         value = constant(found[0].inputs[1]) if found else None
         return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
@@ -80,15 +83,15 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
 
 
 def constants(graph: ir.Graph) -> set[ir.Value]:
-    """All values of ``graph`` that are computed from initializers and Constant nodes alone."""
+    """All values of ``graph`` that are computed from initializers and Constant nodes only."""
     found = {value for inner in (graph, *graph.subgraphs()) for value in inner.initializers.values()}
     for node in graph.all_nodes():
-        if all(value in found for value in _values_read(node)):
+        if all(value in found for value in _inputs_of(node)):
             found.update(node.outputs)
     return found
 
 
-def _values_read(node: ir.Node) -> Iterator[ir.Value]:
+def _inputs_of(node: ir.Node) -> Iterator[ir.Value]:
     """The inputs of a node, and what its subgraphs read from outside."""
     yield from (value for value in node.inputs if value is not None)
     for attribute in node.attributes.values():
@@ -120,7 +123,7 @@ class _Reader:
 
     def add_node(self, node: ir.Node) -> None:
         """Adds the operation of a node, unless it is a Q, a DQ, a constant or a size."""
-        live = [value for value in _values_read(node) if value not in self.constants]
+        live = [value for value in _inputs_of(node) if value not in self.constants]
         if not live or node.op_type in (QUANTIZE, DEQUANTIZE):
             return
         kind = kind_of_onnx(node.op_type, _attributes(node))
@@ -145,8 +148,8 @@ class _Reader:
             other = value.name or ""
             self._put(Op(other, "other", self._read(other, live), node.name or other, shape=_shape(value)), node)
 
-    def add_activation(self, composed: Composed) -> None:
-        """Adds several nodes as the one operation that they are."""
+    def add_activation(self, composed: ComposedActivation) -> None:
+        """Adds several nodes as one operation."""
         node = composed.last
         made = node.outputs[0]
         name = made.name or ""
@@ -165,7 +168,7 @@ class _Reader:
         self.nodes[op.name] = node
 
     def _read(self, reader: str, values: list[ir.Value]) -> tuple[str, ...]:
-        """The operations whose tensors ``reader`` reads as ``values``; notes which of them it reads quantized."""
+        """The operations whose tensors ``reader`` reads as ``values``. Notes which of them it reads quantized."""
         inputs = []
         for value in values:
             source, through = _source(value)
@@ -176,11 +179,11 @@ class _Reader:
         return tuple(inputs)
 
     def _weight(self, node: ir.Node, kind: OpKind) -> tuple[ConstantWeight | None, ir.Node | None]:
-        """The constant weight of a convolution or matrix product, and the DequantizeLinear that it comes through."""
+        """The constant weight of a convolution or matrix product, and the DequantizeLinear that it comes from."""
         value = node.inputs[WEIGHT] if node.op_type in WEIGHTED else None
         if value is None or value not in self.constants:
             return None, None
-        shape, name, dequantize = _weight_shape(value), _root(value).name or "", _dequantized_by(value)
+        shape, name, dequantize = _weight_shape(value), _root(value).name or "", _dequantizer_of(value)
         if len(shape) < 2 or (node.op_type == "MatMul" and len(shape) != 2):
             return None, dequantize
         groups = node.attributes.get_int("group", 1)
@@ -193,38 +196,38 @@ class _Reader:
 
 
 def _source(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
-    """The tensor behind the Q and DQ nodes that ``value`` comes through, and those DQ nodes, the nearest first."""
+    """The tensor before the Q and DQ nodes that ``value`` comes through, and those DQ nodes, the nearest first."""
     through = []
     while (node := value.producer()) is not None and node.op_type in (QUANTIZE, DEQUANTIZE):
         if node.op_type == DEQUANTIZE:
             through.append(node)
-        (value, *_) = _values_read(node)
+        (value, *_) = _inputs_of(node)
     return value, through
 
 
 def _root(value: ir.Value) -> ir.Value:
     """The initializer, or Constant node's output, that a constant is made from."""
-    while (node := value.producer()) is not None and (given := next(_values_read(node), None)) is not None:
+    while (node := value.producer()) is not None and (given := next(_inputs_of(node), None)) is not None:
         value = given
     return value
 
 
-def _dequantized_by(value: ir.Value) -> ir.Node | None:
-    """The DequantizeLinear that a weight comes from, where it passes through as it is."""
+def _dequantizer_of(value: ir.Value) -> ir.Node | None:
+    """The DequantizeLinear that a weight comes from, if only operators of ``MOVING`` stand between."""
     while (node := value.producer()) is not None and node.op_type in MOVING:
-        (value, *_) = _values_read(node)
+        (value, *_) = _inputs_of(node)
     return node if node is not None and node.op_type == DEQUANTIZE else None
 
 
 def _weight_shape(value: ir.Value) -> tuple[int, ...]:
-    """The shape of a constant; () where it cannot be told."""
+    """The shape of a constant; () if it is not known."""
     if value.shape is not None and value.shape.is_static():
         return tuple(value.shape.numpy())
     node = value.producer()
     if node is None or node.op_type == "Constant":
         array = constant(value)
         return () if array is None else array.shape
-    (given, *_) = _values_read(node)
+    (given, *_) = _inputs_of(node)
     if node.op_type in (QUANTIZE, DEQUANTIZE, "Identity", "Cast"):
         return _weight_shape(given)
     if node.op_type == "Transpose":
@@ -253,7 +256,7 @@ def _attributes(node: ir.Node) -> dict[str, Any]:
 
 
 def _shape(value: ir.Value) -> tuple[int, ...] | None:
-    """The shape with 1 for an unknown batch; None where more is unknown."""
+    """The shape, with 1 for an unknown batch; None if more than the batch is unknown."""
     if value.shape is None or not value.shape.rank():
         return None
     batch, *rest = value.shape.dims
@@ -262,5 +265,5 @@ def _shape(value: ir.Value) -> tuple[int, ...] | None:
 
 
 def _floating(value: ir.Value) -> bool:
-    """Whether a tensor holds floating-point numbers, as far as its type is known. Codes of INT8 stand for such."""
-    return value.dtype is None or value.dtype.is_floating_point() or value.dtype == ir.DataType.INT8
+    """Whether a tensor holds floating-point numbers, or codes, which stand for them; True if its type is not known."""
+    return value.dtype is None or value.dtype.is_floating_point() or value.dtype in CODE_TYPES

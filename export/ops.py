@@ -1,9 +1,11 @@
 """Operators that stand for single ONNX nodes while a network passes through torch.onnx.
 
 PyTorch's exporter decomposes what it knows: adaptive pooling into ReduceMean and Reshape, a flatten of a dynamic batch
-into shape arithmetic, fake quantization into a form that TensorRT refuses. A custom operator is not decomposed; the
-table at the end says which ONNX nodes each becomes. They compute the same in PyTorch, so that the exported
-network can be compared with the module that it came from.
+into shape arithmetic, fake quantization into a form that TensorRT refuses. It does not decompose a custom operator. The
+table at the end says which ONNX nodes each operator becomes. In PyTorch the operators compute the same as those nodes,
+so that the exported network can be compared with the module that it came from.
+
+As in ONNX, the type of a zero point is the type of the codes: it says which number format they have.
 """
 
 from __future__ import annotations
@@ -17,24 +19,33 @@ import torch.nn.functional as F
 from onnxscript import opset20 as op
 from torch import Tensor
 
-from qat.fake_quantize.quantizer import ACTIVATION, per_channel, quantize
+from qat.base.number_format import NumberFormat, format_of_codes
+from qat.fake_quantize.quantizer import per_channel, quantize
+
+
+def codes_dtype(number_format: NumberFormat) -> torch.dtype:
+    """The type of tensors that hold codes of ``number_format``."""
+    dtype = getattr(torch, number_format.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 @torch.library.custom_op("int8::quantize_dequantize", mutates_args=())
 def quantize_dequantize(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """QuantizeLinear + DequantizeLinear: x of any shape, float32; scale [] float32; zero_point [] int8."""
-    return quantize(x, scale, ACTIVATION).mul_(scale)
+    """QuantizeLinear + DequantizeLinear: float32 x of any shape; scale [] float32; zero_point [] of the codes' type."""
+    number_format = format_of_codes(str(zero_point.dtype).removeprefix("torch."))
+    return quantize(x, scale, number_format).mul_(scale)
 
 
 @torch.library.custom_op("int8::dequantize", mutates_args=())
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int) -> Tensor:
-    """DequantizeLinear of a weight: INT8 codes; scale [C] float32 and zero_point [C] int8 along ``axis``."""
+    """DequantizeLinear of a weight's codes; scale [C] float32 and zero_point [C] of the codes' type, along ``axis``."""
     return codes.float() * per_channel(scale, codes.ndim, axis)
 
 
 @torch.library.custom_op("int8::dequantize_input", mutates_args=())
 def dequantize_input(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """DequantizeLinear of an input: INT8 codes of any shape; scale [] float32; zero_point [] int8."""
+    """DequantizeLinear of an input: codes of any shape; scale [] float32; zero_point [] of the codes' type."""
     return codes.float() * scale
 
 
@@ -126,7 +137,7 @@ def _onnx_batch_norm(x: Any, scale: Any, bias: Any, mean: Any, variance: Any, ep
 
 
 def _onnx_gelu(x: Any, approximate: str = "none") -> Any:
-    """In operators of any operator set: TensorRT 8.6 knows no Gelu."""
+    """In operators that every operator set has: TensorRT 8.6 does not know Gelu."""
 
     def constant(value: float) -> Any:
         made: Any = op.Constant(value_float=value)
@@ -150,4 +161,6 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.int8.batch_norm.default: _onnx_batch_norm,
     torch.ops.aten.gelu.default: _onnx_gelu,
 }
+"""PyTorch operator -> the function that writes its ONNX nodes."""
 OPSET = 20
+"""The operator set of the files that are exported from PyTorch."""

@@ -1,14 +1,14 @@
-"""Zero channels where TensorRT has a faster kernel for more of them; the network computes the same.
+"""Adds zero channels where TensorRT has a faster kernel for more channels; the network computes the same.
 
-A residual block ends with a 1x1 convolution whose output is added to the skip branch, and that convolution with its
-addition is bound by how its kernel moves memory. On an H200 TensorRT 8.6 has a better kernel from 128 input channels
-on: the last convolutions of ResNet50's first stage, which have 64, get faster with 64 more channels that are zero,
-although there is more to compute (benchmarks/gpu_trials.txt). Whether that holds for another network, GPU or version
-has to be measured: ``deploy.benchmark --variants`` compares the files.
+A residual block ends with a 1x1 convolution whose output is added to the skip branch. The speed of that convolution
+with its addition depends on how its kernel moves memory. On an H200 TensorRT 8.6 has a better kernel from 128 input
+channels on: the last convolutions of ResNet50's first stage, which have 64, get faster with 64 more channels that are
+zero, although there is more to compute (benchmarks/gpu_trials.txt). Whether that holds for another network, GPU or
+version has to be measured: ``deploy.benchmark --variants`` compares the files.
 
-The channels are added between two convolutions: the first computes more (weights and bias zero), the second ignores
-them (weights zero), so that nothing else of the network changes. This is done in the file because TensorRT 8.6.0 builds
-engines with wrong answers when constants of the network that it has parsed are changed.
+The channels are added between two convolutions: the first computes more of them (weights and bias zero), and the second
+ignores them (weights zero), so that nothing else of the network changes. This is done in the file because TensorRT
+8.6.0 builds engines with wrong answers when constants are changed after it has parsed the network.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ CHANNELS = 128
 
 
 def pad_channels(folded: fx.GraphModule) -> list[str]:
-    """Pads, inside ``folded`` (from export.fold.fold), what ends residual blocks with fewer than 128 input channels.
+    """Pads, inside ``folded`` (from export.fold.fold), the input channels of convolutions that end residual blocks.
 
-    Returns the paths of the convolutions whose input was padded.
+    Those with fewer than 128 input channels get 128. Returns their paths; [] if there are none.
     """
     calls = Int8Convolutions(folded)
     found = {str(node.target): first for node in folded.graph.nodes if (first := _first(calls, node)) is not None}
@@ -39,7 +39,7 @@ def pad_channels(folded: fx.GraphModule) -> list[str]:
 
 
 def _first(calls: Int8Convolutions, node: fx.Node) -> nn.Conv2d | None:
-    """The convolution before the one that ``node`` calls, where zero channels fit in between."""
+    """The convolution before the one that ``node`` calls, if zero channels fit between the two."""
     second = calls.convolution(node)
     if second is None or second.kernel_size != (1, 1) or second.in_channels >= CHANNELS or not _is_added(calls, node):
         return None
@@ -54,17 +54,17 @@ def _first(calls: Int8Convolutions, node: fx.Node) -> nn.Conv2d | None:
 
 
 def _is_added(calls: Int8Convolutions, node: fx.Node) -> bool:
-    """Whether an addition with another tensor is all that reads ``node``."""
+    """Whether an addition with another tensor is the only reader of ``node``."""
     readers = list(node.users)
     return len(readers) == 1 and calls.is_sum_of_two(readers[0])
 
 
 def _keeps_channels_apart(calls: Int8Convolutions, node: fx.Node) -> bool:
-    """Whether ``node`` treats every channel of its one input alike and by itself."""
+    """Whether ``node`` computes every channel from the same channel of its one input, and all in the same way."""
     module = calls.module(node)
     if calls.is_quantizer(node) or isinstance(module, Clip):
         return True
-    learned = module is not None and any(True for _ in module.parameters())  # PReLU may have a slope a channel
+    learned = module is not None and any(True for _ in module.parameters())  # PReLU may have a slope for each channel
     return kind_of(node, calls.modules) == "activation" and len(node.all_input_nodes) == 1 and not learned
 
 

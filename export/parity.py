@@ -1,8 +1,9 @@
 """PyTorch against ONNX Runtime: does the written file compute what was trained?
 
-Comparing only the ends says little: one code that rounds the other way changes everything behind it. So each stretch
-between two quantizers is compared on the same inputs: PyTorch is given ONNX Runtime's quantized tensors, and what it
-computes from them is held against what ONNX Runtime computed. Of a file without quantizers the logits are compared.
+A comparison of the logits alone says little: one code that rounds the other way changes everything behind it. So each
+stretch between two quantizers is compared on the same inputs: PyTorch gets ONNX Runtime's quantized tensors, and what
+it computes from them is compared with what ONNX Runtime computed. For a file without quantizers only the logits are
+compared.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qat.fake_quantize.prepare import ACTIVATION_QUANTIZERS
 
 @dataclass(frozen=True)
 class LayerParity:
-    """How well the two agree on one tensor; ``sqnr_db`` is None where they are bitwise equal."""
+    """How well the two agree on one tensor; ``sqnr_db`` is None if they are bitwise equal."""
 
     tensor: str
     sqnr_db: float | None
@@ -35,7 +36,7 @@ class LayerParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """``images`` were run through both; ``layers`` were compared on the first few of them, the logits last."""
+    """``images`` were run through both. ``layers`` were compared on the first few of them; the logits come last."""
 
     images: int
     other_top1: int
@@ -111,15 +112,15 @@ def _layers(folded: fx.GraphModule, model: Path, x_NCHW: Tensor, given: Tensor) 
         name = node.input[1].split(f"{ACTIVATION_QUANTIZERS}.")[-1].removesuffix(".scale")
         before, after = values.get(node.input[0]), values[dequantized[node.output[0]]]
         by_quantizer.setdefault(name, []).append((given.numpy() if before is None else before, after))
-    compared = _GivenQuantized(folded, by_quantizer)
+    compared = _WithOnnxCodes(folded, by_quantizer)
     with torch.no_grad():
         logits = compared.run(x_NCHW)
     last = LayerParity(OUTPUT_NAME, sqnr_db(values[OUTPUT_NAME], logits.numpy()))
     return (*compared.layers, last)
 
 
-class _GivenQuantized(fx.Interpreter):
-    """Runs the folded module, but lets every quantizer answer what ONNX Runtime answered there."""
+class _WithOnnxCodes(fx.Interpreter):
+    """Runs the folded module, but every quantizer returns what ONNX Runtime computed there."""
 
     def __init__(self, folded: fx.GraphModule, values: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> None:
         super().__init__(folded)
@@ -131,6 +132,6 @@ class _GivenQuantized(fx.Interpreter):
         if not isinstance(module, QuantizeDequantize) or target.split(".")[-1] not in self._values:
             return super().call_module(target, args, kwargs)
         before, after = self._values[target.split(".")[-1]].pop(0)
-        if before.shape == tuple(args[0].shape):  # else it is the image itself, before the network's own preprocessing
+        if before.shape == tuple(args[0].shape):  # else it is the image before the preprocessing inside the network
             self.layers.append(LayerParity(target.split(".")[-1], sqnr_db(before, args[0].numpy())))
         return torch.from_numpy(after)

@@ -1,8 +1,8 @@
-"""An ONNX file's Q/DQ nodes held against where qat/rules wants them; each finding says what the difference costs.
+"""Compares the Q/DQ nodes of an ONNX file with where qat/rules wants them; each finding says what a difference costs.
 
-The float network behind the Q/DQ nodes is placed anew, and each decision is compared with what the file does. Where a
-scale passes through data movement it does not matter on which side of it the Q stands, and a Q behind a concatenation
-is as good as one before each of its inputs: TensorRT moves it there.
+The float network behind the Q/DQ nodes is placed again, and each decision is compared with what the file does. Where a
+scale passes through data movement, it does not matter on which side of it the Q stands. A Q behind a concatenation is
+as good as one before each of its inputs: TensorRT moves it there.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from collections.abc import Collection, Iterator
 from export.findings import LintFinding
 from export.onnx_network import OnnxNetwork
 from qat.base.text import megabytes
+from qat.graph.data_movement import copies_of, final_reads, first_reads
 from qat.graph.network import Op
 from qat.graph.operations import COMMUTING, WEIGHTED
 from qat.rules.place import RULES, place
 from qat.rules.placement import Decision, Placement
-from qat.rules.scale_groups import Reads, all_quantized
+from qat.rules.rule import Reads
 
 _FP16_BYTES = 2
+_COPYING = (*COMMUTING, "concat")
 
 
 def placement_findings(view: OnnxNetwork) -> list[LintFinding]:
@@ -31,12 +33,12 @@ def placement_findings(view: OnnxNetwork) -> list[LintFinding]:
 
 
 def sentence(rule: str) -> str:
-    """What a placement rule says, for people; '' of any other rule, whose findings say all."""
+    """What a placement rule says, for people; '' for any other rule, whose findings say everything."""
     return RULES[rule].sentence if rule in RULES else ""
 
 
 class _Comparison:
-    """One file against one placement."""
+    """Compares one file with one placement."""
 
     def __init__(self, view: OnnxNetwork, wanted: Placement) -> None:
         self.view, self.network = view, view.network
@@ -59,7 +61,7 @@ class _Comparison:
             yield self._finding(op, decision.rule, message, sum(self.network[tensor].elements for tensor in missing))
 
     def tensor(self, op: Op) -> Iterator[LintFinding]:
-        """What is wrong with how the tensor of ``op`` is quantized, whoever reads it."""
+        """What is wrong with how the tensor of ``op`` is quantized, for all its readers."""
         fusing = [reader for reader in self.network.readers(op.name) if reader.kind in ("batch_norm", "activation")]
         for reader in fusing if op.kind in (*WEIGHTED, "batch_norm") else ():
             if (reader.name, op.name) in self.found.keys() - self.wanted.keys():
@@ -108,7 +110,7 @@ class _Comparison:
         missing = self._read_in_float(op)
         scales = {self._scale(op.name, tensor) for tensor in op.inputs} | self._scales_behind(op.name)
         scales.discard(None)
-        if missing and not all_quantized(self.network, op.name, self.found):
+        if missing and not self._only_read_as_codes(op.name):
             message = f"{self._named(missing)} read in float, so it copies FP16, and its result is quantized once more"
             elements = sum(self.network[tensor].elements for tensor in missing)
             yield self._finding(op, decision.rule, message, elements)
@@ -118,43 +120,29 @@ class _Comparison:
             )
             yield self._finding(op, decision.rule, message, op.elements)
 
+    def _only_read_as_codes(self, tensor: str) -> bool:
+        return all(read in self.found for read in final_reads(self.network, tensor, self.found))
+
     def _read_in_float(self, op: Op) -> list[str]:
         return [tensor for tensor in dict.fromkeys(op.inputs) if not self._in_int8(op.name, tensor, self.found)]
 
     def _in_int8(self, reader: str, tensor: str, reads: Reads) -> bool:
         """Whether ``reader`` gets codes of ``tensor``, by itself or out of what moves data."""
-        waiting = [(reader, tensor)]
-        while waiting:
-            read = waiting.pop()
-            made = self.network[read[1]]
-            if read in reads:
-                continue
-            if made.kind not in (*COMMUTING, "concat"):
-                return False
-            waiting += [(made.name, given) for given in made.inputs]
-        return True
+        ways = first_reads(self.network, (reader, tensor), reads, _COPYING)
+        return all(read in reads for read in ways)
 
     def _scale(self, reader: str, tensor: str) -> float | None:
         """The scale of the codes that ``reader`` gets of ``tensor``, looked for behind data movement."""
-        made = self.network[tensor]
-        while (reader, tensor) not in self.found and made.kind in (*COMMUTING, "concat"):
-            reader, tensor = made.name, made.inputs[0]
-            made = self.network[tensor]
-        return self.view.scale(reader, tensor)
+        return self.view.scale(*next(first_reads(self.network, (reader, tensor), self.found, _COPYING)))
 
     def _scales_behind(self, tensor: str) -> set[float | None]:
         """All scales by which a tensor, and what data movement makes of it, is read."""
-        scales: set[float | None] = set()
-        waiting = [tensor]
-        while waiting:
-            current = waiting.pop()
-            readers = self.network.readers(current)
-            scales |= {self.view.scale(reader.name, current) for reader in readers}
-            waiting += [reader.name for reader in readers if reader.kind in COMMUTING]
+        copies = copies_of(self.network, tensor)
+        scales = {self.view.scale(reader.name, copy) for copy in copies for reader in self.network.readers(copy)}
         return scales - {None}
 
     def _convolution(self, tensor: str) -> str:
-        """The convolution whose result a tensor is, through batch normalization and the like."""
+        """The convolution whose result a tensor is, perhaps through batch normalization and the like."""
         op = self.network[tensor]
         while op.kind not in WEIGHTED:
             op = self.network[op.inputs[0]]

@@ -3,22 +3,78 @@
     python -m export.quantize model.onnx --data path/to/images
     python -m export.quantize model.onnx --calibration-cache calibration.cache
 
-For those who cannot train again. The second form carries over what an older TensorRT calibrated; tensors that the cache
-does not know are named and stay in float, or are calibrated where --data is given too.
+This is for networks that cannot be trained again. The second form takes over the scales that an older TensorRT
+calibrated. Tensors that the cache lacks are named and stay in float; with --data they are calibrated.
 Next: python -m deploy.build model.int8.onnx
 """
 
 from __future__ import annotations
 
-from export.options import QuantizeOptions
-from qat.base.console import run_command
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from qat.base.choices import Calibrator, WeightStorage
+from qat.base.console import Command, run_command
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(Command):
+    """The options of ``python -m export.quantize``."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """A float ONNX file with one input, batch first."""
+    data: str | None = None
+    """Images to calibrate on: digits, an image folder with train/ and val/, an .npz file, torchvision:NAME; or an .npy
+    file of float32 inputs as the network takes them, [N, ...]."""
+    calibration_cache: Path | None = None
+    """A calibration cache that TensorRT 10 or older wrote for this network."""
+    output: Path | None = None
+    """The ONNX file to write; by default model.int8.onnx beside the model."""
+    keep_float: tuple[str, ...] = ()
+    """Nodes and tensors that stay in float: patterns such as '/classifier/*'."""
+    calibrator: Calibrator = "mse"
+    """How activation ranges are chosen from the images."""
+    percentile: float = 99.99
+    """The share of the values, in percent, that the percentile calibrator does not clip."""
+    weights: WeightStorage = "int8"
+    """float: the same codes as float weights in front of a QuantizeLinear, for tools that refuse INT8 weights."""
+    images: int = 512
+    """Images to calibrate on, at most."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the normalization, of pixels in 0 to 1; by default the model's sidecar's, else the data set's."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the normalization, likewise."""
+    parity_images: int = 512
+    """Test images on which the float and the quantized network are compared, at most."""
+    seed: int = 0
+    """Decides which images are calibrated on."""
+    data_root: Path = Path("data")
+    """Where torchvision's data sets are, or are downloaded to."""
 
 
 def main(options: QuantizeOptions) -> None:
     """Quantizes. Torch is imported here, so that --help answers at once."""
-    from export.post_training import quantize_file
+    from export.from_float_onnx import quantize_onnx
 
-    quantize_file(options)
+    quantize_onnx(
+        options.model,
+        options.output,
+        data=options.data,
+        calibration_cache=options.calibration_cache,
+        calibrator=options.calibrator,
+        percentile=options.percentile,
+        keep_float=options.keep_float,
+        weights=options.weights,
+        images=options.images,
+        mean=options.mean,
+        std=options.std,
+        parity_images=options.parity_images,
+        seed=options.seed,
+        data_root=options.data_root,
+    )
 
 
 if __name__ == "__main__":

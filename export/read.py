@@ -1,4 +1,4 @@
-"""Reads an ONNX file for the lint and the quantizer: whole, with shapes inferred; a user's mistake is one line."""
+"""Reads an ONNX file for the lint and for quantization: the whole model, with shapes inferred."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from export.onnx_network import constant
 from qat.base.errors import UserError, one_line
 
 OPSETS = range(7, min(25, onnx.defs.onnx_opset_version()) + 1)
-"""The versions of the default operator set that are understood."""
+"""The versions of the default operator set that can be read."""
 
 
 def read_onnx(path: Path) -> ir.Model:
     """The model of ``path``, its functions inlined, with all shapes that can be inferred.
 
-    Raises UserError when the file is missing or no ONNX, when data that it keeps outside are missing, when its operator
-    set is none of ``OPSETS``, or when a node reads what nothing makes.
+    Raises UserError when the file is missing or is not ONNX, when external data are missing, when its operator set is
+    not in ``OPSETS``, or when a node reads a tensor that no node makes.
     """
     if not path.is_file():
         raise UserError(f"no file {path}: check the path")
@@ -32,13 +32,13 @@ def read_onnx(path: Path) -> ir.Model:
         _load_data(path, model)
         passes.InlinePass()(model)
         _check_tensors(path, model)
-        # Not strict: what cannot be inferred stays unknown.
+        # Not strict: a shape that cannot be inferred stays unknown.
         passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
     return model
 
 
 def is_quantized(model: ir.Model) -> bool:
-    """Whether any node of ``model`` quantizes."""
+    """Whether any node of ``model`` quantizes, dequantizes, or computes on integers."""
     return any(
         "Quantize" in node.op_type or "QLinear" in node.op_type or node.op_type.endswith("Integer")
         for node in model.graph.all_nodes()
@@ -51,7 +51,7 @@ def _load(path: Path) -> ir.Model:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except Exception as error:  # protobuf's DecodeError has no stable place
-        raise UserError(f"{path} is no ONNX model, or is truncated ({one_line(error)}): get it again") from error
+        raise UserError(f"{path} is not an ONNX model, or is truncated ({one_line(error)}): get it again") from error
     if not len(model.graph):
         raise UserError(f"{path} holds no network (an empty graph): is it an ONNX model?")
     return model
@@ -61,7 +61,7 @@ def _check_opset(path: Path, model: ir.Model) -> None:
     opset = model.opset_imports.setdefault("", model.opset_imports.get("ai.onnx", 0))
     if opset not in OPSETS:
         raise UserError(
-            f"{path} has operator set {opset}; understood are {OPSETS.start} to {OPSETS.stop - 1}: convert it with "
+            f"{path} has operator set {opset}, which must be {OPSETS.start} to {OPSETS.stop - 1}: convert it with "
             "onnx.version_converter, or export it again"
         )
 
@@ -80,7 +80,7 @@ def _load_data(path: Path, model: ir.Model) -> None:
 
 
 def _check_tensors(path: Path, model: ir.Model) -> None:
-    """Initializers are whole, and tensors have a maker that comes before their readers; other orders are sorted."""
+    """Checks that initializers are whole and every tensor is made by something. Sorts nodes that are out of order."""
     for name, initializer in model.graph.initializers.items():
         try:
             constant(initializer)
@@ -101,7 +101,7 @@ def _check_tensors(path: Path, model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """onnx_ir logs what is odd about a file; what matters of it is said above."""
+    """Silences what onnx_ir logs about a file: what a user has to know becomes a UserError."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -17,8 +17,8 @@ from qat.base.artifact import atomic_write, sha256_of
 from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.checkpoint import Checkpoint, training_data
-from qat.data.batches import batches
-from qat.data.sources import NO_LABEL
+from qat.data.batches import first_batches
+from qat.data.parts import NO_LABEL
 from qat.data.splits import Data
 
 _BATCH = 32
@@ -27,7 +27,7 @@ _RANDOM_IMAGES = 8
 
 @dataclass(frozen=True)
 class Sample:
-    """Images before normalization, uint8 [N, 3, H, W]; labels, int64 [N], -1 where there are none; their origin."""
+    """Images before normalization, uint8 [N, 3, H, W]; labels, int64 [N], -1 if there are none; where they are from."""
 
     images_NCHW: Tensor
     labels: Tensor
@@ -35,32 +35,31 @@ class Sample:
 
 
 def sample(checkpoint: Checkpoint, count: int) -> Sample:
-    """Up to ``count`` images of the test split that the checkpoint was measured on, or random ones without it.
+    """Up to ``count`` images of the test split that the checkpoint was measured on.
 
-    Of images without labels too few to hold any out, those that it was calibrated on.
+    If there is no test split, because there were few images and no labels, they are images that it was calibrated on.
+    If the data set is not at hand, they are random.
     """
     try:
         loaded = training_data(checkpoint)
     except UserError as error:
         warn(f"the test images are not at hand ({error}); comparing on random ones, which says less")
-        generator = torch.Generator().manual_seed(0)
-        shape = (min(count, _RANDOM_IMAGES), 3, checkpoint.preprocessing.height, checkpoint.preprocessing.width)
-        x_NCHW = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        return Sample(x_NCHW, torch.full((len(x_NCHW),), NO_LABEL), "random images")
+        return random_images(checkpoint.preprocessing.height, checkpoint.preprocessing.width, count)
     return first_images(loaded, count)
 
 
+def random_images(height: int, width: int, count: int) -> Sample:
+    """Up to 8 images of random bytes, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (min(count, _RANDOM_IMAGES), 3, height, width)
+    x_NCHW = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return Sample(x_NCHW, torch.full((len(x_NCHW),), NO_LABEL), "random images")
+
+
 def first_images(data: Data, count: int) -> Sample:
-    """Up to ``count`` images of the test split of ``data``, or of its calibration split where that is all there is."""
+    """Up to ``count`` images of the test split of ``data``, or of its calibration split if the test split is empty."""
     split = "test" if len(data.test) else "calibration"
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
-    for x_NCHW, y in batches(getattr(data, split), _BATCH, None):
-        left = count - sum(map(len, labels))
-        images.append(x_NCHW[:left])
-        labels.append(y[:left])
-        if left <= len(y):
-            break
+    images, labels = zip(*first_batches(getattr(data, split), count, _BATCH), strict=True)
     return Sample(torch.cat(images), torch.cat(labels), f"the {split} split of {data.source}")
 
 
@@ -70,9 +69,9 @@ def reference_path(onnx: Path) -> Path:
 
 
 def write_reference(path: Path, images: Sample, logits: Tensor) -> dict[str, Any]:
-    """Writes ``images`` with the answers that an engine is held against, float32 [N, classes]: PyTorch's, say.
+    """Writes ``images`` and the ``logits``, float32 [N, classes], that an engine is compared with.
 
-    Returns what the ONNX file's sidecar records of it. Raises UserError when the disk does not take it.
+    Returns what the ONNX file's sidecar records of the file. Raises UserError when it cannot be written.
     """
     with atomic_write(path) as temporary:
         with open(temporary, "wb") as file:  # given a path, NumPy would append .npz to it

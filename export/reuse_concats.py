@@ -1,8 +1,8 @@
-"""Concatenations that repeat an earlier one, as in DenseNets: they take its result instead of all its inputs.
+"""Concatenations that repeat an earlier one, as in DenseNets: they read its result instead of its inputs.
 
-concat(a, b, c) after concat(a, b) becomes concat(concat(a, b), c), which is the same tensor. TensorRT 8.6 then lets all
-of them grow in one buffer, where it copies each input for each concatenation that reads it: DenseNet-121 in FP16 has
-192 layers instead of 778 (benchmarks/gpu_placement.txt).
+concat(a, b, c) after concat(a, b) becomes concat(concat(a, b), c), which is the same tensor. TensorRT 8.6 then writes
+all of them into one buffer. Otherwise it copies each input for each concatenation that reads it: DenseNet-121 in FP16
+has 192 layers instead of 778 (benchmarks/gpu_placement.txt).
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from export.findings import LintFinding
 from export.onnx_network import DEQUANTIZE, QUANTIZE
 from qat.base.text import megabytes
 
+REPEATED_CONCAT = "repeated_concat"
+"""The name of the lint's rule."""
+
 
 @dataclass(frozen=True)
 class Repeat:
-    """The inputs ``start`` to ``end`` of a concatenation are all inputs, in order, of the one that made ``earlier``."""
+    """Inputs ``start`` to ``end`` of ``node`` are, in order, all inputs of the concatenation that made ``earlier``."""
 
     node: ir.Node
     start: int
@@ -28,7 +31,7 @@ class Repeat:
 
 
 def repeats(graph: ir.Graph) -> Iterator[Repeat]:
-    """The longest repetition of each concatenation that has one; ``graph`` is sorted, with or without Q/DQ nodes."""
+    """The longest repetition of each concatenation that has one. ``graph`` must be sorted; it may have Q/DQ nodes."""
     made: dict[tuple[int, tuple[ir.Value | None, ...]], ir.Value] = {}
     for node in graph:
         if node.op_type == "Concat":
@@ -38,11 +41,11 @@ def repeats(graph: ir.Graph) -> Iterator[Repeat]:
             if found := next(((start, end) for start, end in runs if (axis, inputs[start:end]) in made), None):
                 start, end = found
                 yield Repeat(node, start, end, made[axis, inputs[start:end]])
-            made[axis, inputs] = _as_the_inputs(node)
+            made[axis, inputs] = _quantized_result(node)
 
 
-def take_earlier_concats(graph: ir.Graph) -> None:
-    """Removes the repetitions in place, until there are none."""
+def reuse_concats(graph: ir.Graph) -> None:
+    """Removes all repetitions, in place."""
     while found := list(repeats(graph)):
         for repeat in found:
             inputs = tuple(repeat.node.inputs)
@@ -52,19 +55,19 @@ def take_earlier_concats(graph: ir.Graph) -> None:
             repeat.node.resize_inputs(len(shorter))
 
 
-def repeated_concat(graph: ir.Graph) -> Iterator[LintFinding]:
-    """What the lint says of them."""
+def repeat_findings(graph: ir.Graph) -> Iterator[LintFinding]:
+    """A finding for each concatenation that repeats an earlier one."""
     for repeat in repeats(graph):
         again = repeat.node.inputs[repeat.start : repeat.end]
-        size = sum(map(_bytes_of_image, again))
+        size = sum(map(_bytes_per_image, again))
         cost = f", {megabytes(size, 1)} for each image" if size else ""
         whole = repeat.earlier.name
         message = f"{len(again)} of its inputs make up {whole} already: TensorRT copies them once more{cost}"
-        yield LintFinding(repeat.node.name or "", repeated_concat.__name__, message, "warning", size)
+        yield LintFinding(repeat.node.name or "", REPEATED_CONCAT, message, "warning", size)
 
 
-def _as_the_inputs(concat: ir.Node) -> ir.Value:
-    """The result as readers of the inputs would read it: behind Q and DQ of the inputs' scale, where there are some."""
+def _quantized_result(concat: ir.Node) -> ir.Value:
+    """The result of ``concat``, behind Q and DQ if there are some with the scale that all inputs have."""
     result = concat.outputs[0]
     scales = {_scale(value) for value in concat.inputs}
     for quantize, _ in result.uses():
@@ -76,13 +79,13 @@ def _as_the_inputs(concat: ir.Node) -> ir.Value:
 
 
 def _scale(value: ir.Value | None) -> ir.Value | None:
-    """That of the DQ which makes ``value``."""
+    """The scale of the DQ that makes ``value``, if one does."""
     producer = value.producer() if value is not None else None
     return producer.inputs[1] if producer is not None and producer.op_type == DEQUANTIZE else None
 
 
-def _bytes_of_image(value: ir.Value | None) -> int:
-    """As INT8 codes behind a DQ, in FP16 otherwise; 0 where the shape is not known."""
+def _bytes_per_image(value: ir.Value | None) -> int:
+    """The size of ``value`` for one image: in INT8 if a DQ makes it, else in FP16; 0 if the shape is not known."""
     elements = 1
     for extent in value.shape[1:] if value is not None and value.shape is not None else (0,):
         elements *= extent if isinstance(extent, int) else 0

@@ -1,6 +1,6 @@
-"""ONNX Runtime as the reference for Q/DQ networks; needs no torch.
+"""ONNX Runtime as the reference for Q/DQ networks. This module does not need torch.
 
-Its Q/DQ fusion is off: its fused INT8 kernels saturate on x86 processors without VNNI; float arithmetic on the
+Its Q/DQ fusion is off: its fused INT8 kernels saturate on x86 processors without VNNI. Float arithmetic on the
 dequantized codes is what TensorRT computes.
 """
 
@@ -31,7 +31,7 @@ def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
 
 
 def session_with_tensors(model: Path | onnx.ModelProto, names: Iterable[str]) -> onnxruntime.InferenceSession:
-    """The same, where the tensors ``names`` inside the network are outputs too; a ModelProto is changed so."""
+    """As ``session``, with the tensors ``names`` inside the network as outputs too. Changes a ModelProto in place."""
     proto = onnx.load(model) if isinstance(model, Path) else model
     known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(names) - known))
@@ -39,13 +39,13 @@ def session_with_tensors(model: Path | onnx.ModelProto, names: Iterable[str]) ->
 
 
 def run(model: onnxruntime.InferenceSession, inputs: np.ndarray) -> dict[str, np.ndarray]:
-    """All outputs by name."""
+    """Runs ``model`` on its one input; returns all outputs by name."""
     names = [output.name for output in model.get_outputs()]
     return dict(zip(names, model.run(names, {model.get_inputs()[0].name: inputs}), strict=True))
 
 
 def sqnr_db(signal: np.ndarray, noisy: np.ndarray) -> float | None:
-    """The ratio of qat/base/sqnr.py between two arrays; None when the two are equal."""
+    """The signal-to-noise ratio (qat/base/sqnr.py) of ``noisy`` in dB; None when the two arrays are equal."""
     noise = float(np.square(signal.astype(np.float64) - noisy).sum())
     power = float(np.square(signal.astype(np.float64)).sum())
     return ratio(power, noise)

@@ -1,10 +1,10 @@
-"""Quantize a trained network without training it: activation ranges from images, which need no labels.
+"""Quantize a trained network without training it. Activation ranges come from images, which need no labels.
 
     python -m qat.calibrate --model resnet50 --weights IMAGENET1K_V2 --data path/to/images --output runs/model.qat
     python -m qat.calibrate --model path/to/net.py:build --weights net.safetensors --data digits
 
-Of images without labels some are held out, to measure how often INT8 chooses the float network's class; labelled ones
-give accuracies too. Where that is not enough, python -m qat.train also fine-tunes.
+Some of the images are held out to measure how often INT8 predicts the same class as the float network. If they have
+labels, accuracies are measured too. If the result is not good enough, python -m qat.train also fine-tunes.
 
 Next: python -m export.onnx runs/model.qat
 """
@@ -16,11 +16,27 @@ from qat.options import CalibrateOptions
 
 
 def main(options: CalibrateOptions) -> None:
-    """Calibrates. Torch is imported here, so that --help answers at once."""
+    """Runs the calibration. Torch is imported here, so that --help answers at once."""
+    from qat.compute.device import Compute
     from qat.post_training import quantize_pretrained
 
-    quantize_pretrained(options)
+    quantize_pretrained(
+        options.model,
+        options.weights,
+        options.images(),
+        options.output,
+        classes=options.classes,
+        calibration=options.calibration(),
+        keep_float=options.keep_float,
+        adaround_steps=options.adaround,
+        compute=Compute.from_options(options.device, "float32", compiled=False),
+    )
+
+
+def cli() -> None:
+    """The console script qat-calibrate."""
+    run_command(main, CalibrateOptions)
 
 
 if __name__ == "__main__":
-    run_command(main, CalibrateOptions)
+    cli()

@@ -1,20 +1,20 @@
-"""Checkpoints: a quantized model as safetensors, with all that is needed to build it again in its sidecar.
+"""Checkpoints: a quantized model as safetensors, and a sidecar with everything needed to build it again.
 
-Nothing here unpickles: tensors are safetensors, the rest is JSON. The sidecar holds the model's name, the placement
-that it was trained with, preprocessing, class names, data source and measured accuracies.
+Nothing is ever unpickled: tensors are stored as safetensors, the rest as JSON. The sidecar holds the model's name, the
+placement it was trained with, preprocessing, class names, data source and measured accuracies.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qat.base.artifact import FORMAT_VERSION, Sidecar, TensorSpec, atomic_write, read_sidecar, write_artifact
 from qat.base.console import warn
@@ -36,93 +36,145 @@ _STATE = "training_state"  # entry of the file's header
 class Checkpoint:
     """A trained quantized model, ready to be exported."""
 
+    path: Path
     model: fx.GraphModule
     sidecar: Sidecar
     preprocessing: Preprocessing
 
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the network's input."""
+        return 3, self.preprocessing.height, self.preprocessing.width
+
 
 def save_checkpoint(
-    path: Path,
+    path: str | Path,
     model: fx.GraphModule,
-    spec: ModelSpec,
+    spec: ModelSpec | None,
     preprocessing: Preprocessing,
-    class_names: tuple[str, ...],
-    figures: Mapping[str, Any],
-    details: Mapping[str, Any],
-    seed: int,
+    class_names: Sequence[str],
+    figures: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Sidecar:
-    """Writes a prepared and trained model and its sidecar. Raises UserError when the disk does not take them.
+    """Writes a prepared and calibrated model, trained or not, and its sidecar.
 
-    ``figures`` are accuracies and the like; ``details`` is recorded as given (data source, recipe).
+    Args:
+        path: the checkpoint, a safetensors file; its sidecar is written beside it.
+        model: a calibrated model that ``prepare`` returned.
+        spec: how to build the float model again, without unpickling anything; None if the float model will be given
+            to ``load_checkpoint``.
+        preprocessing: how an RGB image becomes the network's input [N, 3, height, width].
+        class_names: one for each of the network's logits [N, classes].
+        figures: measurements such as accuracies; recorded as given.
+        details: further facts such as the data source and the recipe; recorded as given.
+        seed: recorded with the program versions.
+
+    Returns the sidecar. Raises UserError when the files cannot be written.
     """
+    names = tuple(class_names)
     sidecar = Sidecar(
         kind="checkpoint",
         inputs=(TensorSpec("input", (-1, 3, preprocessing.height, preprocessing.width), "float32"),),
-        outputs=(TensorSpec("logits", (-1, len(class_names)), "float32"),),
+        outputs=(TensorSpec("logits", (-1, len(names)), "float32"),),
         preprocessing=asdict(preprocessing),
-        class_names=class_names,
-        figures=figures,
+        class_names=names,
+        figures=figures or {},
         details={
-            "model": asdict(spec),
+            "model": None if spec is None else asdict(spec),
             "placement": placement_of(model).to_json(),
             "rules": {name: rule.sentence for name, rule in RULES.items()},
             "amax": {name: float(quantizer.amax.detach()) for name, quantizer in activation_quantizers(model).items()},
-            **details,
+            **(details or {}),
         },
     )
-    return write_artifact(path, sidecar, lambda file: save_tensors(file, model.state_dict()), seed=seed)
+    return write_artifact(Path(path), sidecar, lambda file: save_tensors(file, model.state_dict()), seed=seed)
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> Checkpoint:
     """Builds the model of a checkpoint again, on the CPU, in evaluation mode.
 
-    Raises UserError when the file or its sidecar is missing, truncated, of another version, or does not fit.
+    Args:
+        path: the checkpoint.
+        model: the float model it was prepared from, for a checkpoint that was saved without a ``spec``; it is not
+            modified.
+
+    Raises:
+        UserError: the file or its sidecar is missing, truncated or of another version, or does not fit the model.
     """
+    path = Path(path)
     sidecar = read_sidecar(path, "checkpoint")
     try:
-        spec = ModelSpec(**sidecar.details["model"])
         placement = Placement.from_json(sidecar.details["placement"])
         preprocessing = Preprocessing.from_json(dict(sidecar.preprocessing))
+        if model is None:
+            model = _build_recorded(path, sidecar)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
-    model = prepare(build_model(spec), placement)
-    simulate_bits(model, sidecar.details.get("bits", BITS))
+    prepared = prepare(model, placement)
+    simulate_bits(prepared, sidecar.details.get("bits", BITS))
     tensors = load_tensors(path)
-    fix_saved_ranges(model, tensors)
+    fix_saved_ranges(prepared, tensors)
     try:
-        model.load_state_dict(tensors)
+        prepared.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} does not fit model {spec.name!r} ({reason}): train again") from error
-    return Checkpoint(model.eval(), sidecar, preprocessing)
+        raise UserError(f"{path} does not fit model {_recorded_name(sidecar)} ({reason}): train again") from error
+    return Checkpoint(path, prepared.eval(), sidecar, preprocessing)
+
+
+def float_model(checkpoint: Checkpoint) -> nn.Module:
+    """The float model a checkpoint was made from, with random weights. Raises UserError when none is recorded."""
+    return _build_recorded(checkpoint.path, checkpoint.sidecar)
+
+
+def _build_recorded(path: Path, sidecar: Sidecar) -> nn.Module:
+    recorded = sidecar.details["model"]
+    if recorded is None:
+        raise UserError(f"{path} does not record how to build its model: load it in Python and pass the float model")
+    return build_model(ModelSpec(**recorded))
+
+
+def _recorded_name(sidecar: Sidecar) -> str:
+    recorded = sidecar.details["model"]
+    return "as given" if recorded is None else repr(recorded["name"])
 
 
 def training_data(checkpoint: Checkpoint) -> Data:
-    """The splits that the checkpoint was trained and measured on. Raises UserError when they are not at hand."""
+    """The splits the checkpoint was trained and measured on. Raises UserError when their images cannot be loaded."""
     details = checkpoint.sidecar.details
+    if "data" not in details:
+        raise UserError(
+            f"{checkpoint.path} does not record which images it was trained on: it was saved from Python; "
+            "give a checkpoint of python -m qat.train or qat.calibrate"
+        )
     data = details["data"]
     chosen = (data["image_size"], details["seed"], details["calibration_images"])
-    photographs = checkpoint.preprocessing.photographs
+    preset = checkpoint.preprocessing.preset
     if has_labels(checkpoint):
-        found = load_data(data["source"], *chosen, Path(data["root"]), photographs)
+        found = load_data(data["source"], *chosen, Path(data["root"]), preset)
     else:
-        found = load_unlabelled(Path(data["source"]).expanduser(), *chosen, photographs)
+        found = load_unlabelled(Path(data["source"]).expanduser(), *chosen, preset)
     then = {name: size for name, size in details["splits"].items() if size}
     if found.sizes != then:
         sizes = " to ".join(", ".join(f"{name} {size}" for name, size in one.items()) for one in (then, found.sizes))
-        warn(f"{data['source']} has changed since ({sizes} images): its splits may not be those of then")
+        warn(
+            f"{data['source']} has changed since training ({sizes} images): its splits may differ from those used then"
+        )
     return found
 
 
 def has_labels(checkpoint: Checkpoint) -> bool:
-    """Whether ``training_data`` has labels: whether an accuracy can be measured on it."""
-    return bool(checkpoint.sidecar.details["data"].get("labelled", True))  # before there was anything else
+    """Whether ``training_data`` has labels, so that an accuracy can be measured on it."""
+    recorded = checkpoint.sidecar.details.get("data", {"labelled": False})
+    return bool(recorded.get("labelled", True))  # older checkpoints do not record it
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], details: Mapping[str, Any]) -> None:
-    """Writes the state of a training run, to be resumed.
+    """Writes the state of a training run, so that it can be resumed.
 
-    One file without a sidecar: two cannot be renamed at once, and a run that is killed in between could not be resumed.
+    It is one file without a sidecar: two files cannot be renamed in one step, and a run that was killed between the two
+    could not be resumed.
     """
     text = json.dumps({"format": FORMAT_VERSION, **details}, allow_nan=False)
     with atomic_write(path) as temporary:
@@ -137,19 +189,19 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     version = details.pop("format", None)
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} is a training state of format version {version}, this program reads {FORMAT_VERSION}: "
+            f"{path} is a training state of format version {version}, but this program reads {FORMAT_VERSION}: "
             "start without --resume"
         )
     return tensors, details
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes tensors as safetensors, in plain contiguous form; ``metadata`` goes into the file's header."""
-    # clone: safetensors refuses tensors that share memory, as tied weights do
+    """Writes tensors as safetensors, detached and contiguous; ``metadata`` goes into the file's header."""
+    # clone: safetensors refuses tensors that share memory, such as tied weights
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(plain, path, dict(metadata or {}))
-    except safetensors.SafetensorError as error:  # it wraps the operating system's errors
+    except safetensors.SafetensorError as error:  # wraps the operating system's errors
         number = _os_error_number(str(error))
         if number is None:
             raise
@@ -157,14 +209,14 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads safetensors. Raises UserError when the file is truncated or something else."""
+    """Reads safetensors. Raises UserError when the file is truncated or not a safetensors file."""
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is no safetensors file or is truncated ({error}): make it again") from error
+        raise UserError(f"{path} is not a safetensors file, or is truncated ({error}): make it again") from error
 
 
 def _os_error_number(message: str) -> int | None:
-    """The 28 of 'I/O error: No space left on device (os error 28)'."""
+    """28 for 'I/O error: No space left on device (os error 28)'."""
     _, found, rest = message.partition("(os error ")
     return int(rest.partition(")")[0]) if found else None

@@ -1,4 +1,4 @@
-"""How many images a model gets right, and on how many two models agree."""
+"""How many images a model classifies correctly, and on how many two models agree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from qat.base.console import progress
 from qat.base.errors import UserError
 from qat.base.sqnr import sqnr_db
-from qat.compute.device import Compute, exact_float32
+from qat.compute.device import Compute
+from qat.compute.precision import exact_float32
 from qat.compute.processes import SINGLE_PROCESS, Processes
 from qat.data.batches import ImageSet, batches
 from qat.data.splits import Data
@@ -31,15 +32,16 @@ class Accuracy:
         return f"{self.top1:.2f} % of {self.images}"
 
     def test_figures(self) -> dict[str, float]:
-        """As a checkpoint records it, measured on the test split."""
+        """The entries of a checkpoint's figures for an accuracy that was measured on the test split."""
         return {"test_top1": self.top1, "test_loss": self.loss, "test_images": self.images}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close a quantized model's answers are to the float one's on ``images`` images; needs no labels.
+    """How close a quantized model's outputs are to the float model's on ``images`` images; needs no labels.
 
-    ``top1``: images with the same class, in percent. ``sqnr_db``: of the logits; None where all are equal.
+    ``top1``: share of images for which both predict the same class, in percent. ``sqnr_db``: SQNR of the logits; None
+    if all are equal.
     """
 
     top1: float
@@ -48,7 +50,7 @@ class Agreement:
 
 
 def inputs(images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of ``images`` in order, or a process's share: normalized [N, C, H, W] and labels int64 [N], on the device."""
+    """``images`` in order, or this process's share: normalized [N, C, H, W] and labels int64 [N], on the device."""
     for x_NCHW, labels in batches(images, batch_size, None, workers=workers, processes=compute.processes):
         yield images.preprocessing.normalize(compute.images(x_NCHW)), labels.to(compute.device, non_blocking=True)
 
@@ -56,7 +58,7 @@ def inputs(images: ImageSet, batch_size: int, compute: Compute, workers: int = 0
 def evaluate(model: nn.Module, images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Accuracy:
     """Accuracy of ``model`` on all of ``images``, in evaluation mode and exact float32.
 
-    Where several processes train, each computes its share, and all get the result.
+    With several processes, each computes its share, and all get the same result.
 
     Raises UserError when the loss is not finite.
     """
@@ -71,7 +73,7 @@ def evaluate(model: nn.Module, images: ImageSet, batch_size: int, compute: Compu
         found = accuracy(model, given(), compute.processes)
     if not math.isfinite(found.loss):
         raise UserError(
-            f"the loss is {found.loss} in evaluation, a weight is NaN: start again with a lower learning rate"
+            f"the loss in evaluation is {found.loss}: a weight is NaN; start again with a lower learning rate"
         )
     return found
 
@@ -80,7 +82,7 @@ def evaluate(model: nn.Module, images: ImageSet, batch_size: int, compute: Compu
 def accuracy(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], processes: Processes = SINGLE_PROCESS
 ) -> Accuracy:
-    """Accuracy of ``model`` as it stands on normalized images [N, C, H, W] and labels int64 [N], on its device."""
+    """Accuracy of ``model``, in its present mode, on normalized images [N, C, H, W] and labels int64 [N]."""
     counts = _Counts()
     for x, labels in batches:
         counts.add(model(x), labels)
@@ -97,9 +99,9 @@ def compare(
     compute: Compute,
     workers: int,
 ) -> tuple[Agreement, tuple[Accuracy, ...]]:
-    """How ``quantized`` agrees with ``exact`` on all of ``images``; where they have labels, the accuracies of both too.
+    """How well ``quantized`` agrees with ``exact`` on all of ``images``; with labels, the accuracy of both as well.
 
-    In evaluation mode and exact float32, by one process. Raises UserError when an answer is not finite.
+    Computed in evaluation mode and exact float32, by one process. Raises UserError when an output is not finite.
     """
     models = (exact.eval(), quantized.eval())
     counts = tuple(_Counts() for _ in models if data.labelled)
@@ -115,13 +117,13 @@ def compare(
             noise += float((after - before).square().sum())
             task.advance(len(labels))
     if not math.isfinite(power + noise):
-        raise UserError("the network answers NaN or infinity: a weight is NaN; give other weights")
+        raise UserError("the network's output has NaN or infinity: a weight is NaN; give other weights")
     agreement = Agreement(100 * same / len(images), sqnr_db(power, noise), len(images))
     return agreement, tuple(count.accuracy() for count in counts)
 
 
 class _Counts:
-    """Right answers, summed cross-entropy and images so far; where they are computed, so that no batch waits."""
+    """Correct predictions, summed cross-entropy and images so far; they stay on the device, so that no batch waits."""
 
     def __init__(self) -> None:
         self.correct: Tensor | int = 0

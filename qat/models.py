@@ -1,42 +1,34 @@
-"""A float model by name, and its weights from a file or from torchvision.
+"""Builds a float model from its name; qat/weights.py loads its weights.
 
-A model is described by a few words (ModelSpec) that go into the checkpoint's sidecar, so that it can be built again
-without unpickling anything. Weights must fit key by key; only a classifier of another number of classes may differ.
+The description of a model (ModelSpec) is short and goes into the checkpoint's sidecar, so that the model can be built
+again without unpickling anything.
 
 Four defaults differ from torchvision's, each for a reason:
 - zero_init_residual=True for the ResNet family: without it ResNet50 does not converge on small data.
 - No auxiliary heads for googlenet and inception_v3: they cost time in training and are not exported.
-- transform_input=True for the same two: their ImageNet weights were trained on images normalized in another way, and
-  the model converts. It is a fixed factor and shift, so it does not matter to a model trained from scratch.
-- weights_backbone=None for segmentation models, which would download them.
+- transform_input=True for the same two: their ImageNet weights were trained with another normalization of the images,
+  and with this option the model converts. The conversion is a fixed factor and shift, so it makes no difference to a
+  model trained from scratch.
+- weights_backbone=None for segmentation models, which would otherwise download weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import pickle
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
-from qat.calibration.pytorch_quantization import split_ranges
-from qat.data.preprocessing import ImagePreset, three_floats
 
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
 _NO_AUXILIARY = {"aux_logits": False, "init_weights": False, "transform_input": True}
-_NAME = "model_name"  # attribute of a built model: load_weights finds torchvision's weights by it
-_MOST_COMMON = 1000  # classes: ImageNet's
+_NAME = "model_name"  # attribute of a built model; qat/weights.py finds torchvision's weights by it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +37,7 @@ class ModelSpec:
 
     ``name``: a torchvision classification or segmentation model ('resnet50'), 'timm/NAME', or 'path/file.py:function',
     which is called as function(num_classes=..., **kwargs). ``kwargs`` are passed to the constructor and must be
-    JSON-able.
+    representable in JSON.
     """
 
     name: str
@@ -72,7 +64,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     except Exception as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
         raise UserError(
-            f"model {name} cannot be built with {shown} ({type(error).__name__}: {one_line(error)}): correct it"
+            f"model {name} cannot be built with {shown} ({type(error).__name__}: {one_line(error)}): correct the model"
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"{name} returned a {type(model).__name__}: it must return a torch.nn.Module")
@@ -80,85 +72,16 @@ def build_model(spec: ModelSpec) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, weights: str) -> tuple[str, dict[str, Tensor]]:
-    """Loads ``weights`` into ``model``, which ``build_model`` built.
-
-    Returns a line that says what was loaded, and the ranges of a checkpoint of pytorch-quantization.
-
-    Args:
-        weights: a .safetensors file, a .pth or .pt file that holds a state dict (nothing else is unpickled), or
-            torchvision's name of weights for the model, such as 'IMAGENET1K_V2' or 'DEFAULT'.
-
-    Raises:
-        UserError: no such weights, a damaged file, a failed download, or keys that do not fit the model.
-    """
-    found, ranges = split_ranges(_tensors(getattr(model, _NAME, ""), weights))
-    head = _load(model, weights, found)
-    if not head:
-        return f"weights: {weights}", ranges
-    then, now = (len(tensors[f"{head}.weight"]) for tensors in (found, model.state_dict()))
-    line = f"weights: {weights}, but for {head}: {then} classes there, {now} here, so it starts at random"
-    return line, ranges
-
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """A float model all of whose weights were loaded.
-
-    ``ranges``: of a checkpoint of pytorch-quantization. ``class_names``: () where the weights do not tell them.
-    """
-
-    spec: ModelSpec
-    model: nn.Module
-    ranges: Mapping[str, Tensor]
-    class_names: tuple[str, ...]
-
-
-def build_pretrained(name: str, weights: str, classes: int | None = None) -> Pretrained:
-    """The model ``name`` with as many classes as the classifier in ``weights`` has rows; see ``load_weights``.
-
-    ``classes``: their number, for a model whose classifier cannot be told from its other layers.
-
-    Raises:
-        UserError: as ``build_model`` and ``load_weights`` do, and when the weights are of another number of classes.
-    """
-    found, ranges = split_ranges(_tensors(name, weights))
-    spec = ModelSpec(name, classes or _MOST_COMMON)
-    model = build_model(spec)
-    remedy = "" if classes else f", or their --classes if they are not {_MOST_COMMON}"
-    if head := _other_classifier(model.state_dict(), found):
-        rows = len(found[f"{head}.weight"])
-        if classes:
-            raise UserError(f"weights {weights} are of {rows} classes ({head}), not of {classes}: leave out --classes")
-        spec, remedy = ModelSpec(name, rows), ""
-        model = build_model(spec)
-    if _load(model, weights, found, remedy):
-        raise UserError(f"weights {weights} are of {rows} classes, but {name} makes others when asked for as many")
-    return Pretrained(spec, model, ranges, () if _is_file(weights) else _categories(name, weights))
-
-
-def _load(model: nn.Module, weights: str, found: Mapping[str, Tensor], remedy: str = "") -> str:
-    """Loads the tensors ``found``; the path of a classifier of other classes, which stays as it was, or ''."""
-    if getattr(model, "aux_logits", None) is False:
-        found = {key: tensor for key, tensor in found.items() if not key.startswith(_AUXILIARY)}
-    own = model.state_dict()
-    head = _other_classifier(own, found)
-    misfits = _misfits(own, {key: tensor for key, tensor in found.items() if not _belongs(key, head)}, head)
-    if misfits:
-        if not all("of another shape" in misfit for misfit in misfits):
-            remedy = ""  # no number of classes makes up for it
-        raise UserError(
-            f"weights {weights} do not fit the model: {'; '.join(misfits)}; give weights of this model{remedy}"
-        )
-    fitting = {key: tensor for key, tensor in found.items() if not _belongs(key, head)}
-    model.load_state_dict(own | fitting)
-    return head
+def name_of(model: nn.Module) -> str:
+    """The name from which ``build_model`` built ``model``; '' for a model built otherwise."""
+    return str(getattr(model, _NAME, ""))
 
 
 # --- builders
 
 
-def _torchvision_names() -> list[str]:
+def torchvision_names() -> list[str]:
+    """Names of torchvision's classification and segmentation models."""
     names: list[str] = torchvision.models.list_models(module=torchvision.models)
     return names + _segmentation_names()
 
@@ -169,10 +92,10 @@ def _segmentation_names() -> list[str]:
 
 
 def _torchvision_builder(name: str) -> Callable[..., Any]:
-    known = _torchvision_names()
+    known = torchvision_names()
     if name not in known:
         raise UserError(
-            f"unknown model {name!r}{did_you_mean(name, known)}; give one of torchvision's {len(known)} "
+            f"unknown model {name!r}{did_you_mean(name, known)}: give one of torchvision's {len(known)} "
             "classification and segmentation models, timm/NAME, or path/file.py:function"
         )
     builder: Callable[..., Any] = torchvision.models.get_model_builder(name)
@@ -180,7 +103,7 @@ def _torchvision_builder(name: str) -> Callable[..., Any]:
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """Constructor arguments that differ from torchvision's defaults; see the module's docstring."""
+    """The constructor arguments that differ from torchvision's defaults; see the module's docstring."""
     if torchvision.models.get_model_builder(name).__module__ == "torchvision.models.resnet":
         return {"zero_init_residual": True}
     if name in _segmentation_names():
@@ -196,7 +119,8 @@ def _timm_builder(name: str) -> Callable[..., Any]:
     if not timm.is_model(name):
         known = timm.list_models()
         raise UserError(
-            f"timm {timm.__version__} has no model {name!r} among its {len(known)}{did_you_mean(name, known)}"
+            f"timm {timm.__version__} has no model {name!r} among its {len(known)}: "
+            f"check the name{did_you_mean(name, known)}"
         )
     return lambda **options: timm.create_model(name, pretrained=False, **options)
 
@@ -216,137 +140,11 @@ def _function(name: str) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{file} cannot be run ({type(error).__name__}: {one_line(error)}): correct it") from error
+        raise UserError(
+            f"{file} cannot be run ({type(error).__name__}: {one_line(error)}): correct the file"
+        ) from error
     found: Callable[..., Any] | None = getattr(module, function, None)
     if not callable(found):
         defined = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"{file} has no function {function!r}: it has {', '.join(defined) or 'none'}")
+        raise UserError(f"{file} has no function {function!r}: give one that it has ({', '.join(defined) or 'none'})")
     return found
-
-
-# --- weights
-
-
-def _is_file(weights: str) -> bool:
-    path = Path(weights).expanduser()
-    return path.exists() or path.suffix in (".safetensors", ".pth", ".pt")
-
-
-def _tensors(name: str, weights: str) -> dict[str, Tensor]:
-    """The state dict that ``weights`` of model ``name`` are: a file's, or torchvision's."""
-    return _state_dict(Path(weights).expanduser()) if _is_file(weights) else _torchvision_weights(name, weights)
-
-
-def preset_of_weights(name: str, weights: str | None) -> ImagePreset:
-    """How ``weights`` of the model ``name`` were trained to take photographs, as far as torchvision or timm tell."""
-    if weights is not None and name.startswith("timm/") and importlib.util.find_spec("timm"):
-        import timm
-
-        told = timm.get_pretrained_cfg(name.removeprefix("timm/"))
-        if told is not None and told.crop_pct:
-            size = told.input_size[-1]
-            return ImagePreset(size, round(size / told.crop_pct), three_floats(told.mean), three_floats(told.std))
-    if weights is not None and not _is_file(weights) and name in _torchvision_names():
-        known = torchvision.models.get_model_weights(name)
-        entry: Any = known.__members__.get(weights.removeprefix(f"{known.__name__}."))
-        preset: Any = entry.transforms() if entry else None
-        if hasattr(preset, "crop_size"):  # for classification
-            mean, std = three_floats(preset.mean), three_floats(preset.std)
-            return ImagePreset(preset.crop_size[0], preset.resize_size[0], mean, std)
-    return ImagePreset()
-
-
-def _categories(name: str, weights: str) -> tuple[str, ...]:
-    """The names of the classes of torchvision's weights, which exist."""
-    known = torchvision.models.get_model_weights(name)
-    return tuple(known[weights.removeprefix(f"{known.__name__}.")].meta["categories"])
-
-
-def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
-    if name not in _torchvision_names():
-        raise UserError(f"no weights file {weights}: check the path; only torchvision's models have weights by name")
-    known = torchvision.models.get_model_weights(name)
-    entry = weights.removeprefix(f"{known.__name__}.")
-    if entry not in known.__members__:
-        raise UserError(
-            f"{name} has no weights {weights!r}, and there is no such file; there are {', '.join(known.__members__)}"
-        )
-    try:  # torchvision itself knows which old keys to rename
-        model = torchvision.models.get_model(name, weights=known[entry])
-    except Exception as error:  # URLError, a time-out, a wrong hash, a full disk
-        raise UserError(
-            f"cannot download weights {entry} of {name} from {known[entry].url} ({one_line(error)}): "
-            "check the network, or download that file by hand and give its path"
-        ) from error
-    state: dict[str, Tensor] = model.state_dict()
-    return state
-
-
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file; 'state_dict' and 'model' entries are entered, the prefix 'module.' is removed."""
-    found = _read(path)
-    while isinstance(found, Mapping):
-        inner = next((key for key in ("state_dict", "model") if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
-            break
-        found = found[inner]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        content = ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
-        raise UserError(f"{path} holds no state dict (found: {content or 'nothing'}): save model.state_dict()")
-    prefix = "module." if all(key.startswith("module.") for key in found) else ""
-    return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
-
-
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols; what cannot be read safely is refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is no weights file, or holds Python objects; unpickling those can run any code and is refused: "
-            "save the tensors alone, torch.save(model.state_dict(), file)"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read weights file {path}: {error.strerror or one_line(error)}; check the path"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"weights file {path} is truncated or damaged ({one_line(error)}): get it again") from error
-
-
-def _other_classifier(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The module whose tensors differ in their first dimension alone, if it is the only one: '' if there is none.
-
-    A layer inside the network would make the next one differ too.
-    """
-    differing = [key for key in own if key in found and own[key].shape != found[key].shape]
-    modules = {key.rpartition(".")[0] for key in differing}
-    in_outputs = all(own[key].ndim and own[key].shape[1:] == found[key].shape[1:] for key in differing)
-    module = modules.pop() if len(modules) == 1 and in_outputs else ""
-    return module if f"{module}.weight" in differing else ""
-
-
-def _belongs(key: str, module: str) -> bool:
-    return bool(module) and key.rpartition(".")[0] == module
-
-
-def _misfits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], head: str) -> list[str]:
-    """What does not fit, a phrase for each kind. num_batches_tracked may be missing: old files lack it."""
-    missing = [
-        key for key in own if key not in found and not key.endswith("num_batches_tracked") and not _belongs(key, head)
-    ]
-    unexpected = [key for key in found if key not in own]
-    shapes = [
-        f"{key} {list(found[key].shape)} for {list(own[key].shape)}"
-        for key in found
-        if key in own and own[key].shape != found[key].shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-    return [
-        f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in kinds
-        if keys
-    ]

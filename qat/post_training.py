@@ -1,15 +1,15 @@
-"""Post-training quantization: a float network and images in, the same network with calibrated INT8 ranges out.
+"""Post-training quantization: from a float network and images to the same network with calibrated INT8 ranges.
 
-All of python -m qat.calibrate, and what python -m qat.train does before and between its two phases.
+This is all the work of python -m qat.calibrate, and the steps of python -m qat.train before and between its two phases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,11 +22,14 @@ from qat.base.text import decibels
 from qat.calibration.activation_ranges import observe, set_ranges
 from qat.calibration.adaround import adaround
 from qat.calibration.pytorch_quantization import set_imported_ranges
+from qat.calibration.settings import CalibrationSettings
 from qat.checkpoint import save_checkpoint
-from qat.compute.device import Compute, exact_float32
+from qat.compute.device import Compute
+from qat.compute.precision import exact_float32
 from qat.compute.processes import local_rank
 from qat.data.batches import batch_count
 from qat.data.preprocessing import ImagePreset
+from qat.data.request import ImageRequest
 from qat.data.sources import unlabelled_folder
 from qat.data.splits import Data, load_data, load_unlabelled
 from qat.evaluate import compare, inputs
@@ -35,74 +38,89 @@ from qat.fake_quantize.prepare import prepare, weights_and_quantizers
 from qat.fake_quantize.weight_ranges import fix_weight_ranges
 from qat.graph.network import Network
 from qat.graph.tracing import network_of
-from qat.models import Pretrained, build_pretrained, preset_of_weights
-from qat.placement import say_placement
+from qat.rules.describe import say_placement
 from qat.rules.place import place
 from qat.rules.placement import Placement
+from qat.weights import Pretrained, build_pretrained, preset_of_weights
 
-if TYPE_CHECKING:
-    from qat.options import CalibrateOptions, SharedOptions
-
-_FEW_IMAGES = 16  # fewer show too little of what a network will see
+_FEW_IMAGES = 16  # fewer do not represent what a network will see
 
 
-def quantize_pretrained(options: CalibrateOptions) -> None:
-    """The run that ``options`` describe. Raises UserError for what the user can mend."""
-    if options.weights is None:
+def quantize_pretrained(
+    model: str,
+    weights: str | None,
+    images: ImageRequest,
+    output: Path,
+    *,
+    classes: int | None = None,
+    calibration: CalibrationSettings,
+    keep_float: Iterable[str] = (),
+    adaround_steps: int = 0,
+    compute: Compute,
+) -> None:
+    """Quantizes a trained network, writes its checkpoint, and prints what was measured.
+
+    Args:
+        model: the name of a model, as qat.models.ModelSpec takes it.
+        weights: torchvision's name of them, or a file.
+        images: images to calibrate on, with labels or without; some are held out to measure on.
+        output: the checkpoint.
+        classes: number of classes of the network, if the weights do not show it.
+        calibration: how ranges are chosen.
+        keep_float: patterns of what stays in float.
+        adaround_steps: steps in which AdaRound rounds the weights of each layer; 0: round to the nearest code.
+        compute: the device; one process.
+
+    Raises:
+        UserError: for every mistake that the user can correct.
+    """
+    if weights is None:
         raise UserError("--weights is missing: give those of a trained network, or train one: python -m qat.train")
-    if options.classes is not None and options.classes < 1:
-        raise UserError(f"--classes {options.classes} is not positive: give the number of classes, or leave it out")
+    if classes is not None and classes < 1:
+        raise UserError(f"--classes {classes} is not positive: give the number of classes, or leave it out")
     if local_rank() is not None:
-        raise UserError("python -m qat.calibrate is a single process: start it without torchrun")
-    if options.adaround < 0:
-        raise UserError(f"--adaround {options.adaround} is no number of steps: give 0 or more")
-    check_writable(options.output)
-    check_percentile(options)
-    compute = Compute.from_options(options.device, "float32", compiled=False)
-    found = build_pretrained(options.model, options.weights, options.classes)
-    say(f"weights: {options.weights}, {found.spec.num_classes} classes")
-    data = _load_data(options)
+        raise UserError("python -m qat.calibrate runs as a single process: start it without torchrun")
+    if adaround_steps < 0:
+        raise UserError(f"--adaround {adaround_steps} is not a number of steps: it must be at least 0")
+    check_writable(output)
+    found = build_pretrained(model, weights, classes)
+    say(f"weights: {weights}, {found.spec.num_classes} classes")
+    data = _load_images(images, input_preset(model, weights, images))
     say_data(data)
-    class_names = _class_names(options, found, data)
-    _, placement = placed(options, found.model, data, len(class_names))
+    class_names = _class_names(weights, found, data)
+    _, placement = choose_placement(found.model, model, data, len(class_names), keep_float)
     compute.place(found.model)
-    prepared = quantized(found.model, placement, found.ranges, data, options, compute)
-    if options.adaround:
-        _round(prepared, data, options, compute)
-    figures = _compared(found.model, prepared, data, options, compute)
+    prepared = prepare_and_calibrate(found.model, placement, found.ranges, data, images, calibration, compute)
+    if adaround_steps:
+        _round_weights(prepared, data, images, adaround_steps, compute)
+    figures = _compare_on_test(found.model, prepared, data, images, compute)
     save_checkpoint(
-        options.output,
+        output,
         prepared,
         found.spec,
         data.preprocessing,
         class_names,
         figures,
-        {**origin(options, data), "adaround": options.adaround},
-        options.seed,
+        {**record_of_images(images, data, calibration), "adaround": adaround_steps},
+        images.seed,
     )
     _say_figures(figures)
-    say_next(options.output)
+    say_next(output)
 
 
-# --- what python -m qat.train does too
+# --- steps that python -m qat.train has too
 
 
-def check_percentile(options: SharedOptions) -> None:
-    """Raises UserError when it is out of range."""
-    if not 0 < options.percentile <= 100:
-        raise UserError(f"--percentile {options.percentile} is out of range: choose one above 0 and up to 100")
-
-
-def photographs(options: SharedOptions) -> ImagePreset:
-    """How the network takes photographs. Raises UserError where they could not be normalized so."""
-    told = preset_of_weights(options.model, options.weights)
-    if options.std is not None and not min(options.std) > 0:
-        raise UserError(f"--std {' '.join(map(str, options.std))}: deviations must be above 0")
-    return replace(told, mean=options.mean or told.mean, std=options.std or told.std)
+def input_preset(model: str, weights: str | None, images: ImageRequest) -> ImagePreset:
+    """Size and normalization of the network's input. Raises UserError when a deviation is not positive."""
+    told = preset_of_weights(model, weights)
+    if images.std is not None and not min(images.std) > 0:
+        raise UserError(f"--std {' '.join(map(str, images.std))}: deviations must be above 0")
+    return replace(told, mean=images.mean or told.mean, std=images.std or told.std)
 
 
 def say_data(data: Data) -> None:
-    """Prints what there is, and how it was split."""
+    """Prints which images there are, and how they were split."""
     sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
     classes = f"{len(data.class_names)} classes" if data.labelled else "no labels"
     size = f"{data.preprocessing.height}x{data.preprocessing.width}"
@@ -111,128 +129,133 @@ def say_data(data: Data) -> None:
         say(f"  {note}")
 
 
-def placed(options: SharedOptions, model: nn.Module, data: Data, classes: int) -> tuple[Network, Placement]:
-    """The view of ``model``, and what will be quantized of it, which is printed.
+def choose_placement(
+    model: nn.Module, name: str, data: Data, classes: int, keep_float: Iterable[str]
+) -> tuple[Network, Placement]:
+    """The neutral view of ``model``, and what will be quantized in it; the latter is printed too.
 
-    Raises UserError where it cannot be quantized, not as asked for, or makes no logits [N, ``classes``].
+    Raises UserError when it cannot be quantized, or not as ``keep_float`` asks, or when its output is not logits
+    [N, ``classes``].
     """
     network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width))
     (output,) = (op for op in network if op.kind == "output")
     if output.shape != (1, classes):
-        found = f"a tensor of shape {list(output.shape)}" if output.shape else "something else than one tensor"
+        found = f"a tensor of shape {list(output.shape)}" if output.shape else "something other than one tensor"
         raise UserError(
-            f"model {options.model} makes {found} of one image; needed are logits of shape [1, {classes}], one for "
-            "each class: give a classification model"
+            f"for one image, model {name} returns {found}; it must return logits of shape [1, {classes}]: "
+            "give a classification model"
         )
-    placement = place(network, options.keep_float)
+    placement = place(network, keep_float)
     say_placement(placement)
     if not any(decision.quantized for decision in placement.decisions):
-        warn("nothing of this network is quantized: python -m qat.placement shows why")
+        warn("nothing in this network is quantized: python -m qat.placement shows why")
     return network, placement
 
 
-def quantized(
+def prepare_and_calibrate(
     model: nn.Module,
     placement: Placement,
     ranges: Mapping[str, Tensor],
     data: Data,
-    options: SharedOptions,
+    images: ImageRequest,
+    calibration: CalibrationSettings,
     compute: Compute,
     bits: int = BITS,
 ) -> fx.GraphModule:
-    """A copy of ``model`` with quantizers; their ranges are from the calibration split, or from ``ranges``."""
+    """A copy of ``model`` with quantizers whose ranges come from the calibration split, or from ``ranges``."""
     prepared = prepare(model, placement)
     simulate_bits(prepared, bits)
-    images = data.calibration
-    if len(images) < _FEW_IMAGES:
-        warn(f"only {len(images)} images to calibrate on: ranges may not hold for others; add images")
-    count = batch_count(images, options.batch_size)
-    with _fitting("--batch-size"), progress("calibrating", count) as task, exact_float32():
-        given = _calibration_images(data, options, compute)
+    if len(data.calibration) < _FEW_IMAGES:
+        warn(f"only {len(data.calibration)} images to calibrate on: ranges may not fit other images; add images")
+    count = batch_count(data.calibration, images.batch_size)
+    with _remedy_for_memory("--batch-size"), progress("calibrating", count) as task, exact_float32():
+        given = _calibration_images(data, images, compute)
         observers = observe(prepared, given, task.advance, compute.processes)
-        warnings = set_ranges(prepared, observers, options.calibrator, options.percentile)
+        warnings = set_ranges(prepared, observers, calibration.method, calibration.percentile)
     for line in warnings:
         warn(line)
     for line in set_imported_ranges(prepared, ranges) if ranges else ():
         say(line)
-    if options.weight_calibrator == "mse" and not ranges:
+    if calibration.weight_method == "mse" and not ranges:
         fix_weight_ranges(prepared)
     return prepared
 
 
 @contextmanager
-def _fitting(option: str) -> Iterator[None]:
-    """Where the GPU's memory does not do, UserError names the option that asks for less."""
+def _remedy_for_memory(option: str) -> Iterator[None]:
+    """Turns a lack of GPU memory into a UserError that names the option to lower."""
     try:
         yield
     except torch.OutOfMemoryError:
-        raise UserError(f"the GPU has not enough free memory: free some, or give a smaller {option}") from None
+        raise UserError(f"the GPU does not have enough free memory: free some, or give a smaller {option}") from None
 
 
-def _calibration_images(data: Data, options: SharedOptions, compute: Compute) -> Iterator[Tensor]:
-    """Normalized, in batches, on the device."""
-    return (x for x, _ in inputs(data.calibration, options.batch_size, compute, options.workers))
+def _calibration_images(data: Data, images: ImageRequest, compute: Compute) -> Iterator[Tensor]:
+    """The calibration images, normalized, in batches, on the device."""
+    return (x for x, _ in inputs(data.calibration, images.batch_size, compute, images.workers))
 
 
-def origin(options: SharedOptions, data: Data) -> dict[str, Any]:
-    """What a checkpoint records of its images: enough to load them again, and how ranges were chosen from them."""
-    source = {"source": options.data, "image_size": options.image_size, "root": str(options.data_root)}
+def record_of_images(images: ImageRequest, data: Data, calibration: CalibrationSettings) -> dict[str, Any]:
+    """What a checkpoint records about its images: enough to load them again, and how ranges were chosen from them."""
+    source = {"source": images.source, "image_size": images.image_size, "root": str(images.root)}
     return {
         "data": source | {"labelled": data.labelled},
         "splits": data.sizes,
-        "calibration_images": options.calibration_images,
-        "seed": options.seed,
-        "calibrator": options.calibrator,
-        "weight_calibrator": options.weight_calibrator,
+        "calibration_images": images.calibration_images,
+        "seed": images.seed,
+        "calibrator": calibration.method,
+        "weight_calibrator": calibration.weight_method,
     }
 
 
 def say_next(output: Path) -> None:
-    """Prints what was written, and what to run on it."""
+    """Prints what was written, and the next command to run."""
     say(f"wrote {output}\nnext: python -m export.onnx {output}")
 
 
-# --- what it does not
+# --- steps that only python -m qat.calibrate has
 
 
-def _load_data(options: CalibrateOptions) -> Data:
-    chosen = (options.image_size, options.seed, options.calibration_images)
-    folder, taken = unlabelled_folder(options.data), photographs(options)
+def _load_images(images: ImageRequest, preset: ImagePreset) -> Data:
+    chosen = (images.image_size, images.seed, images.calibration_images)
+    folder = unlabelled_folder(images.source)
     if folder is not None:
-        return load_unlabelled(folder, *chosen, taken)
-    return load_data(options.data, *chosen, options.data_root, taken)
+        return load_unlabelled(folder, *chosen, preset)
+    return load_data(images.source, *chosen, images.root, preset)
 
 
-def _round(prepared: fx.GraphModule, data: Data, options: CalibrateOptions, compute: Compute) -> None:
-    """Rounds the weights by AdaRound, on the calibration images."""
-    images = list(_calibration_images(data, options, compute))
+def _round_weights(prepared: fx.GraphModule, data: Data, images: ImageRequest, steps: int, compute: Compute) -> None:
+    """Rounds the weights with AdaRound, on the calibration images."""
+    given = list(_calibration_images(data, images, compute))
     layers = sum(1 for _ in weights_and_quantizers(prepared))
-    with _fitting("--calibration-images"), progress("rounding", layers) as task:
-        found = adaround(prepared, images, options.adaround, lambda layer: task.advance(note=layer), options.seed)
+    with _remedy_for_memory("--calibration-images"), progress("rounding", layers) as task:
+        found = adaround(prepared, given, steps, lambda layer: task.advance(note=layer), images.seed)
     shares = sorted(layer.mse / layer.mse_nearest for layer in found if layer.mse_nearest)
     if shares:
-        say(f"AdaRound: {len(found)} layers; the median one has {shares[len(shares) // 2]:.2f} times the squared error")
+        share = f"{shares[len(shares) // 2]:.2f} times the squared error of rounding to nearest"
+        say(f"AdaRound: {len(found)} layers; the median layer has {share}")
 
 
-def _class_names(options: CalibrateOptions, found: Pretrained, data: Data) -> tuple[str, ...]:
-    """The data's, else torchvision's, else numbers."""
+def _class_names(weights: str, found: Pretrained, data: Data) -> tuple[str, ...]:
+    """The class names of the data, else those of torchvision's weights, else numbers."""
     classes = found.spec.num_classes
     if data.labelled and len(data.class_names) != classes:
         raise UserError(
-            f"weights {options.weights} are of {classes} classes, data {data.source} has {len(data.class_names)}: give "
-            "weights of these classes (python -m qat.train trains them), or a folder of images without train/ and val/"
+            f"weights {weights} have {classes} classes, but data {data.source} has {len(data.class_names)}: "
+            "give weights for these classes (python -m qat.train trains them), or a folder of images without train/ "
+            "and val/"
         )
     return data.class_names or found.class_names or tuple(map(str, range(classes)))
 
 
-def _compared(
-    model: nn.Module, prepared: nn.Module, data: Data, options: CalibrateOptions, compute: Compute
+def _compare_on_test(
+    model: nn.Module, prepared: nn.Module, data: Data, images: ImageRequest, compute: Compute
 ) -> dict[str, Any]:
-    """What was measured on the test split, as the checkpoint records it: accuracies only where there are labels."""
+    """What was measured on the test split, as the checkpoint records it; accuracies only if there are labels."""
     held_out = len(data.test) > 0
-    images = data.test if held_out else data.calibration  # on these too a network must answer with numbers
-    with _fitting("--batch-size"):
-        agreement, accuracies = compare(model, prepared, images, data, options.batch_size, compute, options.workers)
+    measured_on = data.test if held_out else data.calibration  # these at least show an output that is not finite
+    with _remedy_for_memory("--batch-size"):
+        agreement, accuracies = compare(model, prepared, measured_on, data, images.batch_size, compute, images.workers)
     if not held_out:
         return {}
     figures = zip(("float", "ptq"), (accuracy.test_figures() for accuracy in accuracies), strict=False)
@@ -241,7 +264,7 @@ def _compared(
 
 def _say_figures(figures: Mapping[str, Any]) -> None:
     if not figures:
-        say("nothing was measured: too few images to hold any out")
+        say("nothing was measured: there are too few images to hold any out")
         return
     agreement = figures["agreement"]
     columns, agrees = (
@@ -249,7 +272,7 @@ def _say_figures(figures: Mapping[str, Any]) -> None:
         (f"{agreement['top1']:.2f} %", decibels(agreement["sqnr_db"])),
     )
     if "ptq" not in figures:
-        title = f"Agreement on {agreement['images']} images held out, without labels"
+        title = f"Agreement on {agreement['images']} held-out images without labels"
         table(title, ("network", *columns), [("INT8, post-training", *agrees)])
         return
     floats, codes = (

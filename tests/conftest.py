@@ -35,15 +35,16 @@ def _launcher() -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def command(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Command lines as a user gives them, in a process of their own that finds torch imported already."""
-    folder = tmp_path_factory.mktemp("streams")
+    streams_folder = tmp_path_factory.mktemp("streams")
 
     def run(
         module: str,
         *arguments: object,
         environment: dict[str, str] | None = None,
         file_size: int | None = None,
+        folder: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
-        streams = {name: folder / name for name in ("stdout", "stderr")}
+        streams = {name: streams_folder / name for name in ("stdout", "stderr")}
         for path in streams.values():
             path.write_text("")
         request = {
@@ -51,6 +52,7 @@ def command(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathF
             "arguments": list(map(str, arguments)),
             "environment": environment or {},
             "file_size": file_size,
+            "folder": str(folder),
             **{name: str(path) for name, path in streams.items()},
         }
         stdin = _stream(_launcher.stdin)
@@ -67,11 +69,11 @@ def command(_launcher: subprocess.Popen[str], tmp_path_factory: pytest.TempPathF
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model.qat, its sidecar, and the network and images that it was made from. Not to be changed."""
     from qat.options import TrainOptions
-    from qat.run import run
+    from qat.train import main as run
 
     folder = tmp_path_factory.mktemp("trained")
     with one_thread():
-        assert run(TrainOptions(**tiny.options(folder))) == 0
+        run(TrainOptions(**tiny.options(folder)))
     return folder
 
 
@@ -87,15 +89,14 @@ def checkpoint(trained: Path, tmp_path: Path) -> Path:
 def chain(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model.qat, the ONNX file made of it, the engine made of that, and their sidecars. Not to change."""
     from deploy import build
-    from export.from_checkpoint import export_checkpoint
-    from export.options import ExportOptions
+    from export import export_onnx
 
     folder = tmp_path_factory.mktemp("chain")
     for name in ("model.qat", "model.qat.json"):
         shutil.copy(trained / name, folder / name)
-    export_checkpoint(ExportOptions(checkpoint=folder / "model.qat"))
+    export_onnx(folder / "model.qat")
     onnx = folder / "model.onnx"
-    assert build.main(build.Options(model=onnx, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    assert build.main(build.BuildOptions(model=onnx, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     return folder
 
 

@@ -167,7 +167,7 @@ def test_the_image_folder_of_these_tests_is_good_until_it_is_spoiled(place: Work
     place.train |= {"data": image_folder(place.folder / "images"), "image_size": 16, "workers": 0}
     place.train |= {"float_epochs": 0, "qat_epochs": 0}
     done = command("qat.train", *tiny.flags(place.train))
-    few = "warning: only 3 images to calibrate on: ranges may not hold for others; add images\n"
+    few = "warning: only 3 images to calibrate on: ranges may not fit other images; add images\n"
     assert (done.returncode, done.stderr) == (0, few)
 
 
@@ -206,7 +206,7 @@ def checkpoint_without_sidecar(place: Workplace) -> tuple[object, ...]:
 
 def checkpoint_of_another_format(place: Workplace) -> tuple[object, ...]:
     rewrite(sidecar_path(place.copy("model.qat")), lambda content: content.update(format=2))
-    return "has format version 2, this program reads 1", "make model.qat again"
+    return "has format version 2, but this program reads 1", "make model.qat again"
 
 
 def checkpoint_of_a_model_that_is_gone(place: Workplace) -> tuple[object, ...]:
@@ -245,7 +245,7 @@ def truncated_onnx_sidecar(place: Workplace) -> tuple[object, ...]:
 def checkpoint_for_an_onnx_file(place: Workplace) -> tuple[object, ...]:
     shutil.copy(place.copy("model.qat"), place.folder / "model.onnx")
     shutil.copy(place.folder / "model.qat.json", place.folder / "model.onnx.json")
-    return "is a file of kind 'checkpoint', needed is 'onnx'", "give the right file"
+    return "is a file of kind 'checkpoint', but must be of kind 'onnx'", "give the right file"
 
 
 @pytest.mark.parametrize("spoil", [truncated_onnx, truncated_onnx_sidecar, checkpoint_for_an_onnx_file])
@@ -293,4 +293,4 @@ def test_debug_shows_the_traceback(place: Workplace, command: Run, module: str) 
     loud = command(module, *given, "--output", place.output, "--debug")
     assert loud.returncode != 0
     assert "Traceback (most recent call last)" in loud.stderr
-    assert loud.stderr.splitlines()[-1].startswith("qat.base.artifact.UserError: ")
+    assert loud.stderr.splitlines()[-1].startswith("qat.base.errors.UserError: ")

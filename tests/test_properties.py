@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from export.emit import emit
 from export.fold import fold
-from export.lint import lint
+from export.linter import lint_model
 from export.parity import measure
 from export.read import read_onnx
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
 
 SIZE = 8  # pixels at the input; nothing but a pool or a stride makes them fewer
@@ -188,13 +188,13 @@ def check(chosen: list[Step]) -> None:
     model.eval()
     prepared = prepare(model, input_shape=x.shape[1:])
     with torch.no_grad():
-        calibrate(prepared, [x], "max")
+        calibrate_ranges(prepared, [x], "max")
     folded, _ = fold(prepared)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(emit(folded, x, {}), path)
         onnx = read_onnx(path)
-        assert [str(finding) for finding in lint(onnx)] == []
+        assert [str(finding) for finding in lint_model(onnx)] == []
         quantized = sum(node.op_type == "QuantizeLinear" for node in onnx.graph)
         assert quantized == len(placement_of(prepared).tensors)
         parity, _ = measure(folded, path, [(x, x)], 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import cProfile
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,14 +12,13 @@ import zoo
 from commands import one_thread
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings, Profile
-from deploy.trt import find_toolkit
 from export.emit import emit
 from export.fold import fold
-from export.lint import lint
+from export.linter import lint_onnx
 from export.parity import measure
-from export.read import read_onnx
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
 from qat.graph.fx_network import network_from_fx
 from qat.graph.tracing import trace
@@ -38,12 +37,12 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
         model, x = zoo.build(name), zoo.images(name, 4, seed=1)
     prepared = prepare(model, input_shape=x.shape[1:])
     with torch.no_grad():
-        calibrate(prepared, [x], "max")
+        calibrate_ranges(prepared, [x], "max")
     folded, _ = fold(prepared)
     path = tmp_path / "model.onnx"
     ir.save(emit(folded, x, {}), path)
 
-    assert lint(read_onnx(path)) == []  # TensorRT takes it, and the ONNX file is placed as the torch.fx graph was
+    assert lint_onnx(path) == []  # TensorRT takes it, and the ONNX file is placed as the torch.fx graph was
     parity, _ = measure(folded, path, [(x, x)], 4)
     assert min(layer.sqnr_db for layer in parity.layers if layer.sqnr_db is not None) > LARGEST_ERROR_DB
 
@@ -55,9 +54,11 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
     assert sum(declared) == sum(weights)
 
 
-@pytest.mark.parametrize(("name", "seconds"), [("resnet50", 2), ("efficientnet_v2_s", 10)])
-def test_placement_is_fast(name: str, seconds: float) -> None:
-    model = zoo.build(name)
-    start = time.perf_counter()
-    place(network_from_fx(trace(model), (3, 224, 224)))
-    assert time.perf_counter() - start < seconds
+@pytest.mark.parametrize(("name", "calls"), [("resnet50", 60_000), ("efficientnet_v2_s", 500_000)])
+def test_placement_does_not_take_long(name: str, calls: int) -> None:
+    """Counted in calls of Python functions, which do not depend on the machine: a million take about a second."""
+    network = network_from_fx(trace(zoo.build(name)), (3, 224, 224))
+    profile = cProfile.Profile()
+    profile.runcall(place, network)
+    made = sum(entry.callcount for entry in profile.getstats())
+    assert made < calls

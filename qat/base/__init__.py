@@ -1,1 +1,1 @@
-"""What all three packages share; needs no torch."""
+"""What all three packages share. Nothing here needs torch."""

@@ -1,10 +1,10 @@
-"""Artifacts and their sidecars: what every stage of the pipeline writes, and what the next one checks.
+"""Artifacts and their sidecars: the files that every stage of the pipeline writes and the next stage checks.
 
-The stages (qat, export, deploy) meet through files. Each file ``F`` has a JSON sidecar ``F.json`` that says what
-made it, from which parent (by SHA-256), what its inputs, outputs and classes are, and what was measured on it.
-A file reaches its final name only whole: it is written beside it under a temporary name and then renamed.
+The stages (qat, export, deploy) exchange only files. Each file ``F`` has a JSON sidecar ``F.json`` that records what
+made it, its parent (by SHA-256), its inputs, outputs and classes, and what was measured on it. A file gets its final
+name only when it is complete: it is written in the same folder under a temporary name and then renamed.
 
-Standard library only: every stage imports this module, on machines with and without torch, ONNX or TensorRT.
+Standard library only: every stage imports this module, also on machines without torch, ONNX or TensorRT.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _DISK_ERRORS = {
     errno.EPERM: "no permission to write there: choose another folder",
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
-    errno.ENOENT: "the folder does not exist and cannot be made: choose another path",
+    errno.ENOENT: "the folder does not exist and cannot be created: choose another path",
     errno.EEXIST: "a part of the path is a file, not a folder: choose another path",
     errno.EISDIR: "that is a folder: give the name of a file",
 }
 
 
 class WrongKindError(UserError):
-    """An artifact, but not of the kind that is needed."""
+    """The file is an artifact, but of another kind than the one asked for."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: ``shape`` in elements, with -1 for the dynamic batch; ``dtype`` in NumPy's words."""
+    """One input or output: ``shape`` in elements, with -1 for the dynamic batch; ``dtype`` is NumPy's name of it."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,22 +61,22 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Parent:
-    """The file that an artifact was made from; ``file`` is its path, seen from the folder of the artifact."""
+    """The file that an artifact was made from; ``file`` is its path relative to the folder of the artifact."""
 
     file: str
     sha256: str
 
     @classmethod
     def from_file(cls, child: Path, parent: Path, sha256: str) -> Parent:
-        """What ``child`` records of the file ``parent`` that it is made from."""
+        """What ``child`` records about the file ``parent`` from which it is made."""
         return cls(os.path.relpath(parent.absolute(), child.absolute().parent), sha256)
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What stands in ``F.json`` beside an artifact ``F``.
+    """The content of ``F.json`` beside an artifact ``F``.
 
-    ``figures`` are measurements made on the artifact; ``details`` is what only this kind of artifact has
+    ``figures`` are measurements made on the artifact; ``details`` are facts that only this kind of artifact has
     (the placement of a checkpoint, the audit of an engine). ``sha256`` and ``made_by`` are filled in on writing.
     """
 
@@ -111,7 +111,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk, a missing permission and the like into one line about ``path``."""
+    """Turns a full disk, a missing permission and the like into a UserError about ``path``."""
     try:
         yield
     except OSError as error:
@@ -122,9 +122,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; on success it is renamed to ``path``, else it is removed.
+    """Yields a temporary path beside ``path``; on success it is renamed to ``path``, otherwise it is removed.
 
-    Raises UserError when the folder cannot be made or written, or the disk is full.
+    Raises UserError when the folder cannot be created or written to, or when the disk is full.
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,13 +143,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` as JSON under its final name only when whole. Raises UserError when that fails."""
+    """Writes ``content`` as JSON; ``path`` appears only once it is complete. Raises UserError when that fails."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError when ``path`` could not be written: asked before hours of work, not after them."""
+    """Raises UserError when ``path`` could not be written. Call it before hours of work, not after them."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
@@ -159,40 +159,42 @@ def check_writable(path: Path) -> None:
 
 
 def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], object], **made_by: Any) -> Sidecar:
-    """Writes an artifact with ``write(temporary_path)`` and its sidecar, each under its final name only when whole.
+    """Writes an artifact with ``write(temporary_path)``, and its sidecar; each appears only once it is complete.
 
-    ``made_by`` adds to what is recorded of the making (a seed, versions of further packages).
-    Returns the sidecar as written. Raises UserError when the disk does not take it.
+    ``made_by`` adds to the recorded command, date and versions (a seed, versions of further packages).
+    Returns the sidecar as written. Raises UserError when the files cannot be written.
     """
-    # Both are whole before either is renamed, the artifact first.
+    # Both are complete before either is renamed; the artifact is renamed first.
     with atomic_write(sidecar_path(path)) as temporary_sidecar, atomic_write(path) as temporary:
         write(temporary)
         whole = dataclasses.replace(sidecar, sha256=sha256_of(temporary), made_by=_provenance() | made_by)
         text = json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(whole)}, indent=1, allow_nan=False)
         temporary_sidecar.write_text(text + "\n", encoding="utf-8")
         _flush(temporary_sidecar)
-    return _sidecar_from_json(json.loads(text))  # as a reader will see it: JSON has lists, no tuples
+    return _sidecar_from_json(json.loads(text))  # as a reader will see it: JSON has lists, not tuples
 
 
 def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> Sidecar:
-    """Reads the sidecar of ``artifact`` and checks it: whole, of this format version and kind, and of this file.
+    """Reads the sidecar of ``artifact``; checks that it is complete, of this format version and ``kind``, and its hash.
 
-    ``trust`` leaves out whether it was written for this very file. Raises UserError naming what was expected and what
-    was found.
+    With ``trust`` the hash is not checked, so the sidecar may have been written for another file. Raises UserError
+    naming what was expected and what was found.
     """
     if not artifact.is_file():
-        raise UserError(f"no file {artifact}: check the path, or make it first")
+        raise UserError(f"no file {artifact}: check the path, or make the file first")
     path = sidecar_path(artifact)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = content.pop("format")
     except FileNotFoundError:
-        raise UserError(f"{artifact} has no sidecar {path.name}: copy it there from where {kind} was made") from None
+        raise UserError(
+            f"{artifact} has no sidecar {path.name}: copy it there from the folder in which the {kind} was made"
+        ) from None
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is no sidecar or is truncated ({error}): make {artifact.name} again") from error
+        raise UserError(f"{path} is not a sidecar, or is truncated ({error}): make {artifact.name} again") from error
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}: "
+            f"{path} has format version {version}, but this program reads {FORMAT_VERSION}: "
             f"make {artifact.name} again with this version"
         )
     try:
@@ -200,31 +202,33 @@ def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> 
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks or misstates an entry ({error}): make {artifact.name} again") from error
     if sidecar.kind != kind:
-        raise WrongKindError(f"{artifact} is a file of kind {sidecar.kind!r}, needed is {kind!r}: give the right file")
+        raise WrongKindError(
+            f"{artifact} is a file of kind {sidecar.kind!r}, but must be of kind {kind!r}: give the right file"
+        )
     if trust:
         return sidecar
     found = sha256_of(artifact)
     if found != sidecar.sha256:
         raise UserError(
-            f"{artifact} has SHA-256 {found}, its sidecar was written for {sidecar.sha256}: "
+            f"{artifact} has SHA-256 {found}, but its sidecar was written for {sidecar.sha256}: "
             "the file is truncated or is another one; make it again"
         )
     return sidecar
 
 
 def parent_paths(child: Path, parent: Parent) -> tuple[Path, Path]:
-    """Where the parent of ``child`` may be: where it was, or beside it, when the two were moved together."""
+    """The two places where the parent of ``child`` may be: where it was, or, if both were moved, beside ``child``."""
     path = child.parent / parent.file
     return path, child.parent / path.name
 
 
 def read_parent(child: Path, sidecar: Sidecar, kind: ArtifactKind) -> tuple[Path, Sidecar]:
-    """The parent of ``child`` and its sidecar, looked for where it was, then in the folder of ``child``.
+    """The path of the parent of ``child`` and its sidecar; it is sought where it was, then in the folder of ``child``.
 
-    Raises UserError naming both hashes when it is not the file that ``child`` was made from.
+    Raises UserError naming both hashes when the file found is not the one that ``child`` was made from.
     """
     if sidecar.parent is None:
-        raise UserError(f"{child} records no parent: make it with the pipeline's own commands")
+        raise UserError(f"{child} does not record its parent: make it with the pipeline's own commands")
     where_it_was, beside = parent_paths(child, sidecar.parent)
     path = where_it_was if where_it_was.exists() else beside
     parent = read_sidecar(path, kind)
@@ -237,7 +241,7 @@ def read_parent(child: Path, sidecar: Sidecar, kind: ArtifactKind) -> tuple[Path
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of the installed packages among ``packages``, without importing them."""
+    """Versions of those of ``packages`` that are installed, without importing them."""
     found = {}
     for package in packages:
         try:
@@ -268,7 +272,7 @@ def _sidecar_from_json(content: dict[str, Any]) -> Sidecar:
 
 
 def _flush(path: Path) -> None:
-    """Makes sure that a written file is on the disk, where a full one would say so."""
+    """Forces a written file to the disk, so that a full disk shows as an error now."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

@@ -1,8 +1,8 @@
-"""The face of every command: arguments, one-line errors, progress, tables. No torch, TensorRT or GPU needed.
+"""What every command shows the user: help, one-line errors, progress, tables. Needs no torch, TensorRT or GPU.
 
-A command is a dataclass of options that extends ``Command`` and a ``main`` that takes it; ``run_command`` joins the
-two. A user's mistake (UserError) becomes one line and exit code 2. On a terminal progress is a bar; in a log it is
-a line every few seconds.
+A command consists of a dataclass of options, which extends ``Command``, and a ``main`` that takes it; ``run_command``
+connects the two. A user's mistake (UserError) becomes one line and exit code 2. Progress is a bar on a terminal, and a
+line every few seconds in a log.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class Command:
 
 
 def run_command(main: Callable[[Options], int | None], options: type[Options]) -> NoReturn:
-    """Parses the command line into ``options``, runs ``main`` and exits with its code.
+    """Parses the command line into ``options``, runs ``main`` and exits with the code that it returns.
 
-    Exit codes: see qat/base/exit_codes.py; ``main`` returns its own.
+    All exit codes are in qat/base/exit_codes.py.
     """
     module = sys.modules[main.__module__]
     name = module.__spec__.name if module.__spec__ else None
     chosen = tyro.cli(
         _with_flowing_help(options),
-        prog=f"python -m {name}" if name else None,
+        prog=f"python -m {name}" if name and module.__name__ == "__main__" else None,  # None: the console script's
         description=module.__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -65,7 +65,7 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
     except KeyboardInterrupt as interrupt:
         if chosen.debug:
             raise
-        _one_line("interrupted", str(interrupt) or "nothing half-written was left behind")
+        _one_line("interrupted", str(interrupt) or "no half-written file was left behind")
         code = INTERRUPTED
     except Exception as error:
         if chosen.debug:
@@ -77,7 +77,7 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
 
 
 def _with_flowing_help(options: type[Options]) -> type[Options]:
-    """``options`` with its docstrings as one line each: tyro keeps the breaks of lines that are indented."""
+    """Makes each docstring of ``options`` one line, because tyro keeps the line breaks of indented text."""
     for base in options.__mro__[:-1]:
         hints = get_type_hints(base, include_extras=True)
         for attribute in docstring_parser.parse_from_object(base).params:
@@ -88,9 +88,9 @@ def _with_flowing_help(options: type[Options]) -> type[Options]:
 
 @contextmanager
 def console_of_process(aloud: bool, name: str) -> Iterator[None]:
-    """While it lasts, a process that does not speak ``aloud`` prints errors alone, its ``name`` before them.
+    """Inside this context, a process that is not ``aloud`` prints only errors, each preceded by its ``name``.
 
-    An error that ends it is still its own: it is printed after this.
+    An error that ends the process is printed after the context has closed, but still with the name.
     """
     global _speaker
     console.quiet, _speaker = not aloud, "" if aloud else f"{name}: "
@@ -99,7 +99,7 @@ def console_of_process(aloud: bool, name: str) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Prints a line; rich markup is not interpreted, so that names with brackets survive."""
+    """Prints a line. Rich markup is not interpreted, so names with brackets are printed as they are."""
     console.print(text, markup=False, soft_wrap=True)
 
 
@@ -110,7 +110,7 @@ def warn(text: str) -> None:
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Prints a table; every column but the first is aligned right."""
+    """Prints a table; every column but the first is right-aligned."""
     grid = rich.table.Table(title=title, title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         grid.add_column(column, justify="left" if index == 0 else "right")
@@ -129,7 +129,7 @@ class Task:
         self._last_line = self._start = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Says that ``steps`` more are done; ``note`` is shown beside the bar."""
+        """Reports that ``steps`` more are done; ``note`` is shown beside the bar."""
         self.done += steps
         if self._bar is not None and self._bar_task is not None:
             self._bar.update(self._bar_task, completed=self.done, note=note)

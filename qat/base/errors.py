@@ -1,10 +1,10 @@
-"""What a user can mend is one line: what was wrong, what was found, what to do."""
+"""Errors that the user can correct; a command prints each as one line."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what was wrong, what was found and what to do."""
+    """A mistake that the user can correct: one line that says what was wrong, what was found and what to do."""
 
 
 def one_line(error: BaseException) -> str:

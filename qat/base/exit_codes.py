@@ -3,8 +3,8 @@
 | code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | a fault of the program; export.lint: there are errors in the file |
-| 2 | a mistake that the user can mend, said in one line |
+| 1 | an internal error of the program; export.lint: the file has errors |
+| 2 | a mistake that the user can correct, reported in one line |
 | 3 | deploy.build: a layer that the ONNX file declares INT8 is not INT8 in the engine |
 | 4 | deploy.evaluate: the engine disagrees with ONNX Runtime or PyTorch |
 | 130 | interrupted |

@@ -1,7 +1,7 @@
-"""The number format that tensors are quantized to. A second one, FP8 for instance, would be defined here.
+"""The number format that tensors are quantized to. A second format, FP8 for instance, would be defined here.
 
-A format says which codes there are and what they are called: quantizers clamp to them, the export writes their ONNX
-type, the lint asks for that type, and the audit looks for the format's name in what a builder reports.
+A format defines the range of codes and their names. Quantizers clamp to the range, the export writes the ONNX type, the
+lint checks for that type, and the audit looks for the format's name in what a builder reports.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ class NumberFormat:
     """Symmetric integers: code = round(x / scale), clamped to ``low`` .. ``high``; zero point 0.
 
     Attributes:
-        name: as builders and reports call it.
+        name: its name in builders and reports.
         low: the lowest code, at most 0.
-        high: the highest code, above 0; the scale of a tensor is its largest magnitude divided by it.
-        onnx_type: name of the codes' ONNX data type, '' where no file can hold them (a simulation of fewer bits).
+        high: the highest code, above 0; the scale of a tensor is its amax divided by ``high``.
+        onnx_type: name of the codes' ONNX data type; '' for a simulation of fewer bits, which cannot be stored.
     """
 
     name: str
@@ -34,32 +34,38 @@ class NumberFormat:
 
     @property
     def dtype(self) -> str:
-        """The codes' type in NumPy's and PyTorch's words: ``int8``. Raises ValueError for a simulation."""
+        """NumPy's and PyTorch's name of the codes' type: ``int8``. Raises ValueError for a simulation."""
         if not self.onnx_type:
-            raise ValueError(f"{self.name} is a simulation: no file holds its codes")
+            raise ValueError(f"{self.name} is a simulation: its codes cannot be stored")
         return self.onnx_type.lower()
 
     @property
     def levels(self) -> int:
-        """How many codes a magnitude can take: 0 .. ``high``."""
+        """Number of codes that a magnitude can have: 0 .. ``high``."""
         return self.high + 1
 
     def narrow(self) -> NumberFormat:
-        """Without the lowest code, so that the range is symmetric: what weights use."""
+        """The format without its lowest code, which makes the range symmetric: weights use it."""
         return replace(self, low=-self.high)
-
-    def rectified(self) -> NumberFormat:
-        """Without codes below 0: what the result of a ReLU uses."""
-        return replace(self, low=0)
 
 
 INT8 = NumberFormat("INT8", -128, 127, "INT8")
+EXPORTED = (INT8,)
+"""The formats that an ONNX file can hold. Each has a ``dtype`` of its own, by which its codes are recognized."""
 BITS = 8
 """Bits of the formats that can be exported."""
 
 
 def low_bit_format(bits: int, *, signed: bool) -> NumberFormat:
-    """A format of fewer bits, in two's complement, or from 0 on where it is not ``signed``. It cannot be exported."""
+    """A format of fewer bits, in two's complement if ``signed``, else from 0 upwards. It cannot be exported."""
     name = f"INT{bits}" if signed else f"UINT{bits}"
     half = 2 ** (bits - 1)
     return NumberFormat(name, -half, half - 1, "") if signed else NumberFormat(name, 0, 2 * half - 1, "")
+
+
+def format_of_codes(dtype: str) -> NumberFormat:
+    """The format in ``EXPORTED`` whose codes have this type, in NumPy's words. Raises ValueError if none has."""
+    for number_format in EXPORTED:
+        if number_format.dtype == dtype:
+            return number_format
+    raise ValueError(f"no number format has codes of type {dtype}: choose from {', '.join(map(str, EXPORTED))}")

@@ -1,8 +1,8 @@
-"""Signal-to-quantization-noise ratio, the one measure of how far a quantized tensor is from the exact one.
+"""Signal-to-quantization-noise ratio (SQNR), the only measure here of how close a quantized tensor is to the exact one.
 
     SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2)   in dB
 
-Who holds the tensors computes the two sums, in float64: PyTorch, NumPy, batch by batch.
+The caller computes the two sums in float64, in PyTorch or NumPy, possibly batch by batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 def sqnr_db(signal: float, noise: float) -> float | None:
     """The ratio in dB from ``signal`` = sum x^2 and ``noise`` = sum (x - x_hat)^2, both at least 0.
 
-    None where there is no noise, which means equality; minus infinity where there is noise and no signal.
+    None if there is no noise, which means equality; minus infinity if there is noise but no signal.
     """
     if noise == 0:
         return None

@@ -1,4 +1,4 @@
-"""Text that several commands print: sizes, signal to noise, suggestions for a misspelt name."""
+"""Text that several commands print: sizes, signal-to-noise ratios, suggestions for a misspelt name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SMALLEST_IN_MEGABYTES = 1e5
 
 
 def megabytes(count: int | None, digits: int = 2, *, absent: str = "not measured") -> str:
-    """``25.66 MB`` from a number of bytes; kilobytes below 0.1 MB, and ``absent`` for None."""
+    """``25.66 MB`` from a number of bytes; in kB below 0.1 MB; ``absent`` for None."""
     if count is None:
         return absent
     if count < _SMALLEST_IN_MEGABYTES:
@@ -18,12 +18,12 @@ def megabytes(count: int | None, digits: int = 2, *, absent: str = "not measured
 
 
 def decibels(value: float | None) -> str:
-    """``33.6 dB`` from a signal-to-noise ratio; ``equal`` for None, which stands for no noise at all."""
+    """``33.6 dB`` from a signal-to-noise ratio; ``equal`` for None, which means no noise at all."""
     return "equal" if value is None else f"{value:.1f} dB"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean A or B?)``, or nothing when no name comes close. Case is ignored."""
+    """`` (did you mean A or B?)``, or nothing if no name is similar. Case is ignored."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=3)
     return f" (did you mean {' or '.join(by_lower[match] for match in close)}?)" if close else ""

@@ -1,1 +1,1 @@
-"""Activation ranges from images, and weights rounded by them."""
+"""Calibration: activation ranges from images, and rounding of weights with the help of images."""

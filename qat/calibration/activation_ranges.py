@@ -1,8 +1,8 @@
-"""Calibration: the amax of every activation tensor, by one of four methods, from one pass over the images.
+"""Chooses the amax of every activation tensor, by one of four methods, from one pass over the images.
 
-The pass runs the float network and keeps a histogram of every tensor (qat/calibration/histogram.py), from which each
-method chooses (qat/calibration/thresholds.py); amax never exceeds the exact max |x|. Ranges of weights need no images:
-see qat/fake_quantize/weight_ranges.py.
+The pass runs the float network and keeps a histogram of every tensor (qat/calibration/histogram.py). Each method
+chooses amax from the histogram (qat/calibration/thresholds.py); it never exceeds the exact max |x|. Ranges of weights
+need no images, see qat/fake_quantize/weight_ranges.py.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ def observe(
     on_batch: Callable[[], None] | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, HistogramObserver]:
-    """Runs the float network in eval mode and watches the input of every ActivationQuantizer.
+    """Runs the float network in eval mode and observes the input of every ActivationQuantizer.
 
     Args:
-        model: contains ActivationQuantizers; a quantizer that is called several times sees all of its inputs.
-        batches: what ``model`` takes, on any device.
+        model: contains ActivationQuantizers; if one is called several times, all its inputs are observed.
+        batches: inputs of ``model``, on any device.
         on_batch: called after every batch, to show progress.
-        processes: the processes that share the images; each gets the observers of all, and may have had no batch.
+        processes: the processes that share the images. Each gets the merged observers of all, even if it had no batch.
 
-    Returns the observers by the quantizers' names, from which ``set_ranges`` can choose with any method.
-    Modes and enabled weight quantizers are afterwards as they were, also after an exception.
-    Raises UserError when there is no batch, a tensor holds NaN or infinity, or every channel is one constant.
+    Returns the observers by the names of the quantizers; ``set_ranges`` can choose from them with any method.
+    Modes and enabled weight quantizers are restored at the end, also after an exception.
+    Raises UserError when there is no batch, a tensor holds NaN or infinity, or every channel is constant.
     """
     quantizers = _quantizers(model)
     observers = {name: HistogramObserver(name, q.amax.device) for name, q in quantizers.items()}
     device = next(model.parameters()).device
     extremes: list[Tensor] = []
-    with _observing(model, observers), torch.no_grad():
-        for batch in _ranged(model, observers, (batch.to(device) for batch in batches), processes):
+    with _observe_float_network(model, observers), torch.no_grad():
+        for batch in _agree_on_limits(model, observers, (batch.to(device) for batch in batches), processes):
             extremes.append(torch.stack(torch.aminmax(batch.transpose(0, 1).flatten(1), dim=1)))
             model(batch)
             if on_batch is not None:
@@ -63,20 +63,18 @@ def observe(
     if not given:
         raise UserError("calibration got no images: give a calibration split of at least one batch")
     if not varied:
-        raise UserError(
-            "all calibration images are one constant: ranges from them hold for nothing else; give real images"
-        )
+        raise UserError("all calibration images are the same constant: they give no useful ranges; give real images")
     merge(list(observers.values()), processes)
     return observers
 
 
-def _ranged(
+def _agree_on_limits(
     model: nn.Module, observers: Mapping[str, HistogramObserver], batches: Iterable[Tensor], processes: Processes
 ) -> Iterator[Tensor]:
-    """``batches``; where several processes share them, after all have agreed on the limits that they start from.
+    """``batches``; if several processes share them, all first agree on the limits from which their histograms start.
 
-    Limits only double, so histograms that start from one limit have bins that merge into each other's. All send the
-    same two messages, here and in ``merge``, however many batches each has.
+    Limits only double, so histograms that start from the same limit can be merged bin by bin. Every process sends the
+    same two messages, one here and one in ``merge``, however many batches it has.
     """
     if processes.world_size > 1 and observers:
         rest = iter(batches)
@@ -84,7 +82,7 @@ def _ranged(
         if first is not None:
             model(first)
         found = list(observers.values())
-        # Infinity for NaN, of which no maximum is certain: so all raise the same error.
+        # Infinity instead of NaN, whose maximum is not defined: so all processes raise the same error.
         ours = torch.stack([observer.largest for observer in found]).nan_to_num(nan=math.inf, posinf=math.inf)
         agreed = processes.largest(ours).tolist()
         for observer, value in zip(found, agreed, strict=True):
@@ -97,7 +95,7 @@ def _ranged(
 
 
 def merge(observers: Sequence[HistogramObserver], processes: Processes) -> None:
-    """Gives the observers of every process what those of all have seen."""
+    """Merges the observers of all processes; afterwards every process has the same."""
     if processes.world_size == 1 or not observers:
         return
     ours = torch.stack([torch.stack([o.limit, o.largest, o.limit.new_tensor(float(o.seen))]) for o in observers])
@@ -114,8 +112,8 @@ def set_ranges(
 ) -> list[str]:
     """Writes the amax of every ActivationQuantizer, chosen by ``method`` from what ``observers`` saw.
 
-    Returns one line of warning for each tensor that was constant zero (its amax becomes 0 and its scale the
-    floor) or that no batch reached (its amax stays as it was).
+    Returns one line of warning for each tensor that was always zero (its amax becomes 0, its scale the floor), or that
+    no batch reached (its amax does not change).
     """
     warnings, quantizers = [], _quantizers(model)
     ranges: dict[str, float] = {}
@@ -126,7 +124,7 @@ def set_ranges(
     exact = largest_of([observers[name] for name in quantizers])
     for (name, quantizer), largest in zip(quantizers.items(), exact, strict=True):
         if math.isnan(ranges[name]):
-            warnings.append(f"tensor {name} was not computed by any calibration batch: it has no range")
+            warnings.append(f"tensor {name} was not computed for any calibration batch: it has no range")
             continue
         quantizer.amax.fill_(ranges[name])
         if largest / quantizer.format.high < SCALE_FLOOR:
@@ -134,17 +132,17 @@ def set_ranges(
     return warnings
 
 
-def calibrate(
+def calibrate_ranges(
     model: nn.Module,
     batches: Iterable[Tensor],
-    method: Calibrator,
+    method: Calibrator = "mse",
     percentile: float = 99.99,
     on_batch: Callable[[], None] | None = None,
 ) -> list[str]:
     """Sets the amax of every ActivationQuantizer of ``model`` from one pass over ``batches``.
 
-    See ``observe`` for the arguments and errors, and ``set_ranges`` for the warnings that are returned;
-    ``percentile`` in (0, 100] is used by the method of that name.
+    See ``observe`` for the other arguments and the errors, and ``set_ranges`` for the warnings that are returned.
+    ``percentile``, in (0, 100], is used by the method of that name.
     """
     return set_ranges(model, observe(model, batches, on_batch), method, percentile)
 
@@ -152,9 +150,9 @@ def calibrate(
 def choose_ranges(
     observers: Sequence[HistogramObserver], method: Calibrator, percentile: float = 99.99, levels: int = INT8.levels
 ) -> list[float]:
-    """The amax that ``method`` chooses for each tensor; never above the exact max, NaN for one that was not seen.
+    """The amax that ``method`` chooses for each tensor: at most the exact max, NaN for a tensor that was not seen.
 
-    ``levels``: how many codes a magnitude can take.
+    ``levels``: number of codes that a magnitude can have.
     """
     if method not in get_args(Calibrator):
         raise ValueError(f"no calibration method {method!r}: choose max, percentile, mse or entropy")
@@ -177,8 +175,8 @@ def _quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 @contextmanager
-def _observing(model: nn.Module, observers: Mapping[str, HistogramObserver]) -> Iterator[None]:
-    """The float network in eval mode with its observers set; everything is put back at the end."""
+def _observe_float_network(model: nn.Module, observers: Mapping[str, HistogramObserver]) -> Iterator[None]:
+    """Sets eval mode, float weights and the observers; restores everything at the end."""
     quantizers = _quantizers(model)
     training = {module: module.training for module in model.modules()}
     enabled = {module: module.enabled for module in training if isinstance(module, WeightQuantizer)}

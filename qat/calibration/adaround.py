@@ -1,20 +1,22 @@
-"""AdaRound: which weights to round up and which down, chosen layer by layer from unlabelled images, without training.
+"""AdaRound: chooses which weights to round up and which down, layer by layer, from unlabelled images without training.
 
     W~   = scale * clamp(floor(W / scale) + h, low, high)      h = clamp(sigmoid(V) * (ZETA - GAMMA) + GAMMA, 0, 1)
     loss = mean over outputs of (f(W x) - f(W~ x_hat))^2 / noise  +  LAMBDA * mean over weights of 1 - |2 h - 1|^beta
 
-(Nagel et al. 2020). x is the layer's input in the float network, x_hat that in the quantized one, whose earlier layers
-are rounded already. f is the layer with the batch normalization and the activation function that alone read it. V
-starts where W~ = W and is moved by Adam; the second term, without which the first fifth of the steps does, drives every
-h to 0 or 1 while beta falls from 20 to 2. A weight that is a code already, as zero is, or lies beyond the range, stays.
+(Nagel et al. 2020). x is the layer's input in the float network; x_hat is its input in the quantized network, whose
+earlier layers are already rounded. f is the layer followed by the batch normalization and activation functions that are
+the only readers of its output. V starts where W~ = W and is optimized by Adam. The second term, which is left out in
+the first fifth of the steps, drives every h to 0 or 1 while beta falls from 20 to 2. A weight that is exactly a code,
+such as zero, or lies beyond the range, does not change.
 
-``noise`` is what rounding to nearest adds to an output channel: the mean of (f(W x_hat) - f(W_nearest x_hat))^2. No two
-output channels share a weight, so dividing each by a constant moves no optimum; it gives one LAMBDA its meaning for
-outputs of any scale, any number of weights and of bits. A channel that rounding does not change, as behind a ReLU that
-never opens, is rounded to nearest by the second term alone.
+``noise`` is the error that rounding to nearest adds to an output channel: the mean of
+(f(W x_hat) - f(W_nearest x_hat))^2. No two output channels share a weight, so dividing each channel by a constant moves
+no optimum; it gives LAMBDA the same meaning for any scale of the outputs and any number of weights or bits. If rounding
+does not change a channel at all, for example before a ReLU that is always zero, the second term alone decides: its
+weights are rounded to nearest.
 
-A range that is not fixed yet becomes max |w|, as it is without AdaRound. That of the least squared error gave the same
-at 8 bits, within the spread of seeds.
+A range that is not fixed yet becomes max |w|, as without AdaRound. The range with the least squared error gave the same
+result at 8 bits, within the spread of seeds.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from torch import Tensor, fx, nn
 
 from qat.base.errors import UserError
 from qat.base.number_format import NumberFormat
-from qat.compute.device import exact_float32
+from qat.compute.precision import exact_float32
 from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, weights_and_quantizers
 from qat.fake_quantize.quantizer import (
     ActivationQuantizer,
@@ -47,13 +49,13 @@ LAMBDA = 1.0
 BETA = (20.0, 2.0)
 _WARM_START = 0.2
 _LEARNING_RATE = 3e-2
-_IMAGES = 32  # of a step
+_IMAGES = 32  # per step
 _IN_F: tuple[OpKind, ...] = ("batch_norm", "activation", "unfused_activation")
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A layer that was rounded: the mean squared error of what f makes of the images, against the float network."""
+    """A rounded layer and the mean squared error of f against the float network, for nearest rounding and for ours."""
 
     layer: str
     mse_nearest: float
@@ -69,28 +71,30 @@ def adaround(
 ) -> list[Rounded]:
     """Rounds every quantized weight of a calibrated network to the codes that change its layer's output least.
 
-    Weights become code * scale, in place, and their quantizers' ranges are fixed: each gives exactly those codes. A
-    channel that comes out no better than by rounding to nearest is rounded to nearest. Of layers that share a weight
-    the first one decides.
+    The weights are replaced by code * scale, in place, and the ranges of their quantizers are fixed, so that quantizing
+    them again gives exactly those codes. A channel for which this is not better than rounding to nearest is rounded to
+    nearest. If layers share a weight, the first one decides.
 
     Args:
-        prepared: from qat.fake_quantize.prepare, calibrated; changed at the very end, so not at all where this raises.
-        batches: normalized images [N, C, H, W] on any device; only those that calibration may see.
-        steps: of Adam, for each layer.
+        prepared: a calibrated model from qat.fake_quantize.prepare. It is changed only at the very end, so an error
+            leaves it unchanged.
+        batches: normalized images [N, C, H, W] on any device; use only images of the calibration split.
+        steps: steps of Adam for each layer.
         on_layer: called with the label of every layer before it is rounded, to show progress.
-        seed: of the order of the images. Equal seeds give equal weights, on a CPU to the last bit.
+        seed: seed of the order of the images. Equal seeds give equal weights, on a CPU to the last bit.
 
-    Kept on the model's device meanwhile are, of all images, both networks' tensors that layers from here on will
-    read, and twice the output of one layer: at most 15 MB an image of 224 px in ResNet50.
+    Memory on the model's device: for all images, the tensors of both networks that later layers will read, and twice
+    the output of one layer. For ResNet50 this is at most 15 MB per image of 224 px.
 
-    Returns the layers in the network's order.
-    Raises UserError where there is no image, or where an output is NaN or infinite, as in a network not calibrated.
+    Returns the layers in the order of the network.
+    Raises UserError when there are no images, or when an output is NaN or infinite, as in a network that is not
+    calibrated.
     """
     if steps < 1:
-        raise ValueError(f"{steps} steps round nothing: give at least 1")
+        raise ValueError(f"steps is {steps}: it must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad(), exact_float32():
-        images = _dealt(batches, generator)
+        images = _shuffle_into_batches(batches, generator)
         rounding = _Rounding(prepared, images, steps, generator)
         found = []
         for layer in _layers(prepared):
@@ -103,7 +107,7 @@ def adaround(
 
 @dataclass(frozen=True)
 class _Layer:
-    """``nodes``: what f consists of, the layer's function or module among them."""
+    """``nodes``: the nodes of f, including the layer's own function or module."""
 
     label: str
     quantizer: str  # the path of the weight's quantizer
@@ -111,7 +115,7 @@ class _Layer:
 
 
 def _layers(prepared: fx.GraphModule) -> Iterator[_Layer]:
-    """Every layer that decides on a weight, in the network's order."""
+    """Every layer that decides the rounding of a weight, in the order of the network."""
     weights = {path: weight for path, weight, _ in weights_and_quantizers(prepared)}
     modules, decided = dict(prepared.named_modules()), set()
     for node in prepared.graph.nodes:
@@ -119,11 +123,11 @@ def _layers(prepared: fx.GraphModule) -> Iterator[_Layer]:
         if path in weights and id(weights[path]) not in decided:
             decided.add(id(weights[path]))
             quantizers = [source for source in node.all_input_nodes if source.target == path]
-            yield _Layer(label(node), path, (*quantizers, node, *_behind(node, modules)))
+            yield _Layer(label(node), path, (*quantizers, node, *_nodes_that_follow(node, modules)))
 
 
-def _behind(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
-    """The normalization and activation functions that follow, as long as each has one reader; their constants too."""
+def _nodes_that_follow(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
+    """The normalization and activation functions that follow while each has one reader, and their constants."""
     found: list[fx.Node] = []
     while len(node.users) == 1:
         (reader,) = node.users
@@ -135,47 +139,48 @@ def _behind(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node]:
     return found
 
 
-def _dealt(batches: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+def _shuffle_into_batches(batches: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     """All images, shuffled, in mini-batches."""
     if not sum(map(len, batches)):
         raise UserError("AdaRound got no images: give a calibration split of at least one batch")
     images = torch.cat(list(batches))
-    return list(images[torch.randperm(len(images), generator=generator).to(images.device)].split(_IMAGES))
+    shuffled = images[torch.randperm(len(images), generator=generator).to(images.device)]
+    return list(torch.split(shuffled, _IMAGES))
 
 
 class _Rounding:
-    """Two copies of a network under way, one in float, one quantized and rounded up to here."""
+    """Two copies of a network: one in float, and one quantized, which is rounded layer by layer."""
 
     def __init__(
         self, prepared: fx.GraphModule, images: Sequence[Tensor], steps: int, generator: torch.Generator
     ) -> None:
         self.steps, self.generator, self.batches = steps, generator, range(len(images))
-        in_float, self._quantized = (_evaluated(prepared, enabled) for enabled in (False, True))
-        self._walks = [Stepper(model, prepared.graph, images) for model in (in_float, self._quantized)]
+        in_float, self._fake_quantize = (_copy_for_evaluation(prepared, enabled) for enabled in (False, True))
+        self._steppers = [Stepper(model, prepared.graph, images) for model in (in_float, self._fake_quantize)]
         self._weights = {
-            path: (weight, quantizer) for path, weight, quantizer in weights_and_quantizers(self._quantized)
+            path: (weight, quantizer) for path, weight, quantizer in weights_and_quantizers(self._fake_quantize)
         }
 
     def round(self, layer: _Layer) -> Rounded:
-        """Rounds the weight of ``layer``, and of all that share it, in the quantized copy."""
-        for walk in self._walks:
-            walk.to(layer.nodes[0])
-        in_float, quantized = self._walks
+        """Rounds the weight of ``layer`` in the quantized copy, for all layers that share it."""
+        for stepper in self._steppers:
+            stepper.run_to(layer.nodes[0])
+        in_float, quantized = self._steppers
         weight, quantizer = self._weights[layer.quantizer]
         if quantizer.amax is None:
             quantizer.fix(weight_amax(weight, quantizer.axis))
         assert quantizer.amax is not None
         scale = per_channel(quantizer.scale(weight), weight.ndim, quantizer.axis)
-        channels = 1 if weight.ndim > 2 else -1  # of the output
+        channels = 1 if weight.ndim > 2 else -1  # dimension of the output's channels
 
         def error(targets: Sequence[Tensor]) -> Tensor:
-            """Mean squared, of each output channel: [C], float64."""
-            differences = (quantized.output(layer.nodes, batch) - targets[batch] for batch in self.batches)
+            """Mean squared error of each output channel: [C], float64."""
+            differences = (quantized.output_of(layer.nodes, batch) - targets[batch] for batch in self.batches)
             return _mean_square(differences, channels)
 
-        targets = [in_float.output(layer.nodes, batch) for batch in self.batches]
+        targets = [in_float.output_of(layer.nodes, batch) for batch in self.batches]
         quantizer.enabled = False
-        unrounded = [quantized.output(layer.nodes, batch) for batch in self.batches]
+        unrounded = [quantized.output_of(layer.nodes, batch) for batch in self.batches]
         quantizer.enabled = True
         noise, nearest = error(unrounded), error(targets)
         del unrounded
@@ -183,24 +188,24 @@ class _Rounding:
             raise UserError(f"the output of {layer.label} is NaN or infinite: calibrate the network before rounding it")
 
         soft = _SoftRounding(weight, scale, quantizer.format)
-        self._quantized.set_submodule(layer.quantizer, soft)
+        self._fake_quantize.set_submodule(layer.quantizer, soft)
         gain = torch.where(noise > 0, 1 / noise, 0).float()  # [C]
         optimizer = torch.optim.Adam(soft.parameters(), lr=_LEARNING_RATE, fused=True)
         for step, batch in enumerate(self._order()):
             with torch.enable_grad():
-                difference = quantized.output(layer.nodes, batch) - targets[batch]
+                difference = quantized.output_of(layer.nodes, batch) - targets[batch]
                 loss = (difference.square() * per_channel(gain, difference.ndim, channels)).mean()
                 if (beta := _beta(step / self.steps)) is not None:
                     loss = loss + LAMBDA * soft.undecided(beta)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        self._quantized.set_submodule(layer.quantizer, quantizer)
+        self._fake_quantize.set_submodule(layer.quantizer, quantizer)
 
         by_nearest, chosen = (quantize(w, scale, quantizer.format) for w in (weight, soft.hard()))
         weight.copy_(chosen * scale)
         rounded = error(targets)
-        # A grouped transposed convolution has several output channels to a scale.
+        # A grouped transposed convolution has several output channels per scale.
         worse = (rounded - nearest).view(-1, scale.numel()).sum(0) >= 0
         weight.copy_(torch.where(per_channel(worse, weight.ndim, quantizer.axis), by_nearest, chosen) * scale)
         for other, shared in self._weights.values():
@@ -209,7 +214,7 @@ class _Rounding:
         return Rounded(layer.label, float(nearest.mean()), float(error(targets).mean()))
 
     def _order(self) -> list[int]:
-        """The mini-batch of every step: each once, in a random order, again and again."""
+        """The mini-batch of every step: all mini-batches in random order, repeated in new orders."""
         rounds = math.ceil(self.steps / len(self.batches))
         orders = [torch.randperm(len(self.batches), generator=self.generator) for _ in range(rounds)]
         order: list[int] = torch.cat(orders)[: self.steps].tolist()
@@ -225,7 +230,7 @@ class _Rounding:
 
 
 class _SoftRounding(nn.Module):
-    """Stands where a weight's quantizer stood: each weight between its two codes, V being what is learned."""
+    """Replaces the quantizer of a weight: each weight lies between its two codes, and V is learned."""
 
     def __init__(self, weight: Tensor, scale: Tensor, number_format: NumberFormat) -> None:
         """``scale`` broadcasts against ``weight``."""
@@ -234,34 +239,34 @@ class _SoftRounding(nn.Module):
         below, above = (
             code.clamp(number_format.low, number_format.high) for code in (quotient.floor(), quotient.ceil())
         )
-        self.below, self.gap = below * scale, (above - below) * scale  # gap: 0 of weights that are or get a code
+        self.below, self.gap = below * scale, (above - below) * scale  # gap: 0 for codes and weights beyond the range
         self.up = quotient - quotient.floor()  # h(V)
         self.V = nn.Parameter(torch.logit((self.up - GAMMA) / (ZETA - GAMMA)))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The soft weight; of ``weight`` only its type is used."""
+        """The soft weight, in the type of ``weight``, whose values are not used."""
         self.up = (self.V.sigmoid() * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
         return torch.addcmul(self.below, self.up, self.gap).to(weight.dtype)
 
     def undecided(self, beta: float) -> Tensor:
-        """Of the last forward pass: 0 where every weight is at one of its codes, at most 1: []."""
+        """How far the weights of the last forward pass are from their codes: [], 0 if all are at a code, at most 1."""
         return 1 - (2 * self.up - 1).abs().pow(beta).mean()
 
     def hard(self) -> Tensor:
-        """The weight, each at the nearer of its codes."""
+        """The weights, each at the nearer of its two codes by the learned V."""
         return torch.where(self.V >= 0, self.below + self.gap, self.below)
 
 
 def _beta(done: float) -> float | None:
-    """The exponent when the fraction ``done`` of the steps is over; None as long as there is no second term."""
+    """The exponent after the fraction ``done`` of the steps; None while the second term is left out."""
     first, last = BETA
     if done < _WARM_START:
         return None
     return last + (first - last) * (1 - (done - _WARM_START) / (1 - _WARM_START))
 
 
-def _evaluated(prepared: fx.GraphModule, enabled: bool) -> fx.GraphModule:
-    """A copy in eval mode without gradients, all of whose quantizers are ``enabled`` or not."""
+def _copy_for_evaluation(prepared: fx.GraphModule, enabled: bool) -> fx.GraphModule:
+    """A copy in eval mode without gradients, with all quantizers ``enabled`` or not."""
     model = copy.deepcopy(prepared).eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
@@ -270,7 +275,7 @@ def _evaluated(prepared: fx.GraphModule, enabled: bool) -> fx.GraphModule:
 
 
 def _mean_square(differences: Iterator[Tensor], channels: int) -> Tensor:
-    """Over all but the dimension ``channels``: [C], float64."""
+    """Mean square over all dimensions except ``channels``: [C], float64."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for difference in differences:
         rows = difference.movedim(channels, 0).flatten(1)  # [C, K]

@@ -1,12 +1,12 @@
-"""What calibration keeps of a tensor: the exact max |x| and a histogram of |x|, whose size no number of images changes.
+"""What calibration records of a tensor: the exact max |x|, and a histogram of |x| whose size is fixed.
 
-    counts[j] = how many |x| lie in [j, j + 1) * limit / B        j = 0 .. B-1, B = 2048
+    counts[j] = number of |x| in [j, j + 1) * limit / B        j = 0 .. B-1, B = 2048
 
-``limit`` starts as the max of the first batch; when a larger value comes it doubles and adjacent bins merge, so that no
-count is lost. On a GPU nothing waits for a result: what the kernels below decide stays there, and they mostly read a
-tensor once, as fast as the memory gives it. torch.histc takes 7 times as long, behind a ReLU 75 times
-(benchmarks/gpu_training_step.txt): it adds float32 numbers in shared memory, for which GPUs have no instruction, and
-the zeros of a ReLU all meet in one bin.
+``limit`` starts as the max of the first batch. When a larger value comes, it doubles and adjacent bins merge, so no
+count is lost. On a GPU nothing waits for a result: the kernels (qat/compute/histogram.cu) keep their decisions there,
+and they mostly read a tensor only once, at the speed of the memory. torch.histc takes 7 times as long, and 75 times
+after a ReLU (benchmarks/gpu_training_step.txt): it adds float32 numbers in shared memory, for which GPUs have no
+instruction, and all zeros of a ReLU fall into the same bin.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from qat.compute.cuda_kernels import Kernels
 from qat.fake_quantize.quantizer import SCALE_FLOOR
 
 BINS = 2048
-# torch.histc counts in float32, which is exact up to 2**24: larger tensors are counted piece by piece.
+# torch.histc counts in float32, which is exact up to 2**24: larger tensors are counted in pieces.
 EXACT_COUNT = 2**24
-# The limit may double above the largest |x| and a bin's width must stay a normal float.
+# The limit may be up to twice the largest |x|, and the width of a bin must be a normal float.
 LARGEST, SMALLEST_LIMIT = torch.finfo(torch.float32).max / 2, BINS * SCALE_FLOOR
 
 _THREADS, _BLOCKS_PER_PROCESSOR = 1024, 2
-_WORDS_BEHIND_COUNTS = 3  # of the kernels' State
-_MOST = 2**30  # elements that they count at a time
+_WORDS_BEHIND_COUNTS = 3  # the rest of the kernels' State
+_MOST = 2**30  # elements that the kernels count at a time
 _CONSTANTS = f"""
 #define BINS {BINS}
 #define STATE_BYTES {8 * (BINS + _WORDS_BEHIND_COUNTS)}
@@ -40,117 +40,6 @@ _CONSTANTS = f"""
 #define LARGEST {LARGEST:.9e}f
 #define SMALLEST_LIMIT {SMALLEST_LIMIT:.9e}f
 """
-_SOURCE = """
-// Shows ``see`` every element that is this thread's share: where they lie so, four of one load, while the next come.
-template <typename See> __device__ void each(const float* __restrict__ x, unsigned int size, See see) {
-    unsigned int first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
-    unsigned int fours = (unsigned long long)x % sizeof(float4) ? 0 : size / 4;
-    const float4* x4 = reinterpret_cast<const float4*>(x);
-    float4 next = first < fours ? x4[first] : float4();
-    for (unsigned int i = first; i < fours; i += stride) {
-        float4 some = next;
-        if (i + stride < fours) next = x4[i + stride];
-        see(some.x), see(some.y), see(some.z), see(some.w);
-    }
-    for (unsigned int i = 4 * fours + first; i < size; i += stride) see(x[i]);
-}
-
-// What one block counts. Zeros, most of a ReLU's values, each thread counts for itself.
-struct Found {
-    unsigned int* bins;
-    float bins_per_unit;
-    unsigned int zeros = 0;
-
-    __device__ Found(unsigned int* shared, float limit) : bins(shared), bins_per_unit(limit > 0 ? BINS / limit : 0) {
-        for (int j = threadIdx.x; j < BINS; j += blockDim.x) bins[j] = 0;
-        __syncthreads();
-    }
-    __device__ void add(float magnitude) {
-        if (magnitude == 0) ++zeros;
-        else atomicAdd(&bins[min((int)(magnitude * bins_per_unit), BINS - 1)], 1u);
-    }
-    __device__ void add_to(unsigned long long* counts) {
-        atomicAdd(&bins[0], zeros);
-        __syncthreads();
-        for (int j = threadIdx.x; j < BINS; j += blockDim.x)
-            if (bins[j]) atomicAdd(&counts[j], (unsigned long long)bins[j]);
-    }
-};
-
-// Of an observer; what stands behind ``largest`` is what the two kernels tell each other. Floats that are not negative
-// have the order of their bits; NaN's are above those of all numbers.
-struct State {
-    unsigned long long counts[BINS];
-    float limit, largest;
-    unsigned int blocks_done, largest_here;
-    float rest;  // the magnitude above which the values of the tensor are not counted yet; negative: all are counted
-};
-static_assert(sizeof(State) == STATE_BYTES, "the tensor that holds it");
-
-// By one block. As many doublings of the limit as the largest value needs; each merges two bins.
-__device__ void grow(State* state) {
-    __shared__ unsigned long long merged[BINS];
-    float reach = state->limit, largest = state->largest;
-    int doublings = 0;
-    if (largest <= LARGEST) {  // not when it is NaN
-        if (reach == 0 && largest > 0) reach = fmaxf(largest, SMALLEST_LIMIT);
-        for (; reach < largest; ++doublings) reach *= 2;
-    }
-    for (int j = threadIdx.x; j < BINS; j += blockDim.x) merged[j] = 0;
-    __syncthreads();
-    if (threadIdx.x == 0) state->limit = reach;
-    if (doublings == 0) return;
-    if (doublings > 11) doublings = 11;  // all in one bin
-    for (int j = threadIdx.x; j < BINS; j += blockDim.x) atomicAdd(&merged[j >> doublings], state->counts[j]);
-    __syncthreads();
-    for (int j = threadIdx.x; j < BINS; j += blockDim.x) state->counts[j] = merged[j];
-}
-
-// Counts what is within the limit, finds the largest, and lets the limit grow to it.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
-count(const float* x, int size, State* state) {
-    __shared__ unsigned int bins[BINS];
-    __shared__ bool is_last;
-    float reach = state->limit;
-    unsigned int most = 0;
-    Found found(bins, reach);
-    each(x, size, [&](float value) {
-        float magnitude = fabsf(value);
-        most = max(most, __float_as_uint(magnitude));
-        if (magnitude <= reach) found.add(magnitude);
-    });
-    found.add_to(state->counts);
-    for (int lanes = 16; lanes; lanes /= 2) most = max(most, __shfl_xor_sync(0xffffffff, most, lanes));
-    if ((threadIdx.x & 31) == 0) atomicMax(&state->largest_here, most);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) is_last = atomicInc(&state->blocks_done, gridDim.x - 1) == gridDim.x - 1;  // then it is 0
-    __syncthreads();
-    if (!is_last) return;
-    if (threadIdx.x == 0) {
-        unsigned int here = atomicExch(&state->largest_here, 0u);
-        state->rest = __uint_as_float(here) <= reach ? -1 : reach;
-        state->largest = __uint_as_float(max(here, __float_as_uint(state->largest)));
-    }
-    __threadfence();
-    __syncthreads();
-    grow(state);
-}
-
-// Counts what was above the limit, which has grown since; mostly there is nothing to do.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
-count_rest(const float* x, int size, State* state) {
-    __shared__ unsigned int bins[BINS];
-    float rest = state->rest;
-    if (rest < 0) return;
-    Found found(bins, state->limit);
-    each(x, size, [&](float value) {
-        float magnitude = fabsf(value);
-        if (magnitude > rest) found.add(magnitude);
-    });
-    found.add_to(state->counts);
-}
-"""
 
 
 class HistogramObserver:
@@ -158,9 +47,9 @@ class HistogramObserver:
 
     Attributes:
         counts: [BINS], int64, on ``device``.
-        limit: [], float32: upper edge of the last bin; 0 until a value other than zero was seen.
+        limit: [], float32: upper edge of the last bin; 0 until a nonzero value was seen.
         largest: [], float32: the exact max |x|.
-        seen: whether there was a tensor.
+        seen: whether any tensor was observed.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
@@ -171,18 +60,18 @@ class HistogramObserver:
 
     @property
     def amax(self) -> float:
-        """The exact max |x|; NaN until a tensor was seen."""
+        """The exact max |x|; NaN until a tensor was observed."""
         return self.largest.item() if self.seen else math.nan
 
     def __call__(self, x: Tensor) -> None:
-        """Counts ``x``: any shape, memory layout and floating-point type. Ask ``check_finite`` before using counts."""
+        """Counts ``x`` of any shape, layout and floating-point type. Call ``check_finite`` before using the counts."""
         self.seen = True
         x = x.detach().float()
         if x.is_cuda and x.device == self.state.device and (kernels := _kernels(x.device)) is not None:
-            for part in (x,) if x.is_contiguous() and x.numel() <= _MOST else _flat(x).split(_MOST):
+            for part in (x,) if x.is_contiguous() and x.numel() <= _MOST else torch.split(_flatten(x), _MOST):
                 kernels.launch(part, part.numel(), self.state)
             return
-        x = _flat(x)
+        x = _flatten(x)
         low, high = torch.aminmax(x)
         torch.maximum(self.largest, torch.maximum(-low, high), out=self.largest)
         if self.largest <= LARGEST:  # not when it is NaN
@@ -190,14 +79,14 @@ class HistogramObserver:
             self._count(x if low >= 0 else x.abs())
 
     def start(self, largest: float) -> None:
-        """Begins anew with a limit that others begin with too: ``largest``, or where that is 0, the least one."""
+        """Starts again from the limit ``largest``, which other processes use too; from the least limit if it is 0."""
         self.seen = False
         self.counts.zero_()
         self.largest.zero_()
         self.limit.fill_(max(largest, SMALLEST_LIMIT))
 
     def grow(self, largest: float) -> None:
-        """Doubles the limit until it reaches ``largest``, or sets it, where it was 0."""
+        """Doubles the limit until it reaches ``largest``; if it was 0, sets it to ``largest``."""
         limit = self.limit.item()
         if limit == 0 and largest > 0:
             limit = max(largest, SMALLEST_LIMIT)
@@ -212,18 +101,18 @@ class HistogramObserver:
         if limit == 0:
             self.counts[0] += magnitudes.numel()
             return
-        for part in magnitudes.split(EXACT_COUNT):
+        for part in torch.split(magnitudes, EXACT_COUNT):
             self.counts += torch.histc(part, BINS, 0, limit).long()
 
 
 def largest_of(observers: Sequence[HistogramObserver]) -> list[float]:
-    """The exact max |x| of each tensor. Waits for the GPU, once."""
+    """The exact max |x| of each tensor. Waits for the GPU once."""
     found: list[float] = torch.stack([observer.largest for observer in observers]).tolist() if observers else []
     return found
 
 
 def check_finite(observers: Iterable[HistogramObserver]) -> None:
-    """Raises UserError, naming the first tensor that held NaN or infinity. Waits for the GPU, once."""
+    """Raises UserError naming the first tensor that held NaN or infinity. Waits for the GPU once."""
     observers = list(observers)
     for observer, largest in zip(observers, largest_of(observers), strict=True):
         if not largest <= LARGEST:  # also when it is NaN
@@ -233,16 +122,16 @@ def check_finite(observers: Iterable[HistogramObserver]) -> None:
             )
 
 
-def _flat(x: Tensor) -> Tensor:
-    """All elements of ``x``, one behind the other in memory; not copied where they lie so, as in channels_last."""
+def _flatten(x: Tensor) -> Tensor:
+    """The elements of ``x`` contiguous in memory, in any order; not copied if they are, as in channels_last."""
     return x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1).contiguous()
 
 
 @lru_cache(maxsize=16)
 def _kernels(device: torch.device) -> Kernels | None:
-    """None where they cannot be compiled and torch.histc has to do; Triton's histogram is ten times as slow."""
+    """The kernels, or None if they cannot be compiled: torch.histc is used then (Triton's takes 10 times as long)."""
     try:
-        return Kernels(_CONSTANTS + _SOURCE, ["count", "count_rest"], device, _THREADS, _BLOCKS_PER_PROCESSOR)
+        return Kernels("histogram.cu", _CONSTANTS, ["count", "count_rest"], device, _THREADS, _BLOCKS_PER_PROCESSOR)
     except (OSError, RuntimeError) as error:
-        warn(f"calibration is slower than it could be: its kernels cannot be used ({one_line(error)})")
+        warn(f"calibration is slower than it could be: its CUDA kernels cannot be used ({one_line(error)})")
         return None

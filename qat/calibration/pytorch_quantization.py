@@ -1,10 +1,10 @@
-"""Ranges from a checkpoint of pytorch-quantization: its amax buffers become ours, by the modules that they belong to.
+"""Takes over the ranges in a checkpoint of pytorch-quantization, whose amax buffers belong to modules:
 
-    <module>._input_quantizer._amax      of what a convolution, linear layer or pooling reads, per tensor
-    <module>._weight_quantizer._amax     of its weight, [C, 1, 1, 1] or [C, 1]
-    <block>.residual_quantizer._amax     of the shortcut that the block's addition reads
+    <module>._input_quantizer._amax      input of a convolution, linear layer or pooling, per tensor
+    <module>._weight_quantizer._amax     weight of that layer, [C, 1, 1, 1] or [C, 1]
+    <block>.residual_quantizer._amax     shortcut that the block's addition reads
 
-scale = amax / 127 there as here. All other entries of such a file are the weights of the float network.
+Both projects define scale = amax / 127. All other entries of such a file are the weights of the float network.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _INPUT, _WEIGHT, _SHORTCUT = "._input_quantizer._amax", "._weight_quantizer._ama
 
 
 def split_ranges(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict as weights, and as amax by key; {} where it is none of pytorch-quantization's.
+    """Splits a state dict into weights, and amax by key; the latter is {} if it is not from pytorch-quantization.
 
-    Raises UserError for an amax that is no range.
+    Raises UserError for an amax that is negative, NaN or infinite.
     """
     ranges = {key: tensor for key, tensor in state.items() if f".{key}".endswith((_INPUT, _WEIGHT, _SHORTCUT))}
     for key, amax in ranges.items():
@@ -34,11 +34,11 @@ def split_ranges(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 
 
 def set_imported_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Tensor]) -> list[str]:
-    """Writes ``ranges`` into the quantizers that they belong to; lines that say what did, and what did not.
+    """Writes ``ranges`` into the quantizers that they belong to; returns lines that say which fitted and which did not.
 
-    Where several belong to one of ours, as those of a block's first convolution and of its shortcut, the largest
-    counts. A weight's is kept only where it is not the largest magnitude, which our quantizers follow by
-    themselves.
+    If several ranges belong to one quantizer, such as those of a block's first convolution and of its shortcut, the
+    largest is used. The range of a weight is fixed only if it differs from the largest magnitude, which a
+    WeightQuantizer follows by itself.
     """
     used: set[str] = set()
     quantizers, nodes = activation_quantizers(prepared), {node.name: node for node in prepared.graph.nodes}
@@ -64,16 +64,16 @@ def set_imported_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Tensor]) 
                 quantizer.fix(amax)
     lacking = [name for name, values in found.items() if not values]
     tensors = f"{len(found) - len(lacking)} of {len(found)} tensors"
-    lines = [f"ranges of {tensors} and {weights} weights are the checkpoint's"]
+    lines = [f"ranges of {tensors} and {weights} weights come from the checkpoint"]
     if lacking:
-        lines.append(f"not in the checkpoint, calibrated here: {', '.join(lacking)}")
+        lines.append(f"not in the checkpoint, so calibrated here: {', '.join(lacking)}")
     if unused := [key for key in ranges if key not in used]:
-        lines.append(f"in the checkpoint, but nothing here is quantized there: {', '.join(unused)}")
+        lines.append(f"in the checkpoint, but not used, because nothing is quantized there: {', '.join(unused)}")
     return lines
 
 
 def _key_of_read(reader: fx.Node, ranges: Mapping[str, Tensor]) -> str:
-    """The key of what ``reader`` reads; of an addition's, that of the block one of whose modules it adds."""
+    """The key of the range that ``reader`` reads; for an addition, that of the block whose module's output it adds."""
     if reader.op == "call_module":
         return f"{reader.target}{_INPUT}"
     for source in reader.all_input_nodes:

@@ -1,39 +1,39 @@
-"""The range of a tensor from the histogram of its magnitudes, by one of four methods.
+"""Chooses the range of a tensor from the histogram of its magnitudes, by one of three methods.
 
-counts[j] says how many |x| lie in [j, j + 1) * limit / B, for j = 0 .. B-1. The quantizer clips at
+counts[j] is the number of |x| in [j, j + 1) * limit / B, for j = 0 .. B-1. The quantizer clips at
 amax = i * limit / B, where i is chosen by
 
     percentile  the least i with  counts[0] + .. + counts[i-1] >= percentile / 100 * sum(counts)
-    mse         the i of the least  sum_j counts[j] * (x_j - fake_quantize(x_j))^2,  x_j the center of bin j
-    entropy     the i of the least  KL(P, Q) = sum_j p_j log(p_j / q_j),  P: clipped at i, Q: on 128 levels
+    mse         the i with the least  sum_j counts[j] * (x_j - fake_quantize(x_j))^2,  x_j the center of bin j
+    entropy     the i with the least  KL(P, Q) = sum_j p_j log(p_j / q_j),  P: clipped at i, Q: on 128 levels
 
-For mse and entropy i runs from 128 (fewer bins than codes cannot tell what rounding costs) to the end of the last
-bin that is not empty (more clips nothing). 128 stands for the codes that |x| can take, 0 .. 127; a simulation of
-fewer bits has fewer (``levels``).
+(The fourth method, max, needs no histogram.) For mse and entropy, i runs from 128 (with fewer bins than codes the cost
+of rounding is not visible) to the end of the last bin that is not empty (a larger i clips nothing). 128 is the number
+of codes that |x| can have, 0 .. 127; a simulation of fewer bits has fewer (``levels``).
 
 Entropy is TensorRT's procedure (S. Migacz, "8-bit Inference with TensorRT", GTC 2017). With
 c = counts / sum(counts):
 
     P    p_j = c_j for j < i; p_{i-1} also gets the clipped mass c_i + .. + c_{B-1}
-    Q    the bins j < i form 128 groups, group k being floor(k*i/128) <= j < floor((k+1)*i/128).
+    Q    the bins j < i form 128 groups; group k is floor(k*i/128) <= j < floor((k+1)*i/128).
          S_k is the sum of c over group k, without the clipped mass; n_k counts its bins with p_j > 0;
          q_j = S_k / n_k / (S_0 + .. + S_127) where p_j > 0, else 0
     KL   = sum_j p_j log p_j  -  sum_k T_k log(S_k / n_k)  +  log(sum_k S_k),    T_k the sum of p over group k
 
-so that prefix sums of c, c log c and [c > 0], read at 129 edges for each i, give it without a loop over i, j.
-- A last bin filled by clipped mass only counts in n_127. If its whole group is otherwise empty, q = 0 where
-  p > 0: KL is infinite and this i is not chosen. The largest i clips nothing, so one KL at least is finite.
-- Of equal minima the largest i wins: it clips least.
-- The zeros that a ReLU makes all fall into bin 0. INT8 has an exact code for them, but Q would smear them
+so prefix sums of c, c log c and [c > 0], read at 129 edges for each i, give KL without a loop over i and j.
+- If the last bin has only clipped mass, it still counts in n_127. If its whole group is otherwise empty, then
+  q = 0 where p > 0: KL is infinite and this i is not chosen. The largest i clips nothing, so at least one KL is finite.
+- If several i have the same minimum, the largest is chosen: it clips least.
+- The zeros that a ReLU makes all fall into bin 0. INT8 has an exact code for zero, but Q would smear these zeros
   over group 0, and only a small i, which clips nearly everything, would avoid that. So counts[0] is lowered
-  to counts[1]. Measured on 4 million of max(0, gaussian): SQNR 39.4 dB instead of 17.0 dB with the zeros
-  kept; a signed gaussian, which has no such spike, gets 39.5 dB either way.
+  to counts[1]. Measured on 4 million samples of max(0, gaussian): SQNR 39.4 dB, against 17.0 dB with the zeros
+  kept. A signed gaussian, which has no such spike, gets 39.5 dB either way.
 
-MSE is linear in c: with step i / 127, in bins, and k_ij the code of x_j, it is
+MSE is linear in c. With step = i / 127, in bins, and k_ij the code of x_j, it is
 
     sum_j c_j x_j^2  -  2 step sum_j k_ij c_j x_j  +  step^2 sum_j k_ij^2 c_j
 
-Legend: B bins, T candidates i, K = 128 groups or codes; "..." may be several tensors at once, or none.
+Legend: B bins, T candidates i, K = 128 groups or codes; "..." are further dimensions, one element for each tensor.
 """
 
 from __future__ import annotations
@@ -48,51 +48,51 @@ from qat.base.errors import UserError
 from qat.base.number_format import INT8
 from qat.fake_quantize.quantizer import SCALE_FLOOR
 
-# Tensors that entropy looks at together, each with 2 MB in every table: on a CPU as many as its caches hold; on a GPU
-# sending small operations takes longer than computing them.
+# Number of tensors that entropy processes together; each takes 2 MB in every table. On a CPU, as many as fit in its
+# caches. On a GPU many more, because launching small operations takes longer than computing them.
 _TOGETHER, _TOGETHER_ON_GPU = 4, 64
-_ROUNDING = 1e-8  # relative; costs that differ by less are equal
+_ROUNDING = 1e-8  # relative; costs that differ by less count as equal
 
 
 def amax_percentile(counts: Tensor, limit: Tensor | float, percentile: float = 99.99) -> Tensor:
-    """The amax that at least ``percentile`` % of all |x| do not exceed, rounded up to the edge of a bin.
+    """The least bin edge that at least ``percentile`` % of all |x| do not exceed.
 
     Args:
-        counts: [..., B], int64, at least one count each; histograms of |x| over [0, ``limit``].
+        counts: [..., B], int64, with at least one count per tensor; histograms of |x| over [0, ``limit``].
         limit: [...], upper edges of the last bins, in the unit of x.
         percentile: in (0, 100]; otherwise a UserError is raised.
 
-    Returns [...], float64, as the other two do.
+    Returns the amax [...], float64, like the other two methods.
     """
     if not 0 < percentile <= 100:
-        raise UserError(f"the percentile is {percentile}: choose one above 0 and up to 100, such as 99.99")
+        raise UserError(f"percentile {percentile} is out of range: it must be above 0 and at most 100, such as 99.99")
     cumulative = counts.cumsum(-1).double()
     below = (cumulative < percentile / 100 * cumulative[..., -1:]).sum(-1)
     return (below + 1).double() * limit / counts.shape[-1]
 
 
 def amax_mse(counts: Tensor, limit: Tensor | float, levels: int = INT8.levels) -> Tensor:
-    """The amax with the least mean squared error of the codes; arguments as of ``amax_percentile``, B >= levels."""
+    """The amax with the least mean squared quantization error; arguments as in ``amax_percentile``, B >= levels."""
     return _best_threshold(mse_of_thresholds(counts, levels), levels).double() * limit / counts.shape[-1]
 
 
 def amax_entropy(counts: Tensor, limit: Tensor | float, levels: int = INT8.levels) -> Tensor:
-    """The amax with the least Kullback-Leibler divergence from the clipped distribution to its levels.
+    """The amax with the least Kullback-Leibler divergence of the clipped from the quantized distribution.
 
-    Arguments as of ``amax_percentile``, B >= levels.
+    Arguments as in ``amax_percentile``, B >= levels.
     """
     without_zeros = counts.clone()
     without_zeros[..., 0] = torch.minimum(counts[..., 0], counts[..., 1])
     tensors = without_zeros.reshape(-1, counts.shape[-1])
-    parts = tensors.split(_TOGETHER_ON_GPU if counts.is_cuda else _TOGETHER)
+    parts = torch.split(tensors, _TOGETHER_ON_GPU if counts.is_cuda else _TOGETHER)
     chosen = torch.cat([_best_threshold(kl_of_thresholds(part, levels), levels) for part in parts])
     return chosen.view(counts.shape[:-1]).double() * limit / counts.shape[-1]
 
 
 def mse_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
-    """Mean squared error of the codes, in squared bin widths, when amax is i bins: [..., B] to [..., T], float64.
+    """Mean squared quantization error in squared bin widths when amax is i bins: [..., B] to [..., T], float64.
 
-    T is that of the tensor with the most candidates; what the others lack is infinite.
+    T is the number of candidates of the tensor that has most; other tensors have infinity beyond their own.
     """
     bins = counts.shape[-1]
     c = counts.double() / counts.sum(-1, keepdim=True)
@@ -109,8 +109,8 @@ def mse_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
 def kl_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
     """KL(P, Q) in nats when amax is i bins: [..., B] to [..., T], float64; see the top of this file.
 
-    T is that of the tensor with the most candidates. Infinite beyond a tensor's own, where Q cannot represent P, and
-    everywhere when there are no counts.
+    T is the number of candidates of the tensor that has most. KL is infinite beyond a tensor's own candidates, where Q
+    cannot represent P, and everywhere if there are no counts.
     """
     bins = counts.shape[-1]
     ends = _ends(counts, levels)
@@ -119,7 +119,7 @@ def kl_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
     edges = _group_edges(bins, levels, counts.device)[: len(i)]
     total = counts.sum(-1, keepdim=True).clamp(min=1)
     c = counts.double() / total
-    prefix = _prefix(counts).double() / total  # of integers: no rounding makes an empty group look filled
+    prefix = _prefix(counts).double() / total  # sums of integers: rounding cannot make an empty group look filled
     c_last = c[..., levels - 1 : end]  # c_{i-1}: [..., T]
     kept = prefix[..., levels : end + 1]  # c_0 + .. + c_{i-1}
     clipped = prefix[..., -1:] - kept
@@ -128,7 +128,7 @@ def kl_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
     group_mass = _sums(prefix, edges)  # S_k: [T, K, ...]
     filled = _sums(_prefix((c > 0).float()), edges)  # n_k
     filled[:, -1] += ((c_last == 0) & clips).movedim(-1, 0)
-    # An empty group gets the log of an arbitrary value above 0, which its mass of 0 then cancels.
+    # An empty group gets the log of an arbitrary positive value; its mass of 0 then cancels it.
     log_q = group_mass.clamp(min=SCALE_FLOOR).div_(filled.clamp_(min=1)).log_()
     last_mass, last_log_q = (of_groups[:, -1].movedim(0, -1) for of_groups in (group_mass, log_q))
     p_log_q = (group_mass * log_q).sum(1).movedim(0, -1) + clipped * last_log_q - kept.log()
@@ -139,7 +139,7 @@ def kl_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
 
 
 def _best_threshold(cost: Tensor, levels: int = INT8.levels) -> Tensor:
-    """The i of the least of ``cost`` [..., T], and of equal ones the largest: [...]."""
+    """The i with the least ``cost`` [..., T], the largest i if several costs are equal: [...]."""
     least = cost.amin(-1, keepdim=True)
     equal = cost <= least + _ROUNDING * least.abs()
     return levels + cost.shape[-1] - 1 - equal.flip(-1).int().argmax(-1)
@@ -153,14 +153,14 @@ def _prefix(values: Tensor) -> Tensor:
 def _sums(prefix: Tensor, edges: Tensor) -> Tensor:
     """Sums between neighbouring edges: prefix sums [..., B+1] and edges [T, K+1] to [T, K, ...].
 
-    Tensors come last: what is read of all of them lies together.
+    The dimension of tensors comes last, so that the values read for all of them are adjacent in memory.
     """
     read = prefix.movedim(-1, 0).contiguous().index_select(0, edges.flatten())
-    return read.unflatten(0, edges.shape).diff(dim=1)
+    return torch.unflatten(read, 0, edges.shape).diff(dim=1)
 
 
 def _ends(counts: Tensor, levels: int) -> Tensor:
-    """The largest i: the end of the last bin that is not empty, above which nothing is clipped: [..., 1]."""
+    """The largest i, at the end of the last bin that is not empty; a larger one clips nothing: [..., 1]."""
     ends = torch.arange(1, counts.shape[-1] + 1, device=counts.device)
     return ((counts > 0) * ends).amax(-1, keepdim=True).clamp(min=levels)
 

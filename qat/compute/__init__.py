@@ -1,1 +1,1 @@
-"""What computes, and how: device, types, processes, compilation, kernels."""
+"""How training and calibration compute: device, types, processes, compilation, CUDA kernels."""

@@ -1,50 +1,46 @@
-"""What computes a training step, and how: device, type of arithmetic, memory layout, compilation, several processes.
+"""How a training step is computed: device, type of arithmetic, memory layout, compilation, several processes.
 
-Quantization itself is float32 in all of them (qat/fake_quantize/quantizer.py). Evaluation does not use them: it is
-float32, as the exported network is.
+Quantization itself is always computed in float32 (qat/fake_quantize/quantizer.py). Evaluation uses only the device, the
+layout and the processes: it runs in float32, like the exported network.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from qat.base.choices import Amp
-from qat.base.console import say, warn
-from qat.base.errors import UserError, one_line
+from qat.base.errors import UserError
+from qat.compute.compiled import CompiledNetwork
 from qat.compute.fused_relu import fuse_relus
-from qat.compute.inductor import training_backend
 from qat.compute.one_pixel import OnePixelProducts
 from qat.compute.processes import SINGLE_PROCESS, Processes, local_rank
 
 _NEVER = 2**31 - 1
-# ResNet50, 224 px, batch 256 on an H200: compiling takes 59 s and saves 87 ms a step with quantizers, 43 s and 18 ms
-# without (benchmarks/gpu_training_step.txt); smaller batches save less.
+# ResNet50 at 224 px and batch 256 on an H200: with quantizers, compiling takes 59 s and saves 87 ms per step; without,
+# 43 s and 18 ms (benchmarks/gpu_training_step.txt). Smaller batches save less.
 _STEPS_THAT_PAY = 1000
 _LEAST_FLOAT16 = 2.0**-10
 
 
 @dataclass(frozen=True)
 class Compute:
-    """``amp``: the type that convolutions and matrix products of training compute in."""
+    """How to compute. ``amp``: the type in which training computes convolutions and matrix products."""
 
     device: torch.device
     amp: torch.dtype = torch.float32
     channels_last: bool = False
     compiled: bool | None = False
-    """None: where it saves more time than it takes, on a GPU and for many steps."""
+    """None: compile if that saves more time than it takes, on a GPU and for many steps."""
     processes: Processes = SINGLE_PROCESS
 
     @classmethod
     def from_options(cls, device: str, amp: Amp = "auto", compiled: bool | None = None) -> Compute:
-        """What the options ask for; auto: on a GPU bfloat16 and channels last, on a CPU nothing of it.
+        """What the options ask for. ``auto`` is bfloat16 on a GPU that has it, else float32. GPUs use channels last.
 
         Raises UserError when the device cannot be used.
         """
@@ -55,63 +51,63 @@ class Compute:
         return cls(found, dtype, channels_last=gpu, compiled=compiled if gpu else bool(compiled))
 
     def place(self, model: nn.Module) -> nn.Module:
-        """``model`` on the device, in the memory layout; in place."""
+        """Moves ``model`` to the device and into the memory layout, in place, and returns it."""
         model.to(self.device)
         for parameter in model.parameters() if self.channels_last else ():
-            if parameter.ndim == 4:  # there may be others, of Conv3d for instance
+            if parameter.ndim == 4:  # others, such as the weights of Conv3d, have no such layout
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return model
 
     def images(self, images_NCHW: Tensor) -> Tensor:
-        """A batch on the device, in the memory layout, without waiting for the copy."""
+        """A batch on the device and in the memory layout; does not wait for the copy."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return images_NCHW.to(self.device, non_blocking=True).contiguous(memory_format=layout)
 
     def forward(self, model: nn.Module, images: int, steps: int, accumulates: bool = False) -> nn.Module:
-        """What computes ``model`` in training; shares its modules.
+        """The module to call for ``model`` in training; it shares the modules of ``model``.
 
-        Compiled for batches of ``images``, where that is asked for and works, or pays in so many ``steps``; where
-        several processes train, its gradients are averaged over them. ``accumulates``: gradients of several batches
-        are added up, which must not lie where the next backward pass of a CUDA graph puts its own.
+        It is compiled for batches of ``images`` images if the options ask for that, or if it pays over ``steps`` steps.
+        With several processes, gradients are averaged over them. ``accumulates``: gradients of several batches are
+        summed; then CUDA graphs are not used, because each backward pass would overwrite the gradients of the last.
         """
         merged = fuse_relus(model)
         compiled = steps >= _STEPS_THAT_PAY if self.compiled is None else self.compiled
         graphs = self.device.type == "cuda" and not accumulates
         if compiled and graphs:
-            torch.cuda.empty_cache()  # what is recorded cannot take memory that is only kept for later
+            torch.cuda.empty_cache()  # CUDA graphs cannot use the memory that torch's cache holds
         if compiled:
-            return self.processes.parallel(_Compiled(merged, images, graphs))
+            return self.processes.parallel(CompiledNetwork(merged, images, graphs))
         return self.processes.parallel(OnePixelProducts(merged) if self.device.type == "cpu" else merged)
 
     def release(self) -> None:
-        """Gives back what compiled models hold: memory of CUDA graphs. Called again, they are compiled again."""
+        """Frees the memory that compiled models hold for CUDA graphs. They are compiled again when next called."""
         if "torch._inductor" in sys.modules:
             torch._dynamo.reset()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def give_up_graphs(self, network: nn.Module) -> bool:
-        """No CUDA graphs from now on, whose memory other work cannot use. Whether there were some.
+        """Stops the use of CUDA graphs, whose memory other work cannot use; returns whether ``network`` used them.
 
-        ``network``: what ``forward`` gave. Several processes go on as they are: they would have to agree.
+        ``network``: what ``forward`` returned. With several processes nothing changes, because all would have to agree.
         """
-        if not (isinstance(network, _Compiled) and network.graphs and _Compiled.graphs_fit):
+        if not (isinstance(network, CompiledNetwork) and network.graphs and CompiledNetwork.graphs_fit):
             return False
-        _Compiled.graphs_fit = False
+        CompiledNetwork.graphs_fit = False
         self.release()
         return True
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
-        """Around the forward pass of training."""
+        """The context for the forward pass of training."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp != torch.float32)
 
     @property
     def least_scale(self) -> float:
-        """The scale of the gradients below which ``scaler`` has left out too many steps."""
+        """The least gradient scale that is acceptable: below it, ``scaler`` has skipped too many steps."""
         return _LEAST_FLOAT16 if self.amp == torch.float16 else 1.0
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Keeps gradients in the range of float16, and on a GPU leaves out steps whose gradients are not finite."""
+        """Keeps gradients in the range of float16; on a GPU it also skips steps whose gradients are not finite."""
         if self.amp == torch.float16:
             return torch.amp.GradScaler(self.device.type)
         return torch.amp.GradScaler(
@@ -119,57 +115,20 @@ class Compute:
         )
 
 
-class _Compiled(nn.Module):
-    """Compiles a model at its first batch of ``images``; one that cannot be compiled stays as it is, with a warning.
+def compile_for_training(model: nn.Module, batch_size: int, *, compiled: bool = True) -> nn.Module:
+    """A faster module to call instead of ``model`` in your own training loop; it shares the modules of ``model``.
 
-    ``graphs``: its kernels are recorded, and sent to the GPU together. One by one they take a CPU 25 ms a step of
-    ResNet50, and the GPU 12 ms with 256 images of 32 pixels (benchmarks/gpu_training_step.txt).
+    Each ReLU is fused with the quantizer that is its only reader. torch.compile compiles the step at the first batch of
+    ``batch_size`` images, which takes about a minute; batches of other sizes run without compilation. Codes and
+    gradients do not change. Evaluate, save and export ``model`` itself.
+
+    Args:
+        model: a model from ``prepare`` (or a float module), on the device on which it is trained.
+        batch_size: number N of images in a batch [N, C, H, W].
+        compiled: False leaves out torch.compile.
     """
-
-    graphs_fit = True  # into the GPU's memory, as far as is known
-
-    def __init__(self, model: nn.Module, images: int, graphs: bool) -> None:
-        super().__init__()
-        self.model, self.images, self.graphs = model, images, graphs
-        self.begun = False
-        backend = partial(_compile, graphs=graphs)
-        self.whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
-
-    def forward(self, x: Tensor) -> Any:
-        if len(x) != self.images:
-            return self.model(x)
-        if not self.begun:
-            say("compiling the training step, which takes about a minute")
-            self.begun = True
-        try:
-            return self.whole(x)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
-            reason = "the network changed more often than it allows; TORCH_LOGS=recompiles shows where"
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = one_line(error)
-        warn(f"torch.compile fails ({reason}): training goes on without, as with --compile False")
-        self.whole = self.model
-        return self.model(x)
-
-
-def _compile(network: fx.GraphModule, inputs: Any, graphs: bool) -> Any:
-    """The backend, asked for at the first batch and after ``release``: whether graphs fit may have changed."""
-    return training_backend(network, inputs, graphs and _Compiled.graphs_fit)
-
-
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """No TF32 in convolutions and matrix products, as long as it lasts: the engine and ONNX Runtime have none."""
-    cudnn: Any = torch.backends.cudnn
-    backends = (cudnn.conv, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    return Compute(device, compiled=compiled).forward(model, batch_size, steps=_STEPS_THAT_PAY)
 
 
 def _device(name: str) -> torch.device:
@@ -178,7 +137,7 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and (index := local_rank()) is not None:
         if index >= torch.cuda.device_count():
             raise UserError(
-                f"{index + 1} or more processes, but {torch.cuda.device_count()} GPUs: "
+                f"there are at least {index + 1} processes, but only {torch.cuda.device_count()} GPUs: "
                 f"start torchrun with --nproc-per-node {torch.cuda.device_count()}"
             )
         name = f"cuda:{index}"
@@ -187,4 +146,4 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used ({reason}): use --device cpu, or auto") from error
+        raise UserError(f"device {name!r} cannot be used ({reason}): give --device cpu, or auto") from error

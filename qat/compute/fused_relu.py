@@ -1,7 +1,8 @@
-"""For training: a ReLU and the quantizer behind it as one operation, with one mask for the backward pass, not two.
+"""Fuses, for training, a ReLU and the quantizer after it into one operation with one mask for the backward pass.
 
-Each of the two would keep a byte an element to say where the gradient passes: one those above zero, the other those in
-its range. Together they keep one, and the tensor between them is not written. Codes and gradients stay what they were.
+Separately, each of the two keeps one byte per element to record where the gradient passes: the ReLU for values above
+zero, the quantizer for values in its range. Fused, they keep one byte, and the tensor between them is not written to
+memory. Codes and gradients do not change.
 """
 
 from __future__ import annotations
@@ -10,25 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat.fake_quantize.quantizer import ActivationQuantizer
+from qat.graph.fx_network import is_relu
 
 
 class FusedReluQuantizer(nn.Module):
-    """``quantizer(relu(x))``; the quantizer is shared with the network that it came from."""
+    """``quantizer(relu(x))``; the quantizer is shared with the original network."""
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         self.quantizer = quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` of any shape to the same shape and type."""
+        """Maps ``x`` of any shape to the same shape and type."""
         quantizer = self.quantizer
-        if quantizer.passes:
-            return quantizer(F.relu(x))
-        return quantizer.rectified(x)
+        output: Tensor = quantizer(F.relu(x)) if quantizer.passes else quantizer.fake_quantize_relu(x)
+        return output
 
 
 def fuse_relus(model: nn.Module) -> nn.Module:
-    """``model`` with every ReLU merged into the quantizer that alone reads it; shares all modules. Not for export."""
+    """``model`` with every ReLU fused into the quantizer that alone reads it. Shares all modules; not for export."""
     if not isinstance(model, fx.GraphModule):
         return model
     graph = fx.Graph()
@@ -47,10 +48,6 @@ def fuse_relus(model: nn.Module) -> nn.Module:
 
 
 def _merges(node: fx.Node, model: fx.GraphModule) -> bool:
-    """Whether it is a ReLU whose input and output have no other readers: one in place changes its input."""
-    if node.op == "call_module":
-        rectifies = type(model.get_submodule(str(node.target))) is nn.ReLU
-    else:
-        name = getattr(node.target, "__name__", node.target)
-        rectifies = node.op in ("call_function", "call_method") and name in ("relu", "relu_")
-    return rectifies and len(node.users) == 1 and len(node.all_input_nodes[0].users) == 1
+    """Whether it is a ReLU whose output and input have no other readers; an in-place ReLU changes its input."""
+    alone = len(node.users) == 1 and len(node.all_input_nodes) == 1 and len(node.all_input_nodes[0].users) == 1
+    return alone and is_relu(node, dict(model.named_modules()))

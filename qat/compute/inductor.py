@@ -1,13 +1,14 @@
-"""The backend of torch.compile that training uses: inductor, told what a backward pass writes to memory.
+"""The backend of torch.compile for training: inductor, with better choices of what a backward pass writes to memory.
 
-A GPU's pointwise kernels take as long as the memory that they read and write. inductor has every kernel compute anew
-what it reads, as long as that is computed from few tensors, among which it counts vectors of channels like activations.
-That is wrong twice in a residual network:
+The time of a pointwise GPU kernel is the time to read and write its memory. inductor either writes an intermediate
+tensor, or lets every kernel that reads it compute it again. It computes it again if that takes few input tensors, and
+it counts a vector of channels like an activation. In a residual network this is wrong twice:
 
 - The gradient of a residual sum has three readers: the two kernels of the normalization before it, and the gradient of
-  the sum before that. Each would read the masks and gradients of several blocks. ``write_shared`` has it written.
-- The mask of a quantizer behind a normalization is computed from one activation, four vectors and a range, by more
-  operations than inductor repeats. Its readers read that activation anyway: it is not written (``_JOINED``).
+  the previous sum. Each would read the masks and gradients of several blocks. ``write_shared`` makes inductor write it.
+- The mask of a quantizer after a normalization is computed from one activation, four vectors and a range, by more
+  operations than inductor repeats. Its readers read that activation anyway, so ``_JOINED`` keeps inductor from writing
+  the mask.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-_FROM = 3  # tensors; to write one and read it in their place pays where two or more kernels do
-_LARGE = 2**20  # elements; what is smaller stays in the GPU's cache
+_FROM = 3  # tensors; writing one and reading it instead of these pays if two or more kernels read it
+_LARGE = 2**20  # elements; smaller tensors stay in the GPU's cache
 _JOINED = {"realize_reads_threshold": 8, "realize_opcount_threshold": 60}  # tensors, operations
-_WRITTEN = "inductor_realize_to_strides"  # in a node's meta: inductor writes it, laid out as it is
+_WRITTEN = "inductor_realize_to_strides"  # key in a node's meta: inductor writes the tensor, in its layout
 
 
 def training_backend(network: fx.GraphModule, inputs: Any, graphs: bool) -> Any:
-    """The backend "inductor", with CUDA graphs or without, for a training step."""
+    """The backend "inductor" for a training step, with CUDA graphs or without."""
     import torch._inductor.compile_fx as inductor  # takes a second
 
-    # The keys of inductor's caches know nothing of what this module changes.
+    # Without this tag, the keys of inductor's caches would not depend on the changes made here.
     keys: Any = torch.compiler.config
     tag = f"{keys.cache_key_tag} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
     tagged = partial(keys.patch, cache_key_tag=tag)
@@ -42,19 +43,19 @@ def training_backend(network: fx.GraphModule, inputs: Any, graphs: bool) -> Any:
         with tagged(), torch._inductor.config.patch(_JOINED if backward else {}):
             return inductor.compile_fx_inner(graph, inputs, **about)
 
-    # Where it compiles the backward pass, which is later, these still hold; a context around it would not.
+    # The backward pass is compiled later: these settings still hold then, but a context around this call would not.
     recorded = {"triton.cudagraphs": graphs}
     with tagged():
         return inductor.compile_fx(network, inputs, inner_compile=compile_pass, config_patches=recorded)
 
 
 def write_shared(graph: fx.GraphModule) -> list[fx.Node]:
-    """Has inductor write to memory what several kernels of ``graph`` would each compute from several large tensors.
+    """Makes inductor write the tensors that several kernels of ``graph`` would each compute from several large tensors.
 
-    Returns the nodes: results of pointwise operations with more than one reader.
+    Returns the marked nodes, which are results of pointwise operations with more than one reader.
     """
     written = []
-    reads: dict[fx.Node, set[fx.Node]] = {}  # in memory and of a node's own size: what it is computed from
+    reads: dict[fx.Node, set[fx.Node]] = {}  # the tensors in memory, of the node's size, from which it is computed
     for node in graph.graph.nodes:
         if not isinstance(node.meta.get("val"), Tensor):
             continue
@@ -65,7 +66,7 @@ def write_shared(graph: fx.GraphModule) -> list[fx.Node]:
         alike = [reads[source] for source in node.all_input_nodes if _elements(source) == elements > 0]
         reads[node] = set().union(*alike)
         if len(node.users) > 1 and len(reads[node]) >= _FROM and elements >= _LARGE:
-            narrow = _before_widening(node)
+            narrow = _narrow_input(node)
             narrow.meta[_WRITTEN] = True
             written.append(narrow)
             reads[node] = {narrow}
@@ -73,14 +74,14 @@ def write_shared(graph: fx.GraphModule) -> list[fx.Node]:
 
 
 def _in_memory(node: fx.Node) -> bool:
-    """Whether it is read from memory, marked or not: no kernel computes it in passing, or it is a slice of more."""
+    """Whether ``node`` is read from memory in any case: no kernel computes it on the fly, or it is a slice."""
     if not _is_pointwise(node) or not all(_is_pointwise(user) or _is_reduction(user) for user in node.users):
         return True
     return any(_elements(source) > _elements(node) for source in node.all_input_nodes)
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    """Whether inductor can compute it in its readers: a view, or an operation element by element."""
+    """Whether inductor can compute ``node`` inside its readers: a view or an elementwise operation."""
     operation = node.target
     return isinstance(operation, torch._ops.OpOverload) and (operation.is_view or torch.Tag.pointwise in operation.tags)
 
@@ -94,8 +95,8 @@ def _elements(node: fx.Node) -> int:
     return value.numel() if isinstance(value, Tensor) else 0
 
 
-def _before_widening(node: fx.Node) -> fx.Node:
-    """Its input, where ``node`` only makes a wider type of it."""
+def _narrow_input(node: fx.Node) -> fx.Node:
+    """The input of ``node`` if ``node`` only converts it to a wider type; else ``node``."""
     source = node.all_input_nodes[0]
     widens = node.target == torch.ops.prims.convert_element_type.default
     return source if widens and source.meta["val"].itemsize < node.meta["val"].itemsize else node

@@ -1,8 +1,9 @@
-"""For training on a CPU: a convolution that makes one pixel is computed as the matrix product that it is.
+"""For training on a CPU: a convolution whose output is one pixel is computed as a matrix product.
 
-Networks made for photographs make such pixels of small images: of 32x32 pixels, all that the last stage of ResNet50
-makes. Most of a 3x3 kernel then lies on padding and does nothing, but oneDNN, where the processor has no AVX-512, goes
-through the gradient of the whole kernel once for each image. The results are the same but for rounding.
+Networks that were made for photographs have many such convolutions when the images are small: with images of 32x32
+pixels, the whole last stage of ResNet50. Most of a 3x3 kernel then lies on padding and has no effect. Without AVX-512,
+oneDNN still reads and writes the gradient of the whole kernel once for each image of the batch. In the matrix product,
+only the part of the kernel that covers the image takes part. Results and gradients differ only by rounding.
 
     y[n, o] = bias[o] + sum over c, i, j of x[n, c, i, j] * weight[o, c, padding + i, padding + j]
 
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class OnePixelProducts(nn.Module):
-    """``model``, whose convolutions that make one pixel are computed as matrix products."""
+    """``model``, with convolutions whose output is one pixel computed as matrix products; shares its modules."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class OnePixelProducts(nn.Module):
 
 
 class _Products(TorchFunctionMode):
-    """While it lasts, ``conv2d`` below is called in the place of torch's."""
+    """While it is active, calls of ``torch.conv2d`` go to ``conv2d`` below."""
 
     def __torch_function__(
         self,
@@ -55,7 +56,7 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``torch.conv2d``, as a matrix product where it makes one pixel: [N, C, H, W] -> [N, O, 1, 1]."""
+    """``torch.conv2d``; a matrix product where [N, C, H, W] becomes [N, O, 1, 1]."""
     if not isinstance(padding, str) and groups == 1 and _pair(dilation) == (1, 1) and input.ndim == 4:
         spans = [
             _span(*sizes)
@@ -68,7 +69,10 @@ def conv2d(
 
 
 def _span(size: int, kernel: int, stride: int, padding: int) -> tuple[slice, slice] | tuple[()]:
-    """Where image and kernel lie on each other, of the one and of the other; () where not once, at the first pixel."""
+    """The part of the image that the kernel covers, and the part of the kernel that covers it, in one dimension.
+
+    () where the convolution makes several pixels, or one pixel of padding alone.
+    """
     length = min(size, kernel - padding)
     if not 0 <= size + 2 * padding - kernel < stride or length < 1:
         return ()
@@ -76,4 +80,5 @@ def _span(size: int, kernel: int, stride: int, padding: int) -> tuple[slice, sli
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * 2 if len(values) == 1 else values

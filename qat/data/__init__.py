@@ -1,1 +1,1 @@
-"""Images: where they come from, how they are split, prepared and dealt in batches."""
+"""Images: where they come from, and how they are split, preprocessed and batched."""

@@ -1,8 +1,7 @@
 """The images of a split, one by one or in batches.
 
-What is random in a training image comes only from the seed in its key, never from the process that loads it or
-from what was loaded before: the same batches come from any number of workers, and from a run that was stopped
-and resumed.
+All randomness in a training image comes from the seed in its key, never from the process that loads it or from what
+was loaded before. So the batches are the same for any number of workers, and in a run that was stopped and resumed.
 
 Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on
 the device that trains.
@@ -28,9 +27,9 @@ from qat.data.preprocessing import Augmentation, Preprocessing
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Dataset[tuple[Tensor, int]]):
-    """One split. Its key is (index, seed); it gives (uint8 [3, height, width], label). ``labels``: int64 [N].
+    """One split. A key (index, seed) gives (uint8 [3, height, width], label). ``labels``: int64 [N].
 
-    The seed decides the augmentation and is ignored without one.
+    The seed determines the augmentation; without augmentation it is ignored.
     """
 
     pixels: Pixels
@@ -41,7 +40,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     @property
     def augment(self) -> bool:
-        """Whether images are changed at random: in the train split only."""
+        """Whether images are changed at random, as only those of the train split are."""
         return self.augmentation is not None
 
     def __len__(self) -> int:
@@ -49,13 +48,13 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     @property
     def ready(self) -> bool:
-        """Whether all images are in memory and need no resampling: then ``take`` gives whole batches."""
+        """Whether all images are in memory and need no resampling, so that ``take`` can return whole batches."""
         size = (self.preprocessing.height, self.preprocessing.width)
         fitting = isinstance(self.pixels, ArrayPixels) and self.pixels.images.shape[-2:] == size
         return fitting and (self.augmentation is None or self.augmentation.padding > 0)
 
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a set that is ready, the images of int64 ``keys`` [N, 2]: uint8 [N, 3, height, width] and labels [N]."""
+        """The images of int64 ``keys`` [N, 2]: uint8 [N, 3, height, width] and labels [N]. The set must be ready."""
         assert isinstance(self.pixels, ArrayPixels)
         index, seeds = keys.to(self.labels.device, non_blocking=True).unbind(1)
         images_NCHW = self.pixels.images[self.indices[index]]
@@ -76,13 +75,13 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 def batch_count(
     images: ImageSet, batch_size: int, training: bool = False, processes: Processes = SINGLE_PROCESS
 ) -> int:
-    """How many batches there are for all ``processes`` together. Raises UserError when there is none."""
+    """How many batches there are for all ``processes`` together. Raises UserError when there are none."""
     if batch_size < 1:
-        raise UserError(f"batch size {batch_size} is not positive: give at least 1")
+        raise UserError(f"batch size {batch_size} is not positive: it must be at least 1")
     whole, rest = divmod(len(images), batch_size)
     count = whole + (rest >= (2 * processes.world_size if training else 1))
     if count == 0:
-        raise UserError(f"{len(images)} images make no batch to train on: add images")
+        raise UserError(f"{len(images)} images are too few for one training batch: add images")
     return count
 
 
@@ -96,20 +95,20 @@ def batches(
     training: bool = False,
     processes: Processes = SINGLE_PROCESS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]), where they are, or pinned for a GPU.
+    """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]), on the set's device, or pinned for a GPU.
 
     Args:
         images: the split.
-        batch_size: images in a batch, of all ``processes`` together; the last one may be smaller.
-        seed: None for the images in order; else order and augmentation are a function of (seed, epoch) alone.
-        epoch: from 0.
+        batch_size: images in a batch, for all ``processes`` together; the last batch may be smaller.
+        seed: None gives the images in order; otherwise order and augmentation depend only on (seed, epoch).
+        epoch: counted from 0.
         start: number of batches to skip; they are not loaded.
-        workers: processes that load; a set that is ready needs none.
-        training: leaves out a last batch that has one image for a process, which BatchNorm cannot train on.
-        processes: of every batch each process gets its share; of a last small one, perhaps none.
+        workers: processes that load images; a set that is ready needs none.
+        training: leave out a last batch with fewer than two images per process, on which BatchNorm cannot train.
+        processes: each process gets its share of every batch; its share of a small last batch may be empty.
 
     Raises:
-        UserError: an image is corrupt (the line names the file).
+        UserError: an image is corrupt; the message names the file.
     """
     count, pins = batch_count(images, batch_size, training, processes), torch.cuda.is_available()
     keys = _keys(len(images), seed, epoch)
@@ -127,13 +126,23 @@ def batches(
         collate_fn=_collate,
         pin_memory=pins,
         worker_init_fn=_ignore_interrupts,
-        generator=torch.Generator(),  # else the loader draws from the global one, and resuming changes what follows
+        generator=torch.Generator(),  # otherwise the loader draws from the global one, which resuming would change
     )
     for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         images_NCHW, labels = batch
         yield images_NCHW, labels
+
+
+def first_batches(images: ImageSet, count: int, batch_size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
+    """Up to ``count`` images in order, as ``batches`` gives them; the last batch is shortened to fit."""
+    left = count
+    for images_NCHW, labels in batches(images, batch_size, None):
+        yield images_NCHW[:left], labels[:left]
+        left -= len(labels)
+        if left <= 0:
+            return
 
 
 def _keys(count: int, seed: int | None, epoch: int) -> Tensor:
@@ -146,7 +155,7 @@ def _keys(count: int, seed: int | None, epoch: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _ErrorsAsItems(Dataset[Any]):
-    """Gives a UserError instead of raising it: one raised in a worker arrives as a page of traceback."""
+    """Returns a UserError instead of raising it: an error raised in a worker would arrive as a page of traceback."""
 
     images: ImageSet
 
@@ -168,5 +177,5 @@ def _collate(items: list[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Tenso
 
 
 def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: the main one decides when to stop, and ends the workers."""
+    """Ctrl-C reaches all processes of a terminal; only the main process decides when to stop, and ends the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

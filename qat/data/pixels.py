@@ -1,7 +1,7 @@
-"""Images by index: arrays in memory, image files, torchvision's data sets that read files.
+"""Images by index, from arrays in memory, image files, or torchvision's data sets that read files.
 
-Files whose decoded images fit in 1 GiB are decoded once, at the start: no image is decoded twice, and a corrupt one
-is found before any training. More are decoded on demand.
+If the decoded images of all files fit in 1 GiB, they are decoded once, at the start: then a corrupt image is found
+before training. Otherwise files are decoded on demand.
 
 Layouts: N images, C channels (RGB), H height, W width. Pixels are uint8, 0..255.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from qat.base.console import progress
 from qat.base.errors import UserError, one_line
 
-MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are kept
+MEMORY_LIMIT = 1 << 30  # largest number of bytes of decoded images that are kept
 
 
 class Pixels(Protocol):
@@ -55,7 +55,7 @@ def images_nchw(images: np.ndarray | Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FilePixels:
-    """Images in files; ``decoded`` holds them where they fit in memory."""
+    """Images in files; ``decoded`` holds them if they fit in memory."""
 
     paths: Sequence[str]
     decoded: Sequence[Tensor] | None = None
@@ -79,13 +79,13 @@ class TorchvisionPixels:
     def __getitem__(self, index: int) -> Tensor:
         try:
             return _rgb(self.dataset[index][0])
-        except Exception as error:  # Pillow raises a great many kinds
+        except Exception as error:  # Pillow raises many types of exceptions
             name = f"image {index} of torchvision's {type(self.dataset).__name__}"
             raise UserError(f"{name} is corrupt ({one_line(error)}): download the data set again") from error
 
 
 def decode_all(paths: Sequence[str]) -> list[Tensor] | None:
-    """All images, decoded in threads; None when they do not fit in memory."""
+    """All images, decoded in threads; None if they do not fit in memory."""
     size = 0
     for path in paths:
         width, height = _image_size(path)
@@ -105,7 +105,7 @@ def _image_size(path: str) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             return width, height
-    except Exception as error:  # Pillow raises a great many kinds
+    except Exception as error:  # Pillow raises many types of exceptions
         raise _unreadable(path, error) from error
 
 
@@ -114,7 +114,7 @@ def decode(path: str) -> Tensor:
     try:
         with Image.open(path) as image:
             return _rgb(image)
-    except Exception as error:  # Pillow raises a great many kinds
+    except Exception as error:  # Pillow raises many types of exceptions
         raise _unreadable(path, error) from error
 
 
@@ -126,7 +126,7 @@ def _unreadable(path: str, error: Exception) -> UserError:
 
 
 def _rgb(image: Image.Image) -> Tensor:
-    """uint8 [3, H, W]; transparency is dropped, 16-bit grey loses its low byte."""
+    """The image as uint8 [3, H, W]; transparency is dropped, and 16-bit grey loses its low byte."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:

@@ -1,7 +1,7 @@
-"""From a decoded image to the network's input, in training (at random) and in evaluation.
+"""Turns a decoded image into the network's input, at random in training and in a fixed way in evaluation.
 
-Evaluation is what an engine must repeat, so its few numbers are stored in every sidecar. Resampling is torchvision's,
-bilinear with antialiasing.
+An engine must repeat the preprocessing of evaluation, so its few numbers are stored in every sidecar. Resampling is
+torchvision's bilinear interpolation with antialiasing.
 
 Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on the
 device that trains.
@@ -27,10 +27,10 @@ _CROP_SCALE, _CROP_RATIO, _CROP_TRIALS = (0.35, 1.0), (3 / 4, 4 / 3), 10
 
 @dataclass(frozen=True)
 class ImagePreset:
-    """How a network takes photographs: as most weights for ImageNet do, where nobody knows better.
+    """How photographs are preprocessed for a network; the defaults are those of most ImageNet weights.
 
-    ``size``: height and width of its input in pixels, unless another is asked for; ``short_side``: the length that the
-    short side gets before a crop of that size.
+    ``size``: height and width of the input in pixels, unless another size is asked for. ``short_side``: the length to
+    which the short side is resized before a crop of that size. ``mean`` and ``std``: for red, green and blue in 0..1.
     """
 
     size: int = 224
@@ -43,8 +43,8 @@ class ImagePreset:
 class Preprocessing:
     """From an RGB image to the network's input: resize, center crop, normalize. Stored in every sidecar.
 
-    ``resize`` is the length in pixels that the short side gets before the center crop of ``height`` x ``width``.
-    An image that has it already is not resampled.
+    ``resize`` is the length in pixels to which the short side is resized before the center crop of ``height`` x
+    ``width``. An image whose short side already has this length is not resampled.
     """
 
     height: int
@@ -57,7 +57,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of ``dataclasses.asdict``. Raises UserError when an entry is missing or of no use."""
+        """The inverse of ``dataclasses.asdict``. Raises UserError when an entry is missing or invalid."""
         try:
             colors = {name: three_floats(content[name]) for name in ("mean", "std")}
             found = cls(**{**content, **colors})
@@ -72,8 +72,8 @@ class Preprocessing:
         return found
 
     @property
-    def photographs(self) -> ImagePreset:
-        """What ``load_data`` makes the same preprocessing of again."""
+    def preset(self) -> ImagePreset:
+        """The preset from which ``load_data`` makes the same preprocessing again."""
         return ImagePreset(self.height, self.resize, self.mean, self.std)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Preprocessing:
         return (images_NCHW.float() / 255 - mean) / std
 
     def fit(self, image: Tensor) -> Tensor:
-        """uint8 [..., 3, h, w] -> [..., 3, height, width]: short side to ``resize``, center crop."""
+        """uint8 [..., 3, h, w] -> [..., 3, height, width]: resizes the short side to ``resize``, crops the center."""
         if min(image.shape[-2:]) != self.resize:
             image = transforms.resize(image, [self.resize], InterpolationMode.BILINEAR, antialias=True)
         if image.shape[-2:] != (self.height, self.width):
@@ -94,7 +94,7 @@ class Preprocessing:
 class Augmentation:
     """Random changes of a training image.
 
-    ``padding``: shift by up to as many pixels, filling with black; 0: crop 35..100 % of the area and resize it.
+    ``padding``: shift by up to this many pixels, filling with black; 0: crop 35..100 % of the area and resize it.
     ``flip``: mirror half of the images left to right.
     """
 
@@ -102,7 +102,7 @@ class Augmentation:
     flip: bool
 
     def __call__(self, image: Tensor, preprocessing: Preprocessing, seed: int) -> Tensor:
-        """uint8 [3, h, w] -> [3, height, width], a function of ``seed`` alone."""
+        """uint8 [3, h, w] -> [3, height, width]; what is random depends only on ``seed``."""
         if self.padding:
             return self.shift(preprocessing.fit(image)[None], torch.tensor([seed]))[0]
         generator = torch.Generator().manual_seed(seed)
@@ -114,7 +114,7 @@ class Augmentation:
         return image
 
     def shift(self, images_NCHW: Tensor, seeds: Tensor) -> Tensor:
-        """Shifts and mirrors uint8 [N, 3, H, W], each image as its seed says (int64 [N], at least 0, on its device)."""
+        """Shifts and mirrors uint8 [N, 3, H, W], each image by its seed (int64 [N], at least 0, on the same device)."""
         count, _, height, width = images_NCHW.shape
         reach = 2 * self.padding + 1
         down, right, mirrored = seeds % reach, seeds // reach % reach, seeds // reach**2 % 2 == 1
@@ -124,7 +124,9 @@ class Augmentation:
         rows, columns = rows + down[:, None], columns + right[:, None]
         padded_NHWC = transforms.pad(images_NCHW, [self.padding]).permute(0, 2, 3, 1)
         every = torch.arange(count, device=seeds.device)
-        return padded_NHWC[every[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        shifted_NHWC = padded_NHWC[every[:, None, None], rows[:, :, None], columns[:, None, :]]
+        shifted_NCHW: Tensor = shifted_NHWC.permute(0, 3, 1, 2)
+        return shifted_NCHW
 
 
 def _random_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
@@ -142,11 +144,11 @@ def _random_box(height: int, width: int, generator: torch.Generator) -> tuple[in
 
 @lru_cache(maxsize=16)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [3, 1, 1]. Made once: a copy to a GPU waits until it has done all before, here all of a training step."""
+    """float32 [3, 1, 1]. Cached, because a copy to a GPU waits for all work before it, here a whole training step."""
     return torch.tensor(values, dtype=torch.float32, device=device).reshape(3, 1, 1)
 
 
 def three_floats(values: Sequence[float]) -> tuple[float, float, float]:
-    """One for each color."""
+    """``values`` as one float for each color."""
     red, green, blue = map(float, values)
     return red, green, blue

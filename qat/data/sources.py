@@ -1,7 +1,7 @@
-"""Where images come from: digits, an image folder, an .npz file, torchvision's data sets; a folder without labels.
+"""Reads image sources: digits, an image folder, an .npz file, torchvision's data sets, a folder without labels.
 
-Every reader checks all that it can before training starts, and says in one line what is wrong. How the images are
-split is decided in qat/data/splits.py, how they are decoded and kept in qat/data/pixels.py.
+Every reader checks what it can before training starts, and reports a fault in one line. qat/data/splits.py decides how
+the images are split, qat/data/pixels.py how they are decoded and kept.
 """
 
 from __future__ import annotations
@@ -9,68 +9,39 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torchvision
-from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
-from qat.data.pixels import ArrayPixels, FilePixels, Pixels, TorchvisionPixels, decode_all, images_nchw
-
-NO_LABEL = -1
-
-
-@dataclass(frozen=True)
-class Part:
-    """Images and their labels: int64 [N]."""
-
-    pixels: Pixels
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a reader found. A part that the source does not have is None.
-
-    ``default_size`` is (height, width) in pixels, None for photographs; ``cropped``: all images have one size and are
-    taken whole, without a margin to crop in evaluation; ``mirrors``: the mirror image of a class still belongs to it.
-    """
-
-    train: Part
-    validation: Part | None
-    test: Part | None
-    class_names: tuple[str, ...]
-    default_size: tuple[int, int] | None
-    cropped: bool = True
-    mirrors: bool = True
-    notes: tuple[str, ...] = ()
+from qat.data.parts import Part, Source
+from qat.data.pixels import ArrayPixels, FilePixels, decode_all, images_nchw
+from qat.data.torchvision_sets import read_torchvision, torchvision_sets
 
 
 def read_source(source: str, root: Path) -> Source:
     """Reads ``source``: 'digits', 'torchvision:NAME', an .npz file or an image folder.
 
-    ``root`` is where torchvision's data sets are or will be downloaded to. Raises UserError.
+    ``root`` is the folder in which torchvision's data sets are found, or to which they are downloaded. Raises UserError
+    when the source is unknown, missing or damaged.
     """
     path = Path(source).expanduser()
     if source == "digits":
         return _read_digits()
     if source.startswith("torchvision:"):
-        return _read_torchvision(source.removeprefix("torchvision:"), root)
+        return read_torchvision(source.removeprefix("torchvision:"), root)
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".npz":
         return _read_npz(path)
-    known = ["digits", *(f"torchvision:{name}" for name in _names())]
+    known = ["digits", *(f"torchvision:{name}" for name in torchvision_sets())]
     raise UserError(
-        f"unknown data set {source!r}: no such folder{did_you_mean(source, known)}; give digits, a folder with train/ "
-        "and val/ (to python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with one of "
-        f"{', '.join(_names())}"
+        f"unknown data set {source!r}, and no such folder{did_you_mean(source, known)}: give digits, a folder with "
+        "train/ and val/ (for python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with "
+        f"one of {', '.join(torchvision_sets())}"
     )
 
 
@@ -78,7 +49,7 @@ def read_source(source: str, root: Path) -> Source:
 
 
 def _read_digits() -> Source:
-    from sklearn.datasets import load_digits  # slow to import: only where it is needed
+    from sklearn.datasets import load_digits  # slow to import, so only when needed
 
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 0..16 -> 0..255
@@ -117,12 +88,12 @@ def _read_folder(folder: Path) -> Source:
         tuple(files["train"]),
         None,
         cropped=False,
-        notes=(f"test: {folder / 'test'}" if has_test else f"test: {folder / 'val'}, as there is no test/",),
+        notes=(f"test: {folder / 'test'}" if has_test else f"test: {folder / 'val'}, because there is no test/",),
     )
 
 
 def _class_files(split: Path) -> dict[str, list[str]]:
-    """Class name -> its image files, both sorted; files in folders within a class count as the class's."""
+    """Class name -> its image files, both sorted; files in subfolders of a class belong to it too."""
     classes = sorted(child.name for child in split.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not classes:
         raise UserError(f"{split} has no class folders: put the images of each class into {split}/<class>/")
@@ -136,7 +107,7 @@ def _class_files(split: Path) -> dict[str, list[str]]:
 
 
 def _image_files(folder: Path) -> list[str]:
-    """The image files in ``folder`` and in the folders within it, sorted."""
+    """The image files in ``folder`` and its subfolders, sorted."""
     return sorted(
         os.path.join(inner, file)
         for inner, _, names in os.walk(folder, followlinks=True)
@@ -160,7 +131,7 @@ def _check_same_classes(folder: Path, files: dict[str, dict[str, list[str]]], sp
 
 
 def unlabelled_folder(source: str) -> Path | None:
-    """The folder that ``source`` is, if it has neither train/ nor val/: its images have no labels. None otherwise."""
+    """``source`` as a folder of images without labels: it has neither train/ nor val/. None if it is anything else."""
     path = Path(source).expanduser()
     labelled = (path / "train").is_dir() or (path / "val").is_dir()
     named = source == "digits" or source.startswith("torchvision:")
@@ -168,7 +139,7 @@ def unlabelled_folder(source: str) -> Path | None:
 
 
 def unlabelled_files(folder: Path) -> list[str]:
-    """The image files in ``folder`` and in the folders within it, sorted. Raises UserError when there is none."""
+    """The image files in ``folder`` and its subfolders, sorted. Raises UserError when there is none."""
     files = _image_files(folder)
     if not files:
         raise UserError(f"{folder} has no image ({' '.join(IMG_EXTENSIONS)}): add some, or give another folder")
@@ -184,7 +155,9 @@ def _read_npz(path: Path) -> Source:
     missing = [key for key in required if key not in arrays]
     if missing:
         found = ", ".join(arrays) or "nothing"
-        raise UserError(f"{path} lacks {', '.join(missing)} (found: {found}): save it with {', '.join(required)}")
+        raise UserError(
+            f"{path} does not have {', '.join(missing)} (found: {found}): save it with {', '.join(required)}"
+        )
     if ("val_images" in arrays) != ("val_labels" in arrays):
         raise UserError(f"{path} has only one of val_images and val_labels: save both or neither")
     splits = [split for split in ("train", "val", "test") if f"{split}_images" in arrays]
@@ -209,13 +182,13 @@ def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as file:  # np.load itself leaves a damaged file open
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise ValueError("one bare array")
+                raise ValueError("a single array")
             return {key: loaded[key] for key in loaded.files}
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{path} is no .npz file, is truncated or holds Python objects ({one_line(error)}): "
+            f"{path} is not an .npz file, is truncated or holds Python objects ({one_line(error)}): "
             "save it again with np.savez"
         ) from error
 
@@ -224,17 +197,18 @@ def _check_npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndar
     grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
     if images.dtype != np.uint8 or not grey_or_rgb or images.size == 0:
         raise UserError(
-            f"{path}: {split}_images is {images.dtype} {list(images.shape)}: needed is uint8 [N, H, W, 3] or [N, H, W]"
+            f"{path}: {split}_images is {images.dtype} {list(images.shape)}, but must be uint8 [N, H, W, 3] or "
+            "[N, H, W]: save it so"
         )
     if images.shape[1:3] != size:
         raise UserError(
-            f"{path}: {split}_images are {images.shape[1]}x{images.shape[2]} pixels, train_images are "
+            f"{path}: {split}_images are {images.shape[1]}x{images.shape[2]} pixels, but train_images are "
             f"{size[0]}x{size[1]}: resize them to one size"
         )
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise UserError(
-            f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)}: needed is an integer for each of the "
-            f"{len(images)} images"
+            f"{path}: {split}_labels is {labels.dtype} {list(labels.shape)}, but must be one integer for each of the "
+            f"{len(images)} images: save it so"
         )
 
 
@@ -243,7 +217,9 @@ def _npz_class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ..
         return tuple(str(label) for label in range(max(0, int(arrays["train_labels"].max())) + 1))
     names = arrays["class_names"]
     if names.dtype.kind != "U" or names.ndim != 1:
-        raise UserError(f"{path}: class_names is {names.dtype} {list(names.shape)}: needed is a list of strings")
+        raise UserError(
+            f"{path}: class_names is {names.dtype} {list(names.shape)}, but must be a list of strings: save it so"
+        )
     return tuple(str(name) for name in names)
 
 
@@ -260,92 +236,3 @@ def _check_label_range(path: Path, split: str, labels: np.ndarray, classes: int)
             f"{path}: {len(absent)} of {classes} classes have no training image (class {absent[0]} is the first): "
             "number the classes from 0 without gaps"
         )
-
-
-# --- torchvision
-
-
-def _named(train: str, test: str, validation: str | None = None) -> tuple[dict[str, Any] | None, ...]:
-    return {"split": train}, None if validation is None else {"split": validation}, {"split": test}
-
-
-_FLAG: tuple[dict[str, Any] | None, ...] = ({"train": True}, None, {"train": False})
-# Name -> the arguments that select (train, validation, test). Where there is no test split with public labels, the
-# validation split is the test split.
-_TORCHVISION: dict[str, tuple[dict[str, Any] | None, ...]] = {
-    "CIFAR10": _FLAG,
-    "CIFAR100": _FLAG,
-    "Country211": _named("train", "test", "valid"),
-    "DTD": _named("train", "test", "val"),
-    "EMNIST": ({"split": "balanced", "train": True}, None, {"split": "balanced", "train": False}),
-    "FGVCAircraft": _named("train", "test", "val"),
-    "FashionMNIST": _FLAG,
-    "Flowers102": _named("train", "test", "val"),
-    "Food101": _named("train", "test"),
-    "GTSRB": _named("train", "test"),
-    "ImageNet": _named("train", "val"),
-    "Imagenette": _named("train", "val"),
-    "KMNIST": _FLAG,
-    "MNIST": _FLAG,
-    "OxfordIIITPet": _named("trainval", "test"),
-    "Places365": _named("train-standard", "val"),
-    "RenderedSST2": _named("train", "test", "val"),
-    "STL10": _named("train", "test"),
-    "SVHN": _named("train", "test"),
-    "StanfordCars": _named("train", "test"),
-    "USPS": _FLAG,
-}
-# Characters and traffic signs: their mirror images are something else.
-_NOT_MIRRORED = {"EMNIST", "GTSRB", "KMNIST", "MNIST", "RenderedSST2", "SVHN", "USPS"}
-
-
-def _names() -> list[str]:
-    return [name for name in _TORCHVISION if hasattr(torchvision.datasets, name)]
-
-
-def _read_torchvision(name: str, root: Path) -> Source:
-    if name not in _names():
-        raise UserError(
-            f"torchvision has no classification data set {name!r} that can be read by name"
-            f"{did_you_mean(name, _names())}; there are {', '.join(_names())}"
-        )
-    datasets = [None if options is None else _open(name, root, options) for options in _TORCHVISION[name]]
-    train, validation, test = (None if dataset is None else _part(dataset) for dataset in datasets)
-    assert train is not None
-    assert test is not None
-    in_memory = isinstance(train.pixels, ArrayPixels)
-    size = (train.pixels[0].shape[-2], train.pixels[0].shape[-1]) if in_memory else None
-    classes = getattr(datasets[0], "classes", range(int(train.labels.max()) + 1))
-    # ImageNet's class names are tuples of synonyms.
-    class_names = tuple(", ".join(c) if isinstance(c, (tuple, list)) else str(c) for c in classes)
-    mirrors = name not in _NOT_MIRRORED
-    return Source(train, validation, test, class_names, size, cropped=in_memory, mirrors=mirrors)
-
-
-def _open(name: str, root: Path, options: dict[str, Any]) -> Any:
-    """The data set from ``root``; downloaded to it where it is not there yet."""
-    make = getattr(torchvision.datasets, name)
-    try:
-        return make(root, **options)
-    except Exception as error:  # each set has its own way to say that its files are not there
-        absent = error
-    if name in ("ImageNet", "StanfordCars"):  # cannot be downloaded
-        raise UserError(f"{name} is not in {root} ({one_line(absent)}): put its files there by hand") from absent
-    try:
-        return make(root, download=True, **options)
-    except Exception as error:
-        raise UserError(
-            f"cannot download {name} to {root} ({one_line(error)}): check the network, or put its files there by "
-            f"hand as torchvision.datasets.{name} expects them"
-        ) from error
-
-
-def _part(dataset: Any) -> Part:
-    data = getattr(dataset, "data", None)
-    pixels: Pixels = (
-        ArrayPixels(images_nchw(data)) if isinstance(data, (np.ndarray, Tensor)) else TorchvisionPixels(dataset)
-    )
-    for attribute in ("targets", "labels", "_labels"):
-        if hasattr(dataset, attribute):
-            return Part(pixels, torch.as_tensor(getattr(dataset, attribute), dtype=torch.int64))
-    return Part(pixels, torch.tensor([label for _, label in dataset._samples], dtype=torch.int64))

@@ -1,9 +1,9 @@
-"""Image data sets and their disjoint splits: train, calibration, validation, test.
+"""Loads image data sets in disjoint splits: train, calibration, validation, test.
 
-Each split has one use: weights learn on train, activation ranges come from calibration, epochs are chosen on
-validation, and what is reported is measured on test. Where a source lacks a split, it is carved out of the
-training images: stratified by class, a function of the seed alone. Images without labels make two splits: calibration
-and test.
+Each split has one use: weights are trained on train, activation ranges come from calibration, the best epoch is chosen
+on validation, and reported accuracies are measured on test. A split that a source does not have is taken out of the
+training images, stratified by class; the choice depends only on the seed. Images without labels have only two splits,
+calibration and test.
 
 Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on
 the device that trains.
@@ -22,26 +22,27 @@ from torch import Tensor
 
 from qat.base.errors import UserError
 from qat.data.batches import ImageSet
+from qat.data.parts import NO_LABEL, Part, Source
 from qat.data.pixels import MEMORY_LIMIT, ArrayPixels, FilePixels, decode_all
 from qat.data.preprocessing import Augmentation, ImagePreset, Preprocessing
-from qat.data.sources import NO_LABEL, Part, Source, read_source, unlabelled_files
+from qat.data.sources import read_source, unlabelled_files
 
 IMAGENET_PRESET = ImagePreset()
-_SMALL = 64  # pixels; up to here an image is shifted in training, above it is cropped and resized
+_SMALL = 64  # pixels; in training, images up to this size are shifted, larger ones are cropped and resized
 
-# Shares of the training images that carved-out splits get. Of what is left at least 3/4 remain for training.
+# Shares of the training images for splits taken out of them. Calibration gets at most 1/4 of what the others leave.
 _TEST_SHARE, _VALIDATION_SHARE, _CALIBRATION_SHARE, _CALIBRATION_MOST = 1 / 5, 1 / 10, 1 / 10, 1 / 4
-_CALIBRATION_LEAST = 64  # images, where there are as many
-_SHARE_OF_GPU = 1 / 4  # of the memory that is free
+_CALIBRATION_LEAST = 64  # images, if there are enough
+_SHARE_OF_GPU = 1 / 4  # of the free memory
 SPLITS = ("train", "calibration", "validation", "test")
-_HELD_OUT_MOST = 1024  # images without labels to measure on: an agreement of 99 % is known to 0.3 points
+_HELD_OUT_MOST = 1024  # images without labels to measure on; an agreement of 99 % is then known to within 0.3 points
 
 
 @dataclass(frozen=True)
 class Data:
-    """The four splits, which have no image in common. ``notes`` say how they were made, a line each.
+    """The four splits, which have no image in common. ``notes`` say how they were made, one line for each.
 
-    Without labels there are no class names, and no images in train and validation.
+    Without labels there are no class names, and train and validation are empty.
     """
 
     train: ImageSet
@@ -54,7 +55,10 @@ class Data:
     source: str
 
     def on(self, device: torch.device) -> Data:
-        """The same, on a GPU with the splits that are ready in its memory, if train is, where a quarter of it does."""
+        """The same data, with the splits that are ready in the memory of a GPU if they take at most a quarter of it.
+
+        Nothing moves if train is not ready, or to a CPU.
+        """
         if not self.train.ready:
             return self
         sets = {name: split for name in SPLITS if (split := getattr(self, name)).ready}
@@ -70,12 +74,12 @@ class Data:
 
     @property
     def labelled(self) -> bool:
-        """Whether accuracies can be measured; without, every label is NO_LABEL."""
+        """Whether there are labels, so that accuracies can be measured; if not, every label is NO_LABEL."""
         return bool(self.class_names)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The number of images in every split that has some."""
+        """The number of images in every split that is not empty."""
         sizes = {name: len(getattr(self, name)) for name in SPLITS}
         return {name: size for name, size in sizes.items() if size}
 
@@ -86,27 +90,27 @@ def load_data(
     seed: int,
     calibration_images: int = 512,
     root: Path = Path("data"),
-    photographs: ImagePreset = IMAGENET_PRESET,
+    preset: ImagePreset = IMAGENET_PRESET,
 ) -> Data:
     """The data set ``source`` in four disjoint splits.
 
     Args:
         source: 'digits', an image folder with train/ and val/, an .npz file, or 'torchvision:NAME'.
-        image_size: height and width of the network's input in pixels; None for what suits the data.
-        seed: decides which images go into the splits that are carved out of the training images.
-        calibration_images: upper limit on the calibration split.
-        root: where torchvision's data sets are, or are downloaded to.
-        photographs: how the network takes them; mean and deviation hold for other images too.
+        image_size: height and width of the network's input in pixels; None: the size that suits the data.
+        seed: determines which images go into the splits that are taken out of the training images.
+        calibration_images: largest number of images in the calibration split.
+        root: folder in which torchvision's data sets are found, or to which they are downloaded.
+        preset: how photographs are preprocessed; mean and deviation apply to other images too.
 
     Raises:
         UserError: the source is unknown, damaged or too small.
     """
     _check_request(image_size, seed, calibration_images)
     found = read_source(source, root)
-    preprocessing = _preprocessing(found.default_size, found.cropped, source, image_size, photographs)
+    preprocessing = _preprocessing(found.default_size, found.cropped, source, image_size, preset)
     augmentation = _augmentation(found, source, preprocessing)
     if augmentation.padding:
-        found = _resized(found, preprocessing)
+        found = _resize_once(found, preprocessing)
     indices, notes = _split(found, source, seed, calibration_images)
 
     def image_set(name: str, part: Part | None) -> ImageSet:
@@ -132,15 +136,15 @@ def load_unlabelled(
     image_size: int | None,
     seed: int,
     calibration_images: int = 512,
-    photographs: ImagePreset = IMAGENET_PRESET,
+    preset: ImagePreset = IMAGENET_PRESET,
 ) -> Data:
-    """Images without labels: those in ``folder`` and in the folders within it, whose names mean nothing.
+    """Images without labels: all in ``folder`` and its subfolders, whose names have no meaning.
 
-    The seed chooses up to ``calibration_images`` of them; of the others up to 1024, or a fifth of all where fewer are
-    left, are the test split, on which two networks can be compared. The other arguments are those of ``load_data``.
+    The seed chooses up to ``calibration_images`` of them for calibration. The rest, but at least a fifth of all and at
+    most 1024, are the test split, on which two networks can be compared. The other arguments are as in ``load_data``.
 
     Raises:
-        UserError: there is no image, or one that was chosen is corrupt.
+        UserError: there is no image, or a chosen image is corrupt.
     """
     _check_request(image_size, seed, calibration_images)
     files = unlabelled_files(folder)
@@ -150,7 +154,7 @@ def load_unlabelled(
     groups = stratified_split(torch.full((total,), NO_LABEL), list(counts.values()), seed)
     paths = [files[index] for group in groups[:2] for index in group.tolist()]
     pixels = FilePixels(paths, decode_all(paths))
-    preprocessing = _preprocessing(None, False, str(folder), image_size, photographs)
+    preprocessing = _preprocessing(None, False, str(folder), image_size, preset)
 
     def image_set(start: int, stop: int) -> ImageSet:
         return ImageSet(pixels, torch.arange(start, stop), torch.full((stop - start,), NO_LABEL), preprocessing)
@@ -165,21 +169,21 @@ def stratified_split(labels: Tensor, counts: Sequence[int], seed: int) -> list[T
 
     Args:
         labels: int64 [N].
-        counts: how many images each group gets.
-        seed: the result is a function of it, ``labels`` and ``counts``.
+        counts: number of images in each group.
+        seed: the result depends only on it, ``labels`` and ``counts``.
 
     Returns:
-        Indices (int64, ascending): one group for each count, and last what is left over. In every group the number
-        of images of a class differs from its share by about one; a class of one image stays in the last group where
-        that holds more than half of all.
+        Indices (int64, ascending): one group for each count, and a last group with all other images. In every group the
+        number of images of a class differs from its share by about one. If the last group holds more than half of all
+        images, a class of one image is in it.
     """
     classes = labels.numpy()
-    shuffled = np.random.RandomState(seed).permutation(len(classes))  # a stream that no NumPy version changes
-    position = np.empty(len(classes))  # of an image within its class, from 0 to 1
+    shuffled = np.random.RandomState(seed).permutation(len(classes))  # its stream is the same in all NumPy versions
+    position = np.empty(len(classes))  # position of an image within its class, from 0 to 1
     for label in np.unique(classes):
         members = np.flatnonzero(classes[shuffled] == label)
         position[members] = (np.arange(len(members)) + 0.5) / len(members)
-    order = shuffled[np.argsort(position, kind="stable")]  # any stretch of it has all classes in proportion
+    order = shuffled[np.argsort(position, kind="stable")]  # every part of it has all classes in proportion
     return [torch.from_numpy(np.sort(group)) for group in np.split(order, np.cumsum(counts))]
 
 
@@ -187,21 +191,21 @@ def _check_request(image_size: int | None, seed: int, calibration_images: int) -
     if image_size is not None and image_size < 1:
         raise UserError(f"image size {image_size} is not positive: give the height and width in pixels")
     if calibration_images < 1:
-        raise UserError(f"{calibration_images} calibration images set no activation range: ask for at least 1")
+        raise UserError(f"--calibration-images {calibration_images} is too few: it must be at least 1")
     if not 0 <= seed < 1 << 32:
-        raise UserError(f"seed {seed} is out of range: give one from 0 to {(1 << 32) - 1}")
+        raise UserError(f"seed {seed} is out of range: it must be from 0 to {(1 << 32) - 1}")
 
 
 def _preprocessing(
-    default_size: tuple[int, int] | None, cropped: bool, source: str, image_size: int | None, photographs: ImagePreset
+    default_size: tuple[int, int] | None, cropped: bool, source: str, image_size: int | None, preset: ImagePreset
 ) -> Preprocessing:
-    height, width = (image_size, image_size) if image_size else default_size or (photographs.size, photographs.size)
+    height, width = (image_size, image_size) if image_size else default_size or (preset.size, preset.size)
     short = min(height, width)
     if not cropped and short > _SMALL:
-        short = round(short * photographs.short_side / photographs.size)
-    mean, std = photographs.mean, photographs.std
+        short = round(short * preset.short_side / preset.size)
+    mean, std = preset.mean, preset.std
     if source == "digits" and (mean, std) == (IMAGENET_PRESET.mean, IMAGENET_PRESET.std):
-        mean, std = (0.305,) * 3, (0.376,) * 3  # their own, unless others are asked for
+        mean, std = (0.305,) * 3, (0.376,) * 3  # those of digits, unless others are asked for
     return Preprocessing(height, width, mean, std, short)
 
 
@@ -211,8 +215,8 @@ def _augmentation(found: Source, source: str, preprocessing: Preprocessing) -> A
     return Augmentation(padding, found.mirrors)
 
 
-def _resized(found: Source, preprocessing: Preprocessing) -> Source:
-    """Small images that are in memory, at the network's size once and for all, where they fit there."""
+def _resize_once(found: Source, preprocessing: Preprocessing) -> Source:
+    """``found`` with small in-memory images resized once to the network's size, if the result fits in memory."""
     parts = {name: getattr(found, name) for name in ("train", "validation", "test")}
     arrays = {name: part for name, part in parts.items() if part and isinstance(part.pixels, ArrayPixels)}
     if sum(len(part.labels) for part in arrays.values()) * 3 * preprocessing.resize**2 > MEMORY_LIMIT:
@@ -223,7 +227,7 @@ def _resized(found: Source, preprocessing: Preprocessing) -> Source:
 
 
 def _split(found: Source, source: str, seed: int, calibration_images: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Indices of train and of the splits carved out of it into the training images, and how that was done."""
+    """Indices into the training images for train and the splits taken out of it, and notes that say how."""
     total = len(found.train.labels)
     counts = {}
     if found.test is None:
@@ -237,7 +241,8 @@ def _split(found: Source, source: str, seed: int, calibration_images: int) -> tu
         if count == 0:
             least = 4 if found.validation else math.ceil(1 / _VALIDATION_SHARE)
             raise UserError(
-                f"{source} has {total} training images, too few for a {name} split: add some, {least} are needed"
+                f"{source} has {total} training images, too few for a {name} split: add images, there must be at "
+                f"least {least}"
             )
     groups = stratified_split(found.train.labels, list(counts.values()), seed)
     notes = [

@@ -1,1 +1,1 @@
-"""Fake quantization: the numerics, and a model with quantizers inside."""
+"""Fake quantization: the numerics, and how quantizers are inserted into a model."""

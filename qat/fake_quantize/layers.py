@@ -1,4 +1,4 @@
-"""Convolutions and linear layers whose weight is fake-quantized; parameters and state-dict keys stay as they were."""
+"""Convolutions and linear layers with a fake-quantized weight; their parameters and state-dict keys do not change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qat.fake_quantize.quantizer import WeightQuantizer
 
 
 class _Convolution(nn.modules.conv._ConvNd):
-    """Forward of the convolutions: weight [O, I/groups, *kernel], one scale for each of the O channels."""
+    """Forward pass of convolutions: weight [O, I/groups, *kernel], one scale for each of the O channels."""
 
     weight_quantizer: WeightQuantizer
 
@@ -33,7 +33,7 @@ class QuantizedConv3d(_Convolution, nn.Conv3d):
 
 
 class _TransposedConvolution(nn.modules.conv._ConvTransposeNd):
-    """Forward of the transposed convolutions: weight [I, O/groups, *kernel]; the channels are axis 1."""
+    """Forward pass of transposed convolutions: weight [I, O/groups, *kernel]; the output channels are axis 1."""
 
     weight_quantizer: WeightQuantizer
 
@@ -82,7 +82,7 @@ _QUANTIZED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def quantized_layer(module: nn.Module) -> nn.Module:
-    """The fake-quantizing twin of ``module``, sharing its parameters."""
+    """The fake-quantizing counterpart of ``module``; it shares the parameters."""
     twin = _QUANTIZED[type(module)](**_arguments(module), device="meta")
     twin.weight, twin.bias = module.weight, module.bias
     twin.add_module(

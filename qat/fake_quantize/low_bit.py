@@ -1,8 +1,8 @@
-"""Simulation of networks of fewer than 8 bits, which no engine of this project computes: they cannot be exported.
+"""Simulation of networks with fewer than 8 bits. No engine here can run them, so they cannot be exported.
 
-As in the literature (Esser et al. 2020), the first and the last layer keep 8 bits, in weights and activations, and
-tensors that can hold no value below zero have codes 0 .. 2^bits - 1; others have those of two's complement, weights
-without the lowest.
+As in the literature (Esser et al. 2020), the first and the last layer keep 8 bits for weights and activations. Tensors
+that cannot be negative have the codes 0 .. 2^bits - 1; other tensors have two's complement codes, and weights the same
+without the lowest code.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from qat.fake_quantize.quantizer import ActivationQuantizer
 from qat.graph.fx_network import function_name, kind_of
 from qat.graph.operations import COMMUTING, POOLS
 
-_NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")  # functions, and modules in small letters
+_NEVER_NEGATIVE = ("relu", "relu6", "sigmoid", "hardsigmoid")  # functions, and modules in lower case
 
 
 def check_bits(bits: int) -> None:
-    """Raises UserError when so few or many bits are not simulated."""
+    """Raises UserError when ``bits`` is not a number of bits that can be simulated."""
     if not 2 <= bits <= BITS:
         raise UserError(f"--bits {bits} is out of range: give 2 to {BITS}; only {BITS} can be exported")
 
 
 def simulate_bits(prepared: fx.GraphModule, bits: int) -> None:
-    """Gives the quantizers of a prepared model, not calibrated yet, codes of ``bits`` bits; 8: those of INT8."""
+    """Gives the quantizers of a prepared, not yet calibrated model codes of ``bits`` bits; 8 keeps INT8."""
     if bits == BITS:
         return
     placement, nodes = placement_of(prepared), {node.name: node for node in prepared.graph.nodes}
@@ -46,7 +46,7 @@ def simulate_bits(prepared: fx.GraphModule, bits: int) -> None:
 
 
 def _read_by(node: fx.Node, modules: dict[str, nn.Module]) -> ActivationQuantizer | None:
-    """The quantizer that a quantized layer reads; between them nothing computes."""
+    """The quantizer from which a quantized layer reads, through data movement at most; None if there is none."""
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         if node.op == "call_module":
@@ -57,11 +57,11 @@ def _read_by(node: fx.Node, modules: dict[str, nn.Module]) -> ActivationQuantize
 
 
 def _never_negative(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether no value that ``node`` gives can be below zero, by what made it."""
+    """Whether no value in the output of ``node`` can be negative, judging by the operations that made it."""
     module = modules[str(node.target)] if node.op == "call_module" else None
     if (type(module).__name__ if module else function_name(node)).lower().rstrip("_") in _NEVER_NEGATIVE:
         return True
     kind, inputs = kind_of(node, modules), node.all_input_nodes
-    of_two = kind in ("add", "multiply") and len(inputs) == 2  # not with a constant, which may be below zero
+    of_two = kind in ("add", "multiply") and len(inputs) == 2  # not with a constant, which may be negative
     keeps_sign = of_two or kind in (*COMMUTING, *POOLS, "concat") or isinstance(module, ActivationQuantizer)
     return keeps_sign and bool(inputs) and all(_never_negative(made_by, modules) for made_by in inputs)

@@ -1,8 +1,8 @@
-"""A float model in, the same model with quantizers at the placed points out.
+"""Inserts quantizers into a float model at the points that placement chose.
 
-The result is a torch.fx GraphModule. Its state dict has the keys of the float model, unchanged (of all modules that
-``forward`` calls), and beside them one ``activation_quantizers.<tensor>.amax`` for every quantized activation; weight
-quantizers have no state.
+The result is a torch.fx GraphModule. Its state dict has the keys of the float model, unchanged (for all modules that
+``forward`` calls), and in addition ``activation_quantizers.<tensor>.amax`` for every quantized activation. Weight
+quantizers have no state unless their range is fixed or learned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qat.rules.place import place
 from qat.rules.placement import Placement
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
-WEIGHT_QUANTIZERS = "weight_quantizers"  # of weights that a function reads; a module has its own
+WEIGHT_QUANTIZERS = "weight_quantizers"  # for weights that a function reads; a module has its own quantizer
 
 
 def prepare(
@@ -36,13 +36,13 @@ def prepare(
 
     Args:
         model: a float model that torch.fx can trace.
-        placement: decisions to apply, for one that was saved; None derives them from the graph (qat.rules.place).
-        input_shape: [C, H, W]; without it, the rules cannot tell an addition that broadcasts.
+        placement: the decisions to apply, for example saved ones; None derives them from the graph (qat.rules.place).
+        input_shape: [C, H, W] of one input; without it, the rules cannot recognize an addition that broadcasts.
         keep_float: patterns of what stays in float (qat.rules.place.place).
 
     Raises:
-        UserError: the model cannot be traced, does not take ``input_shape``, ``placement`` was made for another one, or
-            a pattern matches nothing.
+        UserError: the model cannot be traced or does not take ``input_shape``, ``placement`` was made for another
+            model, or a pattern matches nothing.
     """
     traced = trace(model)
     if placement is None:
@@ -83,7 +83,7 @@ def _quantize_weight(traced: fx.GraphModule, node: fx.Node) -> None:
 
 
 def weights_and_quantizers(prepared: fx.GraphModule) -> Iterator[tuple[str, Tensor, WeightQuantizer]]:
-    """Every quantized weight: the path of its quantizer, the weight, the quantizer."""
+    """Every quantized weight, as (path of its quantizer, weight, quantizer)."""
     for path, module in prepared.named_modules():
         if isinstance(quantizer := getattr(module, "weight_quantizer", None), WeightQuantizer):
             yield f"{path}.weight_quantizer", module.get_parameter("weight"), quantizer
@@ -95,12 +95,13 @@ def weights_and_quantizers(prepared: fx.GraphModule) -> Iterator[tuple[str, Tens
 
 
 def placement_of(prepared: fx.GraphModule) -> Placement:
-    """The decisions that a prepared model was made with."""
-    return prepared.meta["placement"]
+    """The placement with which a prepared model was made."""
+    placement: Placement = prepared.meta["placement"]
+    return placement
 
 
 def activation_quantizers(prepared: nn.Module) -> dict[str, ActivationQuantizer]:
-    """The activation quantizers of a prepared model, by the name of their tensor."""
+    """The activation quantizers of a prepared model, by name (the name of a tensor that each quantizes)."""
     quantizers = prepared.get_submodule(ACTIVATION_QUANTIZERS)
     return {name: module for name, module in quantizers.named_children() if isinstance(module, ActivationQuantizer)}
 
@@ -114,6 +115,6 @@ def _check_fits(placement: Placement, nodes: dict[str, fx.Node]) -> None:
     missing = sorted(named - nodes.keys())
     if missing:
         raise UserError(
-            f"the placement names {len(missing)} operations that this model lacks, first {missing[0]!r}: "
+            f"the placement names {len(missing)} operations that this model does not have (first: {missing[0]!r}): "
             "it was made for another model or by another version; train again"
         )

@@ -5,18 +5,18 @@
     x_hat  = code * scale
     dL/dx  = dL/dx_hat where low <= x / scale <= high, else 0        (straight-through estimator)
 
-Activations have one scale a tensor and codes in [-128, 127]; as one operation with the ReLU before, codes in [0, 127]
-and no gradient where x <= 0. Weights have one scale an output channel and codes in [-127, 127]: their amax follows the
-weights (amax = max |w| of the channel), so no code is ever clamped and TensorRT, which would clamp weights to -128,
-computes the same. A weight's amax may also be given, fixed or learned: then weights beyond it are clamped.
+Activations have one scale per tensor and codes in [-128, 127]. Fused with a ReLU before it, a quantizer has codes in
+[0, 127] and no gradient where x <= 0. Weights have one scale per output channel and codes in [-127, 127]. Their amax
+follows the weights (amax = max |w| of the channel), so no code is ever clamped, and TensorRT, which clamps weights to
+-128, computes the same. The amax of a weight may also be fixed or learned; weights beyond it are then clamped.
 
-Learned step sizes (LSQ, Esser et al. 2020): where amax is a parameter,
+Learned step sizes (LSQ, Esser et al. 2020): if amax is a parameter,
 
     dL/dscale = g * sum dL/dx_hat * (code - x / scale  inside the range, low below it, high above it)
-    g         = 1 / sqrt(elements of a scale * high)
+    g         = 1 / sqrt(elements per scale * high)
 
-127, -128 and -127 are those of the number format (qat/base/number_format.py); a simulation of fewer bits has another
-one (qat/fake_quantize/low_bit.py).
+127, -128 and -127 come from the number format (qat/base/number_format.py); a simulation of fewer bits has another
+format (qat/fake_quantize/low_bit.py).
 
 Shapes: amax and scale are [] (per tensor) or [C] (per channel, along ``axis``); C = output channels.
 """
@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.base.number_format import INT8, NumberFormat
 
-# A zero scale is refused by TensorRT and a subnormal one loses digits: the smallest normal float32 is the floor.
+# TensorRT refuses a scale of zero, and a subnormal scale loses digits: the floor is the smallest normal float32.
 SCALE_FLOOR = torch.finfo(torch.float32).tiny
 _FLOAT32_STEP = torch.finfo(torch.float32).eps
 
@@ -51,30 +52,33 @@ def quantize(x: Tensor, scale: Tensor, number_format: NumberFormat) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, number_format: NumberFormat = ACTIVATION) -> Tensor:
-    """``x`` rounded to the grid of its codes, in the type of ``x``, with the straight-through gradient.
+    """``x`` rounded to its codes and scaled back, in the type of ``x``, with the straight-through gradient.
 
     Args:
         x: any shape, floating point.
         scale: float32, > 0; broadcasts against ``x``. Gets no gradient.
-        number_format: the codes that may be used.
+        number_format: the allowed codes.
     """
-    return _FakeQuantize.apply(x, scale, number_format.low, number_format.high)
+    x_hat: Tensor = _FakeQuantize.apply(x, scale, number_format.low, number_format.high)
+    return x_hat
 
 
 def learned_fake_quantize(x: Tensor, scale: Tensor, number_format: NumberFormat = ACTIVATION) -> Tensor:
-    """As ``fake_quantize``, and ``scale`` gets the gradient of learned step sizes."""
-    return _LearnedFakeQuantize.apply(x, scale, number_format.low, number_format.high)
+    """Like ``fake_quantize``, but ``scale`` gets the gradient of learned step sizes."""
+    x_hat: Tensor = _LearnedFakeQuantize.apply(x, scale, number_format.low, number_format.high)
+    return x_hat
 
 
 def fake_quantize_weight(weight: Tensor, axis: int, number_format: NumberFormat = WEIGHT) -> Tensor:
-    """``weight`` rounded per channel of ``axis``, its scales following it; the gradient passes unchanged."""
-    return _FakeQuantizeWeight.apply(weight, axis, number_format.high)
+    """``weight`` fake-quantized per channel of ``axis``, with scales that follow it; the gradient passes unchanged."""
+    weight_hat: Tensor = _FakeQuantizeWeight.apply(weight, axis, number_format.high)
+    return weight_hat
 
 
 def weight_amax(weight: Tensor, axis: int) -> Tensor:
     """Largest magnitude in each channel of ``axis``: [C], float32."""
-    # As a matrix of C rows, because reducing one dimension is faster on a CPU than reducing three; by both extremes,
-    # because |weight| would be a second copy of the weights in every training step.
+    # A matrix of C rows, because reducing one dimension is faster on a CPU than reducing three; both extremes, because
+    # |weight| would make a copy of the weights in every training step.
     rows = weight.detach().transpose(0, axis).flatten(1)
     return torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).float()
 
@@ -89,8 +93,8 @@ def per_channel(values: Tensor, ndim: int, axis: int) -> Tensor:
 class ActivationQuantizer(nn.Module):
     """Fake-quantizes one activation tensor, per tensor.
 
-    ``amax`` is NaN until calibration sets it; it may become a parameter (``learn``). While ``observer`` is set, the
-    input is shown to it and passes through unchanged; while ``enabled`` is False, it only passes through.
+    ``amax`` is NaN until calibration sets it; it may become a parameter (``learn``). While ``observer`` is set, it gets
+    the input, which passes through unchanged; while ``enabled`` is False, the input only passes through.
     """
 
     amax: Tensor
@@ -103,38 +107,39 @@ class ActivationQuantizer(nn.Module):
         self.format = ACTIVATION
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` of any shape to the same shape and type."""
+        """Maps ``x`` of any shape to the same shape and type."""
         if self.observer is not None:
             self.observer(x)
-        return x if self.passes else self._quantized(x, self.format.low)
+        return x if self.passes else self._fake_quantize(x, self.format.low)
 
-    def rectified(self, x: Tensor) -> Tensor:
-        """The codes of relu(x), both in one operation; only where it does not pass its input."""
-        return self._quantized(x, 0)
+    def fake_quantize_relu(self, x: Tensor) -> Tensor:
+        """Fake-quantizes relu(x) in one operation. Call it only if not ``passes``."""
+        return self._fake_quantize(x, 0)
 
     @property
     def passes(self) -> bool:
-        """Whether its input passes through unchanged."""
+        """Whether the input passes through unchanged."""
         return self.observer is not None or not self.enabled
 
-    def _quantized(self, x: Tensor, low: int) -> Tensor:
+    def _fake_quantize(self, x: Tensor, low: int) -> Tensor:
         function = _LearnedFakeQuantize if isinstance(self.amax, nn.Parameter) else _FakeQuantize
         high = self.format.high
-        return function.apply(x, _scale(self.amax, high), low, high)
+        x_hat: Tensor = function.apply(x, _scale(self.amax, high), low, high)
+        return x_hat
 
     def learn(self) -> None:
-        """Makes ``amax`` a parameter that starts from what it is."""
+        """Makes ``amax`` a parameter with its present value."""
         _learn(self)
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """The text that ``print(model)`` shows."""
         return f"amax={self.amax.item():.4g}, {self.format}, per tensor"
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizes a constant weight, one scale a channel of ``axis``.
+    """Fake-quantizes a constant weight with one scale per channel of ``axis``.
 
-    ``amax`` [C] is None where it follows the weight; it may be fixed (``fix``) and become a parameter (``learn``).
+    ``amax`` [C] is None while it follows the weight; it may be fixed (``fix``) and become a parameter (``learn``).
     """
 
     amax: Tensor | None
@@ -147,7 +152,7 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("amax", None)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """``weight`` to the same shape and type."""
+        """Maps ``weight`` to the same shape and type."""
         if not self.enabled:
             return weight
         if self.amax is None:
@@ -160,7 +165,7 @@ class WeightQuantizer(nn.Module):
         return scale_from_amax(weight_amax(weight, self.axis) if self.amax is None else self.amax, self.format)
 
     def fix(self, amax: Tensor) -> None:
-        """From now on the weight's range is ``amax``, [C]."""
+        """Fixes the range of the weight at ``amax``, [C]."""
         self.amax = amax.detach().float().clone()
 
     def learn(self) -> None:
@@ -169,7 +174,7 @@ class WeightQuantizer(nn.Module):
         _learn(self)
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """The text that ``print(model)`` shows."""
         return f"axis={self.axis}, {self.format}, per channel"
 
 
@@ -179,8 +184,8 @@ def _learn(quantizer: nn.Module) -> None:
     quantizer.register_parameter("amax", amax)
 
 
-# Autograd functions rather than x + (x_hat - x).detach(): that sum is off x_hat by a rounding, and the codes that a
-# network was trained with would no longer be exactly the codes that the engine computes.
+# These are autograd functions, not x + (x_hat - x).detach(): that sum differs from x_hat by rounding, so the codes of
+# training would not be exactly the codes of the engine.
 
 
 def _scale(amax: Tensor, high: int) -> Tensor:
@@ -192,37 +197,37 @@ def _codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
 
 
 def _open_bounds(low: int, high: int) -> tuple[float, float]:
-    """What a quotient inside the range lies between: the next float32 beyond both ends; a ReLU's 0 is outside."""
+    """Open bounds of the quotients inside the range: the next float32 beyond each end; for a ReLU, 0 is outside."""
     return low * (1 + _FLOAT32_STEP), high * (1 + _FLOAT32_STEP)
 
 
-def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``codes * scale``; takes the memory of ``codes``."""
-    # Not where it is compiled: torch 2.11 silently drops the gradient of a function that returns what it changed in
-    # place, or what .to() left as it was (github.com/pytorch/pytorch/issues/180642).
+def _dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``codes * scale``; it may overwrite ``codes``."""
+    # Not in place when compiled: torch 2.11 silently drops the gradient of a function that returns a tensor changed in
+    # place, or one that .to() returned unchanged (github.com/pytorch/pytorch/issues/180642).
     values = codes * scale if torch.compiler.is_compiling() else codes.mul_(scale)
     return values if values.dtype == dtype else values.to(dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
         ctx.save_for_backward(x, scale)
         ctx.codes = (low, high)
-        return _dequantized(_codes(x, scale, low, high), scale, x.dtype)
+        return _dequantize(_codes(x, scale, low, high), scale, x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         low, high = ctx.codes
-        # One pass over memory where comparisons and torch.where take four.
+        # One pass over memory; comparisons and torch.where would take four.
         clipped = torch.ops.aten.hardtanh_backward(grad.float(), x.float() / scale, *_open_bounds(low, high))
         return clipped.to(grad.dtype), None, None, None
 
 
 class _LearnedFakeQuantize(_FakeQuantize):
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
         low, high = ctx.codes
         quotient = x.float() / scale
@@ -236,10 +241,10 @@ class _LearnedFakeQuantize(_FakeQuantize):
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, axis: int, high: int) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, axis: int, high: int) -> Tensor:
         scale = per_channel(_scale(weight_amax(weight, axis), high), weight.ndim, axis)
-        return _dequantized((weight.float() / scale).round_(), scale, weight.dtype)
+        return _dequantize((weight.float() / scale).round_(), scale, weight.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return grad, None, None

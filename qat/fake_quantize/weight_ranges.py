@@ -1,4 +1,4 @@
-"""Ranges of weights, which need no images: they follow the weights, are fixed, or are learned."""
+"""Ranges of weights: they follow the weights, are fixed, or are learned. None of this needs images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qat.fake_quantize.quantizer import WEIGHT, quantize, scale_from_amax, weigh
 
 
 def weight_amax_mse(weight: Tensor, axis: int, number_format: NumberFormat = WEIGHT, candidates: int = 100) -> Tensor:
-    """The range of each channel of ``axis`` with the least mean squared error of the codes: [C], float32.
+    """For each channel of ``axis``, the range with the least mean squared quantization error: [C], float32.
 
-    Tried are ``candidates`` equal steps up to the largest magnitude; of equal errors the largest range is taken.
+    It is one of ``candidates`` equally spaced values up to the largest magnitude; if errors are equal, the largest.
     """
     rows = weight.detach().transpose(0, axis).flatten(1).float()  # [C, K]
     largest = weight_amax(weight, axis)  # [C]
@@ -30,7 +30,7 @@ def weight_amax_mse(weight: Tensor, axis: int, number_format: NumberFormat = WEI
 
 
 def fix_saved_ranges(prepared: fx.GraphModule, tensors: Mapping[str, Tensor]) -> None:
-    """Fixes the ranges of weights that a saved model's ``tensors`` hold: then they can be loaded into ``prepared``."""
+    """Fixes the weight ranges that ``tensors`` of a saved model hold, so that they can be loaded into ``prepared``."""
     for path, weight, quantizer in weights_and_quantizers(prepared):
         amax = tensors.get(f"{path}.amax")
         if amax is not None and amax.shape == quantizer.scale(weight).shape:
@@ -38,14 +38,14 @@ def fix_saved_ranges(prepared: fx.GraphModule, tensors: Mapping[str, Tensor]) ->
 
 
 def fix_weight_ranges(prepared: fx.GraphModule) -> None:
-    """Fixes the ranges of weights that follow them, where the squared error of the codes is least."""
+    """Fixes all ranges that follow their weights at the least squared quantization error."""
     for _, weight, quantizer in weights_and_quantizers(prepared):
         if quantizer.amax is None:
             quantizer.fix(weight_amax_mse(weight, quantizer.axis, quantizer.format))
 
 
 def learn_ranges(prepared: fx.GraphModule) -> None:
-    """Makes the ranges of all quantizers parameters; those of weights start from the least squared error."""
+    """Makes the ranges of all quantizers parameters; weight ranges start at the least squared quantization error."""
     fix_weight_ranges(prepared)
     for _, _, quantizer in weights_and_quantizers(prepared):
         quantizer.learn()

@@ -1,1 +1,1 @@
-"""A network as a graph: its operations, and how it is traced."""
+"""A network as a graph: tracing, the kinds of operations, and ways to walk and run it."""

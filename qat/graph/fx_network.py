@@ -1,9 +1,12 @@
-"""The neutral view (qat/graph/network.py) of a traced torch.fx module. Ops are named as the nodes of its graph."""
+"""Builds the neutral view (qat/graph/network.py) of a traced torch.fx module. Ops have the names of the graph's nodes.
+
+It also answers questions about single nodes: their kind, label, arguments and constant weight.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +18,7 @@ from qat.base.errors import UserError, one_line
 from qat.graph.network import ConstantWeight, Network, Op, exact_kind
 from qat.graph.operations import WEIGHTED, OpKind, kind_of_function, kind_of_module
 
-# Names of the positional arguments of builtins and methods, of which inspect.signature knows nothing.
+# Names of the positional arguments of builtins and methods, which inspect.signature does not know.
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _ARGUMENTS: dict[str, Sequence[str]] = {
@@ -37,7 +40,7 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
 
     Args:
         traced: what qat.graph.tracing.trace returned.
-        input_shape: [C, H, W] of its one input; without it, shapes stay unknown.
+        input_shape: [C, H, W] of its only input; without it, shapes stay unknown.
 
     Raises:
         UserError: the module does not take an input of that shape.
@@ -45,15 +48,15 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
     modules = dict(traced.named_modules())
     weight_names = _weight_names(traced)
     found = shapes(traced, input_shape) if input_shape is not None else {}
-    needed = _needed(traced)
+    needed = _nodes_needed(traced)
     ops: dict[str, Op] = {}
     for node in traced.graph.nodes:
         if node.op == "get_attr" or node not in needed:
-            continue  # a constant, or nobody uses it
+            continue  # a constant, or unused
         kind = kind_of(node, modules)
         inputs = tuple(source.name for source in _tensors_read(node) if source.name in ops)
         if kind == "shape" or (not inputs and kind not in ("input", "output")):
-            continue  # sizes, and what is computed from sizes and constants alone
+            continue  # a size, or computed only from sizes and constants
         weight = constant_weight(node, traced)
         if weight is not None:
             weight = replace(weight, tensor=weight_names.get(weight.tensor, weight.tensor))
@@ -66,10 +69,10 @@ def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = 
 
 
 def constant_weight(node: fx.Node, traced: fx.GraphModule) -> ConstantWeight | None:
-    """The weight of a convolution or matrix product, as a module or a function, where it is a constant."""
+    """The weight of a convolution or matrix product (module or function); None if there is none or it is computed."""
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
-        if "weight" not in module._parameters:  # computed anew at each call, as by spectral normalization
+        if "weight" not in module._parameters:  # computed at each call, for example by spectral normalization
             return None
         tensor = f"{node.target}.weight"
         match module:
@@ -99,21 +102,21 @@ def constant_weight(node: fx.Node, traced: fx.GraphModule) -> ConstantWeight | N
 
 
 def weight_source(node: fx.Node) -> fx.Node | None:
-    """The get_attr node that a functional convolution or matrix product reads its weight from."""
+    """The get_attr node from which a functional convolution or matrix product reads its weight; None if another."""
     given = arguments(node)
     found = given.get("weight", given.get("other"))
     return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
 
 
 def weight_axis(node: fx.Node) -> int:
-    """The axis of the output channels in the weight that a function reads: [O, ...], but [I, O, ...] of some."""
+    """The axis of the output channels in the weight of a function call: 0 for [O, ...], 1 for [I, O, ...]."""
     return 0 if kind_of(node, {}) in ("convolution", "linear") else 1
 
 
 def layer_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module:
-    """The module that computes what the function call ``node``, whose weight is constant, computes; it shares tensors.
+    """A module that computes the same as the function call ``node``, whose weight is constant; tensors are shared.
 
-    The weight may be read through one module, its quantizer.
+    There may be one module, a quantizer, between the weight and ``node``.
     """
     given = arguments(node)
 
@@ -137,23 +140,24 @@ def layer_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module:
         name = "".join(part.capitalize() for part in function.split("_"))  # conv_transpose2d -> ConvTranspose2d
         layer = getattr(nn, name)(inputs, outputs, weight.shape[2:], bias=bias is not None, **options, device="meta")
     layer.weight, layer.bias = weight, bias
-    return layer
+    module: nn.Module = layer
+    return module
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a function or method by name, as far as their names are known."""
+    """The arguments of a function or method by name; those whose name is not known are left out."""
     function = function_name(node)
     names: Sequence[str] = _ARGUMENTS.get(function, ())
     if not names and callable(node.target):
         try:
             names = tuple(inspect.signature(node.target).parameters)
-        except ValueError:  # a builtin without one
+        except ValueError:  # a builtin without a signature
             names = ()
     return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def function_name(node: fx.Node) -> str:
-    """The name of the function or method that ``node`` calls; '' of a function that is not PyTorch's."""
+    """The name of the function or method that ``node`` calls; '' for a function that is not PyTorch's."""
     if isinstance(node.target, str):
         return node.target
     package = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
@@ -161,7 +165,7 @@ def function_name(node: fx.Node) -> str:
 
 
 def label(node: fx.Node) -> str:
-    """What people call ``node``: its module's path, or its function behind the path of the module that calls it."""
+    """The readable name of ``node``: its module's path, or the calling module's path and the function's name."""
     if node.op == "call_module":
         return str(node.target)
     stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -171,22 +175,29 @@ def label(node: fx.Node) -> str:
 
 
 def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> OpKind:
-    """The kind of operation that ``node`` is; ``modules`` are all modules by their path."""
+    """The kind of the operation ``node``; ``modules`` are all modules by their path."""
     if node.op == "placeholder":
         return "input"
     if node.op == "output":
         return "output"
     if node.op == "call_module":
         module = modules[str(node.target)]
-        # Exact types of torch: a subclass may compute something else (a batch normalization with an activation inside).
+        # Only exact types of torch: a subclass may compute something else, such as a normalization with an activation.
         own_type = nn.utils.parametrize.type_before_parametrizations(module)
         known = own_type.__module__.partition(".")[0] in ("torch", "torchvision")
         return kind_of_module(own_type.__name__, vars(module)) if known else "other"
     return kind_of_function(function_name(node), arguments(node))
 
 
+def is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether ``node`` is a ReLU: it clips at zero and does nothing else. ``modules`` are all modules by their path."""
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.ReLU
+    return node.op in ("call_function", "call_method") and function_name(node) in ("relu", "relu_")
+
+
 def _weight_names(traced: fx.GraphModule) -> dict[str, str]:
-    """Every name of a parameter -> its first name: one parameter may be the weight of several modules."""
+    """Maps every name of a parameter to its first name: one parameter may be the weight of several modules."""
     first: dict[int, str] = {}
     return {
         name: first.setdefault(id(tensor), name) for name, tensor in traced.named_parameters(remove_duplicate=False)
@@ -194,13 +205,13 @@ def _weight_names(traced: fx.GraphModule) -> dict[str, str]:
 
 
 def _tensors_read(node: fx.Node) -> list[fx.Node]:
-    """The nodes that ``node`` reads, one that is read twice twice."""
+    """The nodes that ``node`` reads, as often as it reads them."""
     found: list[fx.Node] = []
     fx.map_arg((node.args, node.kwargs), found.append)
     return found
 
 
-def _needed(traced: fx.GraphModule) -> set[fx.Node]:
+def _nodes_needed(traced: fx.GraphModule) -> set[fx.Node]:
     """The nodes that the output depends on, and the inputs."""
     needed = {node for node in traced.graph.nodes if node.op in ("placeholder", "output")}
     for node in reversed(traced.graph.nodes):
@@ -215,7 +226,7 @@ def _attribute(traced: fx.GraphModule, path: str) -> Any:
 
 
 class _ShapeRecorder(fx.Interpreter):
-    """Runs a module on tensors without data and notes the shape of each tensor of floating-point numbers."""
+    """Runs a module on tensors without data and records the shape of each floating-point tensor."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -230,20 +241,20 @@ class _ShapeRecorder(fx.Interpreter):
 
 
 def shapes(traced: fx.GraphModule, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every floating-point tensor for a batch of one, by its node's name; ``input_shape`` has no batch.
+    """The shape of every floating-point tensor for a batch of one, by the name of its node.
 
-    Raises UserError where the network does not take such an input.
+    ``input_shape`` is [C, H, W]. Raises UserError when the network does not take such an input.
     """
     training, recorder = traced.training, _ShapeRecorder(traced.eval())
     device = next((parameter.device for parameter in traced.parameters()), None)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
             recorder.run(mode.from_tensor(torch.zeros(1, *input_shape, device=device)))
-    except Exception as error:  # whatever the model raises
+    except Exception as error:  # a model may raise anything
         shown = "x".join(map(str, input_shape))
         raise UserError(
             f"the model does not take one image of {shown} ({type(error).__name__}: {one_line(error)}): "
-            "give another --image-size (input_shape), or a model of one input"
+            "give another --image-size (input_shape), or a model with one input"
         ) from error
     finally:
         traced.train(training)

@@ -1,8 +1,8 @@
-"""A neutral view of a network: operations, the tensors between them, and what is constant. The rules work on it.
+"""The neutral view of a network that the rules work on: operations, the tensors between them, constant weights.
 
-Every operation makes one tensor, which bears the operation's name. The view is read from a torch.fx graph
-(qat/graph/fx_network.py) or from an ONNX graph (export/onnx_network.py); which names mean which kind of operation says
-qat/graph/operations.py. Needs no torch.
+Every operation makes one tensor, which has the operation's name. The view is built from a torch.fx graph
+(qat/graph/fx_network.py) or from an ONNX graph (export/onnx_network.py), so the rules are the same for both.
+qat/graph/operations.py assigns names of operations to kinds. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from qat.graph.operations import COMMUTING, WEIGHTED, OpKind
 
 @dataclass(frozen=True)
 class ConstantWeight:
-    """The constant weight of a convolution or linear layer: channel counts, groups, kernel extents ([] if linear).
+    """The constant weight of a convolution or linear layer: channel counts, groups, kernel extents (() if linear).
 
-    ``tensor`` names it: operations with the same one share it.
+    ``tensor`` is its name; operations with the same ``tensor`` share the weight.
     """
 
     tensor: str
@@ -30,10 +30,10 @@ class ConstantWeight:
 
 @dataclass(frozen=True)
 class Op:
-    """One operation. ``inputs`` names the operations whose tensors it reads, constants and sizes left out.
+    """One operation. ``inputs`` names the operations whose tensors it reads, without constants and sizes.
 
-    ``shape`` is that of the tensor it makes, batch first, None where it is not known. ``floating`` says whether it
-    makes one tensor of floating-point numbers: nothing else can be quantized.
+    ``shape`` is the shape of its output, batch first; None if unknown. ``floating`` says whether its output is one
+    tensor of floating-point numbers: nothing else can be quantized.
     """
 
     name: str
@@ -46,15 +46,15 @@ class Op:
 
     @property
     def elements(self) -> int:
-        """Values that the tensor holds for one image; 0 where the shape is not known."""
+        """Number of values in the output for one image; 0 if the shape is unknown."""
         return math.prod(self.shape[1:]) if self.shape else 0
 
 
 def exact_kind(kind: OpKind, weight: ConstantWeight | None, constant_data: bool) -> OpKind:
-    """The kind of an operation that the table gives ``kind`` to, once its inputs are known.
+    """Refines ``kind``, which the table gave an operation by its name, by what its inputs are.
 
-    A product with a constant matrix is a linear layer, and what moves constants to places that a tensor says looks up
-    in a table.
+    A product with a constant matrix is a linear layer. Data movement whose data are constant, while a tensor says where
+    to, is a table lookup, which is "other".
     """
     if kind == "matrix_product" and weight is not None:
         return "linear"
@@ -63,7 +63,7 @@ def exact_kind(kind: OpKind, weight: ConstantWeight | None, constant_data: bool)
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """Operations by name, in an order in which every one comes after its inputs."""
+    """Operations by name, ordered so that each comes after its inputs."""
 
     ops: dict[str, Op]
     _readers: dict[str, tuple[str, ...]] = field(init=False, repr=False)
@@ -87,7 +87,7 @@ class Network:
         return self.ops[name]
 
     def position(self, name: str) -> int:
-        """Where ``name`` stands in the order of the operations."""
+        """The position of ``name`` in the order of the operations."""
         return self._position[name]
 
     def readers(self, name: str) -> tuple[Op, ...]:
@@ -106,9 +106,9 @@ class Network:
         return found
 
     def most_layers(self, start: str, end: str) -> int:
-        """The most weighted layers on a path from behind ``start`` to ``end``; -1 when there is no path.
+        """The largest number of weighted layers on a path from after ``start`` to ``end``; -1 if there is no path.
 
-        Other operations do not count: how many there are depends on who wrote the network down.
+        Other operations do not count, because their number depends on how the network was written.
         """
         count = {start: 0}
         for op in list(self)[self.position(start) + 1 : self.position(end) + 1]:

@@ -1,7 +1,7 @@
-"""Every operation that placement knows: its names in PyTorch and in ONNX. A new operation is added here and only here.
+"""Every operation that placement knows, with its names in PyTorch and in ONNX. Add a new operation here and only here.
 
-An operation is of one kind, and the kind is all that the rules (qat/rules/place.py) see. What is not in the table is of
-the kind "other": it computes in float and nothing is known about it.
+Each operation has one kind, and the rules (qat/rules/place.py) see only the kind. An operation that is not in the table
+has the kind "other": it computes in float, and nothing is assumed about it.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ OpKind = Literal[
     "matrix_product",  # of two activations
     "batch_norm",
     "activation",  # pointwise function of one tensor; fuses into the convolution before it
-    "unfused_activation",  # one that TensorRT computes in several steps, which no convolution takes in
+    "unfused_activation",  # TensorRT computes it in several steps, which do not fuse into a convolution
     "add",
     "multiply",
     "concat",
     "max_pool",
     "average_pool",
-    "global_pool",  # mean over all of the space
-    "dropout",  # nothing in the engine, but in training it scales what it keeps
-    "data_movement",  # values pass unchanged, or only zeros join them, so a scale passes too
-    "split",  # data movement that makes several tensors; "data_movement" operations take them from it
+    "global_pool",  # mean over all spatial positions
+    "dropout",  # absent from the engine, but in training it scales up the values it keeps
+    "data_movement",  # keeps values unchanged, or adds only zeros, so its output has the scale of its input
+    "split",  # data movement with several outputs; "data_movement" operations select one of them
     "shape",  # reads no values: a size, or arithmetic on sizes
     "other",
 ]
 
 WEIGHTED: tuple[OpKind, ...] = ("convolution", "transposed_convolution", "linear")
 POOLS: tuple[OpKind, ...] = ("average_pool", "global_pool")
-# TensorRT moves Q and DQ across these: the codes of what goes in are the codes of what comes out.
+# TensorRT moves Q and DQ across these, because the codes of the input are the codes of the output.
 COMMUTING: tuple[OpKind, ...] = ("max_pool", "dropout", "data_movement", "split")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Names that mean one kind of operation.
+    """Names of operations of one kind.
 
     ``modules`` are classes of torch.nn and torchvision.ops; ``functions`` are functions of torch, torch.nn.functional
-    and operator, and methods of Tensor; ``onnx`` are operators of ONNX. ``where`` says of an operation's attributes
-    whether it is of this kind; the next entry with its name is tried if it is not.
+    and operator, and methods of Tensor; ``onnx`` are operators of ONNX. ``where`` decides from the attributes of an
+    operation whether this entry applies; if it does not, the next entry with the same name is tried.
     """
 
     kind: OpKind
@@ -56,34 +56,34 @@ class Operation:
 
 
 def _copies_pixels(attributes: dict[str, Any]) -> bool:
-    """Resizing by the nearest pixel only repeats values; interpolation computes new ones."""
+    """Nearest-neighbour resizing only repeats values; other interpolation computes new ones."""
     return attributes.get("mode", "nearest") in ("nearest", "nearest-exact", b"nearest")
 
 
 def _pads_with_known_values(attributes: dict[str, Any]) -> bool:
-    """Zero is on every symmetric grid; reflection and replication repeat values."""
+    """Padding with zeros, reflection or replication: zero has an exact code, and the others repeat values."""
     return attributes.get("mode", "constant") != "constant" or not attributes.get("value", 0)
 
 
 def _between_floats(attributes: dict[str, Any]) -> bool:
-    """A cast between float types keeps values, but for rounding that quantization outdoes; codes 1, 10, 16 of ONNX."""
+    """A cast between float types only rounds, less than quantization does; 1, 10 and 16 are ONNX's codes of them."""
     return {attributes.get("from"), attributes.get("to")} <= {1, 10, 16}
 
 
 def _keeps_floats(attributes: dict[str, Any]) -> bool:
-    """x.to(...) of another floating-point type or device; of a type that is computed, nothing is known."""
+    """x.to(...) with a floating-point type or a device; nothing is known about a type that is computed."""
     target = str(attributes.get("dtype", attributes.get("device", ""))).removeprefix("torch.").partition(":")[0]
     return target in ("float16", "bfloat16", "float32", "float64", "cpu", "cuda")
 
 
 def _over_space(attributes: dict[str, Any]) -> bool:
-    """A mean over height and width of [N, C, H, W]; counted from the end, the dimensions could be others."""
+    """A mean over height and width of [N, C, H, W]. Negative axes are not taken: at another rank they mean others."""
     axes = attributes.get("dim", attributes.get("axes"))
     return isinstance(axes, (tuple, list)) and sorted(axes) == [2, 3] and attributes.get("rank", 4) == 4
 
 
 def _plain_sum(attributes: dict[str, Any]) -> bool:
-    return attributes.get("alpha", 1) == 1
+    return bool(attributes.get("alpha", 1) == 1)
 
 
 def _states_a_size(attributes: dict[str, Any]) -> bool:
@@ -104,7 +104,7 @@ OPERATIONS = (
         ("ConvTranspose",),
     ),
     Operation("linear", ("Linear",), ("linear",), ("Gemm",)),
-    # With one constant factor it is read as "linear" (qat/graph/fx_network.py, export/onnx_network.py).
+    # With one constant factor it becomes "linear" (qat/graph/fx_network.py, export/onnx_network.py).
     Operation("matrix_product", (), ("matmul", "bmm", "mm", "baddbmm", "einsum"), ("MatMul", "Einsum")),
     Operation("matrix_product", ("MultiheadAttention",), ("scaled_dot_product_attention",), ("Attention",)),
     Operation("batch_norm", ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), ("batch_norm",), ("BatchNormalization",)),
@@ -178,17 +178,17 @@ _ONNX = _by_name(lambda operation: operation.onnx)
 
 
 def kind_of_module(name: str, attributes: dict[str, Any]) -> OpKind:
-    """The kind of a module of class ``name``; ``attributes`` are those of its object."""
+    """The kind of a module of class ``name``; ``attributes`` are the attributes of the module."""
     return _first(_MODULES, name, attributes)
 
 
 def kind_of_function(name: str, attributes: dict[str, Any]) -> OpKind:
-    """The kind of a function or method, ``attributes`` being its arguments by name; 'relu_' is 'relu' in place."""
+    """The kind of a function or method; ``attributes`` are its arguments by name. 'relu_' is 'relu' in place."""
     return _first(_FUNCTIONS, name if name in _FUNCTIONS else name.removesuffix("_"), attributes)
 
 
 def kind_of_onnx(op_type: str, attributes: dict[str, Any]) -> OpKind:
-    """The kind of an ONNX operator with these attributes; constant inputs that act as attributes are among them."""
+    """The kind of an ONNX operator; ``attributes`` include constant inputs that act as attributes."""
     return _first(_ONNX, op_type, attributes)
 
 

@@ -1,4 +1,7 @@
-"""Running a network piece by piece: to a node, over and over what comes next, and on from there."""
+"""Runs a network piece by piece: up to a node, then the next nodes any number of times, then on from there.
+
+AdaRound uses it: it optimizes one layer after another, and the tensors before a layer are computed only once.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,19 @@ from torch import Tensor, fx
 
 
 class Stepper:
-    """A network on its way through its nodes: of each mini-batch, the tensors that nodes to come will read."""
+    """A network that is run step by step. For each mini-batch it keeps the tensors that later nodes will read."""
 
     def __init__(self, model: fx.GraphModule, graph: fx.Graph, images: Sequence[Tensor]) -> None:
-        """``graph`` is that of ``model`` or of the model that it is a copy of."""
+        """``graph``: the graph of ``model``, or of the model of which it is a copy; ``images``: [N, C, H, W] each."""
         self._interpreter = fx.Interpreter(model, graph=graph)
         (given,) = graph.find_nodes(op="placeholder")
         device = next(model.parameters()).device
-        # Copies, because operations in place change them.
+        # Copies, because in-place operations change them.
         self._tensors = [{given: x_NCHW.to(device, copy=True)} for x_NCHW in images]
         self._ahead = [node for node in graph.nodes if node is not given]
 
-    def to(self, node: fx.Node) -> None:
-        """Runs all that stands before ``node``."""
+    def run_to(self, node: fx.Node) -> None:
+        """Runs all remaining nodes before ``node``."""
         position = self._ahead.index(node)
         passed, self._ahead = self._ahead[:position], self._ahead[position:]
         for tensors in self._tensors:
@@ -30,8 +33,8 @@ class Stepper:
                 for read in self._interpreter.user_to_last_uses.get(done, ()):
                     del tensors[read]
 
-    def output(self, nodes: Sequence[fx.Node], batch: int) -> Tensor:
-        """What the last of ``nodes``, the next on the way, makes of a mini-batch; the walk stays where it is."""
+    def output_of(self, nodes: Sequence[fx.Node], batch: int) -> Tensor:
+        """Runs ``nodes``, which come next, on one mini-batch and returns the last one's output; does not advance."""
         self._interpreter.env = dict(self._tensors[batch])
         for node in nodes:
             self._interpreter.env[node] = self._interpreter.run_node(node)

@@ -1,7 +1,7 @@
-"""A float model in, its torch.fx graph out, in the one form that the rest of the project reads.
+"""Traces a float model with torch.fx and brings the graph into the form that the rest of the project expects.
 
-torch.fx keeps the branch of the mode in which it traced, hides what operations in place leave behind, and keeps what
-computes nothing. All of that is put right here.
+A plain torch.fx graph is fixed to the mode (training or evaluation) in which it was traced, hides the effects of
+in-place operations, and contains operations that compute nothing. All of this is corrected here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "i
 
 
 class _Proxy(fx.Proxy):
-    """Records ``x += y`` as what it is; torch.fx takes it for ``x = x + y``, as if no one else had x."""
+    """Records ``x += y`` as an in-place operation; torch.fx would record ``x = x + y``, as if nobody else read x."""
 
     def __iadd__(self, other: Any) -> fx.Proxy:
         return self._in_place(operator.iadd, other, "add")
@@ -68,10 +68,10 @@ class _Proxy(fx.Proxy):
 
 
 class Tracer(fx.Tracer):
-    """Keeps whole what must not be inlined: what behaves differently in training and in evaluation."""
+    """Does not inline modules that behave differently in training and evaluation."""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """What stands for the result of ``node`` while the model is called."""
+        """The object that stands for the result of ``node`` while the model is traced."""
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -81,7 +81,10 @@ class Tracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """A traced copy of ``model``, in its mode and usable in both. Raises UserError naming the line that stops fx."""
+    """A traced copy of ``model``, in the same mode and usable in both modes.
+
+    Raises UserError naming the line that torch.fx cannot trace.
+    """
     model = copy.deepcopy(model)
     training = model.training
     try:
@@ -103,33 +106,33 @@ def trace(model: nn.Module) -> fx.GraphModule:
     _part_fused_norms(traced)
     _drop_identities(traced)
     for node in traced.graph.nodes:
-        if hasattr(nn.ModuleDict, node.name):  # x.to(...) makes a node "to", which no submodule can be called
+        if hasattr(nn.ModuleDict, node.name):  # x.to(...) makes a node "to", but no submodule may have that name
             node.name = f"{node.name}_"
     traced.recompile()
     return traced.train(training)
 
 
 def network_of(model: nn.Module, input_shape: Sequence[int]) -> Network:
-    """The view of ``model`` that the rules work on, with the shapes that an input of [C, H, W] gives.
+    """The neutral view of ``model``, with the shapes for one input of ``input_shape`` = [C, H, W].
 
-    Raises UserError naming the line that stops torch.fx, or when the model does not take such inputs.
+    Raises UserError naming the line that torch.fx cannot trace, or when the model does not take such an input.
     """
     return network_from_fx(trace(model), input_shape)
 
 
 def _check_modes_agree(evaluated: fx.Graph, trained: fx.Graph) -> None:
-    """A trace follows one branch of ``if self.training``, which would then be taken in both modes."""
+    """A trace follows only one branch of ``if self.training``, and would take it in both modes: that is refused."""
     for evaluation, training in itertools.zip_longest(map(_shown, evaluated.nodes), map(_shown, trained.nodes)):
         if evaluation != training:
             raise UserError(
-                f"the model computes {evaluation or 'nothing'} in evaluation where it computes {training or 'nothing'} "
-                "in training, and torch.fx can keep only one: put what depends on self.training into torch.nn.Dropout "
+                f"the model computes {evaluation or 'nothing'} in evaluation but {training or 'nothing'} in training, "
+                "and torch.fx can keep only one: replace what depends on self.training by torch.nn.Dropout "
                 "or torchvision.ops.StochasticDepth, or switch it off"
             )
 
 
 def _shown(node: fx.Node) -> str:
-    """What a node computes, its constant arguments included. fx numbers the constants that it finds on and on."""
+    """What a node computes, with its constant arguments. The numbers of constants are left out: they keep counting."""
     target = re.sub(r"^_tensor_constant\d+$", "constant", str(node.target))
     if node.op != "call_function" or node.target in _DROPOUTS:
         return target
@@ -138,7 +141,7 @@ def _shown(node: fx.Node) -> str:
 
 
 def _order_arguments(traced: fx.GraphModule) -> None:
-    """The tensor that an operation works on comes first and without a name, whoever wrote the call."""
+    """Makes the tensor that an operation works on its first positional argument, however the call was written."""
     for node in traced.graph.nodes:
         if node.op == "call_module" and node.kwargs:
             bound = inspect.signature(traced.get_submodule(node.target).forward).bind(*node.args, **node.kwargs)
@@ -148,18 +151,18 @@ def _order_arguments(traced: fx.GraphModule) -> None:
 
 
 def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
-    """Those who read a tensor after it was changed in place read the change, which the graph hides.
+    """Makes the readers of a tensor that was changed in place read the result of the change, which fx hides.
 
-    Raises UserError where they read it through another view of the same memory.
+    Raises UserError when they read it through another view of the same memory.
     """
     order = {node: position for position, node in enumerate(traced.graph.nodes)}
     modules = dict(traced.named_modules())
-    owner: dict[fx.Node, fx.Node] = {}  # of a node's memory
-    sizes: set[fx.Node] = set()  # numbers, which have no memory to share
+    owner: dict[fx.Node, fx.Node] = {}  # the node that allocated a node's memory
+    sizes: set[fx.Node] = set()  # numbers, which share no memory
     for node in traced.graph.nodes:
         given = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         changes = given is not None and _is_in_place(node, traced)
-        if node.target in _OUT_OF_PLACE:  # from here on the graph says it
+        if node.target in _OUT_OF_PLACE:  # the edges below express the change
             node.target = _OUT_OF_PLACE[node.target]
         if kind_of(node, modules) == "shape" or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
             sizes.add(node)
@@ -174,7 +177,7 @@ def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
                 if order[user] > order[node] and kind_of(user, modules) != "shape":
                     raise UserError(
                         f"{label(node)} changes {given.name} in place, and {label(user)} then reads the same memory "
-                        f"through {view.name}, which a torch.fx graph does not tell: write it without in-place "
+                        f"through {view.name}, which a torch.fx graph cannot express: write it without in-place "
                         "operations"
                     )
 
@@ -184,12 +187,12 @@ def _is_in_place(node: fx.Node, traced: fx.GraphModule) -> bool:
     if node.op == "call_module":
         return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
     called = function_name(node) if node.op in ("call_function", "call_method") else ""
-    own = getattr(node.target, "__module__", "") != "_operator"  # whose and_ and or_ change nothing
+    own = getattr(node.target, "__module__", "") != "_operator"  # operator.and_ and or_ are not in place
     return bool(node.kwargs.get("inplace", False)) or called in _IN_PLACE or (own and called.endswith("_"))
 
 
 def _is_view(node: fx.Node, traced: fx.GraphModule) -> bool:
-    """Whether what ``node`` makes shares the memory of its first input, or may share it."""
+    """Whether the output of ``node`` shares, or may share, the memory of its first input."""
     if node.op == "call_module":
         return isinstance(traced.get_submodule(str(node.target)), (nn.Flatten, nn.Unflatten, nn.Identity))
     return node.op in ("call_function", "call_method") and function_name(node) in _VIEWS
@@ -200,7 +203,7 @@ def _keep_dropout_modes(traced: fx.GraphModule, evaluated: fx.Graph) -> None:
     for node, same in zip(list(traced.graph.nodes), list(evaluated.nodes), strict=True):
         make = _DROPOUTS.get(node.target) if node.op == "call_function" else None
         if make is None or arguments(node).get("training", True) == arguments(same).get("training", True):
-            continue  # always on, or always off: the author's wish
+            continue  # always on or always off, as the author wrote it
         path = f"{node.name}_module"
         traced.add_submodule(path, make(float(arguments(node).get("p", 0.5))).train(traced.training))
         with traced.graph.inserting_before(node):
@@ -211,9 +214,9 @@ def _keep_dropout_modes(traced: fx.GraphModule, evaluated: fx.Graph) -> None:
 
 
 def _part_fused_norms(traced: fx.GraphModule) -> None:
-    """Parts a batch normalization with dropout and activation inside, as timm has it, into modules of one operation.
+    """Splits timm's batch normalization with dropout and activation inside into one module for each operation.
 
-    They stay where they were in the hierarchy, so the keys of the state dict stay as well.
+    The modules keep their places in the hierarchy, so the keys of the state dict do not change.
     """
     for node in list(traced.graph.nodes):
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
@@ -236,14 +239,14 @@ def _part_fused_norms(traced: fx.GraphModule) -> None:
 
 
 def _drop_identities(traced: fx.GraphModule) -> None:
-    """What computes nothing must not hide from the rules what stands before it: nn.Identity, torch.cat([x])."""
+    """Removes operations that compute nothing, which would hide their input from the rules: Identity, cat([x])."""
     for node in list(traced.graph.nodes):
         given = node.args[0] if node.args else None
         if node.op == "call_module" and type(traced.get_submodule(node.target)) is nn.Identity:
             same = given
         elif node.target in (torch.cat, torch.concat) and isinstance(given, (list, tuple)) and len(given) == 1:
             same = given[0]
-        elif node.target is operator.add and isinstance(given, int) and given == 0:  # as sum() starts
+        elif node.target is operator.add and isinstance(given, int) and given == 0:  # sum() starts so
             same = node.args[1]
         else:
             continue
@@ -258,6 +261,6 @@ def _why_untraceable(error: Exception) -> str:
     where = f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line}" if own else "inside torch"
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"torch.fx cannot trace this model, stopped by {where} ({reason}): "
+        f"torch.fx cannot trace this model; it was stopped by {where} ({reason}): "
         "make that line independent of tensor values, or quantize a submodule without it"
     )

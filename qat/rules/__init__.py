@@ -1,1 +1,1 @@
-"""Where quantizers go, and why."""
+"""Decides where quantizers go, and describes and draws the decisions with their reasons."""

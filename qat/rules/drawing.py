@@ -1,40 +1,42 @@
-"""A picture of a placement: every operation, coloured by what it computes in, and a dot for every Q/DQ.
+"""Draws a placement as SVG: a box for every operation, coloured by its precision, and a dot for every Q/DQ.
 
-What a box, a line or a dot stands for says its tooltip: the rule, its sentence, the reason, who shares the scale.
-Where they stand decides qat/rules/graph_layout.py; what they look like, qat/placement.svg.j2. Needs no torch.
+Tooltips explain each box, line and dot: the rule, its sentence, the reason, who shares the scale. The layout comes from
+qat/rules/graph_layout.py, the style from qat/rules/placement.svg.j2. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.graph.data_movement import first_reads
 from qat.graph.network import Network, Op
 from qat.graph.operations import COMMUTING
+from qat.rules.describe import PlacementView
 from qat.rules.graph_layout import Point, Wire, lay_out
-from qat.rules.keep_float import KEPT_FLOAT
-from qat.rules.place import Rule
+from qat.rules.obstacles import KeptFloat
 from qat.rules.placement import Decision, Placement
+from qat.rules.rule import RuleText
 
-UNKNOWN = "no rule knows such an operation"
+UNKNOWN = "no rule knows this operation"
 TEMPLATE = Path(__file__).with_name("placement.svg.j2")
 STATES = {
     "int8": "INT8",
     "float": "float, by a rule",
     "kept": "float, on request",
-    "neutral": "no decision of its own",
+    "neutral": "not decided by itself",
 }
-OWN_COLOUR = "#14622c"  # of a scale that one tensor has alone
+OWN_COLOUR = "#14622c"  # for a scale that is not shared
 GROUP_COLOURS = ("#7b3fb5", "#c2255c", "#0b7285", "#a0522d", "#364fc7", "#9c6500", "#d6336c", "#444c56")
-LETTER, SMALL_LETTER = 6.1, 4.9  # mean widths; small are boxes about which nothing was decided
+LETTER, SMALL_LETTER = 6.1, 4.9  # mean widths; boxes without a decision are small
 HEIGHT, SMALL_HEIGHT = 22.0, 15.0
 STUB = 7  # how far a line goes down before it turns
 
 
 @dataclass(frozen=True)
 class _Box:
-    """``x``, ``y``: the left upper corner."""
+    """``x``, ``y``: the upper left corner."""
 
     x: float
     y: float
@@ -65,27 +67,20 @@ class _Dot:
     tip: str
 
 
-def draw(network: Network, placement: Placement, rules: Mapping[str, Rule], title: str, summary: Sequence[str]) -> str:
-    """The picture as SVG.
-
-    Args:
-        network: the view that ``placement`` decides about.
-        placement: what is drawn.
-        rules: at least those that ``placement`` names.
-        title: stands above the picture.
-        summary: lines below the title.
-    """
+def draw(view: PlacementView) -> str:
+    """The picture as SVG, under a heading with the title and the summary."""
     import jinja2
 
-    picture = _Picture(network, placement, rules)
+    network, placement = view.network, view.placement
+    picture = _Picture(network, placement, view.rules)
     wires = picture.wires()
     layout = lay_out({op.name: picture.size(op) for op in network}, list(wires))
     lines = [picture.line(wire, wires[wire], pieces) for wire, pieces in zip(wires, layout.wires, strict=True)]
     starts = {wire.source: pieces[0][0] for wire, pieces in zip(wires, layout.wires, strict=True) if wires[wire]}
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        title=title,
-        summary=summary,
+        title=view.title,
+        summary=placement.summary(),
         states=STATES,
         boxes=[picture.box(op, layout.boxes[op.name]) for op in network],
         lines=sorted(lines, key=lambda line: line.int8),  # INT8 above float
@@ -96,9 +91,9 @@ def draw(network: Network, placement: Placement, rules: Mapping[str, Rule], titl
 
 
 class _Picture:
-    """What the picture shows of each operation and each tensor."""
+    """What the picture shows for each operation and each tensor."""
 
-    def __init__(self, network: Network, placement: Placement, rules: Mapping[str, Rule]) -> None:
+    def __init__(self, network: Network, placement: Placement, rules: Mapping[str, RuleText]) -> None:
         self.network, self.rules = network, rules
         self.decisions = {decision.op: decision for decision in placement.decisions}
         self.tensors = {tensor.tensor: tensor for tensor in placement.tensors}
@@ -106,14 +101,14 @@ class _Picture:
         self.groups = placement.scale_groups()
 
     def size(self, op: Op) -> tuple[float, float]:
-        """Width and height of a box, by the length of its text."""
+        """Width and height of a box, from the length of its text."""
         letters = len(f"{op.label} {_kind(op)}")
         if op.name in self.decisions or op.kind == "other":
             return letters * LETTER + 16, HEIGHT
         return letters * SMALL_LETTER + 14, SMALL_HEIGHT
 
     def wires(self) -> dict[Wire, bool]:
-        """A wire for every tensor's INT8 readers, and one for its other readers: wire -> INT8."""
+        """Two wires for every tensor, to its INT8 readers and to its other readers: wire -> whether INT8."""
         found: dict[Wire, bool] = {}
         for op in self.network:
             readers: dict[bool, list[str]] = {True: [], False: []}
@@ -126,7 +121,7 @@ class _Picture:
         """The box of ``op``."""
         decision, (width, height) = self.decisions.get(op.name), self.size(op)
         extents = (op.shape or ())[1:]
-        shape = f", makes {'x'.join(map(str, extents))}" if extents else ""
+        shape = f", output {'x'.join(map(str, extents))}" if extents else ""
         tip = f"{op.label} ({op.name})\n{op.kind.replace('_', ' ')}{shape}"
         if decision is not None:
             computes = "INT8" if decision.quantized else "float"
@@ -147,7 +142,7 @@ class _Picture:
         """The dot of a quantized tensor, at the start of its INT8 line."""
         reads = [f"{self.network[read.reader].label}: {self._rule(read.rule)}" for read in self.tensors[tensor].reads]
         quantizer, group = self.tensors[tensor].quantizer, 0
-        scale = "a scale of its own"
+        scale = "its own scale"
         if quantizer in self.groups:
             group = 1 + list(self.groups).index(quantizer)
             scale = f"scale {group}, shared by {', '.join(self.groups[quantizer])}"
@@ -160,14 +155,14 @@ class _Picture:
         return f"{name}: {self.rules[name].sentence}"
 
     def _reads_codes(self, reader: Op, tensor: str) -> bool:
-        """Whether ``reader`` reads ``tensor`` through its quantizer, or as codes that were moved into ``tensor``."""
-        while (reader.name, tensor) not in self.reads:
-            op, decision = self.network[tensor], self.decisions.get(reader.name)
-            computes = reader.kind in COMMUTING or (decision is not None and decision.quantized)
-            if not computes or op.kind not in COMMUTING:
-                return False
-            reader, tensor = op, op.inputs[0]
-        return True
+        """Whether ``reader`` reads ``tensor`` through its quantizer, or ``tensor`` is a moved copy of codes."""
+        if (reader.name, tensor) in self.reads:
+            return True
+        decision = self.decisions.get(reader.name)
+        computes = reader.kind in COMMUTING or (decision is not None and decision.quantized)
+        return computes and all(
+            read in self.reads for read in first_reads(self.network, (reader.name, tensor), self.reads)
+        )
 
 
 def _state(op: Op, decision: Decision | None) -> str:
@@ -175,11 +170,11 @@ def _state(op: Op, decision: Decision | None) -> str:
         return "float" if op.kind == "other" else "neutral"
     if decision.quantized:
         return "int8"
-    return "kept" if decision.rule == KEPT_FLOAT else "float"
+    return "kept" if decision.rule == KeptFloat.name else "float"
 
 
 def _kind(op: Op) -> str:
-    """The kind, where it says more than the label."""
+    """The kind, if it says more than the label; else ''."""
     said = ("other", op.label.rpartition(".")[2])
     return "" if op.kind in said else op.kind.replace("_", " ")
 

@@ -1,4 +1,4 @@
-"""What the rules ask about the shape of a network: which layer takes in which, which products are gates."""
+"""Questions of the rules about a network's structure: which operations fuse into a layer, which products are gates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qat.graph.operations import WEIGHTED
 
 
 def fusing_convolution(network: Network, tensor: str, quantized: set[str]) -> str | None:
-    """The INT8 convolution whose result ``tensor`` is, in the engine, through batch normalization at most."""
+    """The INT8 convolution that makes ``tensor`` in the engine, with at most batch normalization between; else None."""
     op = network[tensor]
     while len(network.readers(op.name)) == 1:
         if op.kind in WEIGHTED:
@@ -28,18 +28,18 @@ def broadcasts(network: Network, op: Op) -> bool:
 
 
 def stands_alone(network: Network, op: Op) -> bool:
-    """Whether ``op`` is a batch normalization that folds into no convolution or linear layer."""
+    """Whether ``op`` is a batch normalization that does not fold into a convolution or linear layer."""
     if op.kind != "batch_norm":
         return False
     made = network[op.inputs[0]]
-    while made.kind == "dropout" and len(network.readers(made.name)) == 1:  # which is not exported
+    while made.kind == "dropout" and len(network.readers(made.name)) == 1:  # dropout is not exported
         made = network[made.inputs[0]]
     return made.kind not in WEIGHTED or len(network.readers(made.name)) > 1
 
 
 @functools.lru_cache(maxsize=2)
 def gate_products(network: Network) -> set[str]:
-    """The multiplications of a tensor by what is computed from its own global pool."""
+    """The products of a tensor and a function of its own global pool, as in squeeze-and-excitation."""
     found = set()
     for op in network:
         if op.kind == "multiply" and len(set(op.inputs)) == 2:
@@ -52,9 +52,9 @@ def gate_products(network: Network) -> set[str]:
 
 
 def written_by(network: Network, layer: Op, takes_in: Callable[[Op, str], bool]) -> str:
-    """The tensor that the engine's kernel of ``layer``, a convolution, writes: behind what fuses into it.
+    """The tensor that the engine's kernel of the convolution ``layer`` writes, after all that fuses into the kernel.
 
-    ``takes_in`` says of an operation that reads a tensor alone whether the convolution that made it takes it in.
+    ``takes_in`` says whether an operation, the only reader of a tensor, fuses into the convolution that made it.
     """
     tensor = layer.name
     while True:
@@ -67,7 +67,7 @@ def written_by(network: Network, layer: Op, takes_in: Callable[[Op, str], bool])
 
 
 def _is_swish(network: Network, tensor: str, product: Op) -> bool:
-    """Whether ``product`` is ``tensor`` times an activation of it."""
+    """Whether ``product`` is ``tensor`` times an activation of ``tensor``."""
     others = [name for name in product.inputs if name != tensor]
     return (
         product.kind == "multiply"

@@ -1,9 +1,9 @@
-"""Where the boxes of a graph stand in a picture: rows from top to bottom, few crossings, straight columns.
+"""Lays out the boxes of a graph for a picture: rows from top to bottom, few crossings, straight columns.
 
-Sugiyama's layered layout. A box stands in the row that is the longest path to it. A wire that passes rows without
-stopping takes a place in each of them, so that it runs beside the boxes and not through them. Rows are ordered by the
-mean position of their neighbours in the row before, and then drawn towards these as far as their order allows.
-Lengths are in pixels, x to the right, y down. Knows nothing of networks.
+This is Sugiyama's layered layout. The row of a box is the length of the longest path to it. A wire that passes through
+a row takes a place in it, so that it runs beside the boxes and not through them. The places of a row are ordered by the
+mean position of their neighbours in the previous row, and then moved towards these as far as the order allows. Lengths
+are in pixels, x points right, y down. This module knows nothing about networks.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-ORDERINGS, ALIGNMENTS, STRAIGHTENINGS = 12, 30, 12  # sweeps; more of them change nothing that one could see
+ORDERINGS, ALIGNMENTS, STRAIGHTENINGS = 12, 30, 12  # numbers of sweeps; more make no visible difference
 BESIDE, BELOW = 14.0, 20.0  # gaps between neighbours in a row, and between rows
 LANE = 4.0  # width of a wire that passes a row
 PORTS = 16.0  # between two wires that leave one box
-GRAVITY = 0.95  # times the neighbours' mean: below 1, so that what leans to one side does not drift away
+GRAVITY = 0.95  # factor of the neighbours' mean; below 1, so that a lopsided graph does not drift to one side
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Wire:
-    """What leads from one box to others; drawn as a tree."""
+    """A connection from one box to others; it is drawn as a tree."""
 
     source: str
     readers: tuple[str, ...]
@@ -33,9 +33,9 @@ class Wire:
 
 @dataclass(frozen=True)
 class Layout:
-    """Centres of the boxes by name; for every wire its pieces, from the upper to the lower point, the first one first.
+    """Centres of the boxes by name; for every wire its pieces, each (upper point, lower point), from the source on.
 
-    The left upper corner of it all is (0, 0).
+    The upper left corner of the picture is (0, 0).
     """
 
     boxes: dict[str, Point]
@@ -46,7 +46,7 @@ class Layout:
 
 @dataclass(eq=False)
 class _Place:
-    """A place in a row, taken by a box or by a wire that passes; ``x`` and ``y`` are its centre."""
+    """A place in a row, for a box or for a passing wire; ``x`` and ``y`` are its centre."""
 
     row: int
     width: float
@@ -54,7 +54,7 @@ class _Place:
     above: list[_Place] = field(default_factory=list)
     below: list[_Place] = field(default_factory=list)
     position: int = 0  # in its row
-    column: float = 0.0  # width of the widest in its chain, kept free over all of the chain
+    column: float = 0.0  # width of the widest place in its chain; it is reserved along the whole chain
     x: float = 0.0
     y: float = 0.0
 
@@ -63,11 +63,11 @@ _Rows = list[list[_Place]]
 
 
 def lay_out(sizes: Mapping[str, tuple[float, float]], wires: Sequence[Wire]) -> Layout:
-    """Places boxes.
+    """The positions of boxes and wires.
 
     Args:
-        sizes: (width, height) of every box, in an order in which no wire leads backwards.
-        wires: between the boxes.
+        sizes: (width, height) of every box, ordered so that no wire leads backwards.
+        wires: the connections between the boxes.
     """
     boxes = _boxes(sizes, wires)
     rows: _Rows = [[] for _ in range(1 + max(box.row for box in boxes.values()))]
@@ -98,7 +98,7 @@ def _boxes(sizes: Mapping[str, tuple[float, float]], wires: Sequence[Wire]) -> d
 
 
 def _tree(wire: Wire, boxes: Mapping[str, _Place], rows: _Rows) -> list[tuple[_Place, _Place]]:
-    """Links ``wire``'s source with its readers, through places of its own in the rows between; returns the links."""
+    """Links the source of ``wire`` to its readers, through its own places in the rows between; returns the links."""
     place, readers = boxes[wire.source], [boxes[name] for name in wire.readers]
     last = max(reader.row for reader in readers)
     links = []
@@ -117,7 +117,7 @@ def _tree(wire: Wire, boxes: Mapping[str, _Place], rows: _Rows) -> list[tuple[_P
 
 
 def _order(rows: _Rows) -> None:
-    """Sorts every row by its neighbours' mean position, down and up in turn, and keeps the order that crosses least."""
+    """Sorts every row by its neighbours' mean position, down and up in turn; keeps the order with fewest crossings."""
     _number(rows)
     best, fewest = [list(row) for row in rows], _crossings(rows)
     for sweep in range(ORDERINGS):
@@ -146,7 +146,7 @@ def _mean_position(place: _Place, neighbours: list[_Place]) -> float:
 def _crossings(rows: _Rows) -> int:
     found = 0
     for row in rows:
-        ends: list[int] = []  # where the links of the places so far end in the next row, sorted
+        ends: list[int] = []  # sorted positions in the next row at which the links so far end
         for place in row:
             own = [lower.position for lower in place.below]
             found += sum(len(ends) - bisect.bisect_right(ends, end) for end in own)
@@ -159,7 +159,7 @@ def _crossings(rows: _Rows) -> int:
 
 
 def _align(rows: _Rows) -> None:
-    """Moves places towards their neighbours, down and up in turn; then makes chains straight."""
+    """Moves places towards their neighbours, down and up in turn; then straightens chains."""
     chains = _chains(rows)
     for chain in chains:
         widest = max(place.width for place in chain)
@@ -182,7 +182,7 @@ def _align(rows: _Rows) -> None:
 
 
 def _chains(rows: _Rows) -> list[list[_Place]]:
-    """Places that follow one another without a branch."""
+    """Sequences of places that follow one another without a branch."""
     chains: list[list[_Place]] = []
     chain_of: dict[_Place, list[_Place]] = {}
     for row in rows:
@@ -197,9 +197,10 @@ def _chains(rows: _Rows) -> list[list[_Place]]:
 
 
 def _settle(row: list[_Place], wanted: list[float]) -> None:
-    """Gives a row the x nearest to ``wanted`` (least squares) that keep its order and its gaps.
+    """Sets the x of a row as near to ``wanted`` (least squares) as its order and gaps allow.
 
-    Less the offsets that the gaps take up, x must not fall: isotonic regression by pooling adjacent violators.
+    After subtracting the offsets due to the gaps, x must not decrease: isotonic regression by pooling adjacent
+    violators.
     """
     offsets = [0.0]
     for left, right in itertools.pairwise(row):
@@ -217,7 +218,7 @@ def _settle(row: list[_Place], wanted: list[float]) -> None:
 
 
 def _shift(rows: _Rows) -> float:
-    """Lets x begin at 0; returns the width."""
+    """Shifts x so that it begins at 0; returns the width."""
     places = [place for row in rows for place in row]
     left = min(place.x - place.width / 2 for place in places)
     for place in places:
@@ -229,7 +230,7 @@ def _shift(rows: _Rows) -> float:
 
 
 def _descend(rows: _Rows) -> float:
-    """Sets y, with more room where wires lead far to the side; returns the height."""
+    """Sets y, with larger gaps where wires lead far to the side; returns the height."""
     top = bottom = 0.0
     for row in rows:
         height = max(place.height for place in row)
@@ -243,7 +244,7 @@ def _descend(rows: _Rows) -> float:
 
 
 def _ports(wires: Sequence[Wire], trees: Sequence[list[tuple[_Place, _Place]]]) -> list[float]:
-    """How far from its box's centre each wire leaves it: several side by side, in the order of where they lead."""
+    """The offset from its box's centre at which each wire leaves; several leave side by side, ordered by target."""
     leaving: dict[str, list[int]] = {}
     for index, wire in enumerate(wires):
         leaving.setdefault(wire.source, []).append(index)
@@ -257,7 +258,7 @@ def _ports(wires: Sequence[Wire], trees: Sequence[list[tuple[_Place, _Place]]]) 
 
 
 def _pieces(tree: list[tuple[_Place, _Place]], port: float) -> tuple[tuple[Point, Point], ...]:
-    """From the bottom of each place to the top of the next, and straight through those that are only passed."""
+    """The pieces from the bottom of each place to the top of the next, and straight through the passed places."""
     source, found = tree[0][0], []
     passed = {upper for upper, _ in tree} - {source}
     for upper, lower in tree:

@@ -1,7 +1,6 @@
-"""What placement decides: which tensors are quantized, who reads them so, and the rule behind each decision.
+"""The result of placement: which tensors are quantized, which operations read them so, and the rule of each decision.
 
-It is made by qat.rules.place.place, saved in every checkpoint, and applied by qat.fake_quantize.prepare and
-export.quantize.
+qat.rules.place.place makes it, every checkpoint saves it, and qat.fake_quantize.prepare and export.quantize apply it.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether an operation works on INT8 codes, by which rule, and for what reason where it does not."""
+    """Whether an operation computes on INT8 codes, the rule that decided it, and the reason if it does not."""
 
     op: str
     label: str
@@ -61,7 +60,7 @@ class Decision:
 class Placement:
     """All decisions for one network, in the order of its operations.
 
-    ``keep_float`` are the patterns by which a user kept operations and tensors in float.
+    ``keep_float`` are the patterns with which the user kept operations and tensors in float.
     """
 
     tensors: tuple[QuantizedTensor, ...]
@@ -74,7 +73,7 @@ class Placement:
 
     @property
     def weights(self) -> tuple[Decision, ...]:
-        """The decisions about convolutions and linear layers: the weight is quantized where the input is."""
+        """The decisions about convolutions and linear layers: the weight is quantized if and only if the input is."""
         return self.decisions_about(*WEIGHTED)
 
     def reads(self) -> Iterator[tuple[str, str, str]]:
@@ -91,7 +90,7 @@ class Placement:
         return {quantizer: tensors for quantizer, tensors in groups.items() if len(tensors) > 1}
 
     def summary(self) -> list[str]:
-        """A line that says how much of each kind is INT8, and one of what a user kept in float."""
+        """A line that says how many operations of each kind are INT8, and a line about what the user kept in float."""
         counts = []
         for name, kinds in _COUNTED:
             if decisions := self.decisions_about(*kinds):
@@ -104,12 +103,12 @@ class Placement:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """As plain dictionaries and lists, for a sidecar."""
+        """The placement as plain dictionaries and lists, for a sidecar."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Placement:
-        """The inverse of ``to_json``. Raises KeyError or TypeError on anything else."""
+        """The inverse of ``to_json``. Raises KeyError or TypeError on any other content."""
         tensors = tuple(
             QuantizedTensor(t["tensor"], t["quantizer"], tuple(QuantizedRead(**read) for read in t["reads"]))
             for t in content["tensors"]

@@ -1,112 +1,105 @@
-"""One scale for what is one tensor: where quantizers stand among data movement, and which tensors share one.
+"""Decides which quantized tensors share a scale, and where quantizers stand among data movement.
 
-A tensor and what data movement makes of it hold the same values, so TensorRT can move a Q from one to the other, but
-only where one scale comes from all sides. They form a tree with one scale, and a quantized concatenation joins the
-trees of its inputs with its own. In a tree the quantizer stands as late as possible, but before paths part of which all
-are read quantized.
+A tensor and its moved copies hold the same values. TensorRT can move a Q from one to the other, but only if all have
+the same scale. So a tensor and its moved copies form a tree with one scale, and a quantized concatenation joins the
+trees of its inputs with the tree of its output. Within a tree, quantizers stand as late as possible, with one
+exception: where paths part and all that follows is read quantized, one quantizer stands before the branch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
+from qat.graph.data_movement import Read, final_reads, source_of
 from qat.graph.network import Network, Op
 from qat.graph.operations import COMMUTING
 from qat.rules.placement import QuantizedRead, QuantizedTensor
-
-Reads = dict[tuple[str, str], str]  # (reader, tensor) -> rule
-ONE_QUANTIZER = "one_quantizer"  # the rule of reads that come from here
+from qat.rules.rule import GUIDE, PlacementState, Reads, Rule, Verdict
 
 
-def settle(network: Network, reads: Reads) -> tuple[QuantizedTensor, ...]:
-    """Gives every tensor that is read quantized its quantizer, in the order of the network."""
-    settled: Reads = {}
-    for root in dict.fromkeys(_root(network, tensor) for _, tensor in reads):
-        _place(network, root, reads, settled)
+def share_scales(network: Network, reads: Reads) -> tuple[QuantizedTensor, ...]:
+    """The quantizers for all quantized reads: the tensors that get one, in the order of the network."""
+    state = PlacementState(network, reads=dict(reads))
+    settled: dict[Read, str] = {}
+    for source in dict.fromkeys(source_of(network, tensor) for _, tensor in reads):
+        settled |= _quantizers_behind(source, state)
     scales = _scales(network, reads)
     readers: dict[str, list[str]] = {}
     for reader, tensor in sorted(settled, key=lambda read: network.position(read[0])):
         readers.setdefault(tensor, []).append(reader)
     tensors = sorted(readers, key=network.position)
-    quantizer = {scales[_root(network, tensor)]: tensor for tensor in tensors}  # named by the last of its tensors
+    quantizer = {scales[source_of(network, tensor)]: tensor for tensor in tensors}  # named after its last tensor
     return tuple(
         QuantizedTensor(
             tensor,
-            quantizer[scales[_root(network, tensor)]],
+            quantizer[scales[source_of(network, tensor)]],
             tuple(QuantizedRead(reader, settled[reader, tensor]) for reader in readers[tensor]),
         )
         for tensor in tensors
     )
 
 
-def all_quantized(network: Network, tensor: str, reads: Reads) -> bool:
-    """Whether nobody reads ``tensor``, or what is moved out of it, in float."""
-    return all(read in reads for read in final_reads(network, tensor, reads))
+class OneQuantizer(Rule):
+    """An operation that moves data reads codes, instead of each of the readers after it. Decided after all reads.
 
-
-def read_quantized(network: Network, tensor: str, reads: Reads) -> bool:
-    """Whether somebody reads ``tensor``, or what is moved out of it, quantized."""
-    return any(read in reads for read in final_reads(network, tensor, reads))
-
-
-def final_reads(network: Network, tensor: str, reads: Reads) -> Iterator[tuple[str, str]]:
-    """Every (reader, what it reads) of ``tensor`` and of what is moved out of it.
-
-    An operation that moves data counts as a reader only where it reads quantized; else those behind it do.
+    There are two cases. If paths part and everything after the operation is read quantized, one quantizer before it
+    serves all readers. And a quantizer stands before a dropout, not after it: in training dropout scales up the values
+    it keeps, beyond the range that calibration found.
     """
-    waiting = [tensor]
-    while waiting:
-        current = waiting.pop()
-        for op in network.readers(current):
-            if (op.name, current) in reads or op.kind not in COMMUTING:
-                yield op.name, current
-            else:
-                waiting.append(op.name)
+
+    name = "one_quantizer"
+    sentence = "one quantizer before data movement serves all readers of the data (qat/rules/scale_groups.py)"
+    source = GUIDE
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """INT8 for an operation that moves data to quantized reads; None if it does not need a quantizer of its own."""
+        (tensor, *_), network = op.inputs, state.network
+        if not network[tensor].floating:  # several tensors, not one
+            return None
+        if op.kind == "dropout":
+            behind = [state.reads[read] for read in final_reads(network, op.name, state.reads) if read in state.reads]
+            return Verdict(behind[0] if len(behind) == 1 else self.name, True, (tensor,))
+        parts = len(_readers_of_codes(tensor, state)) > 1 or (
+            op.kind == "split" and sum(_moves_codes(part, state) for part in network.readers(op.name)) > 1
+        )
+        return self.quantize(tensor) if parts and state.is_only_read_quantized(op.name) else None
 
 
-def _place(network: Network, root: str, reads: Reads, settled: Reads) -> None:
-    """Places the quantizers of ``root`` and of all that is moved out of it; writes them to ``settled``."""
-    waiting = [root]
+ONE_QUANTIZER = OneQuantizer()
+
+
+def _quantizers_behind(source: str, state: PlacementState) -> dict[Read, str]:
+    """The quantized reads of ``source`` and its moved copies, each with its rule; quantizers are placed late."""
+    settled: dict[Read, str] = {}
+    waiting = [source]
     while waiting:
         tensor = waiting.pop()
-        direct = [op for op in network.readers(tensor) if (op.name, tensor) in reads]
-        moving = [op for op in network.readers(tensor) if _moves_codes(network, op, reads)]
-        settled |= {(op.name, tensor): reads[op.name, tensor] for op in direct}
-        for op in moving:
-            parts = len(direct) + len(moving) > 1 or (op.kind == "split" and _parts(network, op, reads))
-            if not network[tensor].floating:  # no tensor, but several
+        for op in _readers_of_codes(tensor, state):
+            if (op.name, tensor) in state.reads:
+                settled[op.name, tensor] = state.reads[op.name, tensor]
+                if not _moves_codes(op, state):
+                    continue
+            verdict = ONE_QUANTIZER.decide(op, state)
+            if verdict is not None:
+                settled[op.name, tensor] = verdict.rule
+            # If a max pool had several readers, each would dequantize for itself.
+            if verdict is None or (op.kind == "max_pool" and verdict.rule == ONE_QUANTIZER.name):
                 waiting.append(op.name)
-            elif op.kind == "dropout":
-                # Behind a dropout, which scales up what it keeps, values in training exceed what calibration found.
-                rules = [reads[read] for read in final_reads(network, op.name, reads) if read in reads]
-                settled[op.name, tensor] = rules[0] if len(rules) == 1 else ONE_QUANTIZER
-            elif parts and all_quantized(network, op.name, reads):
-                settled[op.name, tensor] = ONE_QUANTIZER
-                if op.kind == "max_pool":  # whose readers, if there are several, would each dequantize for themselves
-                    waiting.append(op.name)
-            else:
-                waiting.append(op.name)
+    return settled
 
 
-def _parts(network: Network, split: Op, reads: Reads) -> bool:
-    """Whether several tensors that ``split`` makes are read quantized."""
-    return sum(_moves_codes(network, op, reads) for op in network.readers(split.name)) > 1
+def _readers_of_codes(tensor: str, state: PlacementState) -> list[Op]:
+    """The operations that read ``tensor`` quantized, or move it to one that reads it quantized."""
+    return [op for op in state.network.readers(tensor) if (op.name, tensor) in state.reads or _moves_codes(op, state)]
 
 
-def _moves_codes(network: Network, op: Op, reads: Reads) -> bool:
-    """Whether ``op`` moves data to somebody who reads it quantized."""
-    return op.kind in COMMUTING and read_quantized(network, op.name, reads)
+def _moves_codes(op: Op, state: PlacementState) -> bool:
+    """Whether ``op`` moves data to an operation that reads it quantized."""
+    return op.kind in COMMUTING and state.is_read_quantized(op.name)
 
 
-def _root(network: Network, tensor: str) -> str:
-    """The tensor that ``tensor`` is a moved copy of."""
-    while network[tensor].kind in COMMUTING:
-        tensor = network[tensor].inputs[0]
-    return tensor
-
-
-def _scales(network: Network, reads: Reads) -> dict[str, str]:
-    """For every root, one that stands for all of the same scale."""
+def _scales(network: Network, reads: Mapping[Read, str]) -> dict[str, str]:
+    """Maps every tensor that is not a moved copy to the one that represents all tensors with the same scale."""
     same = {name: name for name in network.ops}
 
     def find(name: str) -> str:
@@ -116,5 +109,5 @@ def _scales(network: Network, reads: Reads) -> dict[str, str]:
 
     for reader, tensor in reads:
         if network[reader].kind == "concat":
-            same[find(_root(network, tensor))] = find(reader)
+            same[find(source_of(network, tensor))] = find(reader)
     return {name: find(name) for name in same}

@@ -1,1 +1,1 @@
-"""The training loop and what it needs."""
+"""The training loop, and its loss, optimizer, settings and log."""

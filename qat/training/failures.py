@@ -1,4 +1,4 @@
-"""What stopped a training step: which tensor is no number first, how many images would have fitted."""
+"""Finds why a training step failed: which tensor first became NaN or infinite, or how many images would have fitted."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 
 def first_not_finite(model: nn.Module, batches: Iterable[Tensor]) -> str:
-    """The first tensor of ``model``, in the order of computation, that holds NaN or infinity; '' when none does.
+    """The first tensor of ``model``, in the order of computation, that holds NaN or infinity; '' if none does.
 
-    A module's parameters come before what it computes of the first of ``batches`` for which that is not finite. Buffers
-    come last: running statistics follow what went wrong before them.
+    The model is run on one batch after another until something is not finite. The parameters of a module come before
+    its output. If no batch shows anything, all parameters are checked, and buffers last, because running statistics
+    only follow an earlier fault.
     """
     for x in batches:
         if found := _first_of(model, x):
@@ -48,7 +49,7 @@ def _first_of(model: nn.Module, x: Tensor) -> str:
 
 
 def largest_fitting_batch(step: Callable[[int], None], images: int) -> int:
-    """The largest of ``images`` / 2, / 4, ... for which ``step`` does not run out of the GPU's memory; 0 if none."""
+    """The largest of ``images`` / 2, / 4, ... for which ``step`` does not run out of GPU memory; 0 if there is none."""
     while (images := images // 2) > 1:
         torch.cuda.empty_cache()
         try:

@@ -1,4 +1,4 @@
-"""When a run is to stop, or to save its state: between two steps."""
+"""Lets a run stop or save its state between two steps, never inside one."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ _SECONDS_OF_ONE_INTERRUPT = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, raised between two steps, after the state was saved."""
+    """Raised between two steps for Ctrl-C or SIGTERM, after the state was saved."""
 
 
 class Clock:
-    """Says when the next save is due."""
+    """Tells when the next save is due."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.reset()
 
     def reset(self) -> None:
-        """After a save."""
+        """Starts to count again; call it after a save."""
         self.last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether ``seconds`` have gone by since then."""
+        """Whether ``seconds`` have passed since the last ``reset``."""
         return time.monotonic() - self.last >= self.seconds
 
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Holds Ctrl-C and SIGTERM back until the loop asks; a second Ctrl-C, seconds later, interrupts at once.
+    """Holds back Ctrl-C and SIGTERM; the yielded function tells whether one came.
 
-    At the same time they come twice: from the terminal or scheduler, and from torchrun, which passes them on.
+    A second one interrupts at once, but two within a second count as one: under torchrun each comes twice, from the
+    terminal or scheduler and from torchrun, which passes it on.
     """
     seen: list[float] = []
 

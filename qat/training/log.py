@@ -1,4 +1,4 @@
-"""Figures of training as it goes on: a line of JSON for each, and TensorBoard's scalars."""
+"""Logs the figures of training as it proceeds: lines of JSON, and scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PHASES = ("float", "qat")
 
 
 class TrainingLog:
-    """Writes ``folder``/train.jsonl and TensorBoard's event files beside it; nothing where ``folder`` is None.
+    """Writes ``folder``/train.jsonl and TensorBoard's event files beside it; nothing if ``folder`` is None.
 
-    A figure stands at a step, counted from the start of its phase. What a stopped run has written behind the step that
-    it is resumed from is taken out again.
+    Each figure belongs to a step, counted from the start of its phase. When a stopped run is resumed, entries after the
+    step from which it is resumed are removed.
     """
 
     def __init__(self, folder: Path | None, *, resumed: bool = False) -> None:
-        """Raises UserError where another run's log is there, unless this is its continuation, ``resumed``."""
+        """Raises UserError when the folder has the log of another run; ``resumed``: this run continues that one."""
         self._path = folder / "train.jsonl" if folder else None
         self._writers: dict[str, SummaryWriter] = {}
         if folder is not None:
@@ -36,7 +36,7 @@ class TrainingLog:
                 )
 
     def begin(self, phase: str, step: int) -> None:
-        """Opens a phase at ``step``: 0, or where it was stopped."""
+        """Starts a phase at ``step``: 0, or where it was stopped."""
         if self._path is None:
             return
         with disk_errors(self._path):
@@ -47,7 +47,7 @@ class TrainingLog:
         self._writers[phase] = _writer(self._path.parent / phase, step)
 
     def add(self, phase: str, step: int, figures: dict[str, float]) -> None:
-        """Figures at ``step`` of ``phase``, by name."""
+        """Adds figures, by name, at ``step`` of ``phase``."""
         if self._path is None:
             return
         with disk_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
@@ -56,17 +56,17 @@ class TrainingLog:
             self._writers[phase].add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what TensorBoard still holds back."""
+        """Writes what TensorBoard's writers still hold in memory."""
         for writer in self._writers.values():
             writer.close()
 
 
 def _stands_before(line: str, phase: str, step: int) -> bool:
-    """Whether ``line`` is whole and of a step that the run has behind it."""
+    """Whether ``line`` is complete and belongs to a step up to ``step`` of ``phase``."""
     try:
         entry = json.loads(line)
         return (_PHASES.index(entry["phase"]), entry["step"]) <= (_PHASES.index(phase), step)
-    except (ValueError, KeyError, TypeError):  # cut off when the run was killed
+    except (ValueError, KeyError, TypeError):  # a line cut off when the run was killed
         return False
 
 

@@ -1,4 +1,4 @@
-"""What training makes small: the loss of the labels; with distillation, the distance from a float teacher too."""
+"""The loss that training minimizes: cross-entropy with the labels, and with distillation the distance to a teacher."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from qat.compute.device import Compute
+from qat.graph.inner_outputs import with_inner_outputs
 from qat.graph.network import Network
+from qat.training.recipe import DistillationSettings
 
 
 class CrossEntropy:
-    """The loss of the labels alone."""
+    """Cross-entropy with the labels."""
 
     def __init__(self, label_smoothing: float) -> None:
         self.label_smoothing = label_smoothing
 
     def network(self, model: nn.Module) -> nn.Module:
-        """What computes of ``model`` all that the loss needs; shares its modules."""
+        """The module that computes from ``model`` everything the loss needs; it shares the modules of ``model``."""
         return model
 
     def __call__(self, output: Any, targets: Tensor, x: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
-            output: what ``network`` made of ``x``.
+            output: the output of ``network(model)`` for ``x``.
             targets: labels int64 [N], or probabilities [N, classes].
             x: the normalized images [N, C, H, W].
         """
@@ -35,7 +37,7 @@ class CrossEntropy:
 
 
 class Distillation(CrossEntropy):
-    """The loss of the labels, of a teacher's answers (Hinton et al. 2015), and of its tensors (Romero et al. 2015).
+    """Cross-entropy, distance to a teacher's outputs (Hinton et al. 2015) and to its tensors (Romero et al. 2015).
 
     loss = (1 - weight) * cross-entropy + weight * T^2 * KL(teacher / T || student / T)
            + feature_weight * mean over points of |student - teacher|^2 / |teacher|^2
@@ -46,27 +48,26 @@ class Distillation(CrossEntropy):
         teacher: fx.GraphModule,
         compute: Compute,
         label_smoothing: float,
-        weight: float,
-        temperature: float,
-        feature_weight: float,
+        settings: DistillationSettings,
         points: Sequence[str],
         images: int,
         steps: int,
     ) -> None:
-        """``points``: tensors that both graphs have, by name; ``images``, ``steps``: of a batch, and how many."""
+        """``points``: names of tensors that both graphs have; ``images``: per batch; ``steps``: number of batches."""
         super().__init__(label_smoothing)
-        self.weight, self.temperature, self.feature_weight = weight, temperature, feature_weight
-        self.points = tuple(points) if feature_weight else ()
+        self.weight, self.temperature = settings.weight, settings.temperature
+        self.feature_weight = settings.feature_weight
+        self.points = tuple(points) if settings.feature_weight else ()
         self.compute = compute
         self._teacher = compute.forward(self.network(teacher.eval().requires_grad_(False)), images, steps)
 
     def network(self, model: nn.Module) -> nn.Module:
-        """Gives the tensors of ``points`` beside the logits."""
+        """Returns the logits and the tensors of ``points``."""
         assert isinstance(model, fx.GraphModule)
-        return with_tensors(model, self.points)
+        return with_inner_outputs(model, self.points)
 
     def __call__(self, output: Any, targets: Tensor, x: Tensor) -> Tensor:
-        """As that of the labels."""
+        """The loss of one batch; arguments as in ``CrossEntropy``."""
         logits, features = output
         with torch.no_grad(), self.compute.autocast():
             wanted, wanted_features = self._teacher(x)
@@ -80,18 +81,8 @@ class Distillation(CrossEntropy):
         return loss
 
 
-def with_tensors(model: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """``model``, its modules shared, with (its output, the tensors ``names`` inside it) as output."""
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(model.graph, copied)
-    by_name = {node.name: copy for node, copy in copied.items()}
-    graph.output((output, [by_name[name] for name in names]))
-    return fx.GraphModule(model, graph)
-
-
 def stage_ends(network: Network) -> tuple[str, ...]:
-    """The last image-like tensor of each resolution: where a network's stages end."""
+    """The ends of a network's stages: the last tensor [N, C, H, W] of each resolution above 1x1."""
     ends: dict[tuple[int, ...], str] = {}
     for op in network:
         if op.floating and op.kind not in ("input", "output") and op.shape is not None and len(op.shape) == 4:

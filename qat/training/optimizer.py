@@ -1,4 +1,4 @@
-"""The optimizer: what it moves and how fast, its state as named tensors, and the moving average of what it moves."""
+"""The optimizer: its parameter groups, its state as named tensors, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qat.training.recipe import Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices and kernels only, not on biases, normalization and learned ranges."""
+    """AdamW with weight decay only on matrices and kernels, not on biases, normalization and learned ranges."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     ranges = [parameter for name, parameter in named if name.endswith(".amax")]
     others = [parameter for name, parameter in named if not name.endswith(".amax")]
@@ -34,7 +34,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts them back, in the memory layout of the parameters: the fused optimizer takes no other."""
+    """Restores the state, in the memory layout of the parameters, which the fused optimizer requires."""
     content = optimizer.state_dict()
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
@@ -47,9 +47,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
 
 
 def update_average(average: AveragedModel, model: nn.Module, decay: float) -> None:
-    """A step of the moving average, of buffers too, which begins as ``model``.
+    """One step of the moving average of parameters and buffers; the first step copies ``model``.
 
-    ``AveragedModel.update_parameters`` copies its count of steps to the GPU, for which the CPU waits.
+    It replaces ``AveragedModel.update_parameters``, which copies its count of steps to the GPU and makes the CPU wait.
     """
     update = get_ema_multi_avg_fn(decay if average.n_averaged else 0.0)
     average.n_averaged += 1

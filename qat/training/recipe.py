@@ -1,12 +1,12 @@
-"""How one phase is trained: epochs, learning rate, regularization."""
+"""The settings of one phase of training: epochs, learning rate, regularization; and those of distillation."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from qat.base.choices import Schedule
 from qat.base.errors import UserError
+from qat.training.schedule import learning_rate
 
 _LEAST = {
     "epochs": 0,
@@ -21,54 +21,77 @@ _MOST = {"label_smoothing": 1.0, "ema": 0.999999}
 
 @dataclass(frozen=True)
 class Recipe:
-    """One phase. Raises UserError where a value is out of range."""
+    """The settings of one phase. Raises UserError when a value is out of range."""
 
     epochs: int
     lr: float
     schedule: Schedule
-    """one-cycle warms up, cosine only falls."""
+    """one-cycle warms up first, cosine only falls."""
     batch_size: int
     weight_decay: float
     label_smoothing: float
     seed: int
     accumulate: int = 1
-    """Batches whose gradients make one step of the optimizer."""
+    """Number of batches whose gradients are accumulated for one step of the optimizer."""
     clip_norm: float = 0.0
     """Largest norm of all gradients together; 0: no limit."""
     mixup: float = 0.0
-    """Zhang et al. 2018: pairs of images are blended, with weights from Beta(mixup, mixup); 0: not."""
+    """Blends pairs of images, with weights from Beta(mixup, mixup) (Zhang et al. 2018); 0 turns it off."""
     cutmix: float = 0.0
-    """Yun et al. 2019: a box of one image is put into another, its area from Beta(cutmix, cutmix); 0: not."""
+    """Pastes a box of one image into another, its area from Beta(cutmix, cutmix) (Yun et al. 2019); 0 turns it off."""
     ema: float = 0.0
-    """Decay of the moving average of the weights, which is what is evaluated and kept; 0: none."""
+    """Decay of the moving average of the weights, which is then evaluated and kept; 0 turns it off."""
     ranges_lr: float = 1.0
-    """How many times the learning rate of the weights that of learned ranges is."""
+    """Learning rate of learned ranges, as a multiple of the learning rate of the weights."""
     freeze_norms_after: int | None = None
-    """Epochs after which the statistics of batch normalization no longer follow the batches; None: never."""
+    """Number of epochs after which the statistics of batch normalization are frozen; None: never."""
     progressive: int = 0
-    """Epochs at the start in which a part of the network is quantized, from the input on, more of it in each."""
+    """Number of epochs at the start in which only part of the network, growing from the input on, is quantized."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if not getattr(self, name) >= least:  # NaN is not
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}: correct the option")
+                raise UserError(f"{name} must be at least {least}, but is {getattr(self, name)}: correct the option")
         for name, most in _MOST.items():
             if getattr(self, name) > most:
-                raise UserError(f"{name} must be at most {most}, got {getattr(self, name)}: correct the option")
+                raise UserError(f"{name} must be at most {most}, but is {getattr(self, name)}: correct the option")
         if self.progressive >= max(self.epochs, 1):
             raise UserError(
-                f"progressive must be below the {self.epochs} epochs of the fine-tuning, got {self.progressive}: "
-                "in the last ones all is quantized"
+                f"progressive must be below the {self.epochs} epochs of the fine-tuning, but is {self.progressive}: "
+                "lower it, because the last epochs train with the whole network quantized"
             )
 
     def quantized_share(self, epoch: int) -> float:
-        """How much of the network is quantized in an epoch, counted from 0."""
+        """The share of the network that is quantized in ``epoch``, counted from 0."""
         return min((epoch + 1) / (self.progressive + 1), 1.0)
 
     def lr_at(self, done: float) -> float:
-        """The learning rate when the fraction ``done`` in [0, 1] of the phase is over."""
-        warmup = 0.3 if self.schedule == "one-cycle" else 0.0
-        if done < warmup:
-            start = self.lr / 25
-            return start + (self.lr - start) * (1 - math.cos(math.pi * done / warmup)) / 2
-        return self.lr * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+        """The learning rate after the fraction ``done`` in [0, 1] of the phase."""
+        return learning_rate(self.schedule, self.lr, done)
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """How the fine-tuning follows the float network (qat/training/loss.py). Raises UserError when out of range.
+
+    Attributes:
+        weight: weight, from 0 to 1, of the distance to the float network's outputs; the labels have the rest.
+        temperature: by which the logits of both networks are divided for that distance.
+        feature_weight: weight of the distance to the float network's tensors at the ends of its stages.
+    """
+
+    weight: float = 0.0
+    temperature: float = 4.0
+    feature_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.weight <= 1 and self.temperature > 0 and self.feature_weight >= 0):
+            raise UserError(
+                f"--distill {self.weight} must be from 0 to 1, --distill-temperature {self.temperature} above 0, and "
+                f"--distill-features {self.feature_weight} at least 0: correct the option that is out of range"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss needs the float network."""
+        return self.weight > 0 or self.feature_weight > 0

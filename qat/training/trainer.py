@@ -1,8 +1,8 @@
-"""The one training loop, for float and quantized models alike, resumable at any step.
+"""The training loop, for float and quantized models alike, which can be resumed at any step.
 
-Everything random is a function of (seed, phase, epoch, step): the order of the images, their augmentation, dropout. A
-run that is stopped and resumed therefore ends with the same weights as one that was not (bitwise on a CPU). The best
-epoch is chosen on the validation split; the test split is never seen here.
+Everything random depends only on (seed, phase, epoch, step): the order of the images, their augmentation, dropout. So a
+run that was stopped and resumed ends with the same weights as one that was not (bitwise on a CPU). The best epoch is
+chosen on the validation split; the test split is not used here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torchvision.transforms import v2
 
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
@@ -27,26 +26,27 @@ from qat.compute.processes import unwrap, without_averaging
 from qat.data.batches import batch_count, batches
 from qat.data.splits import Data
 from qat.evaluate import evaluate
-from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.training.failures import first_not_finite, largest_fitting_batch
 from qat.training.interrupts import Clock, Interrupted, deferred_interrupt
 from qat.training.log import TrainingLog
 from qat.training.loss import CrossEntropy
+from qat.training.mixing import make_mixing
 from qat.training.optimizer import load_optimizer, make_optimizer, optimizer_tensors, update_average
+from qat.training.progressive import quantize_part
 from qat.training.recipe import Recipe
 
 _Result = TypeVar("_Result")
 
-_STEPS_BETWEEN_LOSS_CHECKS = 16  # on a GPU, where reading the loss waits for it
+_STEPS_BETWEEN_LOSS_CHECKS = 16  # reading the loss waits for the GPU
 
 
 @dataclass
 class FitState:
-    """Where a phase stands: the next step to do, what was seen, and the best weights so far (by validation)."""
+    """How far a phase has come: the next step, the figures so far, and the best weights so far (by validation)."""
 
     epoch: int = 0
     step: int = 0  # within the epoch
-    loss_sum: float | Tensor = 0.0  # a tensor until somebody needs the number
+    loss_sum: float | Tensor = 0.0  # a tensor until the number is needed
     best_epoch: int = -1
     best_top1: float = -1.0
     best_loss: float = math.inf
@@ -54,13 +54,13 @@ class FitState:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
-        """All but the tensors, for JSON."""
+        """Everything except the weights, for JSON."""
         content = {name: value for name, value in vars(self).items() if name != "best_weights"}
         return content | {"best_loss": min(self.best_loss, 1e30)}  # JSON has no infinity
 
 
 class Fit:
-    """One phase under way: a model that is trained in place, and all that a saved state must hold to go on with it."""
+    """One running phase: the model, which is trained in place, and all other state that is needed to resume it."""
 
     def __init__(
         self,
@@ -85,24 +85,24 @@ class Fit:
         self._forward = compute.forward(
             self.objective.network(model),
             self.processes.share_of(recipe.batch_size),
-            steps=0 if recipe.progressive else recipe.epochs * self.total,  # each part would be compiled for itself
+            steps=0 if recipe.progressive else recipe.epochs * self.total,  # each part would be compiled separately
             accumulates=recipe.accumulate > 1,
         )
-        self._mix = _mixing(recipe, len(data.class_names))
-        self._unchecked: list[Tensor] = []  # batches whose loss nobody has looked at
+        self._mix = make_mixing(recipe, len(data.class_names))
+        self._unchecked: list[Tensor] = []  # batches whose loss was not checked yet
 
     @property
     def result(self) -> nn.Module:
-        """The model that is evaluated: the moving average, where there is one."""
+        """The model that is evaluated: the moving average, if there is one."""
         return self.model if self._average is None else self._average.module
 
     @property
     def _models(self) -> list[nn.Module]:
-        """What is trained and, where it is another model, what is evaluated."""
+        """The model that is trained, and the moving average, if there is one."""
         return [self.model] if self._average is None else [self.model, self._average.module]
 
     def resume(self, state: FitState, tensors: Mapping[str, Tensor]) -> None:
-        """Goes on from ``state`` with what ``tensors`` gave then; {} for a phase that begins."""
+        """Continues from ``state`` and what ``tensors()`` returned for it; {} if the phase has just begun."""
         self.state = state
         parts = {name: _part(tensors, name) for name in ("optimizer", "average", "scaler")}
         load_optimizer(self._optimizer, parts["optimizer"])
@@ -112,7 +112,7 @@ class Fit:
             self._scaler.load_state_dict({name: value.item() for name, value in parts["scaler"].items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """What has to be saved beside the model and the state."""
+        """The tensors that must be saved in addition to the model and the state."""
         parts = {
             "optimizer": optimizer_tensors(self._optimizer),
             "average": {} if self._average is None else self._average.state_dict(),
@@ -123,8 +123,8 @@ class Fit:
     def run(self, save: Callable[[], None], seconds_between_saves: float) -> FitState:
         """Trains to the end and leaves the model with the weights of the best epoch.
 
-        ``save`` is called every ``seconds_between_saves``, and before Interrupted is raised by Ctrl-C. Raises UserError
-        when the loss became NaN or infinite.
+        ``save`` is called every ``seconds_between_saves`` seconds, and on Ctrl-C before Interrupted is raised. Raises
+        UserError when the loss becomes NaN or infinite.
         """
         clock = Clock(seconds_between_saves)
         self.log.begin(self.phase, self._steps_done())
@@ -133,14 +133,14 @@ class Fit:
             stopping, saving = self.processes.any(interrupted(), clock.due())
             if stopping or saving:
                 self._check_loss()
-                # The loss was of the weights before the step; what is saved are those after it.
+                # The loss checked the weights before the step; the weights after it are saved.
                 bad = [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]
                 if bad:
-                    raise self._diverged(f"{bad[0]} became NaN or infinite")
+                    raise self._divergence_error(f"{bad[0]} became NaN or infinite")
                 save()
                 clock.reset()
             if stopping:
-                self.processes.wait()  # one writes for all, and is ended when another ends
+                self.processes.wait()  # the main process writes, and torchrun ends it when another process ends
                 raise Interrupted
 
         with deferred_interrupt() as interrupted:
@@ -156,7 +156,7 @@ class Fit:
         return self.state
 
     def _epoch(self) -> Iterator[bool]:
-        """Trains on the batches that are left of the epoch; after each, whether the run may be stopped there."""
+        """Trains on the remaining batches of the epoch; yields after each whether the run may be stopped there."""
         state, recipe = self.state, self.recipe
         self._set_mode()
         self._optimizer.zero_grad(set_to_none=True)
@@ -196,29 +196,29 @@ class Fit:
                 yield ends_step and state.step < self.total and (checked or self.processes.world_size == 1)
 
     def _step_that_fits(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:
-        """``_step``. Raises UserError where the GPU's memory does not do for it."""
+        """``_step``; raises UserError when the GPU has too little memory for it."""
         with contextlib.suppress(torch.OutOfMemoryError):
             return self._beside_graphs(lambda: self._step(x_NCHW, labels, ends_step))
         self.compute.release()
         raise self._too_large(x_NCHW, labels)
 
     def _beside_graphs(self, work: Callable[[], _Result]) -> _Result:
-        """What ``work`` gives, done again without CUDA graphs where memory is missing that they keep."""
+        """The result of ``work``; if memory runs out, CUDA graphs are given up to free theirs, and it is run again."""
         try:
             return work()
         except torch.OutOfMemoryError as error:
             reason = str(error)
-        # Outside, where the error does not hold on to the memory any more.
+        # Outside of the except clause, where the error no longer holds the memory.
         if not self.compute.give_up_graphs(self._forward):
             raise torch.OutOfMemoryError(reason)
-        warn("the GPU has not enough memory for CUDA graphs too: training goes on without them")
+        warn("the GPU does not have enough memory for CUDA graphs: training continues without them")
         self._optimizer.zero_grad(set_to_none=True)
         return work()
 
     def _step(self, x_NCHW: Tensor, labels: Tensor, ends_step: bool) -> Tensor:
-        """Forward and backward pass of one batch, and the optimizer's step where it ends one; the loss."""
+        """Forward and backward pass of one batch, and the optimizer's step if it ``ends_step``; returns the loss."""
         recipe, optimizer = self.recipe, self._optimizer
-        first = self.state.step - self.state.step % recipe.accumulate  # batch of the optimizer's step
+        first = self.state.step - self.state.step % recipe.accumulate  # first batch of the optimizer's step
         for group in optimizer.param_groups:
             group["lr"] = group["factor"] * recipe.lr_at((self.state.epoch + first / self.total) / recipe.epochs)
         x = self.data.preprocessing.normalize(self.compute.images(x_NCHW))
@@ -227,13 +227,13 @@ class Fit:
             x, targets = self._mix(x, targets)
         share = (
             self.processes.world_size * len(x) / self._images_of_step(first)
-        )  # of which the mean over processes is taken
+        )  # the gradients are then averaged over processes
         with nullcontext() if ends_step else without_averaging(self._forward):
             with self.compute.autocast():
                 output = self._forward(x)
             loss = self.objective(output, targets, x)
             if loss.device.type == "cpu" and self.processes.world_size == 1 and not loss.detach().isfinite():
-                return loss.detach()  # the weights stay as they are; on a GPU the scaler sees to it without waiting
+                return loss.detach()  # without a step of the weights; on a GPU the scaler skips it, without waiting
             self._scaler.scale(loss * share).backward()
         if ends_step:
             if recipe.clip_norm:
@@ -247,16 +247,16 @@ class Fit:
         return loss.detach()
 
     def _images_of_step(self, first: int) -> int:
-        """How many images the optimizer's step takes that begins with the batch ``first`` of an epoch."""
+        """The number of images in the optimizer's step that begins with the batch ``first`` of an epoch."""
         size = self.recipe.batch_size
         in_epoch = min(len(self.data.train), self.total * size)
         return min(self.recipe.accumulate * size, in_epoch - first * size)
 
     def _set_mode(self) -> None:
-        """Training mode; normalizations whose statistics are frozen are in evaluation mode; quantizers on or off."""
+        """Sets training mode, except for normalizations with frozen statistics, and turns quantizers on or off."""
         self.model.train()
         for model in self._models:
-            _quantize_part(model, self.recipe.quantized_share(self.state.epoch))
+            quantize_part(model, self.recipe.quantized_share(self.state.epoch))
         after = self.recipe.freeze_norms_after
         if after is not None and self.state.epoch >= after:
             for module in self.model.modules():
@@ -264,24 +264,24 @@ class Fit:
                     module.eval()
 
     def _check_loss(self) -> float:
-        """The sum of the epoch's losses so far, the mean over all processes, which waits for the GPU.
+        """The sum of the epoch's losses so far, averaged over all processes; waits for the GPU.
 
-        Raises UserError when it is not finite, or when steps were left out because their gradients were not.
+        Raises UserError when it is not finite, or when too many steps were skipped because of gradients that were not.
         """
         self.state.loss_sum = self.processes.mean(float(self.state.loss_sum))
         if not math.isfinite(self.state.loss_sum):
-            raise self._diverged(f"the loss became {self.state.loss_sum}")
+            raise self._divergence_error(f"the loss became {self.state.loss_sum}")
         if self._scaler.is_enabled() and self._scaler.get_scale() < self.compute.least_scale:
-            raise self._diverged("gradients became NaN or infinite")
+            raise self._divergence_error("gradients became NaN or infinite")
         self._unchecked.clear()
         return self.state.loss_sum
 
     def _steps_done(self) -> int:
-        """Batches since the start of the phase."""
+        """Number of batches since the start of the phase."""
         return self.state.epoch * self.total + self.state.step
 
     def _end_epoch(self) -> None:
-        """Validates, keeps the best weights, moves the state to the next epoch."""
+        """Evaluates on the validation split, keeps the best weights, and moves the state to the next epoch."""
         state, recipe = self.state, self.recipe
         for model in self._models:
             self.processes.take_buffers_of_first(model)
@@ -291,7 +291,7 @@ class Fit:
         scores = {"train_loss": train_loss, "validation_top1": measured.top1, "validation_loss": measured.loss}
         state.history.append(scores)
         self.log.add(self.phase, self._steps_done(), scores)
-        # On a small validation split several epochs tie in accuracy; the loss decides among them.
+        # On a small validation split several epochs may tie in accuracy; then the loss decides.
         better = (measured.top1, -measured.loss) > (state.best_top1, -state.best_loss)
         if better and recipe.quantized_share(state.epoch) == 1:
             state.best_epoch, state.best_top1, state.best_loss = state.epoch, measured.top1, measured.loss
@@ -299,8 +299,8 @@ class Fit:
         say(f"{self.phase} epoch {state.epoch + 1}/{recipe.epochs}: loss {train_loss:.4f}, validation {measured}")
         state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
 
-    def _diverged(self, what: str) -> UserError:
-        """For a loss that is not finite, with weights that are those before it: names the tensor that is so first."""
+    def _divergence_error(self, what: str) -> UserError:
+        """The error for a loss that is not finite; names the first such tensor. Weights are those before the fault."""
         state, recipe = self.state, self.recipe
         normalize, images = self.data.preprocessing.normalize, self.compute.images
         with self.compute.autocast():
@@ -313,46 +313,28 @@ class Fit:
         )
 
     def _too_large(self, x_NCHW: Tensor, labels: Tensor) -> UserError:
-        """For a batch that the GPU has no memory for; says which would fit."""
+        """The error for a batch that does not fit into the GPU's memory; names a batch size that would."""
 
         def step(images: int) -> None:
             self._optimizer.zero_grad(set_to_none=True)
             self._step(x_NCHW[:images], labels[:images], ends_step=False)
 
-        self._forward = unwrap(self._forward)  # what others wait for is not sent any more
+        self._forward = unwrap(self._forward)  # no more messages to other processes
         recipe, parameters, world_size = self.recipe, self.model.parameters(), self.processes.world_size
         moments = [] if self._optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]
         fits = world_size * largest_fitting_batch(step, len(x_NCHW))
-        del moments  # what the optimizer will take, which its first step would
-        found = f"the GPU has not enough free memory for batches of {world_size * len(x_NCHW)} images"
+        del moments  # they took the memory that the optimizer's first step will take
+        found = f"the GPU does not have enough free memory for batches of {world_size * len(x_NCHW)} images"
         if not fits:
             return UserError(f"{found}, nor for {2 * world_size}: free some, or give a smaller --image-size")
         times = -(-recipe.batch_size * recipe.accumulate // fits)
-        made = f"which makes steps of {fits * times} images"
+        made = f"which makes training steps of {fits * times} images"
         return UserError(f"{found}; {fits} fit: give --batch-size {fits} --accumulate {times}, {made}")
 
 
-def _quantize_part(model: nn.Module, share: float) -> None:
-    """Turns on the first ``share`` of the quantizers of weights, and of activations, and the others off."""
-    for kind in (WeightQuantizer, ActivationQuantizer):
-        quantizers = [module for module in model.modules() if isinstance(module, kind)]
-        for index, quantizer in enumerate(quantizers):
-            quantizer.enabled = index < share * len(quantizers)
-
-
 def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """The entries of one part, without its name."""
+    """The entries of one part, by their names without that of the part."""
     return {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
-
-
-def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    """Blends a batch [N, C, H, W] and its labels [N], which become probabilities [N, classes]."""
-    chosen = [
-        transform(alpha=alpha, num_classes=classes)
-        for transform, alpha in ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix))
-        if alpha
-    ]
-    return v2.RandomChoice(chosen) if chosen else None
 
 
 def _step_seed(seed: int, phase: str, epoch: int, step: int, rank: int) -> int:

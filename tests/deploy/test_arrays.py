@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deploy import cuda
-from deploy.arrays import read_inputs, size_in_bytes, sized
+from deploy.arrays import read_inputs, shape_for_batch, size_in_bytes
 from qat.base.artifact import TensorSpec
 from qat.base.errors import UserError
 
@@ -84,6 +84,6 @@ def test_what_does_not_fit_is_named(given, message):
 
 
 def test_sizes():
-    assert sized(IMAGE, 5) == (5, 3, 4, 4)
-    assert sized(TensorSpec("x", (8, 3), "int8"), 5) == (8, 3)
+    assert shape_for_batch(IMAGE, 5) == (5, 3, 4, 4)
+    assert shape_for_batch(TensorSpec("x", (8, 3), "int8"), 5) == (8, 3)
     assert size_in_bytes(IMAGE, 5) == 5 * 48 * 4

@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 from qdq_models import classifier, transposed_convolution
 
-from deploy import audit, build
-from deploy.audit import AuditOptions, EngineAudit
-from deploy.layers import EngineLayer
-from deploy.precision import PrecisionFinding
+from deploy import EngineAudit, audit, build_engine
+from deploy.audit import AuditOptions
+from deploy.engine_layers import EngineLayer
+from deploy.precision_audit import PrecisionFinding
 from qat.base.errors import UserError
 
 
 def engine(make, folder: Path) -> Path:
     model = make(folder / "m.onnx")
-    build.main(build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",)))
-    return folder / "m.engine"
+    return build_engine(model, builder="tensorrt-rtx", compute_capabilities=("8.9",)).path
 
 
 def layer(name: str, kind: str, inputs: tuple[str, ...], nodes: tuple[str, ...], **more: str) -> EngineLayer:
@@ -31,7 +30,7 @@ def test_layers_and_findings_of_a_real_engine(tmp_path, capsys):
     audit.main(AuditOptions(engine=path, json=tmp_path / "audit.json"))
     output = capsys.readouterr()
     assert "times are not measured" in output.err
-    assert "2 of 2 layers that the ONNX declares INT8 are INT8" in output.out
+    assert "2 of 2 layers that the ONNX file declares INT8 are INT8" in output.out
     found = json.loads((tmp_path / "audit.json").read_text())
     assert found["batch"] is None
     assert {layer["milliseconds"] for layer in found["layers"]} == {None}
@@ -47,7 +46,7 @@ def test_a_declared_layer_that_is_float_is_named_with_its_cause(tmp_path, capsys
     audit.main(AuditOptions(engine=path))
     output = capsys.readouterr().out
     assert "declared INT8, is FP32: convolution /up/ConvTranspose: transposed convolution" in output
-    assert "0 of 1 layers that the ONNX declares INT8 are INT8" in output
+    assert "0 of 1 layers that the ONNX file declares INT8 are INT8" in output
 
 
 def test_totals_by_precision():
@@ -105,7 +104,7 @@ def test_what_a_layers_name_says(name, profile, nodes, ends):
     assert (found.profile, found.own_nodes, found.foreign_ends) == (profile, nodes, ends)
 
 
-def test_what_is_no_engine(tmp_path):
+def test_what_is_not_an_engine(tmp_path):
     with pytest.raises(UserError, match="no file"):
         audit.main(AuditOptions(engine=tmp_path / "no.engine"))
     path = engine(classifier, tmp_path)

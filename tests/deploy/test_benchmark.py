@@ -10,10 +10,13 @@ import pytest
 from qdq_models import residual
 
 from deploy import cuda
-from deploy.benchmark import Bench, BenchmarkOptions, _candidates, _check_names, _named, main
+from deploy.benchmark import BenchmarkOptions, main
 from deploy.builder import Repetition, build
-from deploy.candidates import Candidate, CandidateEngines
-from deploy.trt import Toolkit, find_toolkit
+from deploy.candidate_engines import CandidateEngines
+from deploy.candidates import FP16, MODEL, Candidate, CandidateSet, parse_named_file
+from deploy.comparison import Comparison, Workload
+from deploy.installed import find_toolkit
+from deploy.trt import Toolkit
 from qat.base.errors import UserError
 
 
@@ -25,7 +28,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_a_strongly_typed_version_leaves_out_what_it_does_not_have(model, capfd):
     toolkit = find_toolkit("tensorrt-rtx")
-    candidates = _candidates(BenchmarkOptions(model=model, ptq=model), toolkit)
+    candidates = CandidateSet.from_files(toolkit, model, post_training=model).to_compare(full=True)
     floats = model.with_name("m.float32.onnx")
     assert candidates == [
         Candidate("FP32", floats, "fp32"),
@@ -41,23 +44,23 @@ def test_a_strongly_typed_version_leaves_out_what_it_does_not_have(model, capfd)
 def test_a_float16_file_stands_for_the_flag(model):
     half = residual(model.with_name("m.float16.onnx"), quantize=False)
     toolkit = find_toolkit("tensorrt-rtx")
-    candidates = _candidates(BenchmarkOptions(model=model, precisions=("fp16",)), toolkit)
-    assert candidates[0] == Candidate("FP16", half, "explicit")
+    candidates = CandidateSet.from_files(toolkit, model, precisions=("fp16",))
+    assert candidates.to_compare(full=False)[0] == Candidate("FP16", half, "explicit")
 
 
 def test_a_missing_float_file_says_how_to_make_it(tmp_path):
     model = residual(tmp_path / "m.onnx")
     with pytest.raises(UserError, match=r"m\.float32\.onnx for FP32: make it with python -m export\.onnx"):
-        _candidates(BenchmarkOptions(model=model), find_toolkit("tensorrt-rtx"))
+        CandidateSet.from_files(find_toolkit("tensorrt-rtx"), model)
 
 
 def test_named_files(model):
-    assert _named(f"other tool={model}") == ("other tool", model)
+    assert parse_named_file(f"other tool={model}") == ("other tool", model)
     for text in ("x", "=x", "x="):
         with pytest.raises(UserError, match="give NAME=FILE"):
-            _named(text)
+            parse_named_file(text)
     with pytest.raises(UserError, match="no file /no/such for peer"):
-        _named("peer=/no/such")
+        parse_named_file("peer=/no/such")
 
 
 def test_options_that_measure_nothing(model):
@@ -71,7 +74,8 @@ def test_options_that_measure_nothing(model):
 
 def test_names_that_would_be_taken_for_each_other(model):
     def check(*names: str) -> None:
-        _check_names([Candidate(name, model, "explicit") for name in names])
+        first, *others = (Candidate(name, Path(f"{index}.onnx")) for index, name in enumerate(names))
+        CandidateSet(first, peers=tuple(others))
 
     check("FP16", "INT8 (QAT)", "INT8 (QAT), zero channels", "peer", "uint8 input")
     for names in (["FP16", "FP16"], ["a b", "a-b"], ["INT8--QAT-"]):
@@ -94,7 +98,7 @@ def toolkit(model, claims, monkeypatch) -> Toolkit:
         built = build(toolkit, path, dataclasses.replace(settings, capabilities=("8.9",)))
         return dataclasses.replace(built, repetition=Repetition(4, [0.5 + 0.01 * index for index in range(repeat)]))
 
-    monkeypatch.setattr("deploy.repeat.build_fastest", build_fastest)
+    monkeypatch.setattr("deploy.candidate_engines.build_fastest", build_fastest)
     return dataclasses.replace(find_toolkit("tensorrt-rtx"), device=cuda.Device("GPU", "8.9", "1", "13.0", 1.0))
 
 
@@ -121,7 +125,7 @@ def test_timings_of_kernels_outlive_the_engine(model, toolkit, monkeypatch, capf
         outcome = "reused" if timing_cache else "created"
         return dataclasses.replace(built, timing_cache=outcome, timing_cache_content=timing_cache + b"+")
 
-    monkeypatch.setattr("deploy.builder.build", timed)
+    monkeypatch.setattr("deploy.candidate_engines.build", timed)
 
     def builds(*names: str) -> list[dict[str, Any]]:
         engines = CandidateEngines(toolkit, model.parent / "engines", 1, 3, None)
@@ -165,22 +169,59 @@ def test_runs_share_the_builds(model, toolkit, claims, capfd):
 def test_a_peer_that_is_refused_is_left_out(model, toolkit, tmp_path, capfd):
     (tmp_path / "broken.onnx").write_bytes(b"no network")
     broken, ours = Candidate("peer", tmp_path / "broken.onnx", "explicit"), Candidate("INT8 (QAT)", model, "explicit")
-    bench = Bench(toolkit, BenchmarkOptions(model=model, repeat=2), [broken])
-    bench.build([(broken, 4), (ours, 4), (ours, 4)])
-    assert [entry["name"] for entry in bench.engines.builds] == ["INT8 (QAT)"]
-    ((name, batch, error),) = [tuple(entry.values()) for entry in bench.left_out]
+
+    def comparison(*peers: Candidate) -> Comparison:
+        engines = CandidateEngines(toolkit, model.with_name("engines"), repeat=2)
+        return Comparison(engines, CandidateSet(ours, peers=peers), Workload())
+
+    found = comparison(broken)
+    found.build_engines([(broken, 4), (ours, 4), (ours, 4)])
+    assert [entry["name"] for entry in found.engines.builds] == ["INT8 (QAT)"]
+    ((name, batch, error),) = [tuple(entry.values()) for entry in found.left_out]
     assert (name, batch) == ("peer", 4)
     assert "broken.onnx" in error
     assert "warning: peer is left out: " in capfd.readouterr().err
     with pytest.raises(UserError, match="broken"):
-        Bench(toolkit, BenchmarkOptions(model=model, repeat=2)).build([(broken, 4)])
+        comparison().build_engines([(broken, 4)])
 
 
-def test_variants_are_columns_of_their_own(model):
+def test_a_run_that_only_builds_makes_the_engines_of_all_measurements(model, toolkit):
+    candidates = CandidateSet(
+        Candidate("model", model),
+        baselines=(Candidate("FP32", model), Candidate(FP16, model)),
+        inputs=(Candidate("bytes", model),),
+    )
+    engines = CandidateEngines(toolkit, model.with_name("engines"), repeat=2)
+    workload = Workload(full_batches=(4,), batches=(1, 4), sweep=(2,), host_to_host=(4,))
+    Comparison(engines, candidates, workload).build()
+    assert [(entry["name"], entry["batch"]) for entry in engines.builds] == [
+        *((name, 4) for name in ("FP32", FP16, "model")),
+        *((name, 1) for name in (FP16, "model")),
+        ("bytes", 4),
+        *((name, 2) for name in ("model", "bytes")),
+    ]
+
+
+def test_variants_are_candidates_of_their_own(model):
     padded = residual(model.with_name("m.padded.onnx"))
-    options = BenchmarkOptions(model=model, precisions=(), variants=(f"zero channels={padded}",))
-    candidates = _candidates(options, find_toolkit("tensorrt-rtx"))
-    assert candidates == [
+    toolkit = find_toolkit("tensorrt-rtx")
+    candidates = CandidateSet.from_files(toolkit, model, precisions=(), variants=[("zero channels", padded)])
+    assert candidates.to_compare(full=False) == [
         Candidate("INT8 (QAT)", model, "explicit"),
         Candidate("INT8 (QAT), zero channels", padded, "explicit"),
     ]
+
+
+def test_what_is_compared_and_what_is_measured_alone(model):
+    one = {name: Candidate(name, model) for name in ("FP32", FP16, MODEL, "variant", "peer", "bytes")}
+    candidates = CandidateSet(
+        one[MODEL],
+        baselines=(one["FP32"], one[FP16]),
+        variants=(one["variant"],),
+        peers=(one["peer"],),
+        inputs=(one["bytes"],),
+    )
+    assert [each.name for each in candidates.to_compare(full=True)] == ["FP32", FP16, MODEL, "variant", "peer"]
+    assert [each.name for each in candidates.to_compare(full=False)] == [FP16, MODEL, "variant"]
+    assert [each.name for each in candidates.to_measure_alone()] == [MODEL, "variant", "bytes"]
+    assert {each.name for each in candidates.all()} == set(one)

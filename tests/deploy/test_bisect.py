@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from qdq_models import classifier, residual
 
-from deploy.bisect import first_difference, telling_tensors
+from deploy.bisect import first_difference, tensors_to_compare
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
-from deploy.trt import find_toolkit
 
 NAMES = [f"t{index}" for index in range(56)]
 
@@ -36,7 +36,7 @@ def test_no_difference_is_asked_for_once():
 
 def test_tensors_are_listed_in_the_networks_order_with_their_makers(tmp_path):
     toolkit = find_toolkit("tensorrt-rtx")
-    found, outputs = telling_tensors(toolkit, residual(tmp_path / "m.onnx"), BuildSettings())
+    found, outputs = tensors_to_compare(toolkit, residual(tmp_path / "m.onnx"), BuildSettings())
     assert outputs == ["logits"]
     assert found.pop("logits").startswith("/logits/Gemm")  # the parser numbers the addition of the bias
     assert found == {
@@ -47,6 +47,6 @@ def test_tensors_are_listed_in_the_networks_order_with_their_makers(tmp_path):
     }
     assert list(found) == ["stem_relu", "relu1", "relu2", "flat"]
     with_float_weights = residual(tmp_path / "f.onnx", float_weights=True)
-    assert list(telling_tensors(toolkit, with_float_weights, BuildSettings())[0])[:-1] == list(found)
-    found, outputs = telling_tensors(toolkit, classifier(tmp_path / "c.onnx"), BuildSettings())
+    assert list(tensors_to_compare(toolkit, with_float_weights, BuildSettings())[0])[:-1] == list(found)
+    found, outputs = tensors_to_compare(toolkit, classifier(tmp_path / "c.onnx"), BuildSettings())
     assert (list(found), outputs) == (["relu", "flat", "fc"], ["fc"])

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,11 @@ from qdq_models import (
 )
 
 from deploy import cuda
-from deploy.build import Options, _build, main
+from deploy.build import BuildOptions, main
 from deploy.builder import Repetition
-from deploy.trt import find_toolkit
+from deploy.engine_file import build_with_cache_or_repeat
+from deploy.installed import find_toolkit
+from deploy.settings import BuildSettings
 from export.session import session
 from qat.base.artifact import Sidecar, TensorSpec, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.errors import UserError
@@ -33,7 +34,7 @@ from qat.base.exit_codes import NOT_INT8
 
 
 def build(model: Path, **options) -> int:
-    return main(Options(model=model, builder="tensorrt-rtx", **options))
+    return main(BuildOptions(model=model, builder="tensorrt-rtx", **options))
 
 
 def refused(model: Path, **options) -> str:
@@ -204,7 +205,7 @@ def test_unsupported_compute_capability(model):
 
 
 def test_batch_sizes_that_contradict(model):
-    assert "needed is 1 <= min <= opt <= max" in refused(model, profiles=("1,64,32",))
+    assert "must have 1 <= min <= opt <= max" in refused(model, profiles=("1,64,32",))
 
 
 def test_several_profiles(model):
@@ -237,13 +238,13 @@ def test_settings_and_log_are_recorded(model):
     ("options", "message"),
     [
         ({"profiles": ("1,2",)}, "give MIN,OPT,MAX, such as 1,8,32"),
-        ({"profiles": ("4", "1,2,3")}, "a fixed batch excludes further profiles"),
-        ({"profiles": ()}, "no profile"),
-        ({"optimization_level": 7}, "the builder knows 0 to 5"),
+        ({"profiles": ("4", "1,2,3")}, "a fixed batch allows no other profile"),
+        ({"profiles": ()}, "there is no profile"),
+        ({"optimization_level": 7}, "must be 0 to 5"),
         ({"repeat": 0}, "--repeat 0"),
-        ({"repeat": 2}, "--repeat keeps the fastest engine, and without a GPU none can be timed"),
-        ({"timing_cache": Path("timing.cache")}, "times no kernels when it builds: leave out --timing-cache"),
-        ({"hardware_compatible": True}, "list them all instead"),
+        ({"repeat": 2}, "--repeat keeps the fastest engine, but engines cannot be timed without a GPU"),
+        ({"timing_cache": Path("timing.cache")}, "does not time kernels when it builds: leave out --timing-cache"),
+        ({"hardware_compatible": True}, "list all of them instead"),
         ({"version_compatible": True}, "no version-compatible engines"),
         ({"refit": True}, "cannot make engines refittable"),
         ({"strip_weights": True}, "cannot make engines refittable"),
@@ -255,7 +256,7 @@ def test_options_that_cannot_be_met(model, options, message):
 
 def test_a_fixed_batch_that_is_not_the_one_asked_for(tmp_path):
     path = convolution(tmp_path / "fixed.onnx", batch=2)
-    assert "has a fixed batch of 2, asked for is 4" in refused(path, profiles=("4",))
+    assert "has a fixed batch of 2, but the profile asks for 4" in refused(path, profiles=("4",))
     assert build(path, profiles=("2",), compute_capabilities=("8.9",)) == 0
 
 
@@ -266,7 +267,7 @@ def test_a_timing_cache_that_is_the_model_or_the_engine(model):
 
 def test_unknown_tactic_source(model):
     message = refused(model, tactic_sources=("JIT_CONVOLUTIONS", "NONSENSE"))
-    assert "knows no tactic source NONSENSE: choose from" in message
+    assert "has no tactic source NONSENSE: choose from" in message
     assert "JIT_CONVOLUTIONS" in message
 
 
@@ -280,13 +281,13 @@ def as_on_a_gpu():
     ("options", "message"),
     [
         ({"strip_weights": True}, "an engine without weights cannot be timed"),
-        ({"timing_cache": Path("timing.cache")}, "--timing-cache avoids just that"),
+        ({"timing_cache": Path("timing.cache")}, "--timing-cache avoids that"),
     ],
 )
 def test_what_excludes_repetition(as_on_a_gpu, model, options, message):
-    chosen = Options(model=model, repeat=2, **options)
+    settings = BuildSettings(capabilities=("8.9",), strip_weights=options.get("strip_weights", False))
     with pytest.raises(UserError, match=message):
-        _build(as_on_a_gpu, chosen, chosen.settings(("8.9",)))
+        build_with_cache_or_repeat(as_on_a_gpu, model, settings, 2, options.get("timing_cache"))
 
 
 def test_a_repetition_says_how_far_apart_the_builds_are():
@@ -341,15 +342,10 @@ def test_command_line_gives_one_line_and_exit_code_2(tmp_path):
     ]
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = _command("deploy.build", "--help")
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0
-        assert "--compute-capabilities" in done.stdout
-    assert min(seconds) < 1.0
+def test_help_imports_nothing_heavy():
+    done = _command("deploy.build", "--help")
+    assert done.returncode == 0
+    assert "--compute-capabilities" in done.stdout
     imported = _command("deploy.build", "--help", flags=("-X", "importtime")).stderr
     modules = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in imported.splitlines()}
     assert "tyro" in modules

@@ -11,7 +11,7 @@ runtime = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is 
 
 
 def explained(name: str) -> Exception:
-    return cuda._explained(getattr(runtime.cudaError_t, name), "cudaSomething")
+    return cuda._error_for(getattr(runtime.cudaError_t, name), "cudaSomething")
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,8 @@ def explained(name: str) -> Exception:
     [
         ("cudaErrorMemoryAllocation", "out of GPU memory: use a smaller batch"),
         ("cudaErrorSystemDriverMismatch", "restart the machine"),
-        ("cudaErrorDevicesUnavailable", "another program has the GPU for itself"),
-        ("cudaErrorInitializationError", "look whether nvidia-smi works"),
+        ("cudaErrorDevicesUnavailable", "another program uses the GPU exclusively"),
+        ("cudaErrorInitializationError", "check that nvidia-smi works"),
         ("cudaErrorStubLibrary", "LD_LIBRARY_PATH"),
         ("cudaErrorCompatNotSupportedOnDevice", "update the driver"),
     ],
@@ -55,7 +55,7 @@ def test_calls_return_values_or_raise():
 @pytest.mark.parametrize(
     ("driver", "message"),
     [
-        (0, "no NVIDIA driver is found"),
+        (0, "there is no NVIDIA driver"),
         (11080, "the NVIDIA driver is too old: it runs CUDA 11.8, cuda-python needs"),
     ],
 )

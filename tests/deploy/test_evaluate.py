@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.evaluate import Answers, EvaluateOptions, _images, engine_logits, main
+from deploy.agreement import Answers, Evaluation, data_set_batches, engine_logits, reference_batches
+from deploy.bisect import Difference
+from deploy.evaluate import EvaluateOptions, main
 from deploy.reference import read_reference
 from deploy.settings import Profile
 from qat.base.artifact import read_sidecar
@@ -78,17 +80,34 @@ def test_data_gives_the_test_split_that_was_held_out_of_training(chain: Path):
     onnx = read_sidecar(chain / "model.onnx", "onnx")
     reference = read_reference(chain / "model.onnx", onnx)
     data = read_sidecar(chain / "model.qat", "checkpoint").details["data"]["source"]
-    options = EvaluateOptions(engine=chain / "model.engine", data=data)
-    source, batches = _images(options, chain / "model.onnx", onnx)
+    source, batches = data_set_batches(chain / "model.onnx", onnx, data, Path("data"), None)
     found = list(batches)
     assert source == f"the test split of {data}"
     np.testing.assert_array_equal(np.concatenate([images for images, _, _ in found]), reference.images)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels, _ in found]), reference.labels)
     assert all(pytorch is None for _, _, pytorch in found)
 
-    few = EvaluateOptions(engine=chain / "model.engine", data=data, images=7)
-    assert sum(len(labels) for _, labels, _ in _images(few, chain / "model.onnx", onnx)[1]) == 7
-    saved = EvaluateOptions(engine=chain / "model.engine", images=7)
-    ((images, labels, logits),) = _images(saved, chain / "model.onnx", onnx)[1]
+    _, few = data_set_batches(chain / "model.onnx", onnx, data, Path("data"), 7)
+    assert sum(len(labels) for _, labels, _ in few) == 7
+    ((images, labels, logits),) = reference_batches(chain / "model.onnx", onnx, 7)[1]
     assert (len(images), len(labels)) == (7, 7)
     np.testing.assert_array_equal(logits, reference.logits[:7])
+
+
+def test_the_file_of_results_and_whether_the_engine_agrees():
+    logits = {"engine": np.eye(4)[[0, 1, 2, 3]], "ONNX Runtime": np.eye(4)[[0, 1, 2, 0]]}
+    answers = Answers("random images", np.array([0, 1, 0, -1]), logits)
+    alike = Evaluation("digest", answers, least_agreement=75.0)
+    assert alike.agrees
+    assert alike.to_json() == {
+        "engine": "digest",
+        "images": 4,
+        "source": "random images",
+        "top1": {"engine": pytest.approx(200 / 3), "ONNX Runtime": pytest.approx(200 / 3)},
+        "agreement": {"engine, ONNX Runtime": 75.0},
+    }
+    other = Evaluation("digest", answers, 99.0, True, Difference("relu1", "/relu1/Relu", 7.5))
+    assert not other.agrees
+    assert other.to_json()["first_difference"] == {"node": "/relu1/Relu", "tensor": "relu1", "sqnr_db": 7.5}
+    assert Evaluation("digest", answers, 99.0, True).to_json()["first_difference"] is None
+    assert Evaluation("digest", Answers("x", np.array([0]), {"engine": np.eye(4)[[0]]}), 99.0).agrees

@@ -4,31 +4,31 @@ import pytest
 import qdq_models
 
 from deploy.builder import build
-from deploy.layer_costs import LayerCosts, Node, Slower
-from deploy.layers import EngineLayer
+from deploy.engine_layers import EngineLayer
+from deploy.installed import find_toolkit
+from deploy.layer_costs import CostNode, LayerCosts, SlowerInInt8
 from deploy.settings import BuildSettings
-from deploy.trt import find_toolkit
 
 
-def conversions(tensor: str, name: str, suffix: str = "") -> dict[str, Node]:
+def conversions(tensor: str, name: str, suffix: str = "") -> dict[str, CostNode]:
     q, dq = f"{name}/quantize{suffix}", f"{name}/dequantize{suffix}"
-    return {q: Node("conversion", (tensor,), (q,)), dq: Node("conversion", (q,), (dq,))}
+    return {q: CostNode("conversion", (tensor,), (q,)), dq: CostNode("conversion", (q,), (dq,))}
 
 
 NODES = {
     **conversions("x", "x"),
-    "down": Node("product", ("x/dequantize", "down.weight"), ("down",)),
-    "relu": Node("other", ("down",), ("relu",)),
+    "down": CostNode("product", ("x/dequantize", "down.weight"), ("down",)),
+    "relu": CostNode("other", ("down",), ("relu",)),
     **conversions("relu", "cat"),
-    "pool": Node("other", ("cat/dequantize",), ("pool",)),
-    "up": Node("product", ("pool", "up.weight"), ("up",)),
+    "pool": CostNode("other", ("cat/dequantize",), ("pool",)),
+    "up": CostNode("product", ("pool", "up.weight"), ("up",)),
     **conversions("up", "cat", "_1"),
-    "cat": Node("other", ("cat/dequantize", "cat/dequantize_1"), ("cat",)),
+    "cat": CostNode("other", ("cat/dequantize", "cat/dequantize_1"), ("cat",)),
     **conversions("cat", "cat", "_2"),
-    "join": Node("product", ("cat/dequantize_2", "join.weight"), ("join",)),
-    "activation": Node("other", ("join",), ("activation",)),
+    "join": CostNode("product", ("cat/dequantize_2", "join.weight"), ("join",)),
+    "activation": CostNode("other", ("join",), ("activation",)),
     **conversions("activation", "activation"),
-    "head": Node("product", ("activation/dequantize", "head.weight"), ("head",)),
+    "head": CostNode("product", ("activation/dequantize", "head.weight"), ("head",)),
 }
 
 
@@ -92,8 +92,8 @@ def test_layers_that_are_slower_in_int8_worst_first():
     """``up`` runs in FP16 in both engines, so no Q/DQ can be taken away from it."""
     slower = costs().slower_in_int8(INT8, FP16)
     assert [one.node for one in slower] == ["join", "head", "down"]
-    assert slower[0] == Slower("join", pytest.approx(0.265), pytest.approx(0.144))
-    assert slower[0].lost == pytest.approx(0.121)
+    assert slower[0] == SlowerInInt8("join", pytest.approx(0.265), pytest.approx(0.144))
+    assert slower[0].loss == pytest.approx(0.121)
 
 
 def test_small_differences_are_noise():

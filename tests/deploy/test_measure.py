@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from deploy.benchmark import verdict
+from deploy.comparison import verdict
 from deploy.measure import BLOCK, Latency, latencies
 
 
@@ -52,7 +52,7 @@ def test_every_engine_is_measured_after_every_other_one(monkeypatch):
             pass
 
     class Fake:
-        """Engine, executor and bound in one."""
+        """Engine, executor and bound context in one."""
 
         stream, uses_graph = None, True
 

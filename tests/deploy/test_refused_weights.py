@@ -8,8 +8,9 @@ import pytest
 from qdq_models import siblings
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
-from deploy.trt import Toolkit, find_toolkit
+from deploy.trt import Toolkit
 from qat.base.errors import UserError
 
 SETTINGS = BuildSettings(capabilities=("8.9",))

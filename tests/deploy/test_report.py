@@ -14,10 +14,10 @@ import onnx
 import pytest
 from qdq_models import classifier, residual
 
-from deploy import build
-from deploy.report import ReportOptions, _ticks, main, render
-from export.options import QuantizeOptions
-from export.post_training import quantize_file
+from deploy import build_engine
+from deploy.report import ReportOptions, main
+from deploy.report_page import _ticks, render_page
+from export import quantize_onnx
 from qat.base.artifact import Sidecar, read_sidecar, sidecar_path, write_artifact
 from qat.base.errors import UserError
 
@@ -26,7 +26,7 @@ NAMES = ("model.qat", "model.onnx", "model.engine")
 
 @pytest.fixture(scope="module")
 def page(chain: Path) -> str:
-    return html.unescape(render(chain / "model.engine"))
+    return html.unescape(render_page(chain / "model.engine"))
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_the_page_needs_no_other_file_and_no_network(page: str) -> None:
 
 def test_the_command_writes_the_page_and_prints_the_result(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(ReportOptions(engine=family / "model.engine"))
-    assert (family / "report.html").read_text() == render(family / "model.engine")
+    assert (family / "report.html").read_text() == render_page(family / "model.engine")
     printed = capsys.readouterr().out
     for words in ("top-1 on 60 test images", "convolutions in INT8", "2 of 2", "0 of 60 images", "report: "):
         assert words in printed
@@ -153,7 +153,7 @@ def test_an_onnx_file_changed_under_its_sidecar_is_refused(family: Path) -> None
     with (family / "model.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(UserError, match="its sidecar was written for"):
-        render(family / "model.engine")
+        render_page(family / "model.engine")
 
 
 def test_a_checkpoint_trained_again_after_the_export_is_refused(family: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_checkpoint_trained_again_after_the_export_is_refused(family: Path) ->
     before = read_sidecar(path, "checkpoint")
     now = write_artifact(path, before, lambda file: file.write_bytes(b"other weights") and None)
     with pytest.raises(UserError, match=f"{before.sha256}.*{now.sha256}"):
-        render(family / "model.engine")
+        render_page(family / "model.engine")
 
 
 @pytest.mark.parametrize("gone", ["model.qat", "model.onnx", "model.onnx.json", "model.engine", "model.engine.json"])
@@ -181,7 +181,7 @@ def test_names_with_markup_are_shown_as_text(family: Path) -> None:
         "engine", sidecar.parent, figures=sidecar.figures, details={**sidecar.details, "findings": findings}
     )
     write_artifact(engine, changed, lambda file: file.write_bytes(content) and None)
-    page = render(engine)
+    page = render_page(engine)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
@@ -195,18 +195,17 @@ def test_what_the_export_has_rewritten_is_said(family: Path, page: str) -> None:
             figures = {**sidecar.figures, "merging": {"images": 60, "other_top1": 1, "sqnr_db": 33.56}}
             sidecar = dataclasses.replace(sidecar, details=details, figures=figures)
         write_artifact(path, sidecar, lambda file, content=content: file.write_bytes(content) and None)
-    merged = " ".join(re.sub("<[^>]+>", "", render(family / "model.engine")).split())
+    merged = " ".join(re.sub("<[^>]+>", "", render_page(family / "model.engine")).split())
     assert "Shortcuts merged into layer1.last, layer2.last: 1 of 60 images with another top-1 than as trained" in merged
     assert "as trained, logits at 33.6 dB. Zero channels before up." in merged
-    assert "by which rule, as trained: the shortcuts were merged afterwards." in merged
+    assert "with the rule for each (as trained: the shortcuts were merged afterwards)." in merged
     assert "merged" not in page
     assert "Zero channels" not in page
 
 
 def test_an_engine_of_an_onnx_file_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = classifier(tmp_path / "foreign.onnx")
-    options = build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))
-    assert build.main(options) == 0
+    build_engine(model, builder="tensorrt-rtx", compute_capabilities=("8.9",))
     model.unlink()  # an engine without provenance is shown by itself
     capsys.readouterr()
     main(ReportOptions(engine=tmp_path / "foreign.engine"))
@@ -225,9 +224,8 @@ def test_an_engine_of_an_onnx_file_from_elsewhere(tmp_path: Path, capsys: pytest
 def test_an_engine_of_a_file_that_export_quantize_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = residual(tmp_path / "float.onnx", quantize=False)
     np.save(tmp_path / "inputs.npy", np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32))
-    quantize_file(QuantizeOptions(model=model, data=str(tmp_path / "inputs.npy"), output=tmp_path / "m.onnx"))
-    options = build.Options(model=tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
-    assert build.main(options) == 0
+    quantize_onnx(model, tmp_path / "m.onnx", data=str(tmp_path / "inputs.npy"))
+    build_engine(tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
     main(ReportOptions(engine=tmp_path / "m.engine"))
     found = rows((tmp_path / "report.html").read_text())
     assert sum("|INT8|" in row for row in found) == 4
@@ -262,7 +260,7 @@ def test_evaluation_and_speed_are_on_the_page(family: Path) -> None:
         ],
     }
     benchmark.write_text(json.dumps(measured))
-    page = html.unescape(render(family / "model.engine", evaluation, benchmark))
+    page = html.unescape(render_page(family / "model.engine", evaluation, benchmark))
     assert "engine<b>91.67 %</b>" in page
     assert "PyTorch<b>90.00 %</b>" in page
     assert "98.33 %" in page
@@ -274,19 +272,19 @@ def test_evaluation_and_speed_are_on_the_page(family: Path) -> None:
 
     del evaluated["first_difference"]  # where nothing differs
     evaluation.write_text(json.dumps(evaluated))
-    assert "first layer that differs" not in render(family / "model.engine", evaluation)
+    assert "first layer that differs" not in render_page(family / "model.engine", evaluation)
 
     evaluation.write_text(json.dumps({**evaluated, "engine": "0"}))
     with pytest.raises(UserError, match="is about another engine"):
-        render(family / "model.engine", evaluation)
+        render_page(family / "model.engine", evaluation)
     measured["models"] |= {"INT8 (QAT)": {"sha256": "0"}, "INT8 (QAT), merged": measured["models"]["INT8 (QAT)"]}
     benchmark.write_text(json.dumps(measured))
-    assert render(family / "model.engine", None, benchmark)  # the engine is of a variant
+    assert render_page(family / "model.engine", None, benchmark)  # the engine is of a variant
     del measured["models"]["INT8 (QAT), merged"]
     benchmark.write_text(json.dumps(measured))
     with pytest.raises(UserError, match="is about another ONNX file"):
-        render(family / "model.engine", None, benchmark)
+        render_page(family / "model.engine", None, benchmark)
     for content in ("", "[]", "{}"):
         evaluation.write_text(content)
-        with pytest.raises(UserError, match=r"is no result of deploy\.evaluate"):
-            render(family / "model.engine", evaluation)
+        with pytest.raises(UserError, match=r"is not a result of deploy\.evaluate"):
+            render_page(family / "model.engine", evaluation)

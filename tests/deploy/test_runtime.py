@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from deploy import cuda
+from deploy.loaded_engine import LoadedEngine
 from deploy.runtime import Engine
 from deploy.settings import Profile
 from qat.base.artifact import TensorSpec, sidecar_path
@@ -43,10 +44,10 @@ def gpu() -> bool:
     return True
 
 
-def test_what_is_no_engine_is_said_before_a_gpu_is_looked_for(engine, chain):
+def test_what_is_not_an_engine_is_said_before_a_gpu_is_looked_for(engine, chain):
     assert "no file" in refused(engine.with_name("no.engine"))
     assert "no file" in refused(engine.with_name("no.engine"), trust=True)
-    assert "is a file of kind 'onnx', needed is 'engine'" in refused(chain / "model.onnx")
+    assert "is a file of kind 'onnx', but must be of kind 'engine'" in refused(chain / "model.onnx")
     engine.write_bytes(engine.read_bytes()[:-1])
     assert "is truncated or is another one" in refused(engine)
     sidecar_path(engine).unlink()
@@ -59,11 +60,20 @@ def test_no_gpu_is_one_line_with_what_to_do(engine):
         assert refused(engine, **options).endswith("run this on a machine with an NVIDIA GPU and its driver")
 
 
+def test_the_profile_that_suits_a_batch_best():
+    loaded = LoadedEngine.__new__(LoadedEngine)
+    loaded.profiles = (Profile(1, 4, 16), Profile(8, 12, 32), Profile(64, 64, 64))
+    assert loaded.max_batch == 64
+    assert [loaded.profile_for(batch) for batch in (1, 7, 8, 9, 16, 32, 64)] == [0, 0, 0, 1, 1, 1, 2]
+    with pytest.raises(UserError, match=r"a batch of 33 is outside what the engine takes \(1 to 16 or 8 to 32 or 64\)"):
+        loaded.profile_for(33)
+
+
 # --- faults: the executors are stand-ins, since a broken GPU cannot be had; on a working one tests/gpu runs the real
 # ones
 
 
-class BrokenLane:
+class BrokenExecutor:
     """Computes ``good`` times; then everything fails, as after an illegal access on a GPU."""
 
     def __init__(self, good: int) -> None:
@@ -89,14 +99,14 @@ class BrokenLane:
             raise RuntimeError("cudaStreamSynchronize: cudaErrorIllegalAddress")
 
 
-def engine_of(executors: list[BrokenLane], monkeypatch: pytest.MonkeyPatch) -> Engine:
+def engine_of(executors: list[BrokenExecutor], monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(cuda, "use_device", lambda number: None)
-    engine = Engine.__new__(Engine)
-    engine.inputs, engine.profiles = (TensorSpec("x", (-1, 2), "float32"),), (Profile(1, 2, 4),)
-    engine.lock, engine._closed, engine._device = threading.Lock(), False, 0
+    loaded, engine = LoadedEngine.__new__(LoadedEngine), Engine.__new__(Engine)
+    loaded.inputs, loaded.profiles = (TensorSpec("x", (-1, 2), "float32"),), (Profile(1, 2, 4),)
+    loaded.lock, loaded.cuda_engine, loaded._runtime = threading.Lock(), None, None  # type: ignore[assignment]
+    engine.loaded, engine._closed, engine._device = loaded, False, 0
     engine._all, engine.contexts = threading.Lock(), len(executors)
     engine._maps, engine._free, engine._executors = weakref.WeakSet(), queue.Queue(), executors  # type: ignore[assignment]
-    engine.plan = engine._runtime = None  # type: ignore[assignment]
     for executor in executors:
         engine._free.put(executor)  # type: ignore[arg-type]
     return engine
@@ -123,7 +133,7 @@ X = np.zeros((2, 2), np.float32)
 
 
 def test_a_fault_of_the_gpu_ends_in_errors_not_in_waiting(monkeypatch):
-    executors = [BrokenLane(1), BrokenLane(1)]
+    executors = [BrokenExecutor(1), BrokenExecutor(1)]
     engine = engine_of(executors, monkeypatch)
 
     def work() -> None:
@@ -139,7 +149,7 @@ def test_a_fault_of_the_gpu_ends_in_errors_not_in_waiting(monkeypatch):
 
 
 def test_a_fault_in_the_middle_of_a_map(monkeypatch):
-    executors = [BrokenLane(2), BrokenLane(2), BrokenLane(2)]
+    executors = [BrokenExecutor(2), BrokenExecutor(2), BrokenExecutor(2)]
     engine = engine_of(executors, monkeypatch)
 
     def work() -> None:
@@ -152,7 +162,7 @@ def test_a_fault_in_the_middle_of_a_map(monkeypatch):
 
 
 def test_an_engine_is_closed_while_a_map_is_held(monkeypatch):
-    engine = engine_of([BrokenLane(99), BrokenLane(99)], monkeypatch)
+    engine = engine_of([BrokenExecutor(99), BrokenExecutor(99)], monkeypatch)
     running = engine.map([X] * 6)
     next(running)
     assert within_seconds(engine.close) == []
@@ -160,8 +170,8 @@ def test_an_engine_is_closed_while_a_map_is_held(monkeypatch):
         next(running)
 
 
-def test_two_maps_and_calls_share_two_lanes(monkeypatch):
-    engine = engine_of([BrokenLane(999), BrokenLane(999)], monkeypatch)
+def test_two_maps_and_calls_share_two_executors(monkeypatch):
+    engine = engine_of([BrokenExecutor(999), BrokenExecutor(999)], monkeypatch)
 
     def work() -> None:
         first, second = engine.map([X] * 8), engine.map([X] * 8)
@@ -178,7 +188,7 @@ def test_two_maps_and_calls_share_two_lanes(monkeypatch):
     assert within_seconds(engine.close) == []
 
 
-class SlowLane(BrokenLane):
+class SlowExecutor(BrokenExecutor):
     """Takes a moment for each result."""
 
     def result(self) -> dict[str, int]:
@@ -187,7 +197,7 @@ class SlowLane(BrokenLane):
 
 
 def test_an_engine_is_closed_while_a_map_computes_in_another_thread(monkeypatch):
-    engine = engine_of([SlowLane(999), SlowLane(999)], monkeypatch)
+    engine = engine_of([SlowExecutor(999), SlowExecutor(999)], monkeypatch)
     seen: list[str] = []
 
     def consume() -> None:
@@ -211,7 +221,7 @@ def test_an_engine_is_closed_while_a_map_computes_in_another_thread(monkeypatch)
 
 
 def test_a_map_that_was_ended_does_not_look_complete(monkeypatch):
-    engine = engine_of([BrokenLane(99), BrokenLane(99)], monkeypatch)
+    engine = engine_of([BrokenExecutor(99), BrokenExecutor(99)], monkeypatch)
     running = engine.map([X] * 5)
     next(running)
     engine.close()
@@ -219,8 +229,8 @@ def test_a_map_that_was_ended_does_not_look_complete(monkeypatch):
         list(running)
 
 
-def test_all_lanes_that_cannot_be_had_are_given_back(monkeypatch):
-    engine = engine_of([BrokenLane(99) for _ in range(3)], monkeypatch)
+def test_all_executors_that_cannot_be_had_are_given_back(monkeypatch):
+    engine = engine_of([BrokenExecutor(99) for _ in range(3)], monkeypatch)
     busy = [engine._wait_for_executor(), engine._wait_for_executor()]
 
     def measure() -> None:
@@ -235,7 +245,7 @@ def test_all_lanes_that_cannot_be_had_are_given_back(monkeypatch):
     closing.start()
     time.sleep(0.05)
     for executor in busy:
-        engine._give(executor)
+        engine._return_executor(executor)
     closing.join(10)
     measuring.join(10)
     assert not closing.is_alive()
@@ -243,7 +253,7 @@ def test_all_lanes_that_cannot_be_had_are_given_back(monkeypatch):
 
 
 def test_a_fault_while_a_held_map_is_ended_frees_the_rest(monkeypatch):
-    executors = [BrokenLane(2), BrokenLane(2)]
+    executors = [BrokenExecutor(2), BrokenExecutor(2)]
     engine = engine_of(executors, monkeypatch)
     running = engine.map([X] * 9)
     next(running)
@@ -252,11 +262,11 @@ def test_a_fault_while_a_held_map_is_ended_frees_the_rest(monkeypatch):
     (error,) = within_seconds(engine.close)
     assert "cudaErrorIllegalAddress" in str(error)
     assert all(executor.closed for executor in executors)
-    assert not hasattr(engine, "plan")
+    assert not hasattr(engine.loaded, "cuda_engine")
 
 
-def test_a_map_that_is_left_early_gives_its_lanes_back_at_once(monkeypatch):
-    engine = engine_of([BrokenLane(999), BrokenLane(999)], monkeypatch)
+def test_a_map_that_is_left_early_gives_its_executors_back_at_once(monkeypatch):
+    engine = engine_of([BrokenExecutor(999), BrokenExecutor(999)], monkeypatch)
     gc.disable()  # not at some later time
     try:
         for _ in range(5):
@@ -269,7 +279,7 @@ def test_a_map_that_is_left_early_gives_its_lanes_back_at_once(monkeypatch):
 
 
 def test_a_complete_map_stays_at_its_end(monkeypatch):
-    engine = engine_of([BrokenLane(99)], monkeypatch)
+    engine = engine_of([BrokenExecutor(99)], monkeypatch)
     running = engine.map([X] * 3)
     assert len(list(running)) == 3
     assert list(running) == []

@@ -18,24 +18,24 @@ def test_profiles_are_parsed():
 
 
 @pytest.mark.parametrize("text", ["", "1,2", "1,2,3,4", "a", "1;2;3", "1,8.0,32"])
-def test_what_is_no_profile(text):
+def test_what_is_not_a_profile(text):
     with pytest.raises(UserError, match="give MIN,OPT,MAX"):
         Profile.parse(text)
 
 
 @pytest.mark.parametrize("text", ["0,1,2", "2,1,4", "1,8,4", "0", "-1"])
 def test_sizes_that_contradict(text):
-    with pytest.raises(UserError, match="needed is 1 <= min <= opt <= max"):
+    with pytest.raises(UserError, match="must have 1 <= min <= opt <= max"):
         Profile.parse(text)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"profiles": ()}, "no profile"),
-        ({"profiles": (Profile(1, 1, 1), Profile(2, 4, 8))}, "fixed batch excludes further profiles"),
-        ({"optimization_level": 6}, "knows 0 to 5"),
-        ({"optimization_level": -1}, "knows 0 to 5"),
+        ({"profiles": ()}, "there is no profile"),
+        ({"profiles": (Profile(1, 1, 1), Profile(2, 4, 8))}, "fixed batch allows no other profile"),
+        ({"optimization_level": 6}, "must be 0 to 5"),
+        ({"optimization_level": -1}, "must be 0 to 5"),
         ({"workspace_gib": 0.0}, "more than 0"),
         ({"timing_iterations": 0}, "at least"),
         ({"aux_streams": -1}, "at least"),

@@ -1,4 +1,4 @@
-"""PrecisionFinding a builder, and what the rest of deploy/ is told about it. All on the real TensorRT-RTX."""
+"""Finding the installed builder, and what the rest of deploy/ is told about it. All on the real TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 import pytest
 from qdq_models import convolution
 
-from deploy.buildlog import BuildLog
+from deploy.build_log import BuildLog
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
-from deploy.trt import find_toolkit, numpy_name
+from deploy.trt import numpy_name
 from qat.base.errors import UserError
 
 
@@ -32,7 +33,7 @@ def test_rtx_is_found_and_described(toolkit):
 
 def test_finding_rtx_imports_no_torch_and_no_onnxruntime():
     code = (
-        "import sys; from deploy.trt import find_toolkit; find_toolkit('tensorrt-rtx'); "
+        "import sys; from deploy.installed import find_toolkit; find_toolkit('tensorrt-rtx'); "
         "heavy = ('torch', 'onnx', 'onnxruntime', 'onnxruntime_ep_nv_tensorrt_rtx'); "
         "print([name for name in heavy if name in sys.modules])"
     )
@@ -43,7 +44,7 @@ def test_finding_rtx_imports_no_torch_and_no_onnxruntime():
 def test_no_builder_usable_says_what_was_tried_and_what_to_install():
     # An interpreter without site-packages of the builders: find_spec finds nothing there.
     code = (
-        "import importlib.util as u; from deploy.trt import find_toolkit, UserError; "
+        "import importlib.util as u; from deploy.installed import find_toolkit, UserError; "
         "u.find_spec = lambda name, package=None: None\n"
         "try: find_toolkit('auto')\nexcept UserError as error: print(error)"
     )

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from qdq_models import Graph, classifier, matrix_product, merged_shortcut, residual, siblings
 
-from export.float_weights import float_weights, with_float_weights
+from export.float_weights import make_weights_float, with_float_weights
 from export.session import run, session
 
 
@@ -86,7 +86,7 @@ def same_answers(model: onnx.ModelProto) -> onnx.ModelProto:
     """``model`` with float weights, which answers as it did."""
     x = np.random.default_rng(1).standard_normal((2, 8, 4, 4)).astype(np.float32)
     expected = run(session(model.SerializeToString()), x)
-    float_weights(model)
+    make_weights_float(model)
     onnx.checker.check_model(model, full_check=True)
     for name, found in run(session(model.SerializeToString()), x).items():
         np.testing.assert_array_equal(found, expected[name])

@@ -19,8 +19,7 @@ import torch
 import export.from_checkpoint
 from deploy.reference import network_input
 from export.fold import fold
-from export.from_checkpoint import export_checkpoint
-from export.options import ExportOptions
+from export.from_checkpoint import export_onnx
 from export.session import run, session, session_with_tensors
 from qat.base.artifact import Parent, Sidecar, TensorSpec, read_parent, read_sidecar, sha256_of
 from qat.base.errors import UserError
@@ -34,9 +33,9 @@ def metadata(path: Path) -> dict[str, str]:
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}
 
 
-def refused(match: str, **options: Any) -> None:
+def refused(match: str, checkpoint: Path, output: Path | None = None, **options: Any) -> None:
     with pytest.raises(UserError, match=match) as caught:
-        export_checkpoint(ExportOptions(**options))
+        export_onnx(checkpoint, output, **options)
     assert "\n" not in str(caught.value)
 
 
@@ -95,8 +94,8 @@ def test_parity_on_the_test_split_is_stated(chain: Path, exported: Sidecar) -> N
 def test_answers_that_differ_are_warned_of(
     chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ExportOptions(checkpoint=chain / "model.qat", output=tmp_path / "model.onnx")
-    export_checkpoint(options)
+    files = chain / "model.qat", tmp_path / "model.onnx"
+    export_onnx(*files)
     assert "other answers" not in capsys.readouterr().err
     real = export.from_checkpoint.measure
 
@@ -105,7 +104,7 @@ def test_answers_that_differ_are_warned_of(
         return dataclasses.replace(parity, smallest_logit_cosine=-parity.smallest_logit_cosine), logits
 
     monkeypatch.setattr(export.from_checkpoint, "measure", negated)
-    export_checkpoint(options)
+    export_onnx(*files)
     assert "ONNX Runtime computes other answers than PyTorch" in capsys.readouterr().err
 
 
@@ -156,9 +155,7 @@ def test_uint8_input_computes_the_same_from_raw_images(
     chain: Path, tmp_path: Path, kind: Any, shape: tuple[int, ...]
 ) -> None:
     output = tmp_path / "new" / "bytes.onnx"
-    written = export_checkpoint(
-        ExportOptions(checkpoint=chain / "model.qat", output=output, input=kind, parity_images=7)
-    )
+    written = export_onnx(chain / "model.qat", output, input=kind, parity_images=7)
     assert written.inputs == (TensorSpec("input", shape, "uint8"),)
     assert written.details["input"] == metadata(output)["input"] == kind
     assert written.figures["parity"]["images"] == written.details["reference"]["images"] == 7
@@ -176,7 +173,7 @@ def test_uint8_input_computes_the_same_from_raw_images(
 
 def test_int8_input_leaves_quantizing_to_the_caller(chain: Path, tmp_path: Path) -> None:
     output = tmp_path / "codes.onnx"
-    written = export_checkpoint(ExportOptions(checkpoint=chain / "model.qat", output=output, input="int8-nchw"))
+    written = export_onnx(chain / "model.qat", output, input="int8-nchw")
     assert written.inputs == (TensorSpec("input", (-1, 3, 16, 16), "int8"),)
     images = np.load(output.with_name("codes.reference.npz"))["images"]
     codes = network_input(images, written)
@@ -189,11 +186,8 @@ def test_int8_input_leaves_quantizing_to_the_caller(chain: Path, tmp_path: Path)
 
 
 def test_int8_input_of_a_network_that_does_not_quantize_it(chain: Path, tmp_path: Path) -> None:
-    options = ExportOptions(
-        checkpoint=chain / "model.qat", output=tmp_path / "x.onnx", input="int8-nchw", precision="float32"
-    )
     with pytest.raises(UserError, match="computes nothing in INT8: leave out --input int8-nchw"):
-        export_checkpoint(options)
+        export_onnx(chain / "model.qat", tmp_path / "x.onnx", input="int8-nchw", precision="float32")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -202,9 +196,8 @@ def test_int8_input_of_a_network_that_does_not_quantize_it(chain: Path, tmp_path
 
 @pytest.mark.parametrize("kind", ["float32-nchw", "uint8-nchw"])
 def test_float_weights_are_quantized_to_the_same_codes(chain: Path, tmp_path: Path, kind: Any) -> None:
-    options = ExportOptions(checkpoint=chain / "model.qat", output=tmp_path / "int8.onnx", input=kind)
-    integers = export_checkpoint(options)
-    floats = export_checkpoint(dataclasses.replace(options, output=tmp_path / "float.onnx", weights="float"))
+    integers = export_onnx(chain / "model.qat", tmp_path / "int8.onnx", input=kind)
+    floats = export_onnx(chain / "model.qat", tmp_path / "float.onnx", input=kind, weights="float")
     assert (integers.details["weights"], floats.details["weights"]) == ("int8", "float")
     assert metadata(tmp_path / "float.onnx")["weights"] == "float"
     assert floats.figures["parity"] == integers.figures["parity"]
@@ -247,7 +240,7 @@ def test_a_float_network_has_no_int8_weights(checkpoint: Path, options: dict[str
 
 @pytest.mark.parametrize(("precision", "close"), [("float32", 1e-5), ("float16", 1e-2)])
 def test_a_float_export_is_the_network_without_quantizers(checkpoint: Path, precision: Any, close: float) -> None:
-    written = export_checkpoint(ExportOptions(checkpoint=checkpoint, precision=precision))
+    written = export_onnx(checkpoint, precision=precision)
     output = checkpoint.with_name(f"model.{precision}.onnx")
     assert read_sidecar(output, "onnx") == written
     assert written.details["precision"] == metadata(output)["precision"] == precision
@@ -314,7 +307,7 @@ def bereft(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     details["data"] = {**details["data"], "source": "gone/images.npz"}
     save_again(loaded, path, details)
     with contextlib.redirect_stderr(io.StringIO()) as stderr:
-        sidecar = export_checkpoint(ExportOptions(checkpoint=path))
+        sidecar = export_onnx(path)
     return Exported(sidecar, path.parent, stderr.getvalue().splitlines())
 
 
@@ -379,9 +372,9 @@ def test_parity_cannot_be_left_out(checkpoint: Path, count: str) -> None:
 
 def test_an_onnx_file_is_no_checkpoint(chain: Path, tmp_path: Path) -> None:
     refused(
-        "is a file of kind 'onnx', needed is 'checkpoint'",
+        "is a file of kind 'onnx', but must be of kind 'checkpoint'",
         checkpoint=chain / "model.onnx",
         output=tmp_path / "x.onnx",
     )
-    refused("is a file of kind 'onnx', needed is 'checkpoint'", checkpoint=chain / "model.onnx")
+    refused("is a file of kind 'onnx', but must be of kind 'checkpoint'", checkpoint=chain / "model.onnx")
     assert list(tmp_path.iterdir()) == []

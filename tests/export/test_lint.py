@@ -17,11 +17,11 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import Graph, save
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
-from deploy.trt import find_toolkit
 from export.findings import LintFinding
-from export.hard_rules import hard_findings
-from export.lint import lint
+from export.hard_rules import HARD_RULES, hard_findings
+from export.linter import lint_model
 from export.read import read_onnx
 from qat.base.errors import UserError
 
@@ -460,6 +460,15 @@ def found(path: Path) -> list[LintFinding]:
     return hard_findings(read_onnx(path))
 
 
+def test_every_hard_rule_has_a_name_a_sentence_a_source_and_a_fault_that_breaks_it():
+    for name, rule in HARD_RULES.items():
+        assert rule.name == name
+        assert rule.sentence
+        assert rule.source
+    broken = {rule for _, _, rule, _ in FAULTS.values()}
+    assert HARD_RULES.keys() - broken == {"constant_scale", "shared_scale"}  # each has a test of its own
+
+
 @pytest.mark.parametrize("name", CLEAN)
 def test_what_is_right_has_no_findings_and_runs_in_int8(name, tmp_path, toolkit):
     path = save(CLEAN[name](), tmp_path / "m.onnx")
@@ -556,12 +565,12 @@ def _tensor(name: str) -> onnx.ValueInfoProto:
 
 def test_lint_gives_errors_first_and_placement_after_them(tmp_path):
     clean = save(convolution(), tmp_path / "m.onnx")
-    assert lint(read_onnx(clean)) == []
+    assert lint_model(read_onnx(clean)) == []
 
     graph = Graph()
     x = graph.node("Relu", [graph.conv("x", "float", 16, 16, quantized=False)], "relu")
     graph.node("Conv", [graph.qdq(x), codes(zero=np.int8(1))(graph)], "conv", kernel_shape=[3, 3])
-    findings = lint(read_onnx(save(graph.model(), tmp_path / "f.onnx")))
+    findings = lint_model(read_onnx(save(graph.model(), tmp_path / "f.onnx")))
     assert [(finding.rule, finding.severity) for finding in findings] == [
         ("symmetric", "error"),
         ("weighted_input", "warning"),

@@ -232,7 +232,7 @@ def test_an_operator_set_that_is_too_old_or_too_new(command: Run, tmp_path: Path
     model = onnx.load(clean(tmp_path / "m.onnx"))
     model.opset_import[0].version = opset
     line = refused(command, save(model, tmp_path / "m.onnx"))
-    assert f"has operator set {opset}; understood are 7 to " in line
+    assert f"has operator set {opset}, which must be 7 to " in line
 
 
 def test_data_outside_the_file_that_is_missing_or_short(command: Run, tmp_path: Path) -> None:
@@ -252,13 +252,13 @@ def test_a_truncated_file(command: Run, tmp_path: Path, kept: int) -> None:
     path = clean(tmp_path / "m.onnx")
     path.write_bytes(path.read_bytes()[:kept])
     line = refused(command, path)
-    assert ("holds no network (an empty graph)" if kept == 0 else "is no ONNX model, or is truncated") in line
+    assert ("holds no network (an empty graph)" if kept == 0 else "is not an ONNX model, or is truncated") in line
 
 
 def test_a_text_file_a_folder_and_nothing(command: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.onnx"
     text.write_text("I am not a model\n" * 9)
-    assert "is no ONNX model" in refused(command, text)
+    assert "is not an ONNX model" in refused(command, text)
     assert f"no file {tmp_path}" in refused(command, tmp_path)
     assert f"no file {tmp_path / 'no.onnx'}: check the path" in refused(command, tmp_path / "no.onnx")
 
@@ -295,7 +295,7 @@ def test_options_that_cannot_be_met(command: Run, tmp_path: Path) -> None:
     content = path.read_bytes()
     assert "is the model itself" in refused(command, path, "--json", path)
     assert "that is a folder" in refused(command, path, "--json", tmp_path)
-    assert "--show -1 is no number of findings" in refused(command, path, "--show=-1")
+    assert "--show -1 is not a number of findings" in refused(command, path, "--show=-1")
     assert path.read_bytes() == content
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,14 @@ from untrained import checkpoint_of, lively
 from deploy import build
 from export.emit import emit
 from export.fold import fold
-from export.from_checkpoint import export_checkpoint
-from export.lint import lint
+from export.from_checkpoint import export_onnx
+from export.linter import lint_model
 from export.merge_shortcuts import merge_shortcuts
-from export.options import ExportOptions
 from export.pad_channels import CHANNELS, pad_channels
 from export.session import session, sqnr_db
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.quantizer import SCALE_FLOOR
 
@@ -68,7 +66,7 @@ def images(count: int = 4) -> Tensor:
 
 def folded(model: nn.Module, x: Tensor | None = None) -> fx.GraphModule:
     ready = prepare(lively(model))
-    calibrate(ready, [images() if x is None else x], "max")
+    calibrate_ranges(ready, [images() if x is None else x], "max")
     return fold(ready)[0]
 
 
@@ -165,13 +163,13 @@ def test_the_file_is_clean_and_onnx_runtime_computes_the_same(stride, tmp_path):
     network = folded(Block(stride))
     merge_shortcuts(network, (3, PIXELS, PIXELS))
     exported = emit(network, images(2), {})
-    assert lint(exported) == []
+    assert lint_model(exported) == []
     counts = [sum(node.op_type == name for node in exported.graph) for name in ("Conv", "Concat", "MaxPool", "Add")]
     assert counts == [3, 1, stride - 1, 0]
     ir.save(exported, tmp_path / "m.onnx")
     (found,) = session(tmp_path / "m.onnx").run(None, {"input": images().numpy()})
     np.testing.assert_allclose(found, network(images()).numpy(), rtol=1e-5, atol=1e-5)
-    options = build.Options(model=tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
+    options = build.BuildOptions(model=tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
     assert build.main(options) == 0
     figures = read_sidecar(tmp_path / "m.engine", "engine").figures
     assert figures["convolutions_int8"] == figures["convolutions"] == 3
@@ -369,7 +367,7 @@ def test_a_shortcut_of_the_input_stays():
 
 def test_a_float_convolution_is_not_merged():
     ready = prepare(Block().eval(), keep_float=["shortcut"])
-    calibrate(ready, [images()], "max")
+    calibrate_ranges(ready, [images()], "max")
     assert merge_shortcuts(fold(ready)[0], (3, PIXELS, PIXELS)) == []
 
 
@@ -412,15 +410,15 @@ def network(num_classes: int) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a block with random weights, whose test images are gone."""
     return checkpoint_of(tmp_path_factory.mktemp("merged"), f"{__file__}:network")
 
 
-def test_the_command_says_what_was_merged_and_what_it_changed(options, capsys):
-    plain = export_checkpoint(options)
-    merged = export_checkpoint(dataclasses.replace(options, merge_shortcuts=True))
-    path = options.checkpoint.with_suffix(".merged.onnx")
+def test_the_command_says_what_was_merged_and_what_it_changed(untrained, capsys):
+    plain = export_onnx(untrained)
+    merged = export_onnx(untrained, merge_shortcuts=True)
+    path = untrained.with_suffix(".merged.onnx")
     assert read_sidecar(path, "onnx") == merged
     assert (plain.details["merged"], merged.details["merged"]) == ([], ["last"])
     dead = [[(one["layer"], one["channel"]) for one in sidecar.details["dead_channels"]] for sidecar in (plain, merged)]
@@ -430,7 +428,7 @@ def test_the_command_says_what_was_merged_and_what_it_changed(options, capsys):
     assert json.loads(found["merged"]) == ["last"]
     assert (merged.figures["parity"]["worst_layer"]["sqnr_db"] or 999) > 100
 
-    references = [np.load(options.checkpoint.with_suffix(f"{name}.reference.npz")) for name in ("", ".merged")]
+    references = [np.load(untrained.with_suffix(f"{name}.reference.npz")) for name in ("", ".merged")]
     np.testing.assert_array_equal(*(reference["images"] for reference in references))
     before, after = (reference["logits"] for reference in references)
     other = int((before.argmax(1) != after.argmax(1)).sum())
@@ -441,20 +439,19 @@ def test_the_command_says_what_was_merged_and_what_it_changed(options, capsys):
 
 
 @pytest.mark.parametrize("kind", ["float32-nchw", "int8-nchw", "uint8-nchw"])
-def test_it_goes_with_zero_channels_float_weights_and_every_input(options, tmp_path, kind):
+def test_it_goes_with_zero_channels_float_weights_and_every_input(untrained, tmp_path, kind):
     output = tmp_path / "m.onnx" if kind != "float32-nchw" else None
-    chosen = dataclasses.replace(options, input=kind, merge_shortcuts=True, weights="float", output=output)
-    merged = export_checkpoint(chosen)
-    both = export_checkpoint(dataclasses.replace(chosen, pad_channels=True))
+    merged = export_onnx(untrained, output, input=kind, merge_shortcuts=True, weights="float")
+    both = export_onnx(untrained, output, input=kind, merge_shortcuts=True, weights="float", pad_channels=True)
     assert (both.details["input"], both.details["weights"]) == (kind, "float")
     assert (both.details["merged"], both.details["padded"]) == (["last"], ["up"])
     assert (both.figures["parity"]["worst_layer"]["sqnr_db"] or 999) > 100
-    path = output or options.checkpoint.with_suffix(".merged-padded-float-weights.onnx")
+    path = output or untrained.with_suffix(".merged-padded-float-weights.onnx")
     assert read_sidecar(path, "onnx") == both
     assert both.figures["merging"]["sqnr_db"] == pytest.approx(merged.figures["merging"]["sqnr_db"], abs=0.1)
 
 
 def test_a_network_without_such_a_shortcut_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UserError, match=r"no shortcut of this network can be merged, .* multiples of 32: leave out"):
-        export_checkpoint(ExportOptions(checkpoint=checkpoint, merge_shortcuts=True))
+        export_onnx(checkpoint, merge_shortcuts=True)
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["model.qat", "model.qat.json"]

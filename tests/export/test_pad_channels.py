@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from untrained import checkpoint_of, lively
 
 from deploy import build
 from export.fold import fold
-from export.from_checkpoint import export_checkpoint
-from export.options import ExportOptions
+from export.from_checkpoint import export_onnx
 from export.pad_channels import CHANNELS, pad_channels
 from export.session import session
 from qat.base.artifact import read_sidecar
@@ -217,46 +215,44 @@ def bottleneck(num_classes: int) -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> ExportOptions:
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a bottleneck with random weights, whose test images are gone."""
     return checkpoint_of(tmp_path_factory.mktemp("padded"), f"{__file__}:bottleneck")
 
 
-def test_the_padded_file_answers_as_the_plain_one_and_builds(options):
-    plain = export_checkpoint(options)
-    padded = export_checkpoint(dataclasses.replace(options, pad_channels=True))
-    paths = [options.checkpoint.with_suffix(suffix) for suffix in (".onnx", ".padded.onnx")]
+def test_the_padded_file_answers_as_the_plain_one_and_builds(untrained):
+    plain = export_onnx(untrained)
+    padded = export_onnx(untrained, pad_channels=True)
+    paths = [untrained.with_suffix(suffix) for suffix in (".onnx", ".padded.onnx")]
     assert read_sidecar(paths[1], "onnx") == padded
     assert (plain.details["padded"], padded.details["padded"]) == ([], ["second"])
     found = {entry.key: entry.value for entry in onnx.load(paths[1]).metadata_props}
     assert json.loads(found["padded"]) == ["second"]
     assert (padded.figures["parity"]["worst_layer"]["sqnr_db"] or 999) > 100
 
-    references = [np.load(options.checkpoint.with_suffix(f"{name}.reference.npz")) for name in ("", ".padded")]
+    references = [np.load(untrained.with_suffix(f"{name}.reference.npz")) for name in ("", ".padded")]
     np.testing.assert_array_equal(*(reference["images"] for reference in references))
     np.testing.assert_allclose(*(reference["logits"] for reference in references), rtol=1e-6, atol=1e-6)
     x = np.random.default_rng(0).standard_normal((8, 3, 16, 16)).astype(np.float32)
     answers = [session(path).run(None, {"input": x})[0] for path in paths]
     np.testing.assert_allclose(*answers, rtol=1e-6, atol=1e-6)
 
-    assert build.main(build.Options(model=paths[1], builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    assert build.main(build.BuildOptions(model=paths[1], builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     figures = read_sidecar(paths[1].with_suffix(".engine"), "engine").figures
     assert figures["convolutions_int8"] == figures["convolutions"] == 3
 
 
 def test_a_network_without_such_a_place_is_refused(checkpoint: Path) -> None:
     with pytest.raises(UserError, match=r"no convolution of this network can be padded.*leave out --pad-channels"):
-        export_checkpoint(ExportOptions(checkpoint=checkpoint, pad_channels=True))
+        export_onnx(checkpoint, pad_channels=True)
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["model.qat", "model.qat.json"]
 
 
-def test_input_and_weights_go_with_it(options, tmp_path):
+def test_input_and_weights_go_with_it(untrained, tmp_path):
     found: dict[str, Any] = {}
     for kind in ("int8-nchw", "uint8-nchw"):
-        chosen = dataclasses.replace(
-            options, input=kind, pad_channels=True, weights="float", output=tmp_path / f"{kind}.onnx"
-        )
-        found[kind] = export_checkpoint(chosen).details
+        output = tmp_path / f"{kind}.onnx"
+        found[kind] = export_onnx(untrained, output, input=kind, pad_channels=True, weights="float").details
     assert [(entry["input"], entry["weights"], entry["padded"]) for entry in found.values()] == [
         ("int8-nchw", "float", ["second"]),
         ("uint8-nchw", "float", ["second"]),

@@ -171,7 +171,7 @@ def test_a_depthwise_convolution_is_quantized_where_its_output_is(findings):
     assert findings(network(depthwise=False, output=False)) == []
     (finding,) = findings(network(depthwise=True, output=False))
     assert (finding.node, finding.rule) == ("depthwise", "grouped_float_output")
-    assert "what it makes is read in float" in finding.message
+    assert "its output is read in float" in finding.message
     (finding,) = findings(network(depthwise=False, output=True))
     assert (finding.node, finding.rule) == ("depthwise", "weighted_input")
 

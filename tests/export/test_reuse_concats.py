@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from export.emit import emit
 from export.fold import fold, fold_float
-from export.reuse_concats import repeated_concat, take_earlier_concats
-from qat.calibration.activation_ranges import calibrate
+from export.reuse_concats import repeat_findings, reuse_concats
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import prepare
 
 
@@ -48,7 +48,7 @@ def concats(*inputs: str, axes: tuple[int, ...] = (1, 1), quantized: tuple[float
 def rewritten(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, list[str]]]:
     """The rewritten model, whose answer is the same; the inputs of its concatenations."""
     found = ir.from_proto(model)
-    take_earlier_concats(found.graph)
+    reuse_concats(found.graph)
     after = ir.to_proto(found)
     for one, other in zip(answers(model, (2, 16, 8, 8)), answers(after, (2, 16, 8, 8)), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -121,7 +121,7 @@ def test_an_exported_dense_block_grows_in_one_tensor(quantized):
     x = torch.randn(8, 3, 8, 8)
     prepared = prepare(DenseBlock().eval(), input_shape=x.shape[1:])
     with torch.no_grad():
-        calibrate(prepared, [x], "max")
+        calibrate_ranges(prepared, [x], "max")
     network = fold(prepared)[0] if quantized else fold_float(prepared)
     model = ir.to_proto(emit(network, x[:2], {}))
     assert [len(node.input) for node in model.graph.node if node.op_type == "Concat"] == [2, 2, 2, 2]
@@ -133,11 +133,11 @@ def test_an_exported_dense_block_grows_in_one_tensor(quantized):
 
 def test_the_lint_says_what_is_copied_again(tmp_path: Path):
     graph = ir.load(save(onnx.shape_inference.infer_shapes(concats("ab", "cab")), tmp_path / "m.onnx")).graph
-    (finding,) = repeated_concat(graph)
+    (finding,) = repeat_findings(graph)
     assert (finding.node, finding.rule, finding.severity) == ("concat1", "repeated_concat", "warning")
     assert finding.bytes_per_image == 2 * 2 * 16 * 8 * 8
     assert "2 of its inputs make up concat0 already" in finding.message
     quantized = onnx.shape_inference.infer_shapes(concats("ab", "cab", quantized=(0.05, 0.05, 0.05)))
-    (finding,) = repeated_concat(ir.from_proto(quantized).graph)
+    (finding,) = repeat_findings(ir.from_proto(quantized).graph)
     assert finding.bytes_per_image == 2 * 16 * 8 * 8
-    assert not list(repeated_concat(ir.from_proto(concats("ab", "cd")).graph))
+    assert not list(repeat_findings(ir.from_proto(concats("ab", "cd")).graph))

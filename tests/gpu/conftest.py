@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import qdq_models
 
-from deploy import build
-from deploy.runtime import Engine
-from deploy.trt import Toolkit, find_toolkit
+from deploy import Engine, Profile, build_engine
+from deploy.installed import find_toolkit
+from deploy.trt import Toolkit
 from qat.base.artifact import Sidecar, TensorSpec, sha256_of, write_artifact
 from qat.base.errors import UserError
 
@@ -75,10 +75,10 @@ def expected(model: Path, images: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="session")
 def engine_path(model: Path) -> Path:
     """An engine with two profiles, 1 to 8 and 9 to 32 images."""
-    path = model.with_name("two.engine")
-    options = build.Options(model=model, output=path, builder="tensorrt", profiles=("1,4,8", "9,32,32"))
-    assert build.main(options) == 0
-    return path
+    profiles = (Profile(1, 4, 8), Profile(9, 32, 32))
+    built = build_engine(model, model.with_name("two.engine"), builder="tensorrt", profiles=profiles)
+    assert not built.audit.broken
+    return built.path
 
 
 @pytest.fixture
@@ -119,6 +119,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         details={"reference": reference},
     )
     write_artifact(path, sidecar, lambda temporary: temporary.write_bytes(content) and None)
-    options = build.Options(model=path, builder="tensorrt", profiles=("64",))  # 300 images: the last batch is padded
-    assert build.main(options) == 0
+    profiles = (Profile(64, 64, 64),)  # 300 images: the last batch is padded
+    assert not build_engine(path, builder="tensorrt", profiles=profiles).audit.broken
     return folder

@@ -46,7 +46,7 @@ def test_what_the_engine_says_of_itself(engine):
     assert [(spec.name, spec.shape) for spec in engine.outputs] == [("logits", (-1, 10))]
     assert [str(profile) for profile in engine.profiles] == ["1,4,8", "9,32,32"]
     assert engine.max_batch == 32
-    assert [engine.profile_for(batch) for batch in (1, 8, 9, 32)] == [0, 0, 1, 1]
+    assert [engine.loaded.profile_for(batch) for batch in (1, 8, 9, 32)] == [0, 0, 1, 1]
 
 
 def test_a_dict_of_inputs(engine, images, expected):
@@ -76,7 +76,7 @@ def test_results_on_the_gpu_are_the_callers_own(engine, images):
 
 def test_a_stream_that_is_still_computing_is_waited_for(engine, images):
     stream = cuda.Stream()
-    pinned = engine.pinned(4)
+    pinned = engine.pinned_input(4)
     pinned[...] = images[:4]
     target, zeros = on_gpu(np.zeros_like(images[:4])), on_gpu(np.zeros_like(images[:4]))
     for _ in range(500):  # keeps the stream busy, the right values come last
@@ -99,7 +99,7 @@ def test_map_keeps_order_over_many_batch_sizes(engine, images):
 def test_map_from_pinned_memory(engine, images):
     given = []
     for start in range(0, 32, 8):
-        array = engine.pinned(8)
+        array = engine.pinned_input(8)
         assert cuda.is_pinned(array.ctypes.data)
         array[...] = images[start : start + 8]
         given.append(array)
@@ -108,7 +108,7 @@ def test_map_from_pinned_memory(engine, images):
     assert np.array_equal(found, np.concatenate([engine(images[start : start + 8]) for start in range(0, 32, 8)]))
 
 
-def test_a_map_that_is_left_early_gives_its_lanes_back(engine, images):
+def test_a_map_that_is_left_early_gives_its_executors_back(engine, images):
     for _ in range(3):
         for _found in engine.map([images[:2]] * 8):
             break

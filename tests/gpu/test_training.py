@@ -19,18 +19,19 @@ from torchvision.models import resnet18
 
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
-from qat.calibration.activation_ranges import calibrate, choose_ranges
+from qat.calibration.activation_ranges import calibrate_ranges, choose_ranges
 from qat.calibration.adaround import adaround
 from qat.calibration.histogram import BINS, HistogramObserver, check_finite
 from qat.checkpoint import load_checkpoint
-from qat.compute.device import Compute, exact_float32
+from qat.compute.device import Compute
+from qat.compute.precision import exact_float32
 from qat.data.batches import batches as batches_of
 from qat.data.splits import load_data
 from qat.fake_quantize.prepare import prepare, weights_and_quantizers
 from qat.fake_quantize.weight_ranges import learn_ranges
 from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
-from qat.run import run
+from qat.train import main as run
 from qat.training.recipe import Recipe
 from qat.training.trainer import Fit
 
@@ -126,7 +127,7 @@ def test_images_in_the_memory_of_the_gpu_make_the_same_batches(tmp_path: Path):
 def trained(folder: Path, **changes: Any) -> dict[str, float]:
     """What a run of the whole pipeline measured of the network that it trained with quantization."""
     options = TrainOptions(**tiny.options(folder, **({"device": DEVICE} | changes)))
-    assert run(options) == 0
+    run(options)
     found: dict[str, float] = read_sidecar(options.output, "checkpoint").figures["qat"]
     return found
 
@@ -146,7 +147,7 @@ def test_no_step_waits_for_the_gpu(changes: dict[str, Any], learns: bool, compil
     np.savez(tmp_path / "data.npz", **splits)
     data = load_data(str(tmp_path / "data.npz"), None, 0).on(compute.device)
     model = prepare(resnet18(num_classes=3), input_shape=(3, 32, 32))
-    calibrate(model, [torch.randn(8, 3, 32, 32)], "max")
+    calibrate_ranges(model, [torch.randn(8, 3, 32, 32)], "max")
     if learns:
         learn_ranges(model)
     fit = Fit("qat", compute.place(model), data, Recipe(1, 1e-4, "cosine", 16, 0.05, 0.1, 0, **changes), compute)
@@ -168,7 +169,7 @@ def test_compiled_gradients_are_those_of_the_network_as_it_is(amp: torch.dtype, 
     torch.manual_seed(0)
     x = torch.randn(32, 3, 16, 16)
     model = prepare(build_model(ModelSpec(f"{tmp_path / 'net.py'}:net", 3)), input_shape=(3, 16, 16))
-    calibrate(model, [x], "mse")
+    calibrate_ranges(model, [x], "mse")
     if learns:
         learn_ranges(model)
     model.get_submodule("dropout").p = 0.0  # compiled code draws other random numbers
@@ -204,7 +205,7 @@ def test_a_run_that_was_stopped_goes_on(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     whole = trained(tmp_path, **changes)
-    assert "torch.compile fails" not in " ".join(capfd.readouterr().err.split())
+    assert "torch.compile failed" not in " ".join(capfd.readouterr().err.split())
     with monkeypatch.context() as patch:
         tiny.stop_in_steps(patch, lambda step: step == tiny.FLOAT_STEPS + tiny.STEPS + 3)
         with pytest.raises(tiny.Stopped):
@@ -223,7 +224,7 @@ def test_a_model_on_the_gpu_is_prepared_and_rounded_there(tmp_path: Path):
         model = build_model(ModelSpec(f"{tmp_path / 'net.py'}:net", 3)).eval().to(device)
         prepared[device] = prepare(model, input_shape=(3, 16, 16))
         with exact_float32():
-            calibrate(prepared[device], [x.to(device)], "mse")
+            calibrate_ranges(prepared[device], [x.to(device)], "mse")
         found = adaround(prepared[device], [x.to(device)], steps=100)
         assert all(layer.mse <= layer.mse_nearest for layer in found)
     on_cpu, on_gpu = (prepared[device](x.to(device)).detach().cpu() for device in ("cpu", DEVICE))
@@ -243,7 +244,7 @@ def test_two_gpus_train_the_network_that_one_trains(changes: dict[str, Any], tmp
         about = {"model": f"{tmp_path / 'plain.py'}:net", "output": output, "device": DEVICE, "amp": "float32"}
         done = train(tmp_path, gpus, seconds=300, batch_size=16, float_epochs=6, float_lr=2e-2, **about, **changes)
         assert done.returncode == 0, done.stderr
-        assert "torch.compile fails" not in " ".join(done.stderr.split())
+        assert "torch.compile failed" not in " ".join(done.stderr.split())
         found[gpus] = load_file(output), read_sidecar(output, "checkpoint").figures
     (one, figures), (two, figures_of_two) = found.values()
     for key in ("float", "ptq", "qat"):

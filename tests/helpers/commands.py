@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Run(Protocol):
-    """Runs ``python -m module arguments`` from the root of the repository."""
+    """Runs ``python -m module arguments``, from the root of the repository where nothing else is said."""
 
     def __call__(
         self,
@@ -37,5 +37,6 @@ class Run(Protocol):
         *arguments: object,
         environment: dict[str, str] | None = None,
         file_size: int | None = None,
+        folder: Path = ROOT,
     ) -> subprocess.CompletedProcess[str]:
-        """``file_size``: the longest file, in bytes, that the command can write."""
+        """``file_size``: the longest file, in bytes, that the command can write; ``folder``: where it runs."""

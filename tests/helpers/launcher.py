@@ -34,6 +34,7 @@ def become(request: dict[str, Any]) -> NoReturn:
     for stream, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
         os.dup2(os.open(path, os.O_RDWR), stream)
     os.environ |= request["environment"]
+    os.chdir(request["folder"])
     if request["file_size"] is not None:  # writing more fails; Python ignores the signal that comes with it
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"],) * 2)
     sys.modules.pop(request["module"], None)

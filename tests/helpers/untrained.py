@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from export.options import ExportOptions
 from qat.checkpoint import save_checkpoint
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import prepare
@@ -25,14 +24,22 @@ def lively(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def checkpoint_of(folder: Path, model: str) -> ExportOptions:
-    """Writes ``model``, FILE.py:FUNCTION of 10 classes, with all activations in -3 to 3; returns how to export it."""
-    spec = ModelSpec(model, 10)
-    ready = prepare(build_model(spec).eval())
+PREPROCESSING = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3, resize=16)
+
+
+def prepared(model: nn.Module) -> fx.GraphModule:
+    """``model`` with quantizers, all of whose activations are in -3 to 3."""
+    ready = prepare(model.eval())
     for module in ready.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(3.0)
+    return ready
+
+
+def checkpoint_of(folder: Path, model: str) -> Path:
+    """Writes a checkpoint of ``model``, FILE.py:FUNCTION of 10 classes, with all activations in -3 to 3."""
+    spec = ModelSpec(model, 10)
+    ready = prepared(build_model(spec))
     data = {"data": {"source": "none", "image_size": 16, "root": "."}, "seed": 0, "calibration_images": 16}
-    preprocessing = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3, resize=16)
-    save_checkpoint(folder / "model.qat", ready, spec, preprocessing, tuple(map(str, range(10))), {}, data, seed=0)
-    return ExportOptions(checkpoint=folder / "model.qat")
+    save_checkpoint(folder / "model.qat", ready, spec, PREPROCESSING, tuple(map(str, range(10))), {}, data, seed=0)
+    return folder / "model.qat"

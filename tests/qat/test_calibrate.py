@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import qat.post_training
 from deploy import build, report
-from export.from_checkpoint import export_checkpoint
-from export.options import ExportOptions
+from export import export_onnx
 from qat.base.artifact import Sidecar, read_sidecar
 from qat.base.errors import UserError
+from qat.calibrate import main as quantize_pretrained
 from qat.checkpoint import load_checkpoint, training_data
 from qat.compute.device import Compute
 from qat.data.splits import Data, load_unlabelled
@@ -31,8 +31,7 @@ from qat.evaluate import compare
 from qat.fake_quantize.prepare import weights_and_quantizers
 from qat.models import ModelSpec, build_model
 from qat.options import CalibrateOptions, TrainOptions
-from qat.post_training import quantize_pretrained
-from qat.run import run
+from qat.train import main as run
 
 CPU = Compute(torch.device("cpu"))
 
@@ -106,7 +105,7 @@ def test_the_same_network_and_figures_as_training_with_no_epochs(
 ) -> None:
     common = {"weights": str(weights), "calibrator": calibrator}
     none = tiny.options(trained, output=tmp_path / "t.qat", float_epochs=0, qat_epochs=0, **common)
-    assert run(TrainOptions(**none)) == 0
+    run(TrainOptions(**none))
     expected = read_sidecar(tmp_path / "t.qat", "checkpoint")
     found = calibrate(trained, weights, trained / "images.npz", tmp_path / "c.qat", calibrator=calibrator)
     then, now = load_file(tmp_path / "t.qat"), load_file(tmp_path / "c.qat")
@@ -132,10 +131,10 @@ def test_weights_are_rounded_by_adaround(trained: Path, weights: Path, photos: P
     for path, (codes, weight) in other.items():
         assert torch.equal(codes, weight), path  # it is what the codes stand for
     assert any(not torch.equal(one[path][0], other[path][0]) for path in one)
-    export_checkpoint(ExportOptions(checkpoint=tmp_path / "rounded.qat"))
+    export_onnx(tmp_path / "rounded.qat")
     assert read_sidecar(tmp_path / "rounded.onnx", "onnx").figures["parity"]["other_top1"] == 0
     model = tmp_path / "rounded.onnx"
-    assert build.main(build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    assert build.main(build.BuildOptions(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     report.main(report.ReportOptions(engine=tmp_path / "rounded.engine"))
     page = (tmp_path / "report.html").read_text()
     assert "rounded by AdaRound in 60 steps a layer" in " ".join(page.split())
@@ -162,7 +161,7 @@ def test_ranges_of_a_checkpoint_of_pytorch_quantization(
     assert sidecar.details["amax"]["relu"] == 7.0
     said = capsys.readouterr().out
     assert "ranges of 1 of" in said
-    assert "not in the checkpoint, calibrated here: x," in said
+    assert "not in the checkpoint, so calibrated here: x," in said
 
 
 # --- without labels
@@ -175,7 +174,7 @@ def test_the_command_says_agreement_and_no_accuracy(
     assert (done.returncode, done.stderr) == (0, "")
     assert f"weights: {weights}, 3 classes\n" in done.stdout
     assert f"data {photos}: no labels, 16x16 pixels; images: calibration 64, test 16\n" in done.stdout
-    assert "Agreement on 16 images held out, without labels" in done.stdout
+    assert "Agreement on 16 held-out images without labels" in done.stdout
     for absent in ("top-1", "loss", "ccuracy", "nan"):
         assert absent not in done.stdout
     assert done.stdout.endswith(f"\nnext: python -m export.onnx {tmp_path / 'u.qat'}\n")
@@ -281,8 +280,8 @@ def test_too_few_images_to_hold_any_out(
         (few / path.name).write_bytes(path.read_bytes())
     done = command("qat.calibrate", *tiny.flags(given(trained, weights, few, tmp_path / "f.qat")))
     assert done.returncode == 0
-    assert done.stderr == "warning: only 4 images to calibrate on: ranges may not hold for others; add images\n"
-    assert "nothing was measured: too few images to hold any out" in done.stdout
+    assert done.stderr == "warning: only 4 images to calibrate on: ranges may not fit other images; add images\n"
+    assert "nothing was measured: there are too few images to hold any out" in done.stdout
     assert read_sidecar(tmp_path / "f.qat", "checkpoint").figures == {}
     done = command("export.onnx", tmp_path / "f.qat")
     assert (done.returncode, done.stderr) == (0, "")
@@ -293,7 +292,7 @@ def test_too_few_images_to_hold_any_out(
 
 
 def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    onnx = export_checkpoint(ExportOptions(checkpoint=unlabelled, output=unlabelled.with_name("m.onnx")))
+    onnx = export_onnx(unlabelled, unlabelled.with_name("m.onnx"))
     said = capsys.readouterr()
     assert said.err == ""
     reference = onnx.details["reference"]
@@ -302,7 +301,7 @@ def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: py
     assert onnx.figures["parity"]["images"] == 16
     assert (np.load(unlabelled.with_name("m.reference.npz"))["labels"] == -1).all()
     model = unlabelled.with_name("m.onnx")
-    assert build.main(build.Options(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
+    assert build.main(build.BuildOptions(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     capsys.readouterr()
     report.main(report.ReportOptions(engine=unlabelled.with_name("m.engine")))
     agreement = read_sidecar(unlabelled, "checkpoint").figures["agreement"]
@@ -322,7 +321,7 @@ def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: py
 def test_report_of_a_labelled_checkpoint_has_accuracies_and_no_training(
     trained: Path, weights: Path, tmp_path: Path
 ) -> None:
-    from deploy.report import _accuracies
+    from deploy.report_page import _accuracies
 
     sidecar = calibrate(trained, weights, trained / "images.npz", tmp_path / "c.qat")
     rows = _accuracies(sidecar)
@@ -335,7 +334,7 @@ def test_sensitivity_says_that_it_needs_labels(unlabelled: Path, command: Run) -
     done = command("qat.sensitivity", unlabelled)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert "calibrated on images without labels, and losses need labels: run python -m qat.calibrate again" in line
+    assert "calibrated on images without labels, but losses need labels: run python -m qat.calibrate again" in line
 
 
 # --- what the user can mend
@@ -355,14 +354,14 @@ def refused(*places: Path, **changes: Any) -> str:
     [
         ({"weights": None}, "--weights is missing: give those of a trained network, or train one: python -m qat.train"),
         ({"classes": 0}, "--classes 0 is not positive"),
-        ({"classes": 4}, "are of 3 classes (fc), not of 4: leave out --classes"),
+        ({"classes": 4}, "have 3 classes (fc), not 4: leave out --classes"),
         ({"std": (0.2, 0.0, 0.2)}, "--std 0.2 0.0 0.2: deviations must be above 0"),
-        ({"adaround": -1}, "--adaround -1 is no number of steps"),
+        ({"adaround": -1}, "--adaround -1 is not a number of steps"),
         ({"percentile": 0.0}, "--percentile 0.0 is out of range"),
-        ({"calibration_images": 0}, "0 calibration images set no activation range"),
+        ({"calibration_images": 0}, "--calibration-images 0 is too few: it must be at least 1"),
         ({"batch_size": 0}, "batch size 0 is not positive"),
-        ({"data": "digits"}, "are of 3 classes, data digits has 10: give weights of these classes"),
-        ({"data": "nowhere"}, "unknown data set 'nowhere': no such folder"),
+        ({"data": "digits"}, "have 3 classes, but data digits has 10: give weights for these classes"),
+        ({"data": "nowhere"}, "unknown data set 'nowhere', and no such folder"),
         ({"model": "resnet18"}, "do not fit the model"),
     ],
 )
@@ -383,14 +382,14 @@ def test_a_full_gpu_names_the_option_that_asks_for_less(
         with monkeypatch.context() as patch:
             patch.setattr(qat.post_training, name, full)
             line = refused(trained, weights, photos, tmp_path / "model.qat", adaround=5)
-        assert line == f"the GPU has not enough free memory: free some, or give a smaller {option}"
+        assert line == f"the GPU does not have enough free memory: free some, or give a smaller {option}"
 
 
 def test_nothing_quantized_is_said(
     trained: Path, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calibrate(trained, weights, photos, tmp_path / "model.qat", keep_float=("*",))
-    assert "nothing of this network is quantized" in capsys.readouterr().err
+    assert "nothing in this network is quantized" in capsys.readouterr().err
 
 
 def test_images_that_were_added_since_are_noticed(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qat.base.artifact import read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.errors import UserError
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.checkpoint import Checkpoint, load_checkpoint, load_state, save_checkpoint, save_state
 from qat.fake_quantize.prepare import placement_of, prepare
 from qat.models import ModelSpec, build_model
@@ -69,7 +69,7 @@ def test_what_was_saved_gives_bitwise_equal_logits(trained: Path, tmp_path: Path
     torch.manual_seed(1)
     spec = ModelSpec(f"{trained / 'net.py'}:net", 3)
     prepared = prepare(build_model(spec))
-    assert calibrate(prepared, [images], "max") == []
+    assert calibrate_ranges(prepared, [images], "max") == []
     preprocessing = load_checkpoint(trained / "model.qat").preprocessing
     path = tmp_path / "model.qat"
     written = save_checkpoint(path, prepared, spec, preprocessing, ("a", "b", "c"), {"x": 1.5}, {"note": "n"}, seed=9)
@@ -103,7 +103,7 @@ def test_a_network_that_uses_one_weight_under_two_names(trained: Path, tmp_path:
     )
     spec = ModelSpec(f"{path}:net", 3)
     prepared = prepare(build_model(spec))
-    calibrate(prepared, [torch.randn(4, 3, 1, 1)], "max")
+    calibrate_ranges(prepared, [torch.randn(4, 3, 1, 1)], "max")
     preprocessing = load_checkpoint(trained / "model.qat").preprocessing
     save_checkpoint(tmp_path / "tied.qat", prepared, spec, preprocessing, ("a", "b", "c"), {}, {}, 0)
     x = torch.randn(4, 3, 1, 1)
@@ -125,7 +125,7 @@ def test_a_pickle_under_the_name_of_a_checkpoint_is_not_unpickled(checkpoint: Pa
 
     sidecar = read_sidecar(checkpoint, "checkpoint")
     write_artifact(checkpoint, sidecar, lambda file: torch.save({"conv1.weight": Trap()}, file))
-    refused(checkpoint, "is no safetensors file or is truncated")
+    refused(checkpoint, "is not a safetensors file, or is truncated")
     assert not (tmp_path / "unpickled").exists()
     torch.load(checkpoint, weights_only=False)  # the trap works
     assert (tmp_path / "unpickled").exists()
@@ -280,10 +280,10 @@ def test_a_process_killed_while_it_saves_leaves_a_state_that_loads(
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
 def test_a_truncated_state(state: Path, keep: int) -> None:
     state.write_bytes(state.read_bytes()[:keep])
-    refused(state, "is no safetensors file or is truncated", load=load_state)
+    refused(state, "is not a safetensors file, or is truncated", load=load_state)
 
 
 def test_a_state_of_another_version_and_a_file_that_is_none(state: Path, trained: Path) -> None:
     save_file({"model.w": torch.zeros(2)}, state, {"training_state": '{"format": 99}'})
-    refused(state, "format version 99, this program reads 1", load=load_state)
+    refused(state, "format version 99, but this program reads 1", load=load_state)
     refused(trained / "model.qat", "format version None", load=load_state)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qat.base.errors import UserError
 from qat.data.preprocessing import ImagePreset
-from qat.models import ModelSpec, build_model, build_pretrained, load_weights, preset_of_weights
+from qat.models import ModelSpec, build_model
+from qat.weights import build_pretrained, load_weights, preset_of_weights
 
 NET = """
 from torch import nn
@@ -164,7 +165,7 @@ def test_classifier_of_another_class_count_stays_random(net_file: Path, tmp_path
     torch.save(given.state_dict(), tmp_path / "w.pth")
     head = model.get_parameter("3.weight").clone()
     note, _ = load_weights(model, str(tmp_path / "w.pth"))
-    assert "but for 3: 10 classes there, 4 here" in note
+    assert "except 3: it has 10 classes there and 4 here" in note
     assert torch.equal(model.get_parameter("3.weight"), head)
     assert torch.equal(model.get_parameter("0.weight"), given.get_parameter("0.weight"))
 
@@ -186,7 +187,7 @@ def test_weights_by_name_come_through_torchvision(tmp_path: Path, monkeypatch: p
     torch.save(given.state_dict(), cached)
     for weights in ("DEFAULT", "IMAGENET1K_V1", "SqueezeNet1_1_Weights.IMAGENET1K_V1"):
         model = build_model(ModelSpec("squeezenet1_1", 4))
-        assert "1000 classes there, 4 here" in load_weights(model, weights)[0]
+        assert "1000 classes there and 4 here" in load_weights(model, weights)[0]
         assert torch.equal(model.get_parameter("features.0.weight"), given.get_parameter("features.0.weight"))
     found = build_pretrained("squeezenet1_1", "IMAGENET1K_V1")
     assert equal(found.model.state_dict(), given.state_dict())
@@ -201,7 +202,7 @@ def test_the_classifier_in_the_weights_tells_the_number_of_classes(net_file: Pat
         found = build_pretrained(name, weights, classes)
         assert (found.spec, found.class_names, found.ranges) == (ModelSpec(name, 7), (), {})
         assert equal(found.model.state_dict(), given.state_dict())
-    with pytest.raises(UserError, match=r"w\.pth are of 7 classes \(3\), not of 8: leave out --classes"):
+    with pytest.raises(UserError, match=r"w\.pth have 7 classes \(3\), not 8: leave out --classes"):
         build_pretrained(name, weights, 8)
 
 
@@ -222,14 +223,16 @@ def test_a_model_that_ignores_the_number_of_classes(tmp_path: Path) -> None:
     file, weights = tmp_path / "five.py", str(tmp_path / "w.pth")
     file.write_text("from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Linear(4, 5))")
     torch.save(torch.nn.Sequential(torch.nn.Linear(4, 7)).state_dict(), weights)
-    with pytest.raises(UserError, match=r"are of 7 classes, but .* makes others when asked for as many"):
+    with pytest.raises(
+        UserError, match=r"have 7 classes, but .* has another number when it is built for 7: correct the model"
+    ):
         build_pretrained(f"{file}:net", weights)
 
 
 def test_weights_that_do_not_fit(net_file: Path, tmp_path: Path) -> None:
     path, model = tmp_path / "w.pth", build_net(net_file)
     torch.save(build_net(net_file, width=8).state_dict(), path)
-    refused_weights(model, path, "7 keys of another shape (0.weight [8, 3, 3, 3] for [4, 3, 3, 3], ", ", ...)")
+    refused_weights(model, path, "7 keys with another shape (0.weight [8, 3, 3, 3] for [4, 3, 3, 3], ", ", ...)")
     state = model.state_dict()
     state["extra"] = state.pop("0.bias")
     torch.save(state, path)
@@ -245,7 +248,7 @@ def test_bad_weight_files(net_file: Path, tmp_path: Path) -> None:
     torch.save(model, path)
     refused_weights(model, path, "unpickling", "torch.save(model.state_dict(), file)")
     torch.save({"epoch": 3}, path)
-    refused_weights(model, path, "holds no state dict (found: epoch)")
+    refused_weights(model, path, "does not hold a state dict (found: epoch)")
     torch.save(model.state_dict(), path)
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"nonsense"):

@@ -18,7 +18,9 @@ from qat.fake_quantize.prepare import placement_of
 from qat.graph.network import Network
 from qat.graph.tracing import network_of
 from qat.models import ModelSpec, build_model
-from qat.placement import PlacementOptions, main, of_model
+from qat.placement import PlacementOptions, main
+from qat.placement_view import view_placement
+from qat.rules.describe import PlacementView, texts_of
 from qat.rules.drawing import draw
 from qat.rules.graph_layout import Wire, lay_out
 from qat.rules.place import RULES, place
@@ -92,10 +94,10 @@ def test_the_whole_page_of_a_small_network(capsys: pytest.CaptureFixture[str], n
         "float by kept_float: kept in float (1 convolution)",
         "  head",
         "",
-        "float by pool_input: nothing behind it reads INT8 (1 global pool)",
+        "float by pool_input: nothing after it reads INT8 (1 global pool)",
         "  mean",
         "",
-        "float, since no rule knows these operations (1)",
+        "float, because no rule knows these operations (1)",
         "  norm",
         "",
         "shared scales",
@@ -128,7 +130,7 @@ def test_a_module_of_many_operations_is_listed_by_its_parts(capsys: pytest.Captu
 def test_segmentation_models_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     page = printed(capsys, "fcn_resnet50", image_size=64, num_classes=21)
     assert "INT8: 55 of 55 convolutions and linear layers" in page
-    assert "float, since no rule knows these operations (1)\n  interpolate" in page
+    assert "float, because no rule knows these operations (1)\n  interpolate" in page
 
 
 def test_a_checkpoint_is_shown_as_it_was_trained(
@@ -190,7 +192,7 @@ def tip(element: ElementTree.Element) -> str:
 
 
 def picture(view: Network, placement: Placement) -> ElementTree.Element:
-    return ElementTree.fromstring(draw(view, placement, RULES, "title", ["summary"]))
+    return ElementTree.fromstring(draw(PlacementView("title", (3, 224, 224), view, placement, texts_of(placement))))
 
 
 @pytest.mark.parametrize("model", ["googlenet", "shufflenet_v2_x0_5", "densenet121", "efficientnet_b0", "vit_b_16"])
@@ -231,11 +233,11 @@ def test_states_and_reasons(net: str) -> None:
     }
     tips = {tip(box).split()[0]: tip(box) for box in elements(root, "g", "box")}
     assert tips["stem"] == (
-        f"stem (stem)\nconvolution, makes 16x32x32\nINT8 by weighted_input: {RULES['weighted_input'].sentence}"
+        f"stem (stem)\nconvolution, output 16x32x32\nINT8 by weighted_input: {RULES['weighted_input'].sentence}"
     )
     assert tips["head"].endswith("float by kept_float: kept in float on request\nkept in float")
-    assert tips["mean"].endswith("\nnothing behind it reads INT8")
-    assert tips["norm"].endswith("float: no rule knows such an operation")
+    assert tips["mean"].endswith("\nnothing after it reads INT8")
+    assert tips["norm"].endswith("float: no rule knows this operation")
 
 
 def test_lines_say_who_reads_codes(net: str) -> None:
@@ -366,5 +368,5 @@ def test_an_output_that_cannot_be_written(command: Run, net: str, tmp_path: Path
 
 
 def test_the_view_that_is_shown_is_the_one_that_is_trained(trained: Path) -> None:
-    shown = of_model(PlacementOptions(model=f"{trained / 'net.py'}:net", image_size=16, num_classes=3))
+    shown = view_placement(f"{trained / 'net.py'}:net", image_size=16, num_classes=3)
     assert shown.placement == placement_of(load_checkpoint(trained / "model.qat").model)

@@ -31,7 +31,7 @@ from qat.data.splits import Data
 from qat.evaluate import evaluate
 from qat.models import ModelSpec, build_model
 from qat.options import TrainOptions
-from qat.run import run
+from qat.train import main as run
 from qat.training.interrupts import Interrupted
 from qat.training.recipe import Recipe
 from qat.training.trainer import Fit, FitState
@@ -53,7 +53,7 @@ def output(tmp_path: Path) -> Path:
 
 def train(folder: Path, output: Path, **changes: Any) -> dict[str, Tensor]:
     """The tensors of the checkpoint that a run in this process wrote."""
-    assert run(TrainOptions(**tiny.options(folder, output=output, **changes))) == 0
+    run(TrainOptions(**tiny.options(folder, output=output, **changes)))
     return load_file(output)
 
 
@@ -231,7 +231,7 @@ def test_resuming_with_other_options_names_them_and_keeps_the_state(trained: Pat
     state = output.with_name("model.qat.state")
     before = sha256_of(state)
     done = command("qat.train", *arguments(trained, output, float_lr=0.5, seed=7), "--resume")
-    assert_one_line(done, "float_lr was 0.02, is 0.5", "seed was 0, is 7")
+    assert_one_line(done, "float_lr was 0.02, now 0.5", "seed was 0, now 7")
     assert "batch_size" not in done.stderr
     assert sha256_of(state) == before
 
@@ -249,7 +249,7 @@ def test_a_truncated_state_is_refused(trained: Path, output: Path, monkeypatch: 
         train(trained, output)
     state = output.with_name("model.qat.state")
     state.write_bytes(state.read_bytes()[:keep])
-    with pytest.raises(UserError, match=r"model\.qat\.state is no safetensors file or is truncated"):
+    with pytest.raises(UserError, match=r"model\.qat\.state is not a safetensors file, or is truncated"):
         train(trained, output, resume=True)
 
 
@@ -284,7 +284,7 @@ def test_a_run_resumes_with_the_same_patterns_and_with_no_others(trained: Path, 
     command("qat.train", *given, environment=stop(tiny.FLOAT_STEPS + 2, INTERRUPT))
     for others in ([], ["--keep-float", "conv2"]):
         done = command("qat.train", *arguments(trained, output), *others, "--resume")
-        assert_one_line(done, f"keep_float was ['conv2', 'fc'], is {others[1:]}")
+        assert_one_line(done, f"keep_float was ['conv2', 'fc'], now {others[1:]}")
     done = command("qat.train", *given, "--resume")
     assert (done.returncode, done.stderr) == (0, "")
     assert_same(load_file(output), whole)
@@ -297,7 +297,7 @@ def test_a_run_resumes_with_the_same_patterns_and_with_no_others(trained: Path, 
     ("forward", "found"),
     [
         ("self.conv1(x)", r"a tensor of shape \[1, 8, 8, 8\]"),
-        ("{'out': super().forward(x)}", "something else than one tensor"),
+        ("{'out': super().forward(x)}", "something other than one tensor"),
         ("super().forward(x)[:, 1:]", r"a tensor of shape \[1, 2\]"),
     ],
 )
@@ -306,7 +306,9 @@ def test_a_model_that_makes_no_logits_is_refused_before_training(
 ) -> None:
     net = output.parent.parent / "other.py"
     net.write_text(f"{tiny.NET}\nclass Other(Net):\n    def forward(self, x):\n        return {forward}\n")
-    with pytest.raises(UserError, match=rf"Other makes {found} of one image; needed are logits of shape \[1, 3\]"):
+    with pytest.raises(
+        UserError, match=rf"for one image, model .*:Other returns {found}; it must return logits of shape \[1, 3\]"
+    ):
         train(trained, output, model=f"{net}:Other")
     assert "epoch" not in capsys.readouterr().out
 

@@ -61,12 +61,12 @@ def test_a_damaged_sidecar_is_one_line(written, text):
 
 def test_another_format_version(written):
     edit(written[0], format=99)
-    with pytest.raises(UserError, match="format version 99, this program reads 1"):
+    with pytest.raises(UserError, match="format version 99, but this program reads 1"):
         read_sidecar(written[0], "onnx")
 
 
 def test_another_kind(written):
-    with pytest.raises(UserError, match="kind 'onnx', needed is 'engine'"):
+    with pytest.raises(UserError, match="kind 'onnx', but must be of kind 'engine'"):
         read_sidecar(written[0], "engine")
 
 

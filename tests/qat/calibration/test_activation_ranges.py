@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat.base.choices import Calibrator
 from qat.base.errors import UserError
-from qat.calibration.activation_ranges import calibrate, observe, set_ranges
+from qat.calibration.activation_ranges import calibrate_ranges, observe, set_ranges
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 
 METHODS = get_args(Calibrator)
@@ -46,19 +46,19 @@ class TestModel:
         for method in METHODS:
             assert set_ranges(model, observers, method, 99.0) == []
             from_one_pass = (model.twice.amax.clone(), model.once.amax.clone())
-            assert calibrate(model, batches, method, 99.0) == []
+            assert calibrate_ranges(model, batches, method, 99.0) == []
             assert (model.twice.amax, model.once.amax) == from_one_pass
 
     def test_all_calls_of_a_quantizer_share_a_histogram(self, batches: list[Tensor]):
         model = Net()
         observers = observe(model, batches)
         assert observers["twice"].counts.sum() == 2 * 40 * 8
-        calibrate(model, batches, "max")
+        calibrate_ranges(model, batches, "max")
         assert model.twice.amax == 3 * torch.cat(batches).abs().max()
 
     def test_it_observes_the_float_network_in_eval_mode(self, batches: list[Tensor]):
         model = Net()
-        calibrate(model, batches, "max")
+        calibrate_ranges(model, batches, "max")
         x = torch.cat(batches)
         norm = (x - 3 * x) / math.sqrt(1 + model.norm.eps)  # the initial running mean and variance, 0 and 1
         torch.testing.assert_close(model.once.amax, (norm @ model.weight.T).relu().max().detach())
@@ -76,7 +76,7 @@ class TestModel:
         for method in METHODS:
             model = Net()
             nn.init.zeros_(model.weight)
-            (warning,) = calibrate(model, batches, method)
+            (warning,) = calibrate_ranges(model, batches, method)
             assert "once is zero" in warning
             assert model.once.amax == 0
             assert torch.equal(model(batches[0]), torch.zeros(16, 8))
@@ -84,23 +84,23 @@ class TestModel:
     def test_a_tensor_that_no_batch_reaches_warns(self, batches: list[Tensor]):
         model = Net()
         model.auxiliary = ActivationQuantizer()
-        (warning,) = calibrate(model, batches, "max")
+        (warning,) = calibrate_ranges(model, batches, "max")
         assert "auxiliary was not computed" in warning
         assert model.auxiliary.amax.isnan()
 
     def test_no_batch_is_a_users_mistake(self):
         with pytest.raises(UserError, match="no images"):
-            calibrate(Net(), [], "max")
+            calibrate_ranges(Net(), [], "max")
 
     def test_images_that_are_all_one_constant_are_refused(self):
         constant = torch.arange(8.0).expand(16, 8)
-        with pytest.raises(UserError, match="all calibration images are one constant"):
-            calibrate(Net(), [constant, constant], "max")
-        assert calibrate(Net(), [constant, constant + 1], "max") == []
+        with pytest.raises(UserError, match="all calibration images are the same constant"):
+            calibrate_ranges(Net(), [constant, constant], "max")
+        assert calibrate_ranges(Net(), [constant, constant + 1], "max") == []
 
     def test_an_unknown_method_lists_those_that_exist(self, batches: list[Tensor]):
         with pytest.raises(ValueError, match="choose max, percentile, mse or entropy"):
-            calibrate(Net(), batches, "average")  # type: ignore[arg-type]
+            calibrate_ranges(Net(), batches, "average")  # type: ignore[arg-type]
 
     def test_nan_names_the_tensor_and_every_mode_is_restored(self, batches: list[Tensor]):
         model = Net().train()
@@ -109,7 +109,7 @@ class TestModel:
         model.extra.enabled = False
         batches[1][0, 0] = math.nan
         with pytest.raises(UserError, match="tensor twice"):
-            calibrate(model, batches, "entropy")
+            calibrate_ranges(model, batches, "entropy")
         assert model.training
         assert not model.norm.training
         assert model.weight_quantizer.enabled
@@ -120,11 +120,11 @@ class TestModel:
 
     def test_progress_is_told_after_every_batch(self, batches: list[Tensor]):
         calls = []
-        calibrate(Net(), iter(batches), "max", on_batch=lambda: calls.append(1))
+        calibrate_ranges(Net(), iter(batches), "max", on_batch=lambda: calls.append(1))
         assert len(calls) == len(batches)
 
     def test_no_gradient_is_recorded(self, batches: list[Tensor]):
         model = Net()
-        calibrate(model, batches, "mse")
+        calibrate_ranges(model, batches, "mse")
         assert model.weight.grad is None
         assert not model.twice.amax.requires_grad

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from export.fold import fold
 from qat.base.errors import UserError
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.calibration.adaround import Rounded, adaround
 from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import prepare, weights_and_quantizers
@@ -36,7 +36,7 @@ def calibrated(
 ) -> fx.GraphModule:
     """Prepared for INT8, its weights on grids ``coarse`` times as wide as they need to be."""
     prepared = prepare(model.eval(), placement, input_shape=x.shape[1:])
-    calibrate(prepared, [x], "max")
+    calibrate_ranges(prepared, [x], "max")
     for _, weight, quantizer in weights_and_quantizers(prepared):
         quantizer.fix(weight_amax(weight, quantizer.axis) * coarse)
     return prepared
@@ -127,7 +127,7 @@ def test_the_exported_network_has_these_codes() -> None:
 def test_a_range_that_is_not_fixed_becomes_the_largest_weight() -> None:
     x = images()
     prepared = prepare(net().eval(), input_shape=x.shape[1:])
-    calibrate(prepared, [x], "max")
+    calibrate_ranges(prepared, [x], "max")
     before = copy.deepcopy(prepared)
     adaround(prepared, [x], steps=30)
     pairs = zip(weights_and_quantizers(before), weights_and_quantizers(prepared), strict=True)
@@ -195,7 +195,7 @@ def test_functions_and_tied_weights() -> None:
 def test_tied_weights_have_one_range() -> None:
     x = images()
     prepared = prepare(Functional().eval(), input_shape=x.shape[1:])
-    calibrate(prepared, [x], "max")
+    calibrate_ranges(prepared, [x], "max")
     adaround(prepared, [x], steps=20)
     first, second = (prepared.get_submodule(name).weight_quantizer for name in ("conv", "tied"))
     assert torch.equal(first.amax, second.amax)
@@ -324,7 +324,7 @@ def test_what_cannot_be_rounded_is_refused() -> None:
 def test_few_bits_get_their_own_codes() -> None:
     prepared = prepare(net().eval(), input_shape=(3, 8, 8))
     simulate_bits(prepared, 3)
-    calibrate(prepared, [images()], "max")
+    calibrate_ranges(prepared, [images()], "max")
     adaround(prepared, [images()], steps=40)
     highest = {}
     for path, weight, quantizer in weights_and_quantizers(prepared):

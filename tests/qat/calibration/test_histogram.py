@@ -83,13 +83,13 @@ def test_memory_layout_does_not_matter():
 
 def test_dense_layouts_are_not_copied():
     x = torch.randn(2, 6, 5, 4).to(memory_format=torch.channels_last)
-    assert histogram._flat(x).data_ptr() == x.data_ptr()
+    assert histogram._flatten(x).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("where", [(..., slice(None, None, 2)), (..., 0), (slice(None), 0)])
 def test_layouts_with_gaps_are_copied(where: tuple[slice | int, ...]):
     view = torch.randn(2, 3, 4, 6)[where]
-    flat = histogram._flat(view)
+    flat = histogram._flatten(view)
     assert flat.is_contiguous()  # or the kernels of a GPU would read what lies in the gaps
     assert torch.equal(flat.sort().values, view.flatten().sort().values)
 

@@ -18,7 +18,7 @@ from qat.checkpoint import load_checkpoint
 from qat.fake_quantize.prepare import activation_quantizers, prepare
 from qat.fake_quantize.quantizer import weight_amax
 from qat.options import TrainOptions
-from qat.run import run
+from qat.train import main as run
 
 
 def old_checkpoint(model: nn.Module, shortcuts: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -60,8 +60,8 @@ def test_every_range_of_a_resnet_arrives() -> None:
     assert list(fixed) == ["layer1.0.conv2"]
     assert torch.equal(fixed["layer1.0.conv2"], ranges["layer1.0.conv2._weight_quantizer._amax"].flatten())
     assert lines == [
-        f"ranges of {len(amax)} of {len(amax)} tensors and 21 weights are the checkpoint's",
-        "in the checkpoint, but nothing here is quantized there: maxpool._input_quantizer._amax",
+        f"ranges of {len(amax)} of {len(amax)} tensors and 21 weights come from the checkpoint",
+        "in the checkpoint, but not used, because nothing is quantized there: maxpool._input_quantizer._amax",
     ]
 
 
@@ -80,7 +80,7 @@ def test_what_is_missing_is_named_and_keeps_its_range() -> None:
     lacking = [name for name, quantizer in activation_quantizers(prepared).items() if quantizer.amax.isnan()]
     shortcuts = [f"layer{stage}_0_downsample_1" for stage in (2, 3, 4)]
     assert lacking == [*shortcuts, "layer4_1_relu_1", "flatten"]
-    assert lines[1] == f"not in the checkpoint, calibrated here: {', '.join(lacking)}"
+    assert lines[1] == f"not in the checkpoint, so calibrated here: {', '.join(lacking)}"
     assert lines[2].endswith("quantized there: fc._input_quantizer._amax")
 
 
@@ -98,8 +98,8 @@ def test_a_run_takes_them_over(
     given = {"weights": str(tmp_path / "old.pth"), "output": tmp_path / "new.qat", "qat_epochs": 0}
     with pytest.raises(UserError, match="give --float-epochs 0"):
         run(TrainOptions(**tiny.options(trained, **given)))
-    assert run(TrainOptions(**tiny.options(trained, **given, float_epochs=0))) == 0
-    assert "tensors and 3 weights are the checkpoint's" in capsys.readouterr().out
+    run(TrainOptions(**tiny.options(trained, **given, float_epochs=0)))
+    assert "tensors and 3 weights come from the checkpoint" in capsys.readouterr().out
     saved = load_file(tmp_path / "new.qat")
     assert saved["activation_quantizers.relu.amax"] == state["conv2._input_quantizer._amax"]
     assert torch.equal(saved["conv1.weight"], state["conv1.weight"])

@@ -138,7 +138,7 @@ def test_percentile_is_numpys_to_one_bin(percentile: float):
 
 @pytest.mark.parametrize("percentile", [0, -1, 100.1, math.nan])
 def test_an_impossible_percentile_is_refused(percentile: float):
-    with pytest.raises(UserError, match=r"percentile.*choose one above 0"):
+    with pytest.raises(UserError, match=r"percentile.*must be above 0"):
         thresholds.amax_percentile(torch.ones(BINS, dtype=torch.int64), 1.0, percentile)
 
 

@@ -72,7 +72,7 @@ def test_at_zero_and_at_the_ends_of_the_range(learned: bool):
     if learned:
         quantizer.learn()
     values = torch.tensor([-300.0, -0.6, -0.0, 0.0, 1e-30, 0.4, 126.6, 127.0, 127.0001, 500.0])
-    for function in (lambda x: quantizer(F.relu(x)), quantizer.rectified):
+    for function in (lambda x: quantizer(F.relu(x)), quantizer.fake_quantize_relu):
         x = values.clone().requires_grad_()
         output = function(x)
         output.sum().backward()

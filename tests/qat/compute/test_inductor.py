@@ -18,7 +18,7 @@ from torch._inductor import config, metrics
 from torch._inductor.utils import fresh_cache
 
 import qat.compute.inductor
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.compute.device import Compute
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.weight_ranges import learn_ranges
@@ -40,7 +40,7 @@ def network(quantized: bool) -> nn.Module:
     model: nn.Module = nn.Sequential(nn.Conv2d(8, 8, 1), *(Block() for _ in range(BLOCKS)))
     if quantized:
         model = prepare(model, input_shape=SHAPE[1:])
-        calibrate(model, [torch.randn(SHAPE)], "max")
+        calibrate_ranges(model, [torch.randn(SHAPE)], "max")
     return model.train()
 
 

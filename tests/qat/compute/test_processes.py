@@ -83,7 +83,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(folder: Path) -> None:
     assert "torchrun --nproc-per-node 2 -m qat.train" in stopped.stderr
     other = train(folder, 1, output=folder / "stopped.qat", resume=True, **options)
     assert other.returncode == 2
-    assert "processes was 2, is 1" in other.stderr
+    assert "processes was 2, now 1" in other.stderr
     resumed = train(folder, 2, output=folder / "stopped.qat", resume=True, **options)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming qat training at epoch 2, step 16" in resumed.stdout
@@ -114,7 +114,10 @@ def test_a_network_of_float_operations_needs_no_ranges(folder: Path) -> None:
 def test_a_batch_that_does_not_come_out_even_says_which_would(folder: Path) -> None:
     run = train(folder, 2, output=folder / "odd.qat", batch_size=9)
     assert run.returncode != 0
-    assert "error: --batch-size 9 cannot be shared by 2 processes: give a multiple, such as 8" in run.stderr
+    found = (
+        "--batch-size 9 cannot be shared equally by 2 processes: give a multiple of at least two images each, such as 8"
+    )
+    assert f"error: {found}" in run.stderr
     assert "process 1: error:" in run.stderr
 
 

@@ -274,15 +274,15 @@ def test_a_batch_is_shifted_and_mirrored_as_its_images_are(tmp_path: Path) -> No
 def test_photographs_are_taken_as_the_weights_have_it(tmp_path: Path) -> None:
     folder = str(make_folder(tmp_path))
     others = ImagePreset(96, 100, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
-    found = load_data(folder, None, 0, photographs=others).preprocessing
+    found = load_data(folder, None, 0, preset=others).preprocessing
     assert found == Preprocessing(96, 96, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 100)
-    assert load_data(folder, 192, 0, photographs=others).preprocessing.resize == 200
-    assert load_data(folder, None, 0, photographs=found.photographs).preprocessing == found
+    assert load_data(folder, 192, 0, preset=others).preprocessing.resize == 200
+    assert load_data(folder, None, 0, preset=found.preset).preprocessing == found
     digits = load_data("digits", None, 0).preprocessing
     assert digits.mean != ImagePreset().mean
-    assert load_data("digits", None, 0, photographs=digits.photographs).preprocessing == digits
-    assert load_data("digits", None, 0, photographs=others).preprocessing.mean == others.mean
-    images = load_data(folder, None, 0, photographs=others).test
+    assert load_data("digits", None, 0, preset=digits.preset).preprocessing == digits
+    assert load_data("digits", None, 0, preset=others).preprocessing.mean == others.mean
+    images = load_data(folder, None, 0, preset=others).test
     x = torch.full((1, 3, 96, 96), 51, dtype=torch.uint8)  # 0.2
     assert torch.allclose(images.preprocessing.normalize(x)[0, :, 0, 0], torch.tensor([-3.0, -1.0, -1 / 3]), atol=1e-6)
 
@@ -417,9 +417,7 @@ def test_bad_folders(tmp_path: Path) -> None:
 
 
 def test_too_few_images(tmp_path: Path) -> None:
-    refused(
-        make_folder(tmp_path / "a", train=4), "8 training images", "too few for a validation split", "10 are needed"
-    )
+    refused(make_folder(tmp_path / "a", train=4), "8 training images", "too few for a validation split", "at least 10")
     arrays = npz_arrays(train=4)
     arrays |= {"val_images": arrays["test_images"], "val_labels": arrays["test_labels"]}
     for key in ("train_images", "train_labels"):
@@ -428,17 +426,17 @@ def test_too_few_images(tmp_path: Path) -> None:
     for key in ("val_labels", "test_labels"):
         arrays[key] = arrays[key] % 3
     source = save_npz(tmp_path / "b.npz", **arrays, class_names=names)
-    refused(source, "3 training images", "too few for a calibration split", "4 are needed")
+    refused(source, "3 training images", "too few for a calibration split", "at least 4")
 
 
 def test_unknown_names(tmp_path: Path) -> None:
     refused("digit", "unknown data set 'digit'", "did you mean digits", "torchvision:NAME", "CIFAR10")
     refused(tmp_path / "absent", "no such folder")
-    refused("torchvision:cifar10", "did you mean CIFAR10", "there are CIFAR10, CIFAR100")
+    refused("torchvision:cifar10", "did you mean CIFAR10", "give one of CIFAR10, CIFAR100")
     refused("torchvision:CocoDetection", "no classification data set")
     refused(tmp_path / "absent.npz", "no file")
     refused("digits", "image size 0", image_size=0)
-    refused("digits", "0 calibration images", calibration_images=0)
+    refused("digits", "--calibration-images 0 is too few: it must be at least 1", calibration_images=0)
     with pytest.raises(UserError, match="seed -1"):
         load_data("digits", None, -1)
 
@@ -455,7 +453,7 @@ def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"test_images": None}, ("lacks test_images", "found: train_images, train_labels, test_labels")),
+        ({"test_images": None}, ("does not have test_images", "found: train_images, train_labels, test_labels")),
         ({"train_images": np.zeros((100, 32, 32, 3), np.float32)}, ("train_images is float32 [100, 32, 32, 3]",)),
         ({"train_images": np.zeros((100, 3, 32, 32), np.uint8)}, ("[100, 3, 32, 32]", "[N, H, W, 3]")),
         ({"test_images": np.zeros((20, 28, 28, 3), np.uint8)}, ("28x28", "32x32")),
@@ -488,4 +486,4 @@ def test_damaged_npz(tmp_path: Path) -> None:
         refused(path, str(path), "truncated", "np.savez")
     with open(path, "wb") as file:
         np.save(file, np.zeros(3))
-    refused(path, "one bare array")
+    refused(path, "a single array")

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx
 
-from export.from_checkpoint import export_checkpoint
-from export.options import ExportOptions
+from export import export_onnx
 from qat.base.errors import UserError
 from qat.base.number_format import low_bit_format
-from qat.calibration.activation_ranges import calibrate
+from qat.calibration.activation_ranges import calibrate_ranges
 from qat.checkpoint import load_checkpoint
 from qat.compute.fused_relu import fuse_relus
 from qat.fake_quantize.low_bit import simulate_bits
@@ -25,7 +24,7 @@ from qat.fake_quantize.prepare import activation_quantizers, prepare, weights_an
 from qat.fake_quantize.quantizer import ACTIVATION, WEIGHT
 from qat.fake_quantize.weight_ranges import learn_ranges, weight_amax_mse
 from qat.options import TrainOptions
-from qat.run import run
+from qat.train import main as run
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -34,7 +33,7 @@ def network(bits: int, method: Any = "max") -> fx.GraphModule:
     torch.manual_seed(0)
     prepared = prepare(torchvision.models.resnet18(num_classes=7), input_shape=(3, 32, 32))
     simulate_bits(prepared, bits)
-    calibrate(prepared, [IMAGES], method)
+    calibrate_ranges(prepared, [IMAGES], method)
     return prepared.eval()
 
 
@@ -56,7 +55,7 @@ def test_tensors_that_cannot_be_negative_use_all_codes_for_what_they_hold() -> N
     torch.manual_seed(0)
     for name in ("mobilenet_v2", "mobilenet_v3_large"):
         prepared = prepare(torchvision.models.get_model(name, num_classes=7).eval(), input_shape=(3, 32, 32))
-        calibrate(prepared, [IMAGES], "max")
+        calibrate_ranges(prepared, [IMAGES], "max")
         lowest: dict[str, float] = {}
         for tensor, quantizer in activation_quantizers(prepared).items():
             quantizer.enabled = False
@@ -176,8 +175,8 @@ def test_a_checkpoint_computes_with_the_bits_that_it_was_trained_with(simulated:
 
 
 def test_it_is_not_exported(simulated: Path) -> None:
-    with pytest.raises(UserError, match="simulates 4 bits, which no engine computes: train with --bits 8"):
-        export_checkpoint(ExportOptions(checkpoint=simulated))
+    with pytest.raises(UserError, match=r"simulates U?INT4, which no engine computes: train with --bits 8"):
+        export_onnx(simulated)
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0])

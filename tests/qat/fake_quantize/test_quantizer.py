@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.base.number_format import INT8, NumberFormat
+from qat.base.number_format import NumberFormat
 from qat.fake_quantize.quantizer import (
     ACTIVATION,
     SCALE_FLOOR,
@@ -190,7 +190,7 @@ class TestCompiled:
         scale = torch.tensor(0.02, requires_grad=name == "learned")
         function = {
             "activation": lambda x: fake_quantize(x, scale),
-            "rectified": lambda x: fake_quantize(x, scale, INT8.rectified()),
+            "rectified": lambda x: fake_quantize(x, scale, NumberFormat("INT8", 0, 127, "INT8")),
             "learned": lambda x: learned_fake_quantize(x, scale),
             "weight": lambda x: fake_quantize_weight(x, 0),
         }[name]

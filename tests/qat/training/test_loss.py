@@ -16,10 +16,12 @@ from qat.base.errors import UserError
 from qat.checkpoint import load_state
 from qat.compute.device import Compute
 from qat.fake_quantize.prepare import prepare
+from qat.graph.inner_outputs import with_inner_outputs
 from qat.graph.tracing import network_of, trace
 from qat.options import TrainOptions
-from qat.run import run
-from qat.training.loss import Distillation, stage_ends, with_tensors
+from qat.train import main as run
+from qat.training.loss import Distillation, stage_ends
+from qat.training.recipe import DistillationSettings
 
 CPU = Compute(torch.device("cpu"))
 
@@ -37,10 +39,10 @@ def test_tensors_beside_the_answer(model: nn.Module) -> None:
     seen: list[Tensor] = []
     prepared.get_submodule("conv2").register_forward_hook(lambda *given: seen.append(given[2]))
     x = torch.randn(2, 3, 16, 16)
-    answer, (tensor,) = with_tensors(prepared, ["conv2"])(x)
+    answer, (tensor,) = with_inner_outputs(prepared, ["conv2"])(x)
     assert torch.equal(answer, prepared(x))
     assert torch.equal(tensor, seen[0])
-    assert with_tensors(prepared, []).get_submodule("conv2") is prepared.get_submodule("conv2")
+    assert with_inner_outputs(prepared, []).get_submodule("conv2") is prepared.get_submodule("conv2")
 
 
 def test_the_loss_by_hand(model: nn.Module) -> None:
@@ -49,11 +51,9 @@ def test_the_loss_by_hand(model: nn.Module) -> None:
     logits, x, labels = torch.randn(4, 3), torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     teacher = trace(model)
     tensor = torch.randn(4, 8, 8, 8)
-    loss = Distillation(
-        teacher, CPU, 0.1, weight=0.3, temperature=2.0, feature_weight=0.5, points=["conv2"], images=4, steps=9
-    )
+    loss = Distillation(teacher, CPU, 0.1, DistillationSettings(0.3, 2.0, 0.5), points=["conv2"], images=4, steps=9)
     with torch.no_grad():
-        wanted, (wanted_tensor,) = with_tensors(teacher, ["conv2"])(x)
+        wanted, (wanted_tensor,) = with_inner_outputs(teacher, ["conv2"])(x)
     hard = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     p, q = (wanted / 2).softmax(1), (logits / 2).softmax(1)
     soft = 4 * (p * (p.log() - q.log())).sum(1).mean()
@@ -66,7 +66,7 @@ def test_the_loss_by_hand(model: nn.Module) -> None:
 
 def test_the_teacher_does_not_learn(model: nn.Module) -> None:
     loss = Distillation(
-        trace(model), CPU, 0.0, weight=1.0, temperature=1.0, feature_weight=0.0, points=["conv2"], images=4, steps=9
+        trace(model), CPU, 0.0, DistillationSettings(1.0, 1.0, 0.0), points=["conv2"], images=4, steps=9
     )
     assert loss.points == ()
     logits = torch.randn(4, 3, requires_grad=True)
@@ -76,7 +76,7 @@ def test_the_teacher_does_not_learn(model: nn.Module) -> None:
 
 
 def train(folder: Path, output: Path, **changes: Any) -> dict[str, Tensor]:
-    assert run(TrainOptions(**tiny.options(folder, output=output, **changes))) == 0
+    run(TrainOptions(**tiny.options(folder, output=output, **changes)))
     return load_file(output)
 
 
@@ -98,5 +98,5 @@ def test_a_run_with_distillation_resumes_to_the_same_weights(
 
 @pytest.mark.parametrize("changes", [{"distill": 1.5}, {"distill_temperature": 0.0}, {"distill_features": -1.0}])
 def test_options_out_of_range(trained: Path, tmp_path: Path, changes: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="--distill must be between 0 and 1"):
+    with pytest.raises(UserError, match=r"--distill \S+ must be from 0 to 1"):
         train(trained, tmp_path / "model.qat", **changes)

@@ -23,15 +23,16 @@ from torch import Tensor, nn
 import qat.fake_quantize.quantizer
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
-from qat.calibration.activation_ranges import calibrate
-from qat.compute.device import Compute, _Compiled
+from qat.calibration.activation_ranges import calibrate_ranges
+from qat.compute.compiled import CompiledNetwork
+from qat.compute.device import Compute
 from qat.data.batches import ImageSet
 from qat.data.splits import Data
 from qat.evaluate import evaluate
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.quantizer import WeightQuantizer
 from qat.options import TrainOptions
-from qat.run import run
+from qat.train import main as run
 from qat.training.failures import first_not_finite
 from qat.training.log import TrainingLog
 from qat.training.recipe import Recipe
@@ -165,7 +166,7 @@ def test_training_computes_in_bfloat16_and_quantization_and_evaluation_in_float3
     model: nn.Module, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = prepare(model, input_shape=(3, 16, 16))
-    calibrate(prepared, [torch.randn(8, 3, 16, 16)], "max")
+    calibrate_ranges(prepared, [torch.randn(8, 3, 16, 16)], "max")
     types: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
     prepared.get_submodule("conv2").register_forward_hook(lambda layer, _, y: types[layer.training].add(y.dtype))
     quotients = []
@@ -187,7 +188,7 @@ def test_training_computes_in_bfloat16_and_quantization_and_evaluation_in_float3
 def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
     """Compiled whole, quantizers included: fullgraph=True refuses graph breaks."""
     plain = prepare(model, input_shape=(3, 16, 16))
-    calibrate(plain, [torch.randn(8, 3, 16, 16)], "max")
+    calibrate_ranges(plain, [torch.randn(8, 3, 16, 16)], "max")
     compiled = prepare(model, input_shape=(3, 16, 16))
     compiled.load_state_dict(plain.state_dict())
     for one in (plain, compiled):
@@ -217,7 +218,7 @@ def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
 def test_compiled_gradients_are_those_of_the_network_as_it_is(model: nn.Module) -> None:
     x = torch.randn(8, 3, 16, 16)
     prepared = prepare(model, input_shape=(3, 16, 16))
-    calibrate(prepared, [x], "max")
+    calibrate_ranges(prepared, [x], "max")
     prepared.get_submodule("dropout").p = 0.0
     errors = gradient_errors(prepared, "cpu", torch.float32, x)
     assert len(errors) == len(list(model.parameters()))
@@ -237,7 +238,7 @@ def test_a_network_is_compiled_where_that_pays(compiled: bool | None, steps: int
 
 def test_quantization_progresses_from_the_input_on(model: nn.Module, data: Data) -> None:
     prepared = prepare(model, input_shape=(3, 16, 16))
-    calibrate(prepared, [torch.randn(8, 3, 16, 16)], "max")
+    calibrate_ranges(prepared, [torch.randn(8, 3, 16, 16)], "max")
     seen = []
 
     class Watching(Fit):
@@ -252,7 +253,7 @@ def test_quantization_progresses_from_the_input_on(model: nn.Module, data: Data)
     state = fit.run(lambda: None, 3600)
     assert seen == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1, 1])
     assert state.best_epoch >= 2  # what was measured before is of another network
-    with pytest.raises(UserError, match="progressive must be below the 2 epochs of the fine-tuning, got 2"):
+    with pytest.raises(UserError, match="progressive must be below the 2 epochs of the fine-tuning, but is 2"):
         recipe(epochs=2, progressive=2)
 
 
@@ -293,7 +294,7 @@ def test_a_stopped_run_ends_with_the_same_weights_whatever_the_options(
     ("name", "value"), [("accumulate", 0), ("clip_norm", -1.0), ("mixup", math.nan), ("cutmix", -1.0), ("ema", 1.0)]
 )
 def test_options_out_of_range(name: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"{name} must be at .*, got {value}"):
+    with pytest.raises(UserError, match=f"{name} must be at .*, but is {value}"):
         recipe(**{name: value})
 
 
@@ -389,13 +390,13 @@ def test_cuda_graphs_are_given_up_where_they_take_too_much_memory(
 ) -> None:
     class Full(Hungry):
         def forward(self, x: Tensor) -> Tensor:
-            if _Compiled.graphs_fit:
+            if CompiledNetwork.graphs_fit:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             return super().forward(x)
 
-    monkeypatch.setattr(_Compiled, "graphs_fit", True)
+    monkeypatch.setattr(CompiledNetwork, "graphs_fit", True)
     assert fitted(Full(9), data, as_on_gpu).epoch == 1
-    assert "training goes on without them" in " ".join(capsys.readouterr().err.split())
+    assert "training continues without them" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(UserError, match="for batches of 9 images; 4 fit"):
         fitted(Full(5), data, as_on_gpu)
 
@@ -510,12 +511,12 @@ def test_what_cannot_be_compiled_is_trained_all_the_same(
     with torch._dynamo.config.patch(recompile_limit=1):
         fitted(other, data, Compute(torch.device("cpu"), compiled=True), epochs=2)
     torch.testing.assert_close(plain.fc.weight, other.fc.weight, rtol=0, atol=rounding)
-    said = capsys.readouterr()
-    warning = " ".join(said.err.split())
-    assert warning.count("torch.compile fails (") == 1
+    printed = capsys.readouterr()
+    warning = " ".join(printed.err.split())
+    assert warning.count("torch.compile failed (") == 1
     assert reason in warning
     assert "as with --compile False" in warning
-    assert said.out.count("compiling the training step, which takes about a minute\n") == 1
+    assert printed.out.count("compiling the training step, which takes about a minute\n") == 1
 
 
 def test_evaluation_is_exact_float32(model: nn.Module, data: Data) -> None:

@@ -7,12 +7,12 @@ import json
 
 from qdq_models import classifier, matrix_product
 
-from deploy.builder import build, parse
-from deploy.buildlog import BuildLog
-from deploy.layers import EngineLayer, layers_from_inspector, layers_from_log
-from deploy.precision import DeclaredLayer, audit, declared_layers
+from deploy.build_log import BuildLog
+from deploy.builder import build, parse_onnx
+from deploy.engine_layers import EngineLayer, layers_from_inspector, layers_from_log
+from deploy.installed import find_toolkit
+from deploy.precision_audit import DeclaredLayer, audit_precision, declared_layers
 from deploy.settings import BuildSettings
-from deploy.trt import find_toolkit
 
 # Captured from TensorRT-RTX 1.7.1.116, verbose and DETAILED: a quantized convolution and its ReLU.
 RTX_CONVOLUTION = (
@@ -68,7 +68,7 @@ def test_log_lines_of_a_convolution_and_its_relu():
     )
     assert relu.kind == "kgen"
     assert relu.onnx_nodes == ("/relu/Relu",)
-    (finding,) = audit([declared("/conv/Conv")], [convolution, relu]).findings
+    (finding,) = audit_precision([declared("/conv/Conv")], [convolution, relu]).findings
     assert finding.precision == "INT8"
     assert not finding.broken
 
@@ -77,7 +77,7 @@ def test_kernel_that_dequantizes_first_is_float_although_int8_goes_in():
     (layer,) = layers_from_log(RTX_DEQUANTIZED_PRODUCT)
     assert layer.inputs == ("INT8",)
     assert "INT8" in layer.constants
-    result = audit([declared("/fc/MatMul", "matrix product", "MATRIX_MULTIPLY", axis=0)], [layer])
+    result = audit_precision([declared("/fc/MatMul", "matrix product", "MATRIX_MULTIPLY", axis=0)], [layer])
     assert result.broken[0].precision == "FP32"
     assert "output axis" in result.broken[0].cause
 
@@ -87,21 +87,21 @@ def test_causes_of_float_layers():
         engine = [
             EngineLayer(layer.node + "_myl0_1", "correlation", (precision,), (precision,), ("FP32",), (layer.node,))
         ]
-        (finding,) = audit([layer], engine).findings
+        (finding,) = audit_precision([layer], engine).findings
         return finding.cause
 
     assert "axis 1" in cause(declared("c", axis=1))
     assert "transposed" in cause(declared("c", kind="DECONVOLUTION"))
-    assert "no multiple of 8" in cause(declared("c", groups=12, channels=12))
-    assert "arrives as FP16" in cause(declared("c"), "FP16")
+    assert "not a multiple of 8" in cause(declared("c", groups=12, channels=12))
+    assert "it reads FP16" in cause(declared("c"), "FP16")
     assert cause(declared("c", float_inputs=["input 'x'"])) == "not declared INT8: no Q/DQ on input 'x'"
 
 
 def test_layer_that_the_engine_does_not_list_is_unknown_and_broken():
-    (finding,) = audit([declared("/gone/Conv")], layers_from_log(RTX_CONVOLUTION)).findings
+    (finding,) = audit_precision([declared("/gone/Conv")], layers_from_log(RTX_CONVOLUTION)).findings
     assert finding.precision == "unknown"
     assert finding.broken
-    assert "no engine layer bears its name" in finding.cause
+    assert "no engine layer has its name" in finding.cause
 
 
 # Written after the documentation and ../shared/tensorrt.md, not captured: an inspector needs a GPU.
@@ -124,7 +124,7 @@ def test_old_inspector_with_control_characters_and_one_sentence_for_format_and_t
     layers = layers_from_inspector(text)
     assert [layer.inputs for layer in layers] == [("FP32",), ("INT8",), ("FP16",)]
     assert layers[1].onnx_nodes == ("w", "QuantizeLinear_3", "Conv_9", "Relu_10")
-    first, second = audit([declared("Conv_9"), declared("Conv_11")], layers).findings
+    first, second = audit_precision([declared("Conv_9"), declared("Conv_11")], layers).findings
     assert first.precision == "INT8"
     assert (second.precision, second.broken) == ("FP16", True)
 
@@ -149,11 +149,11 @@ def test_new_inspector_with_type_apart_and_undetailed_layers():
     layers = layers_from_inspector(text)
     assert layers[0].onnx_nodes == ("/conv/Conv", "/relu[0]/Relu")
     assert layers[1].precision == "none"
-    assert audit([declared("/conv/Conv")], layers).count("convolution") == (1, 1)
+    assert audit_precision([declared("/conv/Conv")], layers).count("convolution") == (1, 1)
 
 
 def test_real_builder_quantized_classifier(tmp_path):
-    result = _built(classifier(tmp_path / "m.onnx"))
+    result = _audit(classifier(tmp_path / "m.onnx"))
     assert [(f.node, f.declared_int8, f.precision) for f in result.findings] == [
         ("/conv/Conv", True, "INT8"),
         ("/fc/Gemm", True, "INT8"),
@@ -162,7 +162,7 @@ def test_real_builder_quantized_classifier(tmp_path):
 
 
 def test_real_builder_float_fully_connected_layer_is_named(tmp_path):
-    result = _built(classifier(tmp_path / "m.onnx", quantize_fc=False))
+    result = _audit(classifier(tmp_path / "m.onnx", quantize_fc=False))
     assert result.count("convolution") == (1, 1)
     assert result.count("matrix product") == (0, 1)
     fc = result.findings[1]
@@ -171,14 +171,14 @@ def test_real_builder_float_fully_connected_layer_is_named(tmp_path):
 
 
 def test_real_builder_matrix_product_by_scale_axis(tmp_path):
-    along_output = _built(matrix_product(tmp_path / "a.onnx", axis=1))
-    transposed = _built(matrix_product(tmp_path / "b.onnx", axis=0, transpose=True))
-    along_input = _built(matrix_product(tmp_path / "c.onnx", axis=0))
+    along_output = _audit(matrix_product(tmp_path / "a.onnx", axis=1))
+    transposed = _audit(matrix_product(tmp_path / "b.onnx", axis=0, transpose=True))
+    along_input = _audit(matrix_product(tmp_path / "c.onnx", axis=0))
     assert along_output.count("matrix product") == transposed.count("matrix product") == (1, 1)
     assert [finding.node for finding in along_input.broken] == ["/fc/MatMul"]
 
 
-def _built(model):
+def _audit(model):
     return build(find_toolkit("tensorrt-rtx"), model, BuildSettings(capabilities=("8.9",))).audit
 
 
@@ -219,7 +219,7 @@ def test_tensorrt_8_6_hides_data_types_of_a_dynamic_batch_so_the_weights_decide(
         DeclaredLayer("layer1.0.conv3", "convolution", "CONVOLUTION", (), 0, 1, 256),
         DeclaredLayer("fc", "matrix product", "MATRIX_MULTIPLY", (), 0, 1, 0),
     ]
-    found = audit(declared, layers)
+    found = audit_precision(declared, layers)
     assert [finding.precision for finding in found.findings] == ["INT8", "INT8", "FP32"]
     assert [finding.node for finding in found.broken] == ["fc"]
 
@@ -234,16 +234,17 @@ def test_a_part_that_was_handed_over_as_a_whole_is_found_by_its_ends():
     product = dataclasses.replace(
         declared("fc", "matrix product", "MATRIX_MULTIPLY"), weight_path=("fc.weight/dequantize", "fc.weight")
     )
-    first, second = audit([product, declared("conv")], layers_from_inspector(text)).findings
+    first, second = audit_precision([product, declared("conv")], layers_from_inspector(text)).findings
     assert (first.precision, first.broken) == ("FP32", True)
-    assert "{ForeignNode[fc.weight...(Unnamed Layer* 625) [ElementWise]]}, a part that" in first.cause
+    part = "{ForeignNode[fc.weight...(Unnamed Layer* 625) [ElementWise]]}"
+    assert f"{part}, a part that another compiler handles" in first.cause
     assert second.precision == "unknown"
 
 
 def test_the_path_of_weights_ends_at_their_constant(tmp_path):
     toolkit, log, settings = find_toolkit("tensorrt-rtx"), BuildLog(), BuildSettings()
     builder = toolkit.module.Builder(toolkit.logger(log))
-    network = parse(toolkit, builder, classifier(tmp_path / "m.onnx"), log, settings)
+    network = parse_onnx(toolkit, builder, classifier(tmp_path / "m.onnx"), log, settings)
     convolution, product = declared_layers(network, toolkit.module)
     assert convolution.weight_path[0] == "/w_dq/DequantizeLinear"
     assert convolution.weight_path[-1].startswith("w_q")
@@ -254,8 +255,8 @@ def test_a_layer_that_is_float_in_one_profile_is_found():
     def layer(profile: str, precision: str) -> EngineLayer:
         return EngineLayer(f"conv + relu{profile}", "CaskConvolution", (precision,), (precision,), (), ("conv", "relu"))
 
-    (finding,) = audit([declared("conv")], [layer("", "INT8"), layer(" [profile 1]", "FP16")]).findings
+    (finding,) = audit_precision([declared("conv")], [layer("", "INT8"), layer(" [profile 1]", "FP16")]).findings
     assert (finding.precision, finding.broken) == ("FP16", True)
     assert finding.cause.startswith("in profile 1: ")
-    (finding,) = audit([declared("conv")], [layer("", "INT8"), layer(" [profile 1]", "INT8")]).findings
+    (finding,) = audit_precision([declared("conv")], [layer("", "INT8"), layer(" [profile 1]", "INT8")]).findings
     assert (finding.precision, finding.cause) == ("INT8", "")

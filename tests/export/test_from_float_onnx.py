@@ -12,16 +12,15 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import Graph, save
 from torch import Tensor, nn
 
 from deploy.builder import build
+from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings, Profile
-from deploy.trt import find_toolkit
 from export.calibration_cache import read_calibration_cache
-from export.lint import lint
-from export.options import QuantizeOptions
-from export.post_training import quantize_file
-from export.read import read_onnx
+from export.from_float_onnx import quantize_onnx
+from export.linter import lint_onnx
 from export.session import run, session, sqnr_db
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
@@ -89,7 +88,7 @@ def answers(path: Path, inputs: Path) -> np.ndarray:
 
 def test_it_quantizes_places_right_and_answers_nearly_the_same(model: Path, inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "net.int8.onnx"
-    sidecar = quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output))
+    sidecar = quantize_onnx(model, data=str(inputs), output=output)
     found = operators(output)
     assert "BatchNormalization" not in found
     # input, relu for the body and the skip, relu for the pool, the pool for the classifier; and three weights
@@ -97,7 +96,7 @@ def test_it_quantizes_places_right_and_answers_nearly_the_same(model: Path, inpu
     weights = [t for t in onnx.load(output).graph.initializer if t.name.endswith(".codes")]
     assert [t.data_type for t in weights] == [TensorProto.INT8] * 3
     assert sum(np.prod(t.dims) for t in onnx.load(output).graph.initializer if t.data_type == TensorProto.FLOAT) < 200
-    assert lint(read_onnx(output)) == []
+    assert lint_onnx(output) == []
     exact, rounded = answers(model, inputs), answers(output, inputs)
     noise = sqnr_db(exact, rounded)
     assert noise is not None
@@ -109,7 +108,7 @@ def test_it_quantizes_places_right_and_answers_nearly_the_same(model: Path, inpu
 
 def test_tensorrt_builds_it_in_int8(model: Path, inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
-    quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output))
+    quantize_onnx(model, data=str(inputs), output=output)
     settings = BuildSettings(profiles=(Profile(2, 2, 2),), capabilities=("8.9",))
     audit = build(find_toolkit("tensorrt-rtx"), output, settings).audit
     assert audit.count("convolution") == (2, 2)
@@ -121,7 +120,7 @@ def test_scales_are_those_of_the_calibrator_and_weights_follow_the_specification
     model: Path, inputs: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "q.onnx"
-    quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output, calibrator="max"))
+    quantize_onnx(model, data=str(inputs), output=output, calibrator="max")
     values = {t.name: numpy_helper.to_array(t) for t in onnx.load(output).graph.initializer}
     assert values["input.scale"] == pytest.approx(np.abs(np.load(inputs)).max() / 127)
     codes, scale = values["fc.weight.codes"], values["fc.weight.scale"]
@@ -133,26 +132,22 @@ def test_scales_are_those_of_the_calibrator_and_weights_follow_the_specification
 def test_float_weights_answer_the_same_to_the_last_bit(model: Path, inputs: Path, tmp_path: Path) -> None:
     for weights in ("int8", "float"):
         output = tmp_path / f"{weights}.onnx"
-        quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output, weights=weights))
-        assert lint(read_onnx(output)) == []
+        quantize_onnx(model, data=str(inputs), output=output, weights=weights)
+        assert lint_onnx(output) == []
     np.testing.assert_array_equal(answers(tmp_path / "int8.onnx", inputs), answers(tmp_path / "float.onnx", inputs))
     types = [t.data_type for t in onnx.load(tmp_path / "float.onnx").graph.initializer if np.prod(t.dims) > 16]
     assert types == [TensorProto.FLOAT] * 3
 
 
 def test_ready_inputs_are_not_normalized(model: Path, inputs: Path, tmp_path: Path) -> None:
-    options = QuantizeOptions(model=model, data=str(inputs), output=tmp_path / "q.onnx", mean=(0.5, 0.5, 0.5))
     with pytest.raises(UserError, match=r"npy holds inputs as the network takes them: leave out --mean and --std"):
-        quantize_file(options)
+        quantize_onnx(model, data=str(inputs), output=tmp_path / "q.onnx", mean=(0.5, 0.5, 0.5))
     assert not (tmp_path / "q.onnx").exists()
 
 
 def test_images_are_normalized_and_leave_a_reference(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
-    options = QuantizeOptions(
-        model=model, data="digits", output=output, images=32, parity_images=24, mean=(0.1, 0.2, 0.3)
-    )
-    sidecar = quantize_file(options)
+    sidecar = quantize_onnx(model, output, data="digits", images=32, parity_images=24, mean=(0.1, 0.2, 0.3))
     assert tuple(sidecar.preprocessing["mean"]) == (0.1, 0.2, 0.3)
     assert sidecar.preprocessing["height"] == 16
     assert sidecar.details["reference"]["images"] == 24
@@ -163,10 +158,10 @@ def test_images_are_normalized_and_leave_a_reference(model: Path, tmp_path: Path
 
 def test_a_fixed_batch_is_fed_whole(inputs: Path, tmp_path: Path) -> None:
     model = export(tmp_path / "fixed.onnx", batch=16)
-    sidecar = quantize_file(QuantizeOptions(model=model, data=str(inputs)))
+    sidecar = quantize_onnx(model, data=str(inputs))
     assert sidecar.figures["parity"]["inputs"] == 32
     with pytest.raises(UserError, match=r"takes batches of 16, there are 8 inputs"):
-        quantize_file(QuantizeOptions(model=model, data=str(inputs), images=8))
+        quantize_onnx(model, data=str(inputs), images=8)
 
 
 def test_an_old_operator_set_is_converted(tmp_path: Path, inputs: Path) -> None:
@@ -181,14 +176,14 @@ def test_an_old_operator_set_is_converted(tmp_path: Path, inputs: Path) -> None:
     graph = helper.make_graph(nodes, "old", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
     old = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 9)], ir_version=4)
     onnx.save(old, tmp_path / "old.onnx")
-    quantize_file(QuantizeOptions(model=tmp_path / "old.onnx", data=str(inputs), output=tmp_path / "q.onnx"))
+    quantize_onnx(tmp_path / "old.onnx", data=str(inputs), output=tmp_path / "q.onnx")
     assert onnx.load(tmp_path / "q.onnx").opset_import[0].version >= 13
-    assert lint(read_onnx(tmp_path / "q.onnx")) == []
+    assert lint_onnx(tmp_path / "q.onnx") == []
 
 
 def test_keep_float_leaves_a_layer_alone(model: Path, inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "q.onnx"
-    sidecar = quantize_file(QuantizeOptions(model=model, data=str(inputs), output=output, keep_float=("/fc/*",)))
+    sidecar = quantize_onnx(model, data=str(inputs), output=output, keep_float=("/fc/*",))
     kept = [d for d in sidecar.details["placement"]["decisions"] if d["rule"] == "kept_float"]
     assert [d["label"] for d in kept] == ["/fc/Gemm"]
     assert "fc.weight" in {t.name for t in onnx.load(output).graph.initializer}
@@ -212,13 +207,38 @@ def test_a_cache_carries_its_scales_over_exactly(model: Path, tmp_path: Path) ->
     scales = {name: np.float32(0.01 * (1 + index)) for index, name in enumerate(tensors_of(model))}
     cache = write_cache(tmp_path / "c.cache", scales)
     output = tmp_path / "q.onnx"
-    sidecar = quantize_file(QuantizeOptions(model=model, calibration_cache=cache, output=output))
+    sidecar = quantize_onnx(model, calibration_cache=cache, output=output)
     values = {t.name: numpy_helper.to_array(t) for t in onnx.load(output).graph.initializer}
     quantized = [t["tensor"] for t in sidecar.details["placement"]["tensors"]]
     assert len(quantized) == 4
     for name in quantized:
-        assert values[f"{name}.scale"] == pytest.approx(scales[name], rel=1e-6)
-    assert lint(read_onnx(output)) == []
+        assert values[f"{name}.scale"] == scales[name]
+    assert lint_onnx(output) == []
+
+
+def test_scales_of_a_cache_keep_all_their_bits(tmp_path: Path) -> None:
+    """Every bit pattern of a normal float32 above 0 is a possible scale."""
+    layers = 1000
+    graph = Graph()
+    weight = graph.random("w", (16, 16, 1, 1))
+    x = "x"
+    for index in range(layers):
+        x = graph.node("Conv", [x, weight], f"conv{index}", kernel_shape=[1, 1])
+    model = save(graph.model(("N", 16, 4, 4), opset=17), tmp_path / "chain.onnx")
+    bits = np.random.default_rng(0).integers(0x00800000, 0x7F800000, layers).astype(np.uint32)
+    scales = dict(zip(["x", *(f"conv{index}" for index in range(layers - 1))], bits.view(np.float32), strict=True))
+    quantize_onnx(model, tmp_path / "q.onnx", calibration_cache=write_cache(tmp_path / "c.cache", scales))
+    values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    found = np.array([values[f"{name}.scale"] for name in scales])
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found.view(np.uint32), bits)
+
+
+def test_a_scale_of_a_cache_below_the_normal_numbers_is_floored(model: Path, tmp_path: Path) -> None:
+    scales = dict.fromkeys(tensors_of(model), 0.02) | {"input": 1e-42}
+    quantize_onnx(model, tmp_path / "q.onnx", calibration_cache=write_cache(tmp_path / "c.cache", scales))
+    values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    assert values["input.scale"] == np.finfo(np.float32).tiny
 
 
 def test_tensors_that_a_cache_lacks_are_named_and_stay_float(
@@ -226,7 +246,7 @@ def test_tensors_that_a_cache_lacks_are_named_and_stay_float(
 ) -> None:
     relu = next(node.output[0] for node in onnx.load(model).graph.node if node.op_type == "Relu")
     cache = write_cache(tmp_path / "c.cache", {name: 0.02 for name in tensors_of(model) if name != relu})
-    sidecar = quantize_file(QuantizeOptions(model=model, calibration_cache=cache, output=tmp_path / "q.onnx"))
+    sidecar = quantize_onnx(model, calibration_cache=cache, output=tmp_path / "q.onnx")
     assert f"not in the cache, or renamed by fusion: {relu} (what reads it stays in float)" in capfd.readouterr().err
     rules = {d["label"]: d["rule"] for d in sidecar.details["placement"]["decisions"]}
     assert rules["/body/Conv"] == "no_range"
@@ -236,8 +256,7 @@ def test_tensors_that_a_cache_lacks_are_named_and_stay_float(
 def test_with_data_the_missing_ones_are_calibrated(model: Path, inputs: Path, tmp_path: Path) -> None:
     relu = next(node.output[0] for node in onnx.load(model).graph.node if node.op_type == "Relu")
     cache = write_cache(tmp_path / "c.cache", {name: 0.02 for name in tensors_of(model) if name != relu})
-    options = QuantizeOptions(model=model, calibration_cache=cache, data=str(inputs), output=tmp_path / "q.onnx")
-    quantize_file(options)
+    quantize_onnx(model, calibration_cache=cache, data=str(inputs), output=tmp_path / "q.onnx")
     values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
     assert values["input.scale"] == pytest.approx(0.02)
     assert values[f"{relu}.scale"] != pytest.approx(0.02, rel=1e-3)
@@ -246,15 +265,15 @@ def test_with_data_the_missing_ones_are_calibrated(model: Path, inputs: Path, tm
 def test_a_cache_of_another_network_is_refused(model: Path, tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "c.cache", {"input": 0.1, "a": 0.1, "b": 0.2})
     with pytest.raises(UserError, match=r"is a cache for another network: it knows 1 of the 4 tensors"):
-        quantize_file(QuantizeOptions(model=model, calibration_cache=cache, output=tmp_path / "q.onnx"))
+        quantize_onnx(model, calibration_cache=cache, output=tmp_path / "q.onnx")
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "is no calibration cache"),
+        ("", "is not a calibration cache"),
         ("hello\nx: 3c010a14\n", "its first line is 'hello'"),
-        ("TRT-8601-EntropyCalibration2\n", "holds no tensor"),
+        ("TRT-8601-EntropyCalibration2\n", "does not hold any tensor"),
         ("TRT-8601-EntropyCalibration2\nx 3c010a14\n", "line 2"),
         ("TRT-8601-EntropyCalibration2\nx: zz\n", "line 2"),
         ("TRT-8601-EntropyCalibration2\nx: 00000000\n", "line 2"),
@@ -279,7 +298,7 @@ def test_a_cache_is_read_with_names_that_hold_colons_and_spaces(tmp_path: Path) 
 
 def test_bad_input_is_one_line(model: Path, inputs: Path, tmp_path: Path) -> None:
     quantized = tmp_path / "q.onnx"
-    quantize_file(QuantizeOptions(model=model, data=str(inputs), output=quantized))
+    quantize_onnx(model, data=str(inputs), output=quantized)
     bad_shape = tmp_path / "bad.npy"
     np.save(bad_shape, np.zeros((4, 3, 8, 8), np.float32))
     text = tmp_path / "text.onnx"
@@ -294,13 +313,13 @@ def test_bad_input_is_one_line(model: Path, inputs: Path, tmp_path: Path) -> Non
         ({"model": model, "data": str(inputs), "output": model}, "would overwrite the float model"),
         ({"model": model, "data": str(inputs), "keep_float": ("nothing*",)}, "--keep-float nothing.* matches none"),
         ({"model": tmp_path / "no.onnx", "data": str(inputs)}, "no file"),
-        ({"model": text, "data": str(inputs)}, "is no ONNX model"),
+        ({"model": text, "data": str(inputs)}, "is not an ONNX model"),
         ({"model": model, "data": str(tmp_path / "no.npy")}, "cannot read inputs"),
         ({"model": model, "data": str(inputs), "images": 0}, "must be at least 1"),
     ]
     for options, says in cases:
         with pytest.raises(UserError, match=says):
-            quantize_file(QuantizeOptions(**{"output": tmp_path / "out.onnx"} | options))
+            quantize_onnx(**{"output": tmp_path / "out.onnx"} | options)
     assert not (tmp_path / "out.onnx").exists()
 
 
@@ -309,21 +328,37 @@ def test_a_network_of_two_inputs_is_refused(tmp_path: Path, inputs: Path) -> Non
     graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["sum"])], "two", ends[:2], ends[2:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]), tmp_path / "two.onnx")
     with pytest.raises(UserError, match=r"has 2 inputs \(a, b\)"):
-        quantize_file(QuantizeOptions(model=tmp_path / "two.onnx", data=str(inputs)))
+        quantize_onnx(tmp_path / "two.onnx", data=str(inputs))
+
+
+class Joined(nn.Module):
+    """Two convolutions of the input, concatenated, and one of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = (nn.Conv2d(*sizes, 3, padding=1) for sizes in ((3, 16), (3, 16), (32, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.a(x).relu(), self.b(x).relu()], 1))
 
 
 def test_shared_scales_are_one_initializer(tmp_path: Path, inputs: Path) -> None:
-    class Joined(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.head = (nn.Conv2d(*sizes, 3, padding=1) for sizes in ((3, 16), (3, 16), (32, 16)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.cat([self.a(x).relu(), self.b(x).relu()], 1))
-
     to_onnx(Joined(), tmp_path / "j.onnx")
-    quantize_file(QuantizeOptions(model=tmp_path / "j.onnx", data=str(inputs)))
+    quantize_onnx(tmp_path / "j.onnx", data=str(inputs))
     quantized = ir.load(tmp_path / "j.int8.onnx")
     scales = [node.inputs[1].name for node in quantized.graph if node.op_type == "QuantizeLinear"]
     assert len(scales) == 4
     assert len(set(scales)) == 2
+
+
+def test_tensors_that_share_a_scale_get_the_largest_of_a_cache(tmp_path: Path) -> None:
+    model = to_onnx(Joined(), tmp_path / "j.onnx")
+    scales = {name: np.float32(0.01 * (3 + index)) for index, name in enumerate(tensors_of(model))}
+    sidecar = quantize_onnx(model, calibration_cache=write_cache(tmp_path / "c.cache", scales))
+    values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "j.int8.onnx").graph.initializer}
+    groups: dict[str, list[str]] = {}
+    for tensor in sidecar.details["placement"]["tensors"]:
+        groups.setdefault(tensor["quantizer"], []).append(tensor["tensor"])
+    assert sorted(map(len, groups.values())) == [1, 3]
+    for quantizer, tensors in groups.items():
+        assert values[f"{quantizer}.scale"] == max(scales[tensor] for tensor in tensors)

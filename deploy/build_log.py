@@ -1,26 +1,29 @@
-"""What a builder says while it works: its log, and how far it is."""
+"""What a builder says while it works: its log and its progress."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploy.cuda import OUT_OF_MEMORY
 from qat.base.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 _WEIGHTS_LINE = re.compile(r"^Total Weights Memory: (\d+) bytes", re.MULTILINE)
 
 
 @dataclass
 class BuildLog:
-    """Everything that parser and builder said, in order: pairs of severity (``ERROR`` ...) and text."""
+    """All messages of the parser and the builder, in order: pairs of severity (such as ``ERROR``) and text."""
 
     messages: list[tuple[str, str]] = field(default_factory=list)
 
     def texts(self, *severities: str) -> list[str]:
-        """The messages of these severities, each once, in order; of all severities when none is named."""
+        """The messages of these severities, or of all if none is named, in order and without duplicates."""
         chosen = (text for severity, text in self.messages if not severities or severity in severities)
         return list(dict.fromkeys(chosen))
 
@@ -33,34 +36,36 @@ class BuildLog:
         return " ".join(" ".join(self.errors()[-2:]).split())
 
     def weights_bytes(self) -> int | None:
-        """Bytes that the engine's weights take, or None where the builder does not log them."""
+        """How many bytes the engine's weights take, or None if the builder does not log it."""
         found = [match for text in self.texts() for match in _WEIGHTS_LINE.findall(text)]
         return int(found[-1]) if found else None
 
 
 def raise_if_out_of_memory(log: BuildLog) -> None:
-    """Raises UserError when that is what the log complains of."""
+    """Raises UserError if the log has an error about GPU memory."""
     if any("out of memory" in text.lower() or "outofmemory" in text.lower() for text in log.errors()):
         raise UserError(f"TensorRT ran out of GPU memory: {OUT_OF_MEMORY}")
 
 
-def recorder(base: Any, log: BuildLog) -> Any:
-    """An ILogger, made from TensorRT's class ``base``, that writes every message to ``log``."""
+def recording_logger(base: type[trt.ILogger], log: BuildLog) -> trt.ILogger:
+    """An ILogger that appends every message to ``log``; ``base`` is TensorRT's class ILogger."""
 
-    class Recorder(base):
+    class RecordingLogger(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
             base.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
             log.messages.append((severity.name, message))
 
-    return Recorder()
+    return RecordingLogger()
 
 
-def progress_monitor(base: Any, report: Callable[[float, str], None], go_on: Callable[[], bool]) -> Any:
-    """An IProgressMonitor, made from TensorRT's class ``base``.
+def progress_monitor(
+    base: type[trt.IProgressMonitor], report: Callable[[float, str], None], go_on: Callable[[], bool]
+) -> trt.IProgressMonitor:
+    """An IProgressMonitor that calls ``report(fraction done, phase)``; ``base`` is TensorRT's class IProgressMonitor.
 
-    Calls ``report(fraction done, phase)``; a build is cancelled when ``go_on()`` is False.
+    The build is cancelled when ``go_on()`` returns False.
     """
     open_phases: dict[str, tuple[int, int]] = {}  # name -> (steps done, steps), outermost first
 
@@ -71,7 +76,7 @@ def progress_monitor(base: Any, report: Callable[[float, str], None], go_on: Cal
             fraction += done * share
         report(min(fraction, 1.0), next(reversed(open_phases), ""))
 
-    class Monitor(base):
+    class Monitor(base):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
             base.__init__(self)
 

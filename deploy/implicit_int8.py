@@ -1,7 +1,7 @@
-"""Implicit INT8, which older versions have: every tensor gets a dynamic range, the builder chooses precisions.
+"""Implicit INT8, which older versions of TensorRT have: each tensor gets a range, and the builder chooses precisions.
 
-It is here to be compared with. The ranges are one constant for all tensors, so such an engine says how fast implicit
-INT8 is, and nothing about its accuracy.
+It is only for comparison. All tensors get the same range, so such an engine shows how fast implicit INT8 is, and
+nothing about its accuracy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DYNAMIC_RANGE = 4.0
 
 
 def set_dynamic_ranges(network: trt.INetworkDefinition) -> None:
-    """Gives every tensor of a float network the range [-4, 4], so that each layer may run in INT8."""
+    """Gives every tensor of a float network the range [-4, 4], so that the builder may run every layer in INT8."""
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     for tensor in (*inputs, *(layer.get_output(i) for layer in layers for i in range(layer.num_outputs))):

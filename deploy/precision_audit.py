@@ -1,8 +1,9 @@
-"""What every convolution and matrix product of an engine really runs in, against what the ONNX declares.
+"""In which precision every convolution and matrix product of an engine runs, and what the ONNX file declares.
 
-Declared: a layer of the parsed network is declared INT8 when all its data inputs, activation and weights, come from
-DequantizeLinear, possibly through what moves values: a transpose, a max pool, a concatenation. Real: the engine's
-final layers (deploy/layers.py). The two are matched by name: an engine layer is called after its ONNX nodes.
+A layer of the parsed network is declared INT8 when all its data inputs, activation and weights, come from
+DequantizeLinear, directly or through operations that only move values, such as a transpose, a max pool or a
+concatenation. The engine's final layers (deploy/engine_layers.py) tell what it runs in. The two are matched by name,
+because an engine layer has the names of its ONNX nodes.
 """
 
 from __future__ import annotations
@@ -11,49 +12,51 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from deploy.layers import EngineLayer
+from deploy.engine_layers import EngineLayer
 from deploy.parsed_network import ParsedNetwork
+from qat.base.number_format import INT8
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
+Operation = Literal["convolution", "matrix product"]
 CONVOLUTION_TYPES = ("CONVOLUTION", "DECONVOLUTION")
 MATRIX_TYPES = ("MATRIX_MULTIPLY", "FULLY_CONNECTED")
-# Layers that move values without changing them: a DequantizeLinear is looked for behind them.
+# Layers that move values without changing them, so that a DequantizeLinear before them counts.
 _MOVING_TYPES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "SLICE", "RESIZE", "CONCATENATION", "MAX")
 
-# Layers of pointwise work only: their metadata may name a convolution that they do not compute.
+# Layers without any product. Their metadata may name a convolution that they do not compute.
 _POINTWISE_KINDS = ("kgen", "shape_call", "pointwise", "pointwisev2", "reformat", "noop", "constant")
 
 
 @dataclass(frozen=True)
 class PrecisionFinding:
-    """One convolution or matrix product: what it is declared, what it is and, where not INT8, the likely cause."""
+    """A convolution or matrix product: what it is declared, what it runs in and, if not INT8, the likely cause."""
 
     node: str
-    operation: Literal["convolution", "matrix product"]
+    operation: Operation
     declared_int8: bool
     precision: str
-    """``INT8``, ``FP32`` ... or ``unknown`` when no engine layer bears its name."""
+    """``INT8``, ``FP32`` ... or ``unknown`` if no engine layer has its name."""
     cause: str = ""
 
     @property
     def broken(self) -> bool:
-        """Declared INT8, but not INT8 in the engine."""
-        return self.declared_int8 and self.precision != "INT8"
+        """Whether it is declared INT8 but not INT8 in the engine."""
+        return self.declared_int8 and self.precision != INT8.name
 
 
 @dataclass(frozen=True)
 class PrecisionAudit:
-    """All findings in network order, and the engine's layers that they were made from."""
+    """All findings in the order of the network, and the engine's final layers."""
 
     findings: tuple[PrecisionFinding, ...]
     layers: tuple[EngineLayer, ...]
 
-    def count(self, operation: str) -> tuple[int, int]:
-        """(in INT8, all) of the operation ``convolution`` or ``matrix product``."""
+    def count(self, operation: Operation) -> tuple[int, int]:
+        """How many layers of this operation are INT8, and how many there are."""
         chosen = [finding for finding in self.findings if finding.operation == operation]
-        return sum(finding.precision == "INT8" for finding in chosen), len(chosen)
+        return sum(finding.precision == INT8.name for finding in chosen), len(chosen)
 
     @property
     def broken(self) -> tuple[PrecisionFinding, ...]:
@@ -63,36 +66,36 @@ class PrecisionAudit:
 
 @dataclass(frozen=True)
 class DeclaredLayer:
-    """A convolution or matrix product of the parsed network, and which of its inputs lack Q/DQ nodes."""
+    """A convolution or matrix product of the parsed network, and its inputs without Q/DQ nodes."""
 
     node: str
-    operation: Literal["convolution", "matrix product"]
+    operation: Operation
     kind: str
     float_inputs: tuple[str, ...]
     weight_axis: int | None
-    """Axis of the per-channel weight scale; None when there is one scale for all."""
+    """Axis of the per-channel weight scale; None if there is one scale for all weights."""
     groups: int
     channels: int
     weight_path: tuple[str, ...] = ()
-    """Names of the layers that its weights pass through, the constant last."""
+    """Names of the layers between the constant and the layer, the constant last."""
 
     @property
     def int8(self) -> bool:
-        """Whether every data input comes from DequantizeLinear."""
+        """Whether every data input comes from DequantizeLinear. A second format would be told by the type it reads."""
         return not self.float_inputs
 
 
-def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> PrecisionAudit:
-    """Holds what the network declares against the engine's final layers.
+def audit_precision(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> PrecisionAudit:
+    """Compares what the network declares with the engine's final layers.
 
-    An engine with several optimization profiles has the layers of each; a finding is about the worst.
+    An engine with several optimization profiles has layers for each of them. A finding is about the worst profile.
     """
     profiles = sorted({layer.profile for layer in layers}) or [0]
     of_profile = [[layer for layer in layers if layer.profile == profile] for profile in profiles]
     findings = []
     for layer in declared:
-        found = [_find(layer, known) for known in of_profile]
-        worst = next((index for index, finding in enumerate(found) if finding.precision != "INT8"), 0)
+        found = [_audit_layer(layer, known) for known in of_profile]
+        worst = next((index for index, finding in enumerate(found) if finding.precision != INT8.name), 0)
         finding = found[worst]
         if len(profiles) > 1 and finding.cause:
             finding = replace(finding, cause=f"in profile {profiles[worst]}: {finding.cause}")
@@ -100,30 +103,32 @@ def audit(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> P
     return PrecisionAudit(tuple(findings), tuple(layers))
 
 
-def _find(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> PrecisionFinding:
-    found = _layer_of(declared, layers)
+def _audit_layer(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> PrecisionFinding:
+    found = _matching_layer(declared, layers)
     precision = found.product_precision if found else "unknown"
-    cause = "" if precision == "INT8" else _cause(declared, found)
+    cause = "" if precision == INT8.name else _cause(declared, found)
     return PrecisionFinding(declared.node, declared.operation, declared.int8, precision, cause)
 
 
 def declared_layers(network: trt.INetworkDefinition, module: Any) -> list[DeclaredLayer]:
-    """The convolutions and matrix products of a parsed INetworkDefinition; ``module`` is TensorRT's own."""
-    graph = ParsedNetwork(network)
+    """The convolutions and matrix products of an INetworkDefinition; ``module`` is TensorRT's Python module."""
+    parsed_network = ParsedNetwork(network)
     wanted = (*CONVOLUTION_TYPES, *MATRIX_TYPES)
-    return [_declare(layer, graph.makers, module) for layer in graph.layers if layer.type.name in wanted]
+    return [
+        _declare(layer, parsed_network.makers, module) for layer in parsed_network.layers if layer.type.name in wanted
+    ]
 
 
-def _layer_of(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> EngineLayer | None:
-    """The engine layer that computes a node: the one called after it, else one whose metadata names it."""
+def _matching_layer(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> EngineLayer | None:
+    """The engine layer that computes a node: the one that has its name, else one whose metadata names it."""
     node = declared.node
     naming = [layer for layer in layers if node in layer.onnx_nodes]
     products = [layer for layer in naming if layer.kind.lower() not in _POINTWISE_KINDS]
-    called = [layer for layer in products if node in layer.own_nodes]
-    kernels = [layer for layer in naming if layer.spells_product]
-    # A part that the builder hands over as a whole is called after its first and its last node.
+    of_its_name = [layer for layer in products if node in layer.own_nodes]
+    kernels = [layer for layer in naming if layer.names_product]
+    # The name of a part that another compiler handles has its first and its last node.
     parts = [layer for layer in layers if set(layer.foreign_ends) & {node, *declared.weight_path}]
-    return next(iter(called + products + kernels + parts), None)
+    return next(iter(of_its_name + products + kernels + parts), None)
 
 
 def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
@@ -134,7 +139,7 @@ def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
         for index, source in enumerate(sources)
         if source is None
     ]
-    if len(sources) < 2:  # weights that are a plain constant are no input of the layer
+    if len(sources) < 2:  # weights that are a plain constant are not an input of the layer
         missing.append("weights")
     weights = sources[1] if len(sources) == 2 else None
     groups, channels = _groups_and_channels(layer, module) if convolution else (1, 0)
@@ -151,7 +156,7 @@ def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
 
 
 def _path(tensor: Any, makers: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the layers from ``tensor`` back to a constant, along each layer's first input."""
+    """Names of the layers from ``tensor`` back to a constant, along the first input of each layer."""
     names: list[str] = []
     while tensor is not None and (maker := makers.get(tensor.name)) is not None:
         names.append(maker.name)
@@ -160,12 +165,12 @@ def _path(tensor: Any, makers: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _source(tensor: Any, makers: dict[str, Any], module: Any) -> Any | None:
-    """The DequantizeLinear layer that ``tensor`` comes from, or None when it comes from something else."""
+    """The DequantizeLinear layer that ``tensor`` comes from, or None."""
     while tensor is not None and (maker := makers.get(tensor.name)) is not None:
         if maker.type.name == "DEQUANTIZE":
             return maker
         if maker.type.name == "POOLING":
-            maker.__class__ = module.IPoolingLayer  # whose type is the kind of pool: MAX
+            maker.__class__ = module.IPoolingLayer  # its type is then the kind of pooling, such as MAX
         if maker.type.name not in _MOVING_TYPES:
             return None
         tensor = maker.get_input(0)
@@ -175,7 +180,7 @@ def _source(tensor: Any, makers: dict[str, Any], module: Any) -> Any | None:
 def _scale_axis(dequantize: Any | None, module: Any) -> int | None:
     if dequantize is None or dequantize.num_inputs < 2 or tuple(dequantize.get_input(1).shape) in ((), (1,)):
         return None
-    dequantize.__class__ = module.IDequantizeLayer  # the API's way to reach what is special to a layer's type
+    dequantize.__class__ = module.IDequantizeLayer  # the API's way to reach the attributes of a layer's type
     return int(dequantize.axis)
 
 
@@ -186,21 +191,23 @@ def _groups_and_channels(layer: Any, module: Any) -> tuple[int, int]:
 
 def _cause(layer: DeclaredLayer, found: EngineLayer | None) -> str:
     if layer.float_inputs:
-        return f"not declared INT8: no Q/DQ on {' and '.join(layer.float_inputs)}"
+        return f"not declared {INT8.name}: no Q/DQ on {' and '.join(layer.float_inputs)}"
     if found is None:
-        return "no engine layer bears its name: look in the layer list of the sidecar"
+        return "no engine layer has its name: see the list of layers in the sidecar"
     if found.product_precision == "unknown":
-        return "the builder does not tell the type of its data"
+        return "the builder does not report the type of its data"
     if found.foreign_ends:
-        return f"it is in {found.name}, a part that the builder handed over as a whole and that reads {found.precision}"
+        return (
+            f"it is in {found.name}, a part that another compiler handles as a whole and that reads {found.precision}"
+        )
     if layer.kind == "DECONVOLUTION":
         return "transposed convolution: the builder chose a float kernel; leave it unquantized"
     if layer.operation == "convolution" and layer.weight_axis not in (None, 0):
-        return f"weight scales lie on axis {layer.weight_axis}; a convolution needs one per output channel (axis 0)"
+        return f"its weight scales are on axis {layer.weight_axis}; a convolution needs one per output channel (axis 0)"
     if found.dequantizes_first:
-        return "the kernel dequantizes and multiplies in float: weight scales must lie on the output axis"
+        return "the kernel dequantizes and multiplies in float: the weight scales must be on the output axis"
     if layer.groups > 1 and layer.channels % 8:
-        return f"grouped convolution with {layer.channels} output channels, which is no multiple of 8"
-    if "INT8" not in found.inputs[:1]:
-        return f"its data arrives as {found.precision}: a layer between it and its DequantizeLinear is not INT8"
+        return f"grouped convolution with {layer.channels} output channels, which is not a multiple of 8"
+    if INT8.name not in found.inputs[:1]:
+        return f"it reads {found.precision}: a layer between it and its DequantizeLinear is not {INT8.name}"
     return f"the builder chose a {found.precision} kernel"

@@ -1,8 +1,8 @@
-"""What the parser and the builder refuse, in one line that says which node, why and what to do.
+"""Why the parser or the builder refuses a network, in one line: which node, why, and what to do.
 
-TensorRT's own errors are paragraphs of source locations; the cause is usually one of a few breaches of
-its Q/DQ rules. Those are told apart by the words that TensorRT uses. The verbose log is read too, because
-only it names a node's scale. What is not recognised is shortened, not hidden.
+TensorRT's own errors are paragraphs of source locations. The cause is usually a violation of one of its few Q/DQ rules,
+which are recognised by TensorRT's words. The verbose log is read too, because only it names a node's scale. An error
+that is not recognised is shortened, not hidden.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.buildlog import BuildLog, raise_if_out_of_memory
+from deploy.build_log import BuildLog, raise_if_out_of_memory
 from deploy.trt import failed_node
 
 _Q_DQ = ("QuantizeLinear", "DequantizeLinear")
-# What the parser says when it silently takes UINT8 codes as INT8: 128..255 would saturate at 127.
+# The parser logs this and no error when it reads UINT8 codes as INT8, so that 128..255 saturate at 127.
 _UINT8_TAKEN_AS_INT8 = "UINT8 zero_point"
 _PARSING = re.compile(r"^Parsing node: (?P<node>.*) \[(?P<op>\w+)\]$")
 _FAILED_AT = re.compile(r'While parsing node number (?P<index>\d+) \[(?P<op>\w+) -> "(?P<output>.*?)"')
-# Without a GPU each error is followed by a complaint about the driver, which is not the cause of anything.
+# Without a GPU each error is followed by one about the driver, which is never the cause.
 _NOISE = re.compile(r"cudaError|CUDA driver version|^--- (Begin|End) node|^Invalid Node - |^\s*$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ParserFailure:
-    """One refusal of the ONNX parser: the node's name and operator, and the parser's own words."""
+    """A node that the ONNX parser refuses: its name and operator, and the parser's own words."""
 
     node: str
     op: str
@@ -33,7 +33,7 @@ class ParserFailure:
 
 
 def parser_failures(parser: Any, log: BuildLog) -> list[ParserFailure]:
-    """The parser's errors. Where its API does not name the node, the log does (by the node's output)."""
+    """The parser's errors. If its API does not name the node, the node is named by its output, from the log."""
     failures = []
     named = [match.groupdict() for text in log.errors() if (match := _FAILED_AT.search(text))]
     for index in range(parser.num_errors):
@@ -45,18 +45,18 @@ def parser_failures(parser: Any, log: BuildLog) -> list[ParserFailure]:
 
 
 def explain(failures: list[ParserFailure], log: BuildLog) -> str:
-    """One line about the first failure and the number of further ones."""
+    """One line about the first failure, and how many others there are."""
     if not failures:
-        return f"TensorRT refused it without a reason: {_condense(' '.join(log.errors()[-2:]))}"
+        return f"TensorRT refused it and gave no reason: {_condense(' '.join(log.errors()[-2:]))}"
     first, *others = failures
     if not first.node and not first.op:
         return "it is truncated or not an ONNX file: make or copy it again"
-    further = f" ({len(others)} more nodes are refused)" if others else ""
-    return f"{first.op} node {first.node!r}: {_cause(first, log)}{further}"
+    more = f" ({len(others)} more nodes are refused)" if others else ""
+    return f"{first.op} node {first.node!r}: {_cause(first, log)}{more}"
 
 
 def uint8_nodes(log: BuildLog) -> list[str]:
-    """Q/DQ nodes with UINT8 zero points, which the parser reads as INT8 with no more than a warning."""
+    """Names of Q/DQ nodes with UINT8 zero points, which the parser reads as INT8 with only a warning."""
     found, node = [], ""
     for _, text in log.messages:
         if match := _PARSING.match(text):
@@ -67,7 +67,7 @@ def uint8_nodes(log: BuildLog) -> list[str]:
 
 
 def build_failure(log: BuildLog) -> str:
-    """The last errors of a failed build, in one line. Raises UserError when the GPU's memory was full."""
+    """The last errors of a failed build, in one line. Raises UserError if the GPU's memory was full."""
     raise_if_out_of_memory(log)
     lines = [condensed for text in log.errors() if (condensed := _condense(text))]
     return "; ".join(lines[-2:]) or "it gave no reason"
@@ -77,21 +77,21 @@ def _cause(failure: ParserFailure, log: BuildLog) -> str:
     reason = failure.reason
     if "Scale coefficients must all be positive" in reason:
         return (
-            f"its scale {_scale_of(failure, log)} holds a value that is zero, negative or not a number, "
-            "which a dead channel (all weights or activations zero) causes: "
+            f"its scale {_scale_of(failure, log)} has a value that is zero, negative or not a number. "
+            "The cause is a dead channel (all weights or activations are zero): "
             "floor the scale to a small positive number and export again"
         )
     if failure.op in _Q_DQ and ("shiftIsAllZeros" in reason or "zero zero point" in reason):
-        return "its zero point is not 0, and TensorRT's INT8 is symmetric: quantize again with INT8 and zero point 0"
+        return "its zero point is not 0, but TensorRT's INT8 is symmetric: quantize again with INT8 and zero point 0"
     if failure.op == "DequantizeLinear" and "type Int32" in reason:
         return "it dequantizes INT32, a quantized bias, which TensorRT refuses: leave the bias in float"
     if "UNSUPPORTED" in reason or reason.strip() == "false" or "Plugin not found" in reason:
-        return "TensorRT has no such operator: replace it in the model, or leave it out"
+        return "TensorRT has no such operator: replace it in the model, or remove it"
     return f"TensorRT refuses it: {_condense(reason)}"
 
 
 def _scale_of(failure: ParserFailure, log: BuildLog) -> str:
-    """Name and shape of the failed node's scale, from the log's line that lists the node's inputs."""
+    """Name and shape of the failed node's scale, from the line of the log that lists the node's inputs."""
     start = f"{failure.node} [{failure.op}] inputs: "
     for text in reversed(log.texts("VERBOSE")):
         if text.startswith(start):
@@ -103,7 +103,7 @@ def _scale_of(failure: ParserFailure, log: BuildLog) -> str:
 
 
 def _condense(text: str) -> str:
-    """Without driver noise, source locations and line breaks."""
+    """``text`` without driver noise, source locations and line breaks."""
     kept = [line for line in text.splitlines() if not _NOISE.search(line)]
     short = " ".join(" ".join(kept).split())
     short = re.sub(r"Assertion failed: .*?: ", "", short)

@@ -1,14 +1,14 @@
-"""An engine's final layers as the builders describe them, in one form: names, types, formats, tactics.
+"""An engine's final layers in one form: names, types, memory formats, tactics.
 
-Two sources: the text in TensorRT-RTX's verbose log, and the engine inspector's JSON, older and newer. An engine layer
-is called after its ONNX node, and a fused one names all its nodes.
+There are two sources: the verbose log of TensorRT-RTX as text, and the JSON of the engine inspector, older and newer.
+An engine layer has the name of its ONNX node; a fused layer has the names of all its nodes.
 
-A layer computes in INT8 when it reads INT8 data and INT8 weights. One exception: a generated kernel
-(``__myl_...``) spells its operations in its name, and when a Cast stands before the product
-(``CastMulCastCastMulFc``) it dequantizes first and multiplies in float, although INT8 goes in.
+A layer computes in INT8 when it reads INT8 data and INT8 weights. There is one exception: the name of a generated
+kernel (``__myl_...``) lists its operations, and if a Cast comes before the product (``CastMulCastCastMulFc``), the
+kernel dequantizes first and multiplies in float, although it reads INT8.
 
-The text form and the older JSON were captured from the real builders (tests/deploy/test_precision.py). The newer JSON
-follows NVIDIA's documentation and was not run.
+The text form and the older JSON were captured from the real builders (tests/deploy/test_precision_audit.py). The newer
+JSON follows NVIDIA's documentation; it was not run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from qat.base.number_format import INT8
+
 _LAYER_LINE = re.compile(r"^\s*Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), (?P<rest>Inputs: .*)$", re.MULTILINE)
 _TENSOR = re.compile(r"Dimensions: \[([\d,]*)\].*?Datatype: (\w+)")
 _TENSOR_TYPE = re.compile(r"Datatype: (\w+)")
@@ -27,7 +29,7 @@ _LIST_NAMES = ("Inputs", "Constants", "Outputs", "TacticName")
 _TACTIC = re.compile(r"TacticName: ([^,]*)")
 _FORMAT = re.compile(r"Format: (.*?) \}")
 _METADATA_NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=[\x1e\x1f]|\[ONNX Layer: |\s*$)", re.DOTALL)
-# Words in the builders' descriptions of memory layouts; those that contain others come first.
+# Words in the builders' descriptions of memory formats. Words that contain others come first.
 _FORMATS = {
     "Thirty-two wide": "NC/32HW32",
     "Sixteen wide": "NC/16HW16",
@@ -58,17 +60,17 @@ class EngineLayer:
     constants: tuple[str, ...]
     outputs: tuple[str, ...]
     onnx_nodes: tuple[str, ...]
-    """The ONNX nodes that the layer computes, the ones that it is called after first."""
+    """The ONNX nodes that the layer computes. Those in its name come first."""
     format: str = ""
-    """Memory layout of what the layer writes, in the builder's words."""
+    """Memory format of what the layer writes, in the builder's words."""
     tactic: str = ""
     """Name of the kernel."""
     output_bytes: int = 0
-    """What the layer writes, where the description tells the dimensions."""
+    """How many bytes the layer writes; 0 if the description has no dimensions."""
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> EngineLayer:
-        """From what ``dataclasses.asdict`` gave; further entries are ignored."""
+        """From the output of ``dataclasses.asdict``; unknown entries are ignored."""
         known: dict[str, Any] = {field.name: entry[field.name] for field in fields(cls) if field.name in entry}
         for key in ("inputs", "constants", "outputs", "onnx_nodes"):
             known[key] = tuple(known[key])
@@ -76,47 +78,47 @@ class EngineLayer:
 
     @property
     def profile(self) -> int:
-        """The optimization profile that the layer belongs to; with several, each has layers of its own."""
+        """Index of the optimization profile that the layer belongs to. Each profile has its own layers."""
         match = _PROFILE.search(self.name)
         return int(match[1]) if match else 0
 
     @property
     def foreign_ends(self) -> tuple[str, ...]:
-        """First and last node of a part that the builder handed to another compiler: ``{ForeignNode[a...b]}``."""
+        """First and last node of a part that another compiler handles: ``{ForeignNode[a...b]}``. Else empty."""
         match = _FOREIGN.search(self.name)
         return tuple(match[1].split("...")) if match else ()
 
     @property
     def own_nodes(self) -> list[str]:
-        """The ONNX nodes that the layer is called after; a generated name has none."""
+        """The ONNX nodes in the layer's name. A generated name has none."""
         return node_names(self.name)
 
     @property
     def short_format(self) -> str:
-        """The layout by its usual abbreviation, such as ``NC/32HW32``; the builder's words where there is none."""
+        """The memory format by its abbreviation, such as ``NC/32HW32``; the builder's words if there is none."""
         return next((short for words, short in _FORMATS.items() if words in self.format), self.format)
 
     @property
     def is_reformat(self) -> bool:
-        """Whether the layer only changes type or memory layout."""
+        """Whether the layer only changes the type or the memory format."""
         return self.kind.lower() in ("reformat", "reformatting")
 
     @property
     def is_quantization(self) -> bool:
-        """Whether the layer does nothing but quantize or dequantize."""
+        """Whether the layer only quantizes or dequantizes."""
         if self.kind.lower() in ("quantize", "dequantize"):
             return True
         nodes = self.onnx_nodes
         return not self.is_reformat and bool(nodes) and all("quantizelinear" in node.lower() for node in nodes)
 
     @property
-    def spells_product(self) -> bool:
-        """Whether the layer is a generated kernel in whose name a convolution or matrix product occurs."""
+    def names_product(self) -> bool:
+        """Whether the layer is a generated kernel whose name lists a convolution or a matrix product."""
         return _PRODUCT_WORD.search(_operations(self.name)) is not None
 
     @property
     def dequantizes_first(self) -> bool:
-        """Whether the layer is a generated kernel that casts before its product: it multiplies in float."""
+        """Whether the layer is a generated kernel that casts before its product, and so multiplies in float."""
         operations = _operations(self.name)
         product = _PRODUCT_WORD.search(operations)
         return product is not None and "Cast" in operations[: product.start()]
@@ -130,11 +132,11 @@ class EngineLayer:
     def product_precision(self) -> str:
         """The type that a convolution or matrix product multiplies in."""
         weights = (*self.inputs[1:], *self.constants)
-        # An older inspector hides the types where the batch is dynamic; a kernel multiplies in the type of its weights.
+        # An older inspector hides the types if the batch is dynamic. A kernel multiplies in the type of its weights.
         if self.precision == "unknown" and self.constants:
             return self.constants[0]
-        if self.precision == "INT8" and (self.dequantizes_first or (weights and "INT8" not in weights)):
-            return next((found for found in weights if found != "INT8"), "FP32")
+        if self.precision == INT8.name and (self.dequantizes_first or (weights and INT8.name not in weights)):
+            return next((found for found in weights if found != INT8.name), "FP32")
         return self.precision
 
 
@@ -170,14 +172,14 @@ def layers_from_inspector(text: str) -> list[EngineLayer]:
     """Final layers from the engine inspector's JSON, in any of its forms.
 
     Older inspectors put control characters into strings, and format and type into one sentence
-    ("Thirty-two wide channel vectorized row major Int8 format"); newer ones state ``Datatype`` apart.
-    Layers that were built without detail are bare strings: they have names and no types.
+    ("Thirty-two wide channel vectorized row major Int8 format"). Newer ones have ``Datatype`` as a separate entry.
+    Layers that were built without details are plain strings: they have names and no types.
     """
     found = []
     for entry in json.loads(text, strict=False).get("Layers", []):
         layer = {"Name": entry} if isinstance(entry, str) else entry
         constants = _inspector_types(layer.get("Constants"))
-        # "Weights", or "ConvWeights" where a pooling is fused with the convolution
+        # "Weights", or "ConvWeights" if a pooling is fused with the convolution
         weights = [value for key, value in layer.items() if key.endswith("Weights") and isinstance(value, dict)]
         constants = (*(_short_type(str(entry.get("Type", ""))) for entry in weights), *constants)
         name = str(layer.get("Name", ""))
@@ -207,7 +209,7 @@ def _inspector_format(tensors: Any) -> str:
 
 
 def _bytes(dimensions: str, word: str) -> int:
-    """The size of a tensor: ``2,64,112,112``, ``Int8``."""
+    """Bytes of a tensor, from its dimensions and type such as ``2,64,112,112`` and ``Int8``."""
     return math.prod(int(extent) for extent in dimensions.split(",") if extent) * _BYTES.get(_short_type(word), 4)
 
 
@@ -217,18 +219,18 @@ def _short_type(words: str) -> str:
 
 
 def _onnx_nodes(name: str, metadata: str) -> tuple[str, ...]:
-    """The ONNX nodes of an engine layer, the one that it is called after first."""
+    """The ONNX nodes of an engine layer. Those in its name come first."""
     return tuple(dict.fromkeys([*node_names(name), *_METADATA_NODE.findall(metadata)]))
 
 
 def node_names(name: str) -> list[str]:
-    """The nodes that a layer of this name is called after; a generated name has none."""
+    """The ONNX nodes in the name of a layer. A generated name has none."""
     if _is_generated(name):
         return []
     plain = _NUMBERING.sub("", _PROFILE.sub("", name))
     if _POINTWISE not in plain:
         return _BETWEEN_NAMES.split(plain)
-    # Kernels of several pointwise operations, which may be inside each other: PWN(PWN(a, b), c)
+    # Kernels of several pointwise operations, which may be nested: PWN(PWN(a, b), c)
     names = _BETWEEN_NAMES.split(plain.replace(_POINTWISE, "").replace(", ", " + "))
     return [found.rstrip(")") for found in names]
 
@@ -238,5 +240,5 @@ def _is_generated(name: str) -> bool:
 
 
 def _operations(name: str) -> str:
-    """``__myl_CastMulFc_myl0_2`` -> ``CastMulFc``; nothing for layers that were not generated."""
+    """``__myl_CastMulFc_myl0_2`` -> ``CastMulFc``; empty for a layer that was not generated."""
     return _NUMBERING.sub("", name).removeprefix("__myl_") if _is_generated(name) else ""

@@ -1,0 +1,243 @@
+"""ONNX file -> engine file: builds an engine, audits it, and writes it with its sidecar.
+
+The engine in memory is made by deploy/builder.py; what the engine file says about it is decided here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from deploy.builder import BuiltEngine, build
+from deploy.installed import find_toolkit
+from deploy.precision_audit import PrecisionAudit
+from deploy.repeat import build_fastest
+from deploy.settings import DEFAULT_PROFILES, BuilderOptions, BuildSettings, Profile
+from deploy.timing_cache import TimingCacheFile
+from deploy.trt import Toolkit
+from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
+from qat.base.choices import BuilderName
+from qat.base.console import say, table, warn
+from qat.base.errors import UserError
+from qat.base.exit_codes import NOT_INT8
+from qat.base.number_format import INT8
+from qat.base.text import megabytes
+
+DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
+UNKNOWN_PROVENANCE = "unknown: the ONNX file has no sidecar"
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """An engine that was built and written.
+
+    Attributes:
+        path: the engine; its sidecar is beside it.
+        sidecar: inputs, outputs, figures (times, sizes, counts of layers) and details (settings, layers, log).
+        audit: the precision of every convolution and matrix product. ``audit.broken`` lists those that the ONNX file
+            declares INT8 and that are not INT8 in the engine.
+    """
+
+    path: Path
+    sidecar: Sidecar
+    audit: PrecisionAudit
+
+
+def build_engine(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    builder: Literal["auto"] | BuilderName = "auto",
+    profiles: Sequence[Profile] = DEFAULT_PROFILES,
+    compute_capabilities: Sequence[str] | None = None,
+    repeat: int = 1,
+    timing_cache: str | Path | None = None,
+    settings: BuilderOptions | None = None,
+) -> EngineFile:
+    """Builds an engine from an ONNX file, audits it, and writes it with its sidecar.
+
+    Progress goes to standard output: a bar on a terminal, else a line every few seconds.
+
+    Args:
+        model: the ONNX file, with Q/DQ nodes for the layers that run in INT8. Its sidecar is used if there is one.
+        output: the engine to write; by default the model's name with the suffix .engine.
+        builder: ``tensorrt`` (needs a GPU), ``tensorrt-rtx`` (builds without one), or ``auto``: TensorRT if it and a
+            GPU are usable, else TensorRT-RTX.
+        profiles: the batch sizes that a dynamic batch takes, in images. A single fixed one makes the batch static.
+        compute_capabilities: the GPUs that TensorRT-RTX builds for; by default 8.6, 8.9 and 12.0.
+        repeat: how often to build; the engine that is fastest at the OPT batch is kept. More than 1 needs a GPU.
+        timing_cache: a file that keeps measured kernel times, so that later builds are shorter.
+        settings: the options of the builder; by default TensorRT's own, without TF32.
+
+    Returns what was written, with the audit. A layer that is declared INT8 but is not INT8 in the engine raises
+    nothing; it is in ``audit.broken``.
+
+    Raises UserError when the model is missing, damaged or refused, when no builder is installed, when the arguments
+    contradict each other, and when the engine cannot be written. Its message names arguments as the command line does:
+    ``--timing-cache`` is ``timing_cache``.
+
+    Example::
+
+        built = build_engine("model.onnx", profiles=[Profile(1, 8, 32)])
+        assert not built.audit.broken
+        print(built.path, built.sidecar.figures["engine_bytes"])
+    """
+    model = Path(model)
+    output = model.with_suffix(".engine") if output is None else Path(output)
+    cache = None if timing_cache is None else Path(timing_cache)
+    options = settings or BuilderOptions()
+    BuildSettings.from_options(options, profiles=tuple(profiles))  # wrong settings are the cheapest to find
+    source, parent = _read_model(model, output)
+    _check_names(model, output, cache)
+    if repeat < 1:
+        raise UserError(f"--repeat {repeat}: must be at least 1")
+    check_writable(output)
+    toolkit = find_toolkit(builder)
+    capabilities = tuple(compute_capabilities or (DEFAULT_CAPABILITIES if toolkit.name == "tensorrt-rtx" else ()))
+    target = toolkit.device.name if toolkit.device else "compute capabilities " + " ".join(capabilities)
+    say(f"{toolkit.title}, {toolkit.typing()}ly typed, for {target}")
+    build_settings = BuildSettings.from_options(options, profiles=tuple(profiles), capabilities=capabilities)
+    built = build_with_cache_or_repeat(toolkit, model, build_settings, repeat, cache)
+    return EngineFile(output, write_engine(output, built, toolkit, build_settings, source, parent), built.audit)
+
+
+def build_with_cache_or_repeat(
+    toolkit: Toolkit, model: Path, settings: BuildSettings, repeat: int, timing_cache: Path | None
+) -> BuiltEngine:
+    """Builds ``repeat`` times and keeps the fastest engine, or builds once, with the timing cache if there is one.
+
+    Raises UserError as ``build`` does, and when repetition is not possible.
+    """
+    if repeat == 1:
+        cache = TimingCacheFile(timing_cache, toolkit, settings) if timing_cache else None
+        built = build(toolkit, model, settings, cache.content if cache else None)
+        return dataclasses.replace(built, timing_cache=cache.save(built)) if cache else built
+    if toolkit.device is None:
+        raise UserError("--repeat keeps the fastest engine, but engines cannot be timed without a GPU: leave it out")
+    if settings.strip_weights:
+        raise UserError("an engine without weights cannot be timed: leave out --strip-weights or --repeat")
+    if timing_cache is not None:
+        raise UserError("--repeat times kernels again in each build, but --timing-cache avoids that: give one of them")
+    built = build_fastest(toolkit, model, settings, repeat)
+    say(str(built.repetition))
+    return built
+
+
+def write_engine(
+    path: Path, built: BuiltEngine, toolkit: Toolkit, settings: BuildSettings, source: Sidecar | None, parent: Parent
+) -> Sidecar:
+    """Writes an engine and its sidecar.
+
+    Args:
+        path: the engine file.
+        built: the engine.
+        toolkit, settings: what it was built with.
+        source: the sidecar of its ONNX file, if there is one.
+        parent: the ONNX file.
+
+    Returns the sidecar as written. Raises UserError when the disk does not take it.
+    """
+    sidecar = _engine_sidecar(built, toolkit, settings, source, parent)
+    return write_artifact(path, sidecar, lambda temporary: temporary.write_bytes(memoryview(built.plan)))
+
+
+def print_engine_file(engine: EngineFile) -> None:
+    """Prints the audit and what was written, with warnings about what is not as it should be."""
+    sidecar, audit = engine.sidecar, engine.audit
+    _print_audit(sidecar, audit)
+    if sidecar.details["provenance"] == UNKNOWN_PROVENANCE:
+        warn(f"the ONNX file of {engine.path} has no sidecar: provenance, preprocessing and class names are unknown")
+    say(f"wrote {engine.path} and {sidecar_path(engine.path).name}")
+    if audit.broken:
+        names = ", ".join(finding.node for finding in audit.broken[:5]) + (" ..." if len(audit.broken) > 5 else "")
+        warn(
+            f"{len(audit.broken)} of the layers that the ONNX file declares {INT8.name} are not {INT8.name} in the "
+            f"engine ({names}); the engine is written, but exit code {NOT_INT8} says that it is not what was trained"
+        )
+
+
+def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
+    """The model's sidecar, if there is one, and its identity. Raises UserError when they do not fit together."""
+    if not model.is_file():
+        raise UserError(f"no file {model}: check the path, or make it with python -m export.onnx")
+    if sidecar_path(model).exists():
+        source = read_sidecar(model, "onnx")
+        return source, Parent.from_file(output, model, source.sha256)
+    return None, Parent.from_file(output, model, sha256_of(model))
+
+
+def _check_names(model: Path, output: Path, timing_cache: Path | None) -> None:
+    """Raises UserError when one file would overwrite another."""
+    if output.resolve() == model.resolve():
+        raise UserError(f"{output} is the model itself: give --output another name")
+    if timing_cache and timing_cache.resolve() in (output.resolve(), model.resolve()):
+        raise UserError(f"--timing-cache {timing_cache} is the model or the engine: give it a name of its own")
+
+
+def _engine_sidecar(
+    built: BuiltEngine, toolkit: Toolkit, settings: BuildSettings, source: Sidecar | None, parent: Parent
+) -> Sidecar:
+    convolutions, products = built.audit.count("convolution"), built.audit.count("matrix product")
+    figures = {
+        "build_seconds": round(built.seconds, 3),
+        "engine_bytes": built.bytes,
+        "weights_bytes": built.log.weights_bytes(),
+        "layers": len(built.audit.layers),
+        "convolutions_int8": convolutions[0],
+        "convolutions": convolutions[1],
+        "matrix_products_int8": products[0],
+        "matrix_products": products[1],
+    }
+    details = {
+        "builder": {"name": toolkit.name, "version": toolkit.version},
+        "typing": toolkit.typing(settings.precision),
+        "precision": settings.precision,
+        "compute_capabilities": list(settings.capabilities),
+        "gpu": toolkit.device.name if toolkit.device else None,
+        "device": asdict(toolkit.device) if toolkit.device else None,
+        "profiles": [asdict(profile) for profile in built.profiles],
+        "settings": asdict(settings),
+        "timing_cache": built.timing_cache,
+        "float_weights": built.float_weights,
+        "repetition": asdict(built.repetition) if built.repetition else None,
+        "hardware_compatible": settings.hardware_compatible,
+        "version_compatible": settings.version_compatible,
+        "provenance": "known" if source else UNKNOWN_PROVENANCE,
+        "onnx": {"figures": dict(source.figures), "made_by": dict(source.made_by)} if source else None,
+        "findings": [asdict(finding) for finding in built.audit.findings],
+        "layers": [asdict(layer) | {"precision": layer.precision} for layer in built.audit.layers],
+        "log": [f"{severity}: {text}" for severity, text in built.log.messages if severity != "VERBOSE"],
+    }
+    return Sidecar(
+        kind="engine",
+        parent=parent,
+        inputs=built.inputs,
+        outputs=built.outputs,
+        preprocessing=source.preprocessing if source else {},
+        class_names=source.class_names if source else (),
+        figures=figures,
+        details=details,
+    )
+
+
+def _print_audit(sidecar: Sidecar, audit: PrecisionAudit) -> None:
+    figures = sidecar.figures
+    rows = [
+        (f"convolutions in {INT8.name}", f"{figures['convolutions_int8']} of {figures['convolutions']}"),
+        (f"matrix products in {INT8.name}", f"{figures['matrix_products_int8']} of {figures['matrix_products']}"),
+        ("layers", str(figures["layers"])),
+        ("weights memory", megabytes(figures["weights_bytes"], absent="not logged")),
+        ("engine", megabytes(figures["engine_bytes"])),
+        ("build", f"{figures['build_seconds']:.1f} s"),
+    ]
+    table("Audit", ("what", "found"), rows)
+    others = [finding for finding in audit.findings if finding.precision != INT8.name]
+    if len(others) > 1 and not any(finding.declared_int8 for finding in audit.findings):
+        say(f"not {INT8.name}: all {len(others)} of them, which the ONNX file does not declare {INT8.name}")
+        return
+    for finding in others:
+        found = (f"declared {INT8.name}, " if finding.declared_int8 else "") + finding.precision
+        say(f"not {INT8.name}: {finding.operation} {finding.node} ({found}): {finding.cause}")

@@ -1,0 +1,293 @@
+"""Float ONNX file -> INT8 ONNX file, without training: read, place, find scales, write, compare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import onnxscript.rewriter
+import torch
+from onnxscript.rewriter.rules import common as rewrites
+
+from export.calibration_cache import read_calibration_cache
+from export.float_weights import save_onnx
+from export.hard_rules import hard_findings
+from export.insert import insert
+from export.network_inputs import Color, NetworkInputs, load_inputs
+from export.onnx_network import OnnxNetwork, network_from_onnx
+from export.read import is_quantized, read_onnx
+from export.reference import reference_path, write_reference
+from export.reuse_concats import reuse_concats
+from export.session import run, session, session_with_tensors, sqnr_db
+from qat.base.artifact import Parent, Sidecar, TensorSpec, check_writable, sha256_of, write_artifact
+from qat.base.choices import Calibrator, WeightStorage
+from qat.base.console import progress, say, warn
+from qat.base.errors import UserError
+from qat.base.text import decibels, megabytes
+from qat.calibration.activation_ranges import choose_ranges
+from qat.calibration.histogram import HistogramObserver, check_finite
+from qat.fake_quantize.quantizer import ACTIVATION, SCALE_FLOOR, scale_from_amax
+from qat.rules.describe import say_placement
+from qat.rules.place import place
+from qat.rules.placement import Placement
+
+OPSET = 17
+"""Models of an older operator set are converted to this one: Q/DQ of single channels exist from 13 on."""
+_FIRST_PER_CHANNEL = 13
+_MOST_FOLDED = 1 << 30  # elements of a constant that is computed now, and not in the engine
+
+
+def quantize_onnx(
+    model: Path | str,
+    output: Path | str | None = None,
+    *,
+    data: str | Path | None = None,
+    inputs: np.ndarray | None = None,
+    calibration_cache: Path | str | None = None,
+    calibrator: Calibrator = "mse",
+    percentile: float = 99.99,
+    keep_float: Collection[str] = (),
+    weights: WeightStorage = "int8",
+    images: int = 512,
+    mean: Color | None = None,
+    std: Color | None = None,
+    parity_images: int = 512,
+    seed: int = 0,
+    data_root: Path | str = Path("data"),
+) -> Sidecar:
+    """Quantizes a float ONNX file, without training.
+
+        quantize_onnx("model.onnx", "model.int8.onnx", inputs=images)  # float32 [N, 3, 224, 224], normalized
+        quantize_onnx("model.onnx", "model.int8.onnx", calibration_cache="calibration.cache")
+
+    Args:
+        model: a float32 ONNX file with one input, batch first.
+        output: the ONNX file to write; None for MODEL.int8.onnx. Its sidecar is written beside it, and a reference file
+            where images were given as ``data``.
+        data: images to calibrate on: digits, an image folder with train/ and val/, an .npz file, torchvision:NAME; or
+            an .npy file of float32 inputs as the network takes them, [N, ...].
+        inputs: float32 [N, ...]: what the network takes, instead of ``data``.
+        calibration_cache: one that TensorRT 10 or older wrote for this network. Its scales are taken bit by bit.
+            Tensors that it lacks stay in float, or are calibrated if there are ``data`` or ``inputs``.
+        calibrator: how activation ranges are chosen: max, percentile, mse or entropy.
+        percentile: the share of the values, in percent, that the percentile calibrator does not clip.
+        keep_float: patterns of nodes and tensors that stay in float, such as "/classifier/*".
+        weights: int8, or float for the same codes as float weights in front of a QuantizeLinear.
+        images: how many inputs to calibrate on, at most.
+        mean: the mean of the normalization, of pixels in 0 to 1; None for the model's sidecar's, else the data set's.
+        std: the standard deviation of the normalization, likewise.
+        parity_images: how many inputs the float and the quantized network are compared on, at most.
+        seed: decides which images are calibrated on.
+        data_root: where torchvision's data sets are, or are downloaded to.
+
+    Returns the sidecar of the new file: ``figures["parity"]["sqnr_db"]`` says how far it is from the float network.
+
+    Raises UserError when a file cannot be read or written, is quantized already, or does not fit ``data``; when nothing
+    tells the ranges; when a pattern matches nothing.
+    """
+    model, cache = Path(model), None if calibration_cache is None else Path(calibration_cache)
+    output = model.with_name(model.name.removesuffix(".onnx") + ".int8.onnx") if output is None else Path(output)
+    reference = reference_path(output)
+    if data is not None and inputs is not None:
+        raise UserError("both data and inputs are given: leave out one of them")
+    given: str | np.ndarray | None = None if inputs is None else np.asarray(inputs)
+    if data is not None:
+        given = str(data)
+    if given is None and cache is None:
+        raise UserError("nothing tells the activation ranges: give --data, or --calibration-cache, or both")
+    if output.resolve() == model.resolve():
+        raise UserError(f"{output} would overwrite the float model: give another --output")
+    if images < 1 or parity_images < 1:
+        raise UserError("--images and --parity-images must be at least 1")
+    for path in (output, reference):
+        check_writable(path)
+    network = _read_float_network(model)
+    view = network_from_onnx(network)
+    fed = None
+    if given is not None:
+        (spec,) = map(_spec, network.graph.inputs)
+        fed = load_inputs(
+            spec.name,
+            spec.shape,
+            model,
+            given,
+            limit=images,
+            mean=mean,
+            std=std,
+            seed=seed,
+            data_root=Path(data_root),
+        )
+
+    scales: dict[str, float] = {}
+    if cache is not None:
+        placement, scales = _scales_from_cache(view, cache, keep_float, calibrated=fed is not None)
+    else:
+        placement = place(view.network, keep_float)
+    if fed is not None:
+        scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)
+    say_placement(placement)
+    plain = ir.to_proto(network).SerializeToString()
+    dead = insert(network, view, placement, scales, ACTIVATION)
+    if dead:
+        warn(f"{dead} weight channels are zero; their scales were floored")
+    if findings := hard_findings(network, ACTIVATION):
+        raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
+
+    figures: dict[str, Any] = {"nodes": len(list(network.graph))}
+    details: dict[str, Any] = {
+        "placement": placement.to_json(),
+        "calibrator": calibrator if fed else None,
+        "calibration_cache": cache.name if cache else None,
+        "precision": "int8",
+        "weights": weights,
+        "input": "float32-nchw",
+    }
+
+    def write(path: Path) -> None:
+        save_onnx(ir.to_proto(network), path, weights)
+        figures["bytes"] = path.stat().st_size
+        if fed is not None:
+            figures["parity"], details["reference"] = _compare(plain, path, fed, parity_images, reference)
+
+    sidecar = Sidecar(
+        kind="onnx",
+        parent=Parent.from_file(output, model, sha256_of(model)),
+        inputs=tuple(map(_spec, network.graph.inputs)),
+        outputs=tuple(map(_spec, network.graph.outputs)),
+        preprocessing=asdict(fed.preprocessing) if fed and fed.preprocessing else {},
+        figures=figures,
+        details=details,
+    )
+    written = write_artifact(output, sidecar, write, seed=seed)
+    say(f"wrote {output}, {megabytes(figures['bytes'])}\nnext: python -m deploy.build {output}")
+    return written
+
+
+def _read_float_network(path: Path) -> ir.Model:
+    """The float network, with constants computed and batch normalization folded into convolutions."""
+    model = read_onnx(path)
+    if is_quantized(model):
+        raise UserError(f"{path} is quantized already: give the float network (python -m export.lint checks this one)")
+    for value in list(model.graph.inputs):
+        if value.name in model.graph.initializers:  # old files list their weights as inputs
+            model.graph.inputs.remove(value)
+    if any(value.dtype == ir.DataType.FLOAT16 for node in model.graph for value in node.outputs):
+        raise UserError(f"{path} computes in float16, whose scales TensorRT reads otherwise: export it as float32")
+    if len(model.graph.inputs) != 1:
+        names = ", ".join(value.name or "" for value in model.graph.inputs)
+        raise UserError(f"{path} has {len(model.graph.inputs)} inputs ({names}): export a network with one input")
+    if model.opset_imports[""] < _FIRST_PER_CHANNEL:
+        try:
+            model = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), OPSET))
+        except Exception as error:
+            raise UserError(f"{path} cannot be converted to operator set {OPSET} ({error}): export it again") from error
+    onnxscript.optimizer.optimize_ir(model, input_size_limit=_MOST_FOLDED, output_size_limit=_MOST_FOLDED)
+    norms = [rewrites.fuse_batchnorm_into_conv_rule, rewrites.fuse_batchnorm_into_conv_transpose_rule]
+    model = onnxscript.rewriter.rewrite(model, norms)
+    reuse_concats(model.graph)
+    return model
+
+
+def _scales_from_cache(
+    view: OnnxNetwork, cache: Path, keep_float: Collection[str], *, calibrated: bool
+) -> tuple[Placement, dict[str, float]]:
+    """The placement of the tensors that the cache knows, and the scales of its quantizers.
+
+    A scale keeps its bits; one below the normal float32 numbers is floored. Tensors that share a scale get the largest
+    of theirs. Tensors that the cache lacks stay in float, unless they will be ``calibrated``.
+    """
+    scales = read_calibration_cache(cache)
+    unknown: set[str] = set()
+    while True:  # without a tensor the placement is another one, which may want other tensors
+        placement = place(view.network, keep_float, unknown)
+        found: dict[str, float] = {}
+        for tensor in placement.tensors:
+            if tensor.tensor in scales:
+                found[tensor.quantizer] = max(found.get(tensor.quantizer, SCALE_FLOOR), scales[tensor.tensor])
+        missing = {tensor.tensor for tensor in placement.tensors if tensor.quantizer not in found}
+        if not unknown:
+            _say_missing(placement, found, scales, cache, calibrated)
+        if calibrated or not missing:
+            return placement, found
+        unknown |= missing
+
+
+def _say_missing(
+    placement: Placement, found: Mapping[str, float], scales: Mapping[str, float], cache: Path, calibrated: bool
+) -> None:
+    """Names the tensors that the cache lacks. Raises UserError when it lacks most of them."""
+    wanted = [tensor.tensor for tensor in placement.tensors]
+    known = [tensor for tensor in wanted if tensor in scales]
+    if 2 * len(known) < len(wanted):
+        raise UserError(
+            f"{cache} is a cache for another network: it knows {len(known)} of the {len(wanted)} tensors to quantize "
+            f"({', '.join(wanted[:3])}, ...), and others ({', '.join(list(scales)[:3])}, ...): give its own cache"
+        )
+    say(f"calibration cache: {len(known)} of {len(wanted)} tensors found")
+    for tensor in placement.tensors:
+        if tensor.tensor not in scales:
+            then = "calibrated on the data" if calibrated else "what reads it stays in float"
+            if tensor.quantizer in found:
+                then = "it shares the scale of one that is there"
+            warn(f"not in the cache, or renamed by fusion: {tensor.tensor} ({then})")
+
+
+def _calibrate(
+    model: ir.Model,
+    placement: Placement,
+    inputs: NetworkInputs,
+    calibrator: Calibrator,
+    percentile: float,
+    *,
+    known: Collection[str],
+) -> dict[str, float]:
+    """The scale of every quantizer of ``placement`` that is not ``known``, from one pass of the float network."""
+    wanted = {tensor.tensor: tensor.quantizer for tensor in placement.tensors if tensor.quantizer not in known}
+    observers = {quantizer: HistogramObserver(quantizer) for quantizer in wanted.values()}
+    network = session_with_tensors(ir.to_proto(model), wanted)
+    with progress("calibrating", math.ceil(inputs.count / inputs.batch)) as task:
+        for batch in inputs.calibration():
+            found = run(network, batch) | {inputs.name: batch}
+            for tensor, quantizer in wanted.items():
+                observers[quantizer](torch.from_numpy(found[tensor]))
+            check_finite(observers.values())
+            task.advance()
+    chosen = choose_ranges(list(observers.values()), calibrator, percentile, ACTIVATION.levels)
+    scales = (float(scale_from_amax(torch.tensor(amax), ACTIVATION)) for amax in chosen)
+    return dict(zip(observers, scales, strict=True))
+
+
+def _compare(
+    plain: bytes, quantized: Path, inputs: NetworkInputs, count: int, reference: Path
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """How far the quantized network is from the float one, and the record of the reference file, if one was written."""
+    given, images = inputs.comparison(count)
+    networks = session(plain), session(quantized)
+    answers: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for batch in given:
+        for network, found in zip(networks, answers, strict=True):
+            found.append(next(iter(run(network, batch).values())))
+    exact, rounded = (np.concatenate(found) for found in answers)
+    figures: dict[str, Any] = {"inputs": len(exact), "sqnr_db": sqnr_db(exact, rounded)}
+    line = f"float against INT8 on {len(exact)} inputs: {decibels(figures['sqnr_db'])}"
+    record = None
+    if exact.ndim == 2:
+        same = exact.argmax(1) == rounded.argmax(1)
+        figures["same_top1"] = 100 * float(same.mean())
+        line += f", the same class on {same.sum()} of {len(same)}"
+        if images is not None and len(exact) == len(images.labels):
+            record = write_reference(reference, images, torch.from_numpy(exact))
+    say(line)
+    return figures, record
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    shape = tuple(extent if isinstance(extent, int) else -1 for extent in (value.shape or ()))
+    return TensorSpec(value.name or "", shape, "float32" if value.dtype is None else str(value.dtype.numpy()))

@@ -1,0 +1,55 @@
+"""The placement of a model, as it would be trained, or of a checkpoint, as it was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from qat.base.artifact import sidecar_path
+from qat.base.errors import UserError
+from qat.checkpoint import float_model, load_checkpoint
+from qat.fake_quantize.prepare import placement_of
+from qat.graph.tracing import network_of
+from qat.models import ModelSpec, build_model
+from qat.rules.describe import PlacementView, texts_of
+from qat.rules.place import place
+
+_IMAGE_SIZE, _CLASSES = 224, 1000
+
+
+def view_placement(
+    model: str, keep_float: Iterable[str] = (), image_size: int | None = None, num_classes: int | None = None
+) -> PlacementView:
+    """What is quantized in ``model``, and why.
+
+    Args:
+        model: the name of a model, as qat.train takes it, or the path of a checkpoint, which keeps the placement it was
+            trained with.
+        keep_float: patterns of what stays in float. This and the next two arguments cannot be given for a checkpoint.
+        image_size: height and width of the input in pixels; None: 224.
+        num_classes: number of classes of the model; None: 1000.
+
+    Raises:
+        UserError: there is no such model or file, it cannot be traced, or a pattern matches nothing.
+    """
+    path = Path(model)
+    if path.suffix == ".qat" or path.is_file() or sidecar_path(path).is_file():
+        given = {"--keep-float": keep_float, "--image-size": image_size, "--num-classes": num_classes}
+        for option, value in given.items():
+            if value not in (None, ()):
+                raise UserError(f"{option} was fixed when {path} was trained: leave it out, or give the model's name")
+        return _of_checkpoint(path)
+    size = _IMAGE_SIZE if image_size is None else image_size
+    spec = ModelSpec(model, _CLASSES if num_classes is None else num_classes)
+    network = network_of(build_model(spec), (3, size, size))
+    placement = place(network, keep_float)
+    return PlacementView(model, (3, size, size), network, placement, texts_of(placement))
+
+
+def _of_checkpoint(path: Path) -> PlacementView:
+    checkpoint = load_checkpoint(path)
+    details, shape = checkpoint.sidecar.details, checkpoint.input_shape
+    network = network_of(float_model(checkpoint), shape)
+    placement = placement_of(checkpoint.model)
+    rules = texts_of(placement, details["rules"])
+    return PlacementView(f"{path} ({details['model']['name']})", shape, network, placement, rules)

@@ -1,0 +1,193 @@
+"""Which operations without a weight run in INT8: additions, pools, concatenations, gates, normalizations, products."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from qat.graph.network import Network, Op
+from qat.graph.operations import POOLS
+from qat.rules.fusion import broadcasts, gate_products, stands_alone
+from qat.rules.obstacles import OBSTACLES
+from qat.rules.rule import BYTES, GUIDE, HEURISTICS, MEASURED, PlacementState, Rule, Verdict
+
+
+def _is_sum(op: Op) -> bool:
+    return op.kind == "add" and len(op.inputs) > 1
+
+
+def _fuses_into_nothing(op: Op, state: PlacementState) -> bool:
+    """Whether no INT8 convolution can take in the sum: no input comes from one, shapes differ, or inputs are equal."""
+    odd = broadcasts(state.network, op) or len(set(op.inputs)) < 2
+    return odd or not any(state.fusing_convolution(tensor) for tensor in op.inputs)
+
+
+class ResidualAdd(Rule):
+    """All inputs of an addition are quantized except one: the output of the convolution into which the sum fuses.
+
+    That output must stay float between the convolution and the addition.
+    """
+
+    name = "residual_add"
+    sentence = "one input of a residual addition is quantized, so that the sum fuses into the other input's convolution"
+    source = GUIDE
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """INT8, if exactly one input is the output of an INT8 convolution."""
+        if not _is_sum(op) or _fuses_into_nothing(op, state):
+            return None
+        fusing = [tensor for tensor in op.inputs if state.fusing_convolution(tensor)]
+        inside = self.input_in_float(fusing, state.network)
+        return None if inside is None else self.quantize(*(t for t in dict.fromkeys(op.inputs) if t != inside))
+
+    def input_in_float(self, fusing: list[str], network: Network) -> str | None:
+        """The one of ``fusing``, the outputs of INT8 convolutions, that stays float; None if another rule decides."""
+        return fusing[0] if len(fusing) == 1 else None
+
+
+class ResidualAddOfConvolutions(ResidualAdd):
+    """The input that stays float is the one with the longest path from the common ancestor: it is computed last."""
+
+    name = "residual_add_of_convolutions"
+    sentence = "if two convolutions are added, the output of the one on the shorter path is quantized"
+    source = GUIDE
+
+    def input_in_float(self, fusing: list[str], network: Network) -> str | None:
+        """The input with the most layers on the path from the nearest common ancestor."""
+        if len(fusing) == 1:
+            return None
+        common = set.intersection(*(network.ancestors(tensor) for tensor in fusing))
+        common -= {name for name in common if network[name].kind == "dropout"}  # dropout is not exported
+        nearest = max(common, key=network.position) if common else None
+        layers = {tensor: network.most_layers(nearest, tensor) if nearest else 0 for tensor in fusing}
+        return max(fusing, key=lambda tensor: (layers[tensor], network.position(tensor)))
+
+
+class ProductOfActivations(Rule):
+    """A matrix product without a constant factor, as in attention."""
+
+    name = "product_of_activations"
+    sentence = "a product of two activations stays in float"
+    source = HEURISTICS
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float, always."""
+        return self.keep_float(self.sentence) if op.kind == "matrix_product" else None
+
+
+class CodesThroughout(Rule):
+    """A rule about operations that should read codes if their output is read as codes; asked from the output back."""
+
+    writes_with_others = False
+    """Whether the operation's kernel takes in what follows; then the readers of the combined result count."""
+
+    @abstractmethod
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Whether the rule is about ``op``."""
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """INT8 with all inputs quantized, if an operation after it reads codes."""
+        if not self.applies(op, state):
+            return None
+        written = state.written_by(op) if self.writes_with_others else op.name
+        if not state.is_read_quantized(written):
+            return self.keep_float("nothing after it reads INT8")
+        return self.quantize(*op.inputs)
+
+
+class PoolInput(CodesThroughout):
+    """Average pooling computes new values. Max pooling commutes with quantization and needs no rule."""
+
+    name = "pool_input"
+    sentence = "an average pool runs in INT8 when its input and its output are quantized"
+    source = GUIDE
+    cost = "the pool runs in FP16 between INT8 layers"
+
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Average and global pools."""
+        return op.kind in POOLS
+
+
+class SharedConcatScale(CodesThroughout):
+    """A concatenation of codes. qat/rules/scale_groups.py gives all its tensors one scale."""
+
+    name = "shared_concat_scale"
+    sentence = "all inputs of a concatenation share the scale of its output, so that it copies codes"
+    source = GUIDE
+
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Concatenations."""
+        return op.kind == "concat"
+
+
+class GateProduct(CodesThroughout):
+    """A tensor times a function of its own global pool (squeeze-and-excitation). Both factors are quantized."""
+
+    name = "gate_product"
+    sentence = "a gate multiplies INT8 codes, so that the convolutions before and after it write and read codes"
+    source = MEASURED
+    cost = "the gate multiplies in FP16, so the convolutions around it write and read FP16"
+
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Products that are gates."""
+        return op.name in gate_products(state.network)
+
+
+class UnfusedAdd(CodesThroughout):
+    """An addition that no INT8 convolution can take in, see ``_fuses_into_nothing``."""
+
+    name = "unfused_add"
+    sentence = "an addition that no convolution can take in reads and writes INT8 codes"
+    source = BYTES
+    cost = "the addition, which does not fuse into a convolution, reads FP16"
+    writes_with_others = True
+
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Additions of two or more tensors that fuse into nothing."""
+        return _is_sum(op) and _fuses_into_nothing(op, state)
+
+
+class UnfusedNorm(CodesThroughout):
+    """A batch normalization that does not fold into a convolution. Its kernel, with the activation, is memory-bound."""
+
+    name = "unfused_norm"
+    sentence = "a stand-alone normalization reads INT8 codes if it writes them"
+    source = MEASURED
+    cost = "the normalization and whatever makes its input run in FP16 or FP32"
+    writes_with_others = True
+
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Stand-alone normalizations."""
+        return stands_alone(state.network, op)
+
+
+class UnfusedActivation(CodesThroughout):
+    """An activation that INT8 convolutions cannot take in: both its input and its output are quantized."""
+
+    name = "unfused_activation"
+    sentence = "an activation that needs its own kernel reads and writes INT8 codes"
+    source = MEASURED
+    cost = "the activation's kernel reads FP16"
+
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Such activations right after an INT8 convolution."""
+        return op.kind == "unfused_activation" and state.fusing_convolution(op.inputs[0]) is not None
+
+
+class NormOfCodes(Rule):
+    """A batch normalization that does not fold into a convolution and whose input all other readers read as codes."""
+
+    name = "norm_of_codes"
+    sentence = (
+        "a stand-alone normalization reads the codes that all other readers read, so that no float copy is written"
+    )
+    source = BYTES
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """INT8, unless it already reads codes; asked when all other operations are decided."""
+        if not stands_alone(state.network, op) or (op.name, op.inputs[0]) in state.reads:
+            return None
+        if any(obstacle.reason(op, op.inputs, state) for obstacle in OBSTACLES):
+            return None
+        others = [reader for reader in state.network.readers(op.inputs[0]) if reader.kind != "batch_norm"]
+        read_codes = bool(others) and all((reader.name, op.inputs[0]) in state.reads for reader in others)
+        return self.quantize(op.inputs[0]) if read_codes else None

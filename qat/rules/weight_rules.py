@@ -1,0 +1,117 @@
+"""Which convolutions and linear layers run in INT8. The input and the weight are both quantized, or neither is."""
+
+from __future__ import annotations
+
+from qat.graph.network import Op
+from qat.graph.operations import WEIGHTED
+from qat.rules.rule import GUIDE, HEURISTICS, MEASURED, PlacementState, Rule, Verdict
+
+
+class ComputedWeight(Rule):
+    """A weight that is computed, as by weight normalization or standardization, has no fixed codes."""
+
+    name = "computed_weight"
+    sentence = "a weight that is computed at each step is not a constant, so it cannot be stored as INT8"
+    source = GUIDE
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float, if the weight is not a constant."""
+        return self.keep_float("its weight is computed by other operations") if op.weight is None else None
+
+
+class TransposedConvolution(Rule):
+    """A quantized one would dequantize its input and still compute in float."""
+
+    name = "transposed_convolution"
+    sentence = "a transposed convolution has no INT8 kernel"
+    source = "what TensorRT-RTX 1.7 builds: tests/test_zoo.py"
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float, always."""
+        return self.keep_float("transposed") if op.kind == "transposed_convolution" else None
+
+
+class FewChannels(Rule):
+    """If there are fewer than 16 input or output channels, one of the two numbers must be a multiple of 8."""
+
+    name = "few_channels"
+    sentence = "a convolution with few channels, neither number a multiple of 8, has no fast INT8 kernel"
+    source = HEURISTICS
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float, depending on the numbers of channels; grouped convolutions have their own rule."""
+        weight = op.weight
+        if weight is None or op.kind == "linear" or weight.groups > 1:
+            return None
+        few = min(weight.in_channels, weight.out_channels) < 16
+        aligned = weight.in_channels % 8 == 0 or weight.out_channels % 8 == 0
+        shown = f"{weight.in_channels} -> {weight.out_channels} channels: one is below 16, neither is a multiple of 8"
+        return self.keep_float(shown) if few and not aligned else None
+
+
+class GroupedChannels(Rule):
+    """A grouped convolution needs output channels in a multiple of 8, and a kernel extent of at least 3."""
+
+    name = "grouped_channels"
+    sentence = "a grouped convolution has INT8 kernels only for multiples of 8 channels and extents of at least 3"
+    source = HEURISTICS
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float, if one of the two conditions fails."""
+        weight = op.weight
+        if weight is None or weight.groups == 1 or (weight.out_channels % 8 == 0 and max(weight.kernel) >= 3):
+            return None
+        shown = f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}"
+        return self.keep_float(f"{shown}: must be a multiple of 8, and at least 3")
+
+
+class GroupedFloatOutput(Rule):
+    """A grouped convolution whose output is read in float loses by INT8.
+
+    Who reads its output in float is known only when everything else is decided. So qat/rules/place.py calls ``loses``
+    on a complete placement, and if there are such layers, repeats the placement with them in float.
+    """
+
+    name = "grouped_float_output"
+    sentence = "a grouped convolution has INT8 kernels only if its output is quantized too"
+    source = MEASURED
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float, if an earlier attempt found that it loses."""
+        return self.keep_float("its output is read in float") if op.name in state.slow_in_int8 else None
+
+    def loses(self, op: Op, state: PlacementState) -> bool:
+        """Whether ``op`` is a quantized grouped convolution whose output an operation reads in float."""
+        if op.weight is None or op.weight.groups == 1 or not state.is_quantized(op):
+            return False
+        return not state.is_only_read_quantized(state.written_by(op))
+
+
+class WeightedInput(Rule):
+    """All remaining layers, which no other rule keeps in float."""
+
+    name = "weighted_input"
+    sentence = "a convolution or linear layer runs in INT8 when its input and its weight are quantized"
+    source = GUIDE
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """INT8, always."""
+        return self.quantize(op.inputs[0])
+
+
+class SharedWeight(Rule):
+    """Decided after all layers: a layer that stays in float keeps all others with the same weight in float."""
+
+    name = "shared_weight"
+    sentence = "layers that share one weight are quantized together or not at all"
+    source = "a weight is stored once"
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float, if another rule keeps another layer with the same weight in float."""
+        if op.weight is None or not state.is_quantized(op):
+            return None
+        for other in state.network:
+            shares = other.kind in WEIGHTED and other.weight is not None and other.weight.tensor == op.weight.tensor
+            if shares and not state.is_quantized(other) and state.decisions[other.name].rule != self.name:
+                return self.keep_float(f"shares its weight with {other.name}, which stays in float")
+        return None
