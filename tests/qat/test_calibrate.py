@@ -453,4 +453,4 @@ def test_answers_that_are_not_finite(trained: Path, weights: Path, photos: Path,
     few.mkdir()
     shutil.copy(next(photos.glob("*.png")), few)
     for folder in (photos, few):  # of few images none is held out
-        assert "answers NaN or infinity" in refused(trained, broken, folder, tmp_path / "model.qat")
+        assert "output has NaN or infinity" in refused(trained, broken, folder, tmp_path / "model.qat")

@@ -184,7 +184,7 @@ def test_a_sidecar_that_lacks_or_misstates_an_entry(
 
 def test_a_placement_of_another_model(checkpoint: Path) -> None:
     edit(checkpoint, lambda content: content["details"]["placement"]["decisions"][0].update(op="layer9"))
-    refused(checkpoint, "lacks, first 'layer9'", "train again")
+    refused(checkpoint, "does not have (first: 'layer9')", "train again")
 
 
 def test_tensors_that_do_not_fit_the_model(checkpoint: Path) -> None:

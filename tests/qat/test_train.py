@@ -334,7 +334,7 @@ def test_a_loss_that_becomes_nan_is_one_line_and_leaves_the_state_before_it(
 
 
 def test_weights_that_became_nan_in_the_last_step_of_an_epoch_are_noticed(trained: Path, output: Path) -> None:
-    with pytest.raises(UserError, match="loss is nan"):  # one step: its own loss is that of the weights before it
+    with pytest.raises(UserError, match="loss in evaluation is nan"):  # one step: its own loss is that of the weights before it
         train(trained, output, float_lr=1e30, float_epochs=1, batch_size=81, save_seconds=0)
     assert list(output.parent.iterdir()) == []
 
@@ -343,7 +343,7 @@ def test_weights_that_are_nan_from_the_start_are_noticed(trained: Path, output: 
     weights = output.parent.parent / "nan.safetensors"
     state = build_model(ModelSpec(f"{trained / 'net.py'}:net", 3)).state_dict()
     save_file(state | {"fc.bias": torch.full((3,), math.nan)}, weights)
-    with pytest.raises(UserError, match="loss is nan"):
+    with pytest.raises(UserError, match="loss in evaluation is nan"):
         train(trained, output, weights=str(weights), float_epochs=0, qat_epochs=0)
     assert list(output.parent.iterdir()) == []
 
@@ -414,7 +414,7 @@ def test_learning_rate_rises_to_the_peak_and_falls_from_there() -> None:
     ],
 )
 def test_a_recipe_out_of_range_is_refused(name: str, value: float) -> None:
-    with pytest.raises(UserError, match=f"{name} must be .*got {value}"):
+    with pytest.raises(UserError, match=f"{name} must be at .*but is {value}"):
         recipe(**{name: value})
 
 

@@ -41,7 +41,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
 
 def test_all_kernels_are_launched_with_the_same_arguments(driver: Driver) -> None:
     x = torch.zeros(5)
-    Kernels("", ["first", "second"], torch.device("cuda"), threads=64, blocks=2).launch(x, 5)
+    Kernels("histogram.cu", "", ["first", "second"], torch.device("cuda"), threads=64, blocks=2).launch(x, 5)
     given = (14, 1, 1, 64, 1, 1, 0, 2**40, x.data_ptr(), 5, None)
     assert driver.launched == [("first", *given), ("second", *given)]
 
@@ -49,4 +49,4 @@ def test_all_kernels_are_launched_with_the_same_arguments(driver: Driver) -> Non
 def test_a_launch_that_fails_is_an_error(driver: Driver) -> None:
     driver.error = 719
     with pytest.raises(RuntimeError, match="719"):
-        Kernels("", ["first"], torch.device("cuda"), threads=64, blocks=2).launch(torch.zeros(5), 5)
+        Kernels("histogram.cu", "", ["first"], torch.device("cuda"), threads=64, blocks=2).launch(torch.zeros(5), 5)

@@ -170,14 +170,14 @@ def test_training_computes_in_bfloat16_and_quantization_and_evaluation_in_float3
     types: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
     prepared.get_submodule("conv2").register_forward_hook(lambda layer, _, y: types[layer.training].add(y.dtype))
     quotients = []
-    real = qat.fake_quantize.quantizer.quantize
+    real = qat.fake_quantize.quantizer._codes
 
-    def quantize(x: Tensor, scale: Tensor, codes: Any) -> Tensor:
-        found = real(x, scale, codes)
+    def codes(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+        found = real(x, scale, low, high)
         quotients.append((scale.dtype, found.dtype))
         return found
 
-    monkeypatch.setattr("qat.fake_quantize.quantizer.quantize", quantize)
+    monkeypatch.setattr("qat.fake_quantize.quantizer._codes", codes)
     state = fitted(prepared, data, Compute(torch.device("cpu"), torch.bfloat16))
     assert types == {True: {torch.bfloat16}, False: {torch.float32}}
     assert set(quotients) == {(torch.float32, torch.float32)}
