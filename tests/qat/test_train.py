@@ -334,7 +334,8 @@ def test_a_loss_that_becomes_nan_is_one_line_and_leaves_the_state_before_it(
 
 
 def test_weights_that_became_nan_in_the_last_step_of_an_epoch_are_noticed(trained: Path, output: Path) -> None:
-    with pytest.raises(UserError, match="loss in evaluation is nan"):  # one step: its own loss is that of the weights before it
+    # One step: its own loss is that of the weights before it.
+    with pytest.raises(UserError, match="loss in evaluation is nan"):
         train(trained, output, float_lr=1e30, float_epochs=1, batch_size=81, save_seconds=0)
     assert list(output.parent.iterdir()) == []
 
