@@ -38,13 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("documents"))
 
 
-def pages() -> list[Any]:
-    """README.md always; the others, which take longer, only with all tests."""
-    marks = {True: (), False: (pytest.mark.slow,)}
-    return [pytest.param(page, marks=marks[page.name == "README.md"], id=page.name) for page in PAGES]
-
-
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_runs(page: Path, folder: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of the page, in one folder: what one command writes the next one reads."""
     monkeypatch.chdir(folder)
