@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Time and accuracy of scripts/demo in a fresh clone with an empty home folder, set-up included.
 #
-#   benchmarks/demo.sh | tee benchmarks/demo.txt
+#   { time benchmarks/demo.sh; } 2>&1 | tee benchmarks/demo.txt
 set -euo pipefail
 source=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
