@@ -300,7 +300,7 @@ class Fit:
         state.epoch, state.step, state.loss_sum = state.epoch + 1, 0, 0.0
 
     def _divergence_error(self, what: str) -> UserError:
-        """The error for a loss that is not finite; names the first such tensor. Weights are those before the fault."""
+        """The error for a loss, gradient or weight that is not finite; names the first layer whose output is not."""
         state, recipe = self.state, self.recipe
         normalize, images = self.data.preprocessing.normalize, self.compute.images
         with self.compute.autocast():
