@@ -42,5 +42,10 @@ def main(options: LintOptions) -> int:
     return LINT_ERRORS if broken else DONE
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script export-lint."""
     run_command(main, LintOptions)
+
+
+if __name__ == "__main__":
+    cli()

@@ -69,5 +69,10 @@ def main(options: ExportOptions) -> None:
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script export-onnx."""
     run_command(main, ExportOptions)
+
+
+if __name__ == "__main__":
+    cli()

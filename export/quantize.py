@@ -77,5 +77,10 @@ def main(options: QuantizeOptions) -> None:
     )
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The console script export-quantize."""
     run_command(main, QuantizeOptions)
+
+
+if __name__ == "__main__":
+    cli()

@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,14 @@ def test_no_module_is_too_long_and_the_first_level_not_too_wide() -> None:
 def test_nothing_imports_from_a_commands_module() -> None:
     found = {name: others & set(COMMANDS) for name, others in arrows().items()}
     assert {name: others for name, others in found.items() if others} == {}
+
+
+def test_every_command_has_a_console_script() -> None:
+    scripts = {script.name: script for script in distribution("int8-qat-pipeline").entry_points}
+    assert {script.value for script in scripts.values()} == {f"{command}:cli" for command in COMMANDS}
+    for name, script in scripts.items():
+        assert name == script.module.replace(".", "-")
+        assert name in script.load().__doc__
 
 
 @pytest.mark.parametrize("package", PACKAGES)
