@@ -24,8 +24,8 @@ from qat.graph.fx_network import network_from_fx
 from qat.graph.tracing import trace
 from qat.rules.place import place
 
-# The five that differ most: residual, concatenation, gates, channel shuffle, transposed convolutions.
-DIFFERENT = ("resnet18", "squeezenet1_1", "mobilenet_v3_large", "shufflenet_v2_x1_0", "unet")
+# Four that differ: residual additions, concatenations, channel shuffles, transposed convolutions.
+DIFFERENT = ("resnet18", "squeezenet1_1", "shufflenet_v2_x1_0", "unet")
 LARGEST_ERROR_DB = 60  # of a layer that gets the same codes in PyTorch and in ONNX Runtime
 
 

@@ -438,7 +438,9 @@ def test_the_command_says_what_was_merged_and_what_it_changed(untrained, capsys)
     assert said in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("kind", ["float32-nchw", "int8-nchw", "uint8-nchw"])
+@pytest.mark.parametrize(
+    "kind", ["uint8-nchw", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("float32-nchw", "int8-nchw"))]
+)
 def test_it_goes_with_zero_channels_float_weights_and_every_input(untrained, tmp_path, kind):
     output = tmp_path / "m.onnx" if kind != "float32-nchw" else None
     merged = export_onnx(untrained, output, input=kind, merge_shortcuts=True, weights="float")

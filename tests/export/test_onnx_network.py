@@ -301,11 +301,17 @@ def exported(model: nn.Module, path: Path, side: int) -> Path:
     "name",
     [
         "resnet18",
-        "mobilenet_v3_small",
         "squeezenet1_1",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("shufflenet_v2_x1_0", "googlenet", "densenet121", "regnet_y_400mf", "convnext_tiny")
+            for name in (
+                "mobilenet_v3_small",
+                "shufflenet_v2_x1_0",
+                "googlenet",
+                "densenet121",
+                "regnet_y_400mf",
+                "convnext_tiny",
+            )
         ),
     ],
 )

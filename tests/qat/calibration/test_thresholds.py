@@ -75,7 +75,7 @@ def observed(*batches: Tensor) -> HistogramObserver:
     return observer
 
 
-@pytest.mark.parametrize("bins", [128, 300, BINS])
+@pytest.mark.parametrize("bins", [128, 300, pytest.param(BINS, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kl_is_the_oracles_for_every_threshold(kind: str, bins: int):
     counts = histogram(kind, bins)

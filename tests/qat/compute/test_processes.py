@@ -72,6 +72,7 @@ def test_one_process_writes_the_log_with_the_loss_of_all(plain: dict[int, Path],
         assert single is both is None or single == pytest.approx(both, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_by_bit(folder: Path) -> None:
     # Both are interrupted in pass 65: in the second epoch after quantization, of 20 steps; all agree at step 16.
     stop = {"STOP_IN_PASS": "65", "STOP_BY": "2"}
@@ -91,7 +92,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(folder: Path) -> None:
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_when_one_dies_all_stop(folder: Path, rank: str) -> None:
     run = train(folder, 2, {"FAILS": rank}, model=f"{folder / 'plain.py'}:net", output=folder / "dies.qat")
     assert run.returncode != 0
@@ -99,6 +100,7 @@ def test_when_one_dies_all_stop(folder: Path, rank: str) -> None:
     assert not (folder / "dies.qat").exists()
 
 
+@pytest.mark.slow
 def test_parameters_without_a_gradient_are_left_alone(folder: Path) -> None:
     options: dict[str, Any] = {"qat_epochs": 3, "progressive": 1, "learn_ranges": True, "accumulate": 2}
     run = train(folder, 2, output=folder / "parts.qat", **options)
@@ -106,11 +108,13 @@ def test_parameters_without_a_gradient_are_left_alone(folder: Path) -> None:
     assert "Accuracy on the test split" in run.stdout
 
 
+@pytest.mark.slow
 def test_a_network_of_float_operations_needs_no_ranges(folder: Path) -> None:
     run = train(folder, 2, output=folder / "float.qat", keep_float="*", float_epochs=0, qat_epochs=0)
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_come_out_even_says_which_would(folder: Path) -> None:
     run = train(folder, 2, output=folder / "odd.qat", batch_size=9)
     assert run.returncode != 0
@@ -142,7 +146,13 @@ def _observe_a_share(rank: int, size: int, order: list[int], file: str, output: 
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("order", "size"), [([0, 1, 2, 3, 4], 2), ([4, 2], 2), ([3], 2), ([2, 0, 1], 3)])
+@pytest.mark.parametrize(
+    ("order", "size"),
+    [
+        *(pytest.param(order, 2, marks=pytest.mark.slow) for order in ([0, 1, 2, 3, 4], [4, 2], [3])),
+        ([2, 0, 1], 3),
+    ],
+)
 def test_histograms_of_shares_are_merged_without_a_dead_lock(tmp_path: Path, order: list[int], size: int) -> None:
     arguments = (size, order, str(tmp_path / "meet"), str(tmp_path / "found"))
     torch.multiprocessing.spawn(_observe_a_share, arguments, nprocs=size)

@@ -185,6 +185,7 @@ def test_training_computes_in_bfloat16_and_quantization_and_evaluation_in_float3
     assert all(parameter.dtype == torch.float32 for parameter in prepared.parameters())
 
 
+@pytest.mark.slow
 def test_a_compiled_step_learns_the_same(model: nn.Module, data: Data) -> None:
     """Compiled whole, quantizers included: fullgraph=True refuses graph breaks."""
     plain = prepare(model, input_shape=(3, 16, 16))
