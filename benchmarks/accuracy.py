@@ -156,7 +156,7 @@ class Rows:
         """The float network's answers as nine tenths of the loss, at temperature 4."""
         side = self.data.preprocessing
         network = network_of(build_model(self.spec), (3, side.height, side.width))
-        teacher = trace(self.float_network())
+        teacher = trace(self.float_network(), (3, side.height, side.width))
         images = self.setting.batch
         steps = recipe.epochs * batch_count(self.data.train, images, training=True)
         smoothing = self.setting.label_smoothing

@@ -47,7 +47,7 @@ def main() -> None:
     torch.set_flush_denormal(True)  # as training does
     device = "cuda" if GPU else "cpu"
     model = torchvision.models.resnet50().eval().to(device)
-    prepared = prepare(model).to(device)
+    prepared = prepare(model, input_shape=(3, 224, 224)).to(device)
     print(stamp("python -m benchmarks.calibration"))
     where = f", {torch.cuda.get_device_name()}" if GPU else ""
     print(f"ResNet50 (torchvision), median of {ROUNDS} rounds{where}")

@@ -23,7 +23,7 @@ CLASSES, PIXELS = 1000, 224
 def write_checkpoint(path: Path, calibrator: str = "max") -> None:
     torch.manual_seed(0)
     spec = ModelSpec("resnet50", CLASSES)
-    model = prepare(build_model(spec))
+    model = prepare(build_model(spec), input_shape=(3, 224, 224))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # some start at zero, which would make their weights vanish
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)

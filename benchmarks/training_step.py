@@ -33,7 +33,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
     float_model = torchvision.models.resnet50(num_classes=10, zero_init_residual=True).train()
-    models = {"float": float_model, "quantized": prepare(float_model).train()}
+    models = {"float": float_model, "quantized": prepare(float_model, input_shape=(3, PIXELS, PIXELS)).train()}
     for module in models["quantized"].modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(4.0)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from export import ops
 from export.lower import lower, unused_path
+from export.plain_norms import plain_norms
 from qat.base.number_format import NumberFormat
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import (
@@ -27,7 +28,9 @@ from qat.fake_quantize.quantizer import (
     quantize,
     scale_from_amax,
 )
+from qat.graph.constants import bake_constants
 from qat.graph.fx_network import label, layer_of
+from qat.graph.modes import keep_evaluation
 
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -102,6 +105,9 @@ def fold(prepared: fx.GraphModule) -> tuple[fx.GraphModule, list[DeadChannel]]:
     Returns the folded module (float32 NCHW in, logits out, same node names) and the channels whose scale was floored.
     """
     folded = copy.deepcopy(prepared).cpu().eval().requires_grad_(False)
+    keep_evaluation(folded)
+    bake_constants(folded, keep=WeightQuantizer)
+    plain_norms(folded)
     dead: list[DeadChannel] = []
     _layers_from_functions(folded)
     _fold_batch_norms(folded, dead)
@@ -120,6 +126,9 @@ def fold_float(prepared: fx.GraphModule) -> fx.GraphModule:
     that ``fold`` gives.
     """
     folded = copy.deepcopy(prepared).cpu().eval().requires_grad_(False)
+    keep_evaluation(folded)
+    bake_constants(folded, keep=WeightQuantizer)
+    plain_norms(folded)
     _layers_from_functions(folded)
     _remove_quantizers(folded)
     _fold_batch_norms(folded, [])

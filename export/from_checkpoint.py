@@ -108,7 +108,7 @@ def export_onnx(
     folded, dead = fold(network.model) if quantized else (fold_float(network.model), [])
     classes = _class_count(folded, network)
     trained = copy.deepcopy(folded) if merge_shortcuts else None
-    merged = _merge_or_refuse(folded, network.input_shape) if merge_shortcuts else []
+    merged = _merge_or_refuse(folded) if merge_shortcuts else []
     padded = _pad_or_refuse(folded) if pad_channels else []
     dead = _remaining_dead_channels(folded, dead)
     _warn_of_dead_channels(dead)
@@ -231,9 +231,9 @@ def _resolve_output(source: Path | str | fx.GraphModule, output: Path | str | No
     return chosen
 
 
-def _merge_or_refuse(folded: fx.GraphModule, input_shape: Sequence[int]) -> list[str]:
+def _merge_or_refuse(folded: fx.GraphModule) -> list[str]:
     """Merges shortcuts. Raises UserError when there is none to merge."""
-    merged = merge(folded, input_shape)
+    merged = merge(folded)
     if not merged:
         raise UserError(
             "no shortcut of this network can be merged, which takes two INT8 convolutions 1x1 whose outputs are added "

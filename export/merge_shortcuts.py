@@ -13,7 +13,7 @@ says how far it moved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,13 @@ VECTOR = 32
 """Channels that INT8 kernels move at a time: a part of a concatenation that ends elsewhere has to be copied."""
 
 
-def merge_shortcuts(folded: fx.GraphModule, input_shape: Sequence[int]) -> list[str]:
+def merge_shortcuts(folded: fx.GraphModule) -> list[str]:
     """Merges, inside ``folded`` (from export.fold.fold), 1x1 shortcuts into the 1x1 convolutions beside them.
 
-    ``input_shape`` is the network's, without the batch. Returns the paths of the convolutions that took in a shortcut;
+    Returns the paths of the convolutions that took in a shortcut;
     [] if no shortcut can be merged.
     """
-    calls, extents = Int8Convolutions(folded), shapes(folded, input_shape)
+    calls, extents = Int8Convolutions(folded), shapes(folded)
     blocks = [block for node in folded.graph.nodes if (block := _block(calls, extents, node)) is not None]
     for block in blocks:
         _merge(folded, block)

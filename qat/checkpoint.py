@@ -83,6 +83,7 @@ def save_checkpoint(
         details={
             "model": None if spec is None else asdict(spec),
             "placement": placement_of(model).to_json(),
+            "trainable": not model.meta["evaluation_only"],
             "rules": {name: rule.sentence for name, rule in RULES.items()},
             "amax": {name: float(quantizer.amax.detach()) for name, quantizer in activation_quantizers(model).items()},
             **(details or {}),
@@ -111,7 +112,8 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> Checkpo
             model = _build_recorded(path, sidecar)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
-    prepared = prepare(model, placement)
+    (taken,) = sidecar.inputs
+    prepared = prepare(model, placement, input_shape=taken.shape[1:], training=sidecar.details.get("trainable", True))
     simulate_bits(prepared, sidecar.details.get("bits", BITS))
     tensors = load_tensors(path)
     fix_saved_ranges(prepared, tensors)

@@ -130,14 +130,22 @@ def say_data(data: Data) -> None:
 
 
 def choose_placement(
-    model: nn.Module, name: str, data: Data, classes: int, keep_float: Iterable[str]
+    model: nn.Module,
+    name: str,
+    data: Data,
+    classes: int,
+    keep_float: Iterable[str],
+    *,
+    training: bool | None = None,
 ) -> tuple[Network, Placement]:
     """The neutral view of ``model``, and what will be quantized in it; the latter is printed too.
+
+    ``training``: whether it must be trainable; see qat.graph.tracing.trace.
 
     Raises UserError when it cannot be quantized, or not as ``keep_float`` asks, or when its output is not logits
     [N, ``classes``].
     """
-    network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width))
+    network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width), training=training)
     (output,) = (op for op in network if op.kind == "output")
     if output.shape != (1, classes):
         found = f"a tensor of shape {list(output.shape)}" if output.shape else "something other than one tensor"
@@ -163,7 +171,8 @@ def prepare_and_calibrate(
     bits: int = BITS,
 ) -> fx.GraphModule:
     """A copy of ``model`` with quantizers whose ranges come from the calibration split, or from ``ranges``."""
-    prepared = prepare(model, placement)
+    shape = (3, data.preprocessing.height, data.preprocessing.width)
+    prepared = prepare(model, placement, input_shape=shape)
     simulate_bits(prepared, bits)
     if len(data.calibration) < _FEW_IMAGES:
         warn(f"only {len(data.calibration)} images to calibrate on: ranges may not fit other images; add images")

@@ -173,7 +173,7 @@ class _Run:
         spec = ModelSpec(name, len(self.data.class_names))
         model, ranges = self._float_model(spec, weights, float_recipe)
         # A network that cannot be quantized as asked is refused now, not after hours of float training.
-        network, placement = choose_placement(model, name, self.data, spec.num_classes, keep_float)
+        network, placement = choose_placement(model, name, self.data, spec.num_classes, keep_float, training=True)
         prepared: fx.GraphModule
         if reached.phase == "float":
             model = self.fit("float", compute.place(model), float_recipe)
@@ -187,7 +187,7 @@ class _Run:
             reached.phase, reached.fit = "qat", FitState()
             self.save(prepared, FitState(), {})
         else:
-            prepared = prepare(model, placement)
+            prepared = prepare(model, placement, input_shape=self.input_shape, training=True)
             simulate_bits(prepared, bits)
             fix_saved_ranges(prepared, reached.model)
             if learn_ranges:
@@ -242,7 +242,7 @@ class _Run:
         teacher.load_state_dict(self.reached.teacher)
         batches = batch_count(self.data.train, recipe.batch_size, training=True, processes=processes)
         return Distillation(
-            trace(self.compute.place(teacher)),
+            trace(self.compute.place(teacher), self.input_shape),
             self.compute,
             recipe.label_smoothing,
             settings,
@@ -250,6 +250,11 @@ class _Run:
             images=processes.share_of(recipe.batch_size),
             steps=recipe.epochs * batches,
         )
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the network's input."""
+        return 3, self.data.preprocessing.height, self.data.preprocessing.width
 
     def fit(self, phase: str, model: nn.Module, recipe: Recipe, loss: CrossEntropy | None = None) -> nn.Module:
         """Trains ``model``; continues where the run was stopped, if that was in this phase."""

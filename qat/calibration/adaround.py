@@ -116,7 +116,7 @@ class _Layer:
 
 def _layers(prepared: fx.GraphModule) -> Iterator[_Layer]:
     """Every layer that decides the rounding of a weight, in the order of the network."""
-    weights = {path: weight for path, weight, _ in weights_and_quantizers(prepared)}
+    weights = {path: weight for path, weight, _ in weights_and_quantizers(prepared) if isinstance(weight, nn.Parameter)}
     modules, decided = dict(prepared.named_modules()), set()
     for node in prepared.graph.nodes:
         path = f"{node.target}.weight_quantizer" if node.op == "call_module" else f"{WEIGHT_QUANTIZERS}.{node.name}"
@@ -224,6 +224,8 @@ class _Rounding:
         """Gives ``prepared`` the weights and ranges of the quantized copy."""
         for path, weight, quantizer in weights_and_quantizers(prepared):
             rounded, same = self._weights[path]
+            if not isinstance(weight, nn.Parameter):
+                continue  # computed: it keeps rounding to nearest
             weight.copy_(rounded)
             if quantizer.amax is None and same.amax is not None:
                 quantizer.fix(same.amax)

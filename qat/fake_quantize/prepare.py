@@ -7,7 +7,7 @@ quantizers have no state unless their range is fixed or learned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from qat.base.errors import UserError
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from qat.graph.constants import constant_value
 from qat.graph.fx_network import network_from_fx, weight_axis, weight_source
-from qat.graph.tracing import trace
+from qat.graph.tracing import Shapes, TracedModel, trace
 from qat.rules.place import place
 from qat.rules.placement import Placement
 
@@ -29,24 +30,30 @@ def prepare(
     model: nn.Module,
     placement: Placement | None = None,
     *,
-    input_shape: Sequence[int] | None = None,
+    input_shape: Shapes,
     keep_float: Iterable[str] = (),
-) -> fx.GraphModule:
+    training: bool | None = None,
+) -> TracedModel:
     """A copy of ``model`` with fake quantization inserted; calibrate it before use (qat.calibration.activation_ranges).
 
+    The copy is proved to compute what ``model`` does: both answer the same random inputs.
+
     Args:
-        model: a float model that torch.fx can trace.
+        model: a float model; it is not changed.
         placement: the decisions to apply, for example saved ones; None derives them from the graph (qat.rules.place).
-        input_shape: [C, H, W] of one input; without it, the rules cannot recognize an addition that broadcasts.
+        input_shape: the shape of one input without the batch, (3, 224, 224); of several inputs by the names of the
+            model's arguments, {"image": (3, 224, 224), "hint": (16, 56, 56)}. The copy takes any batch of these.
         keep_float: patterns of what stays in float (qat.rules.place.place).
+        training: whether the copy must be trainable; None: if it can be, else its ``train()`` says why it cannot;
+            False: only what the model computes in evaluation is looked at.
 
     Raises:
-        UserError: the model cannot be traced or does not take ``input_shape``, ``placement`` was made for another
-            model, or a pattern matches nothing.
+        UserError: the model does not take ``input_shape``, its copy would compute something else, ``placement`` was
+            made for another model, or a pattern matches nothing.
     """
-    traced = trace(model)
+    traced = trace(model, input_shape, training=training)
     if placement is None:
-        placement = place(network_from_fx(traced, input_shape), keep_float)
+        placement = place(network_from_fx(traced), keep_float)
     nodes = {node.name: node for node in traced.graph.nodes}
     _check_fits(placement, nodes)
 
@@ -83,7 +90,10 @@ def _quantize_weight(traced: fx.GraphModule, node: fx.Node) -> None:
 
 
 def weights_and_quantizers(prepared: fx.GraphModule) -> Iterator[tuple[str, Tensor, WeightQuantizer]]:
-    """Every quantized weight, as (path of its quantizer, weight, quantizer)."""
+    """Every quantized weight, as (path of its quantizer, weight, quantizer).
+
+    A weight that is no nn.Parameter was computed from parameters: it can be read only.
+    """
     for path, module in prepared.named_modules():
         if isinstance(quantizer := getattr(module, "weight_quantizer", None), WeightQuantizer):
             yield f"{path}.weight_quantizer", module.get_parameter("weight"), quantizer
@@ -91,7 +101,10 @@ def weights_and_quantizers(prepared: fx.GraphModule) -> Iterator[tuple[str, Tens
         if str(node.target).startswith(f"{WEIGHT_QUANTIZERS}."):
             quantizer = prepared.get_submodule(str(node.target))
             assert isinstance(quantizer, WeightQuantizer)
-            yield str(node.target), attrgetter(str(node.args[0].target))(prepared), quantizer
+            source = node.all_input_nodes[0]
+            computed = source.op != "get_attr"
+            weight = constant_value(source, prepared) if computed else attrgetter(str(source.target))(prepared)
+            yield str(node.target), weight, quantizer
 
 
 def placement_of(prepared: fx.GraphModule) -> Placement:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qat.base.errors import UserError, one_line
+from qat.graph.by_mode import ByMode, OnlyInTraining
+from qat.graph.constants import is_constant
+from qat.graph.inputs import Inputs
 from qat.graph.network import ConstantWeight, Network, Op, exact_kind
 from qat.graph.operations import WEIGHTED, OpKind, kind_of_function, kind_of_module
 
@@ -35,44 +37,41 @@ _ARGUMENTS: dict[str, Sequence[str]] = {
 _FROM_TORCH = ("torch", "torchvision", "_operator", "builtins")  # packages whose functions are known by name
 
 
-def network_from_fx(traced: fx.GraphModule, input_shape: Sequence[int] | None = None) -> Network:
-    """The neutral view of a traced module.
-
-    Args:
-        traced: what qat.graph.tracing.trace returned.
-        input_shape: [C, H, W] of its only input; without it, shapes stay unknown.
-
-    Raises:
-        UserError: the module does not take an input of that shape.
-    """
+def network_from_fx(traced: fx.GraphModule) -> Network:
+    """The neutral view of what qat.graph.tracing.trace returned, as it is in evaluation."""
     modules = dict(traced.named_modules())
     weight_names = _weight_names(traced)
-    found = shapes(traced, input_shape) if input_shape is not None else {}
-    needed = _nodes_needed(traced)
+    found = shapes(traced)
+    needed = _nodes_needed(traced, modules)
     ops: dict[str, Op] = {}
     for node in traced.graph.nodes:
-        if node.op == "get_attr" or node not in needed:
-            continue  # a constant, or unused
+        if node not in needed or is_constant(node):
+            continue
         kind = kind_of(node, modules)
-        inputs = tuple(source.name for source in _tensors_read(node) if source.name in ops)
+        inputs = tuple(source.name for source in _tensors_read(node, modules) if source.name in ops)
         if kind == "shape" or (not inputs and kind not in ("input", "output")):
             continue  # a size, or computed only from sizes and constants
-        weight = constant_weight(node, traced)
+        weight = constant_weight(node, traced, found)
         if weight is not None:
             weight = replace(weight, tensor=weight_names.get(weight.tensor, weight.tensor))
         first = node.args[0] if node.args else None
         kind = exact_kind(kind, weight, isinstance(first, fx.Node) and first.name not in ops)
         made = found.get(node.name)
-        floating = made is not None if found else kind != "split"
-        ops[node.name] = Op(node.name, kind, inputs, label(node), weight, made, floating or kind == "output")
+        floating = made is not None or kind == "output"
+        ops[node.name] = Op(node.name, kind, inputs, label(node), weight, made, floating)
     return Network(ops)
 
 
-def constant_weight(node: fx.Node, traced: fx.GraphModule) -> ConstantWeight | None:
-    """The weight of a convolution or matrix product (module or function); None if there is none or it is computed."""
+def constant_weight(
+    node: fx.Node, traced: fx.GraphModule, found: Mapping[str, tuple[int, ...]]
+) -> ConstantWeight | None:
+    """The weight of a convolution or matrix product (module or function); None if there is none or inputs change it.
+
+    ``found``: the shapes of the network's tensors. A weight that is computed from parameters is constant, too.
+    """
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
-        if "weight" not in module._parameters:  # computed at each call, for example by spectral normalization
+        if "weight" not in module._parameters:  # computed by a hook, at each call
             return None
         tensor = f"{node.target}.weight"
         match module:
@@ -86,26 +85,27 @@ def constant_weight(node: fx.Node, traced: fx.GraphModule) -> ConstantWeight | N
     kind, source = kind_of(node, {}), weight_source(node)
     if source is None or kind not in (*WEIGHTED, "matrix_product"):
         return None
-    if any(isinstance(value, fx.Node) and value.op != "get_attr" for value in list(arguments(node).values())[1:]):
-        return None  # a computed bias or stride
-    tensor, name = _attribute(traced, str(source.target)), str(source.target)
-    if not isinstance(tensor, Tensor) or tensor.ndim < 2 or (tensor.ndim != 2 and kind == "matrix_product"):
+    if any(isinstance(value, fx.Node) and not is_constant(value) for value in list(arguments(node).values())[1:]):
+        return None  # a bias or stride that inputs change
+    name = str(source.target) if source.op == "get_attr" else source.name
+    shape = found.get(source.name, ())
+    if len(shape) < 2 or (len(shape) != 2 and kind == "matrix_product"):
         return None
     if kind == "matrix_product":  # x @ w, [I, O]
-        return ConstantWeight(name, tensor.shape[0], tensor.shape[1])
+        return ConstantWeight(name, shape[0], shape[1])
     if kind == "linear":
-        return ConstantWeight(name, tensor.shape[1], tensor.shape[0])
-    groups, kernel = int(arguments(node).get("groups", 1)), tuple(tensor.shape[2:])
+        return ConstantWeight(name, shape[1], shape[0])
+    groups, kernel = int(arguments(node).get("groups", 1)), shape[2:]
     if kind == "transposed_convolution":
-        return ConstantWeight(name, tensor.shape[0], tensor.shape[1] * groups, groups, kernel)
-    return ConstantWeight(name, tensor.shape[1] * groups, tensor.shape[0], groups, kernel)
+        return ConstantWeight(name, shape[0], shape[1] * groups, groups, kernel)
+    return ConstantWeight(name, shape[1] * groups, shape[0], groups, kernel)
 
 
 def weight_source(node: fx.Node) -> fx.Node | None:
-    """The get_attr node from which a functional convolution or matrix product reads its weight; None if another."""
+    """The constant from which a functional convolution or matrix product reads its weight; None if it is none."""
     given = arguments(node)
     found = given.get("weight", given.get("other"))
-    return found if isinstance(found, fx.Node) and found.op == "get_attr" else None
+    return found if isinstance(found, fx.Node) and is_constant(found) else None
 
 
 def weight_axis(node: fx.Node) -> int:
@@ -182,6 +182,8 @@ def kind_of(node: fx.Node, modules: dict[str, nn.Module]) -> OpKind:
         return "output"
     if node.op == "call_module":
         module = modules[str(node.target)]
+        if isinstance(module, OnlyInTraining):
+            return "dropout"
         # Only exact types of torch: a subclass may compute something else, such as a normalization with an activation.
         own_type = nn.utils.parametrize.type_before_parametrizations(module)
         known = own_type.__module__.partition(".")[0] in ("torch", "torchvision")
@@ -204,19 +206,21 @@ def _weight_names(traced: fx.GraphModule) -> dict[str, str]:
     }
 
 
-def _tensors_read(node: fx.Node) -> list[fx.Node]:
-    """The nodes that ``node`` reads, as often as it reads them."""
+def _tensors_read(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[fx.Node]:
+    """The nodes that ``node`` reads in evaluation, as often as it reads them."""
+    module = modules[str(node.target)] if node.op == "call_module" else None
+    args = node.args[: module.inputs_of_evaluation] if isinstance(module, ByMode) else node.args
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), found.append)
+    fx.map_arg((args, node.kwargs), found.append)
     return found
 
 
-def _nodes_needed(traced: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that the output depends on, and the inputs."""
+def _nodes_needed(traced: fx.GraphModule, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
+    """The nodes that the output depends on in evaluation, and the inputs."""
     needed = {node for node in traced.graph.nodes if node.op in ("placeholder", "output")}
     for node in reversed(traced.graph.nodes):
         if node in needed:
-            needed.update(node.all_input_nodes)
+            needed.update(_tensors_read(node, modules))
     return needed
 
 
@@ -240,22 +244,12 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
-def shapes(traced: fx.GraphModule, input_shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every floating-point tensor for a batch of one, by the name of its node.
-
-    ``input_shape`` is [C, H, W]. Raises UserError when the network does not take such an input.
-    """
+def shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...]]:
+    """The shape of every floating-point tensor for a batch of one, by the name of its node, in evaluation."""
     training, recorder = traced.training, _ShapeRecorder(traced.eval())
     device = next((parameter.device for parameter in traced.parameters()), None)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            recorder.run(mode.from_tensor(torch.zeros(1, *input_shape, device=device)))
-    except Exception as error:  # a model may raise anything
-        shown = "x".join(map(str, input_shape))
-        raise UserError(
-            f"the model does not take one image of {shown} ({type(error).__name__}: {one_line(error)}): "
-            "give another --image-size (input_shape), or a model with one input"
-        ) from error
-    finally:
-        traced.train(training)
+    inputs: Inputs = traced.meta["inputs"]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        recorder.run(*(mode.from_tensor(torch.zeros(1, *shape, device=device)) for shape in inputs.shapes.values()))
+    traced.train(training)
     return recorder.shapes

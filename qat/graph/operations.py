@@ -108,6 +108,7 @@ OPERATIONS = (
     Operation("matrix_product", (), ("matmul", "bmm", "mm", "baddbmm", "einsum"), ("MatMul", "Einsum")),
     Operation("matrix_product", ("MultiheadAttention",), ("scaled_dot_product_attention",), ("Attention",)),
     Operation("batch_norm", ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d"), ("batch_norm",), ("BatchNormalization",)),
+    Operation("batch_norm", ("SyncBatchNorm", "FrozenBatchNorm2d")),
     Operation("activation", ("ReLU", "ReLU6", "Hardtanh"), ("relu", "relu6", "hardtanh"), ("Relu", "Clip")),
     Operation("activation", (), ("clamp", "clip", "clamp_min", "clamp_max"), ()),
     Operation("activation", ("LeakyReLU", "PReLU"), ("leaky_relu", "prelu"), ("LeakyRelu", "PRelu")),

@@ -31,7 +31,7 @@ def preprocessing() -> Preprocessing:
 @pytest.fixture(scope="module")
 def prepared() -> fx.GraphModule:
     torch.manual_seed(0)
-    prepared = prepare(torchvision.models.resnet18(num_classes=10).eval())
+    prepared = prepare(torchvision.models.resnet18(num_classes=10).eval(), input_shape=(3, PIXELS, PIXELS))
     for module in prepared.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(4.0)
@@ -231,7 +231,7 @@ def test_a_flatten_module_and_functional_pooling_stay_single_nodes():
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.flatten(nn.functional.adaptive_avg_pool2d(self.conv(x).relu(), 1)))
 
-    prepared = prepare(Head().eval())
+    prepared = prepare(Head().eval(), input_shape=(3, 8, 8))
     for module in prepared.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(4.0)

@@ -30,9 +30,9 @@ def lively_norms(model: nn.Module) -> None:
             module.bias.data.normal_(0, 0.1, generator=generator)
 
 
-def prepared(model: nn.Module, amax: float = 4.0) -> nn.Module:
+def prepared(model: nn.Module, amax: float = 4.0, shape: tuple[int, ...] = (3, 64, 64)) -> nn.Module:
     lively_norms(model)
-    result = prepare(model).eval()
+    result = prepare(model, input_shape=shape).eval()
     for module in result.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(amax)

@@ -65,8 +65,9 @@ def images(count: int = 4) -> Tensor:
 
 
 def folded(model: nn.Module, x: Tensor | None = None) -> fx.GraphModule:
-    ready = prepare(lively(model))
-    calibrate_ranges(ready, [images() if x is None else x], "max")
+    x = images() if x is None else x
+    ready = prepare(lively(model), input_shape=x.shape[1:])
+    calibrate_ranges(ready, [x], "max")
     return fold(ready)[0]
 
 
@@ -140,7 +141,7 @@ class Sizes(Block):
 def test_codes_stay_and_weights_are_off_by_half_a_step(make):
     model = make()
     plain, network = folded(model), folded(model)
-    assert merge_shortcuts(network, (3, PIXELS, PIXELS)) == ["last"]
+    assert merge_shortcuts(network) == ["last"]
     assert "shortcut" not in dict(network.named_modules())
     x = images()
     factor = source_scale(plain, "shortcut") / source_scale(plain, "last")
@@ -161,7 +162,7 @@ def test_codes_stay_and_weights_are_off_by_half_a_step(make):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_file_is_clean_and_onnx_runtime_computes_the_same(stride, tmp_path):
     network = folded(Block(stride))
-    merge_shortcuts(network, (3, PIXELS, PIXELS))
+    merge_shortcuts(network)
     exported = emit(network, images(2), {})
     assert lint_model(exported) == []
     counts = [sum(node.op_type == name for node in exported.graph) for name in ("Conv", "Concat", "MaxPool", "Add")]
@@ -179,8 +180,8 @@ def test_the_stages_of_resnet50():
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     model = torchvision.models.resnet50(num_classes=10)
     plain, network = folded(model, x), folded(model, x)
-    assert merge_shortcuts(network, (3, 64, 64)) == [f"layer{stage}.0.conv3" for stage in (1, 2, 3, 4)]
-    assert merge_shortcuts(network, (3, 64, 64)) == []
+    assert merge_shortcuts(network) == [f"layer{stage}.0.conv3" for stage in (1, 2, 3, 4)]
+    assert merge_shortcuts(network) == []
     assert pad_channels(network) == ["layer1.1.conv3", "layer1.2.conv3"]
     assert network.get_submodule("layer1.0.conv3").in_channels == CHANNELS
     assert (network(x) - plain(x)).norm() < 0.2 * plain(x).norm()
@@ -356,19 +357,19 @@ def test_where_there_is_nothing_to_merge(make):
     model = make()
     x = torch.randn(2, 3, 32, 32)
     network, plain = folded(model, x), folded(model, x)
-    assert merge_shortcuts(network, (3, 32, 32)) == []
+    assert merge_shortcuts(network) == []
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in network.state_dict().items())
     assert torch.equal(network(x), plain(x))
 
 
 def test_a_shortcut_of_the_input_stays():
-    assert merge_shortcuts(folded(OfTheInput(), torch.randn(2, 32, PIXELS, PIXELS)), (32, PIXELS, PIXELS)) == []
+    assert merge_shortcuts(folded(OfTheInput(), torch.randn(2, 32, PIXELS, PIXELS))) == []
 
 
 def test_a_float_convolution_is_not_merged():
-    ready = prepare(Block().eval(), keep_float=["shortcut"])
+    ready = prepare(Block().eval(), input_shape=(3, PIXELS, PIXELS), keep_float=["shortcut"])
     calibrate_ranges(ready, [images()], "max")
-    assert merge_shortcuts(fold(ready)[0], (3, PIXELS, PIXELS)) == []
+    assert merge_shortcuts(fold(ready)[0]) == []
 
 
 def test_the_scale_of_a_dead_channel_stays_at_the_floor():
@@ -382,7 +383,7 @@ def test_the_scale_of_a_dead_channel_stays_at_the_floor():
     for node in network.graph.nodes:  # a coarse scale inside makes the factor small
         if node.target == "last":
             network.get_submodule(str(node.args[0].target)).scale.mul_(1e4)
-    assert merge_shortcuts(network, (3, PIXELS, PIXELS)) == ["last"]
+    assert merge_shortcuts(network) == ["last"]
     assert first.weight_quantizer.scale[3] == SCALE_FLOOR
     assert 0 < first.weight_quantizer.scale[2] < 0.1 * plain.get_submodule("first").weight_quantizer.scale[2]
 

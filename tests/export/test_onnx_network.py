@@ -318,7 +318,7 @@ def exported(model: nn.Module, path: Path, side: int) -> Path:
 def test_onnx_is_placed_as_torch_fx_is(name, tmp_path):
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     model, side = torchvision.models.get_model(name, weights=None, **options).eval(), 64
-    from_fx = network_from_fx(trace(model), (3, side, side))
+    from_fx = network_from_fx(trace(model, (3, side, side)))
     from_onnx = network_from_onnx(read_onnx(exported(model, tmp_path / "m.onnx", side))).network
     assert decided(from_onnx) == decided(from_fx)
 

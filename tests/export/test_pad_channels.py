@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
 
 
 def folded(model: nn.Module) -> fx.GraphModule:
-    ready = prepare(lively(model))
+    ready = prepare(lively(model), input_shape=(3, 16, 16))
     for module in ready.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(3.0)
@@ -200,7 +200,7 @@ def test_where_they_do_not_belong(make):
 
 
 def test_a_float_convolution_has_no_codes_to_pad():
-    ready = prepare(Bottleneck().eval(), keep_float=["first"])
+    ready = prepare(Bottleneck().eval(), input_shape=(3, 16, 16), keep_float=["first"])
     for module in ready.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(3.0)

@@ -29,7 +29,7 @@ PREPROCESSING = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3, resize=16)
 
 def prepared(model: nn.Module) -> fx.GraphModule:
     """``model`` with quantizers, all of whose activations are in -3 to 3."""
-    ready = prepare(model.eval())
+    ready = prepare(model.eval(), input_shape=(3, PREPROCESSING.height, PREPROCESSING.width))
     for module in ready.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(3.0)

@@ -20,6 +20,7 @@ from qat.base.artifact import read_sidecar, sha256_of, sidecar_path, write_artif
 from qat.base.errors import UserError
 from qat.calibration.activation_ranges import calibrate_ranges
 from qat.checkpoint import Checkpoint, load_checkpoint, load_state, save_checkpoint, save_state
+from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import placement_of, prepare
 from qat.models import ModelSpec, build_model
 
@@ -68,7 +69,7 @@ def save_again(path: Path, loaded: Checkpoint) -> None:
 def test_what_was_saved_gives_bitwise_equal_logits(trained: Path, tmp_path: Path, images: Tensor) -> None:
     torch.manual_seed(1)
     spec = ModelSpec(f"{trained / 'net.py'}:net", 3)
-    prepared = prepare(build_model(spec))
+    prepared = prepare(build_model(spec), input_shape=images.shape[1:])
     assert calibrate_ranges(prepared, [images], "max") == []
     preprocessing = load_checkpoint(trained / "model.qat").preprocessing
     path = tmp_path / "model.qat"
@@ -102,9 +103,9 @@ def test_a_network_that_uses_one_weight_under_two_names(trained: Path, tmp_path:
         "    return net\n"
     )
     spec = ModelSpec(f"{path}:net", 3)
-    prepared = prepare(build_model(spec))
+    prepared = prepare(build_model(spec), input_shape=(3, 1, 1))
     calibrate_ranges(prepared, [torch.randn(4, 3, 1, 1)], "max")
-    preprocessing = load_checkpoint(trained / "model.qat").preprocessing
+    preprocessing = Preprocessing(1, 1, (0.5,) * 3, (0.25,) * 3, resize=1)
     save_checkpoint(tmp_path / "tied.qat", prepared, spec, preprocessing, ("a", "b", "c"), {}, {}, 0)
     x = torch.randn(4, 3, 1, 1)
     assert torch.equal(logits(load_checkpoint(tmp_path / "tied.qat").model, x), logits(prepared.eval(), x))

@@ -13,6 +13,8 @@ from qat.graph.fx_network import function_name
 from qat.graph.tracing import trace
 from qat.rules.placement import Decision, Placement, QuantizedRead, QuantizedTensor
 
+IMAGE = (3, 64, 64)
+
 
 def set_ranges(model: nn.Module, amax: float) -> None:
     for module in model.modules():
@@ -22,7 +24,7 @@ def set_ranges(model: nn.Module, amax: float) -> None:
 
 def test_float_keys_and_values_stay_and_only_ranges_are_added():
     model = torchvision.models.resnet18(num_classes=10)
-    prepared = prepare(model)
+    prepared = prepare(model, input_shape=IMAGE)
     before, after = model.state_dict(), prepared.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert all(
@@ -33,7 +35,7 @@ def test_float_keys_and_values_stay_and_only_ranges_are_added():
 
 def test_prepare_leaves_the_float_model_alone():
     model = torchvision.models.resnet18(num_classes=10)
-    prepared = prepare(model)
+    prepared = prepare(model, input_shape=IMAGE)
     assert not any(isinstance(module, WeightQuantizer) for module in model.modules())
     next(prepared.parameters()).data.fill_(7.0)
     assert not (next(model.parameters()) == 7.0).any()
@@ -41,7 +43,7 @@ def test_prepare_leaves_the_float_model_alone():
 
 def test_it_computes_what_the_placement_says():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 1))
-    prepared = prepare(model)
+    prepared = prepare(model, input_shape=(3, 8, 8))
     set_ranges(prepared, 2.0)
     x = torch.randn(2, 3, 8, 8)
     scale = torch.tensor(2.0) / 127
@@ -51,7 +53,7 @@ def test_it_computes_what_the_placement_says():
 
 
 def test_gradients_reach_every_parameter():
-    prepared = prepare(torchvision.models.resnet18(num_classes=10)).train()
+    prepared = prepare(torchvision.models.resnet18(num_classes=10), input_shape=IMAGE).train()
     set_ranges(prepared, 4.0)
     prepared(torch.randn(2, 3, 64, 64)).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in prepared.parameters())
@@ -59,7 +61,7 @@ def test_gradients_reach_every_parameter():
 
 def test_switched_off_it_is_the_float_model():
     model = torchvision.models.resnet18(num_classes=10).eval()
-    prepared = prepare(model)
+    prepared = prepare(model, input_shape=IMAGE)
     for module in prepared.modules():
         if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
             module.enabled = False
@@ -69,7 +71,7 @@ def test_switched_off_it_is_the_float_model():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_mode_is_kept(training):
-    prepared = prepare(torchvision.models.resnet18(num_classes=10).train(training))
+    prepared = prepare(torchvision.models.resnet18(num_classes=10).train(training), input_shape=IMAGE)
     assert all(module.training is training for module in prepared.modules())
 
 
@@ -83,7 +85,7 @@ class FunctionalDropout(nn.Module):
 
 
 def test_functional_dropout_follows_train_and_eval():
-    traced = trace(FunctionalDropout())
+    traced = trace(FunctionalDropout(), (3, 8, 8))
     x = torch.randn(1, 3, 8, 8)
     assert (traced.train()(x) == 0).any()
     assert not (traced.eval()(x) == 0).any()
@@ -98,7 +100,7 @@ def test_a_module_called_twice_has_one_weight_quantizer():
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(F.relu(self.conv(x)))
 
-    prepared = prepare(Twice())
+    prepared = prepare(Twice(), input_shape=(16, 4, 4))
     set_ranges(prepared, 4.0)
     assert sum(isinstance(module, WeightQuantizer) for module in prepared.modules()) == 1
     assert prepared(torch.randn(1, 16, 4, 4)).shape == (1, 16, 4, 4)
@@ -113,21 +115,21 @@ class DependsOnValues(nn.Module):
 
 def test_an_untraceable_model_is_one_line_that_names_the_line():
     with pytest.raises(UserError, match=r"test_prepare\.py:\d+: if x\.sum\(\) > 0") as error:
-        prepare(DependsOnValues())
+        prepare(DependsOnValues(), input_shape=(3, 8, 8))
     assert "\n" not in str(error.value)
 
 
 def test_the_placement_of_another_model_is_refused():
-    placement = placement_of(prepare(torchvision.models.resnet18()))
+    placement = placement_of(prepare(torchvision.models.resnet18(), input_shape=IMAGE))
     with pytest.raises(UserError, match="made for another model"):
-        prepare(nn.Sequential(nn.Conv2d(3, 16, 3)), placement)
+        prepare(nn.Sequential(nn.Conv2d(3, 16, 3)), placement, input_shape=(3, 8, 8))
 
 
 def test_transposed_convolutions_are_quantized_along_their_output_channels_where_a_placement_says_so():
     model = nn.Sequential(nn.ConvTranspose2d(16, 8, 2, stride=2))
     read = QuantizedTensor("input_1", "input_1", (QuantizedRead("_0", "weighted_input"),))
     decision = Decision("_0", "0", "transposed_convolution", True, "weighted_input")
-    prepared = prepare(model, Placement((read,), (decision,)))
+    prepared = prepare(model, Placement((read,), (decision,)), input_shape=(16, 4, 4))
     set_ranges(prepared, 4.0)
     x = torch.randn(1, 16, 4, 4)
     want = F.conv_transpose2d(
@@ -139,13 +141,14 @@ def test_transposed_convolutions_are_quantized_along_their_output_channels_where
     assert torch.equal(prepared(x), want)
 
 
-def test_a_training_branch_that_a_trace_would_freeze_is_refused():
+def test_a_branch_of_training_follows_the_mode():
     class Branch(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * 2 if self.training else x
 
-    with pytest.raises(UserError, match=r"in evaluation but .* in training"):
-        prepare(Branch())
+    prepared, x = prepare(Branch(), input_shape=(3, 8, 8)), torch.randn(1, 3, 8, 8)
+    assert torch.equal(prepared.train()(x), 2 * x)
+    assert torch.equal(prepared.eval()(x), x)
 
 
 def test_a_node_named_like_a_method_of_modules():
@@ -157,7 +160,7 @@ def test_a_node_named_like_a_method_of_modules():
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x.to(torch.float32))
 
-    assert list(prepare(Cast()).activation_quantizers._modules) == ["to_"]
+    assert list(prepare(Cast(), input_shape=(3, 8, 8)).activation_quantizers._modules) == ["to_"]
 
 
 def test_an_operation_in_place_is_what_later_readers_read():
@@ -175,10 +178,11 @@ def test_an_operation_in_place_is_what_later_readers_read():
             return self.conv(y)
 
     model = InPlace()
-    reads = {t.tensor: [read.reader for read in t.reads] for t in placement_of(prepare(model)).tensors}
+    found = placement_of(prepare(model, input_shape=(16, 4, 4)))
+    reads = {t.tensor: [read.reader for read in t.reads] for t in found.tensors}
     assert reads == {"relu": ["conv", "add"], "relu_1": ["conv_1"]}
     x = torch.randn(2, 16, 4, 4)
-    torch.testing.assert_close(trace(model)(x), model(x))
+    torch.testing.assert_close(trace(model, (16, 4, 4))(x), model(x))
 
 
 def test_what_nobody_uses_is_not_quantized():
@@ -191,7 +195,7 @@ def test_what_nobody_uses_is_not_quantized():
             self.unused(x)
             return self.conv(x)
 
-    assert [decision.op for decision in placement_of(prepare(Dead())).decisions] == ["conv"]
+    assert [decision.op for decision in placement_of(prepare(Dead(), input_shape=(16, 4, 4))).decisions] == ["conv"]
 
 
 def same_without_quantizers(model: nn.Module, *shape: int) -> bool:
@@ -273,13 +277,30 @@ def test_a_functional_dropout_of_channels_follows_the_mode():
     assert same_without_quantizers(Dropped(), 2, 16, 4, 4)
 
 
-def test_arguments_that_depend_on_the_mode_are_refused():
+def test_arguments_may_depend_on_the_mode():
     class Mode(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.leaky_relu(x, 0.1 if self.training else 0.2)
+
+    model, x = Mode(), torch.randn(4, 16, 4, 4)
+    prepared = prepare(model, input_shape=(16, 4, 4))
+    for training in (True, False):
+        assert torch.equal(prepared.train(training)(x), model.train(training)(x))
+
+
+def test_a_model_that_learns_otherwise_than_its_trace_is_for_evaluation_only():
+    """The model makes its statistics anew at every call; a trace would keep them."""
+
+    class Forgets(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return F.batch_norm(x, torch.zeros(16), torch.ones(16), training=self.training)
 
-    with pytest.raises(UserError, match=r"torch\.fx can keep only one"):
-        prepare(Mode())
+    prepared, x = prepare(Forgets(), input_shape=(16, 4, 4)), torch.randn(4, 16, 4, 4)
+    assert torch.equal(prepared(x), Forgets().eval()(x))
+    with pytest.raises(UserError, match=r"cannot be trained: .* the statistics that move .*; it can be calibrated"):
+        prepared.train()
+    with pytest.raises(UserError, match=r"python -m qat\.calibrate takes it"):
+        prepare(Forgets(), input_shape=(16, 4, 4), training=True)
 
 
 class ChangedThroughView(nn.Module):
@@ -303,7 +324,7 @@ class ChangedBehindView(nn.Module):
 @pytest.mark.parametrize("make", [ChangedThroughView, ChangedBehindView])
 def test_what_a_view_hides_of_an_operation_in_place_is_refused(make):
     with pytest.raises(UserError, match=r"in place, and .* then reads the same memory through .*: write it without"):
-        trace(make())
+        trace(make(), (16, 4, 4))
 
 
 class Accumulates(nn.Module):
@@ -322,7 +343,7 @@ class Accumulates(nn.Module):
 
 
 def test_assignment_in_place_changes_every_name_of_a_tensor():
-    x, traced = torch.randn(2, 4, 3, 3), trace(Accumulates())
+    x, traced = torch.randn(2, 4, 3, 3), trace(Accumulates(), (4, 3, 3))
     assert torch.equal(traced(x.clone()), Accumulates()(x.clone()))
     assert not any(function_name(node) in ("iadd", "isub", "imul", "itruediv") for node in traced.graph.nodes)
 
@@ -339,7 +360,7 @@ class ViewsThatAreLeft(nn.Module):
 
 def test_a_view_changed_in_place_after_its_owner_was_read_is_fine():
     x = torch.randn(2, 4, 3, 3)
-    assert torch.equal(trace(ViewsThatAreLeft())(x), ViewsThatAreLeft()(x))
+    assert torch.equal(trace(ViewsThatAreLeft(), (4, 3, 3))(x), ViewsThatAreLeft()(x))
 
 
 def test_a_parameter_that_two_modules_share_is_one_weight():
@@ -352,9 +373,9 @@ def test_a_parameter_that_two_modules_share_is_one_weight():
         def forward(self, x: Tensor) -> Tensor:
             return self.second(F.relu(self.first(x)))
 
-    kept = placement_of(prepare(Tied(), keep_float=["second"]))
+    kept = placement_of(prepare(Tied(), input_shape=(16, 4, 4), keep_float=["second"]))
     assert [(d.quantized, d.rule) for d in kept.weights] == [(False, "shared_weight"), (False, "kept_float")]
-    prepared = prepare(Tied())
+    prepared = prepare(Tied(), input_shape=(16, 4, 4))
     assert prepared.first.weight is prepared.second.weight
     assert [d.quantized for d in placement_of(prepared).weights] == [True, True]
 
@@ -364,8 +385,10 @@ def test_an_image_that_the_model_does_not_take_is_one_line():
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x + y
 
-    with pytest.raises(UserError, match="does not take one image of 3x8x8"):
+    with pytest.raises(UserError, match=r"Two\.forward also needs y: give the shapes of all inputs by name"):
         prepare(Two(), input_shape=(3, 8, 8))
+    with pytest.raises(UserError, match=r"the model fails in evaluation: .*size of tensor a"):
+        prepare(Two(), input_shape={"x": (3, 8, 8), "y": (3, 8, 9)})
 
 
 def test_a_long_chain_of_data_movement():
@@ -377,6 +400,6 @@ def test_a_long_chain_of_data_movement():
         def forward(self, x: Tensor) -> Tensor:
             for _ in range(1500):
                 x = x.transpose(2, 3)
-            return self.conv(x) + self.conv(F.dropout(x, training=True))
+            return self.conv(x) + self.conv(F.dropout(x, training=self.training))
 
     assert len(placement_of(prepare(Chain(), input_shape=(16, 8, 8))).weights) == 2

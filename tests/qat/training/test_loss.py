@@ -49,7 +49,7 @@ def test_the_loss_by_hand(model: nn.Module) -> None:
     model.eval()
     torch.manual_seed(1)
     logits, x, labels = torch.randn(4, 3), torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
-    teacher = trace(model)
+    teacher = trace(model, (3, 16, 16))
     tensor = torch.randn(4, 8, 8, 8)
     loss = Distillation(teacher, CPU, 0.1, DistillationSettings(0.3, 2.0, 0.5), points=["conv2"], images=4, steps=9)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_the_loss_by_hand(model: nn.Module) -> None:
 
 def test_the_teacher_does_not_learn(model: nn.Module) -> None:
     loss = Distillation(
-        trace(model), CPU, 0.0, DistillationSettings(1.0, 1.0, 0.0), points=["conv2"], images=4, steps=9
+        trace(model, (3, 16, 16)), CPU, 0.0, DistillationSettings(1.0, 1.0, 0.0), points=["conv2"], images=4, steps=9
     )
     assert loss.points == ()
     logits = torch.randn(4, 3, requires_grad=True)

@@ -1,0 +1,422 @@
+"""Records what a model computes as a torch.fx graph, while everything but the batch size is known.
+
+The model's own Python code runs. The tensors in it are stand-ins (``Traced``) that know their type and shape, because
+each recorded operation also runs on tensors without data, for two batch sizes. What is equal for both is a plain value
+to the model's code: the number of channels, the height, the length of a tuple. What differs depends on the batch size
+and stays a stand-in, which computes along but cannot decide a branch.
+
+torch.export would take nearly every model too, but it gives up the modules: the names of the state dict, the mode of a
+dropout, the statistics of a batch normalization, which training needs.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.utils.checkpoint
+import torchvision
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from qat.base.errors import UserError, one_line
+from qat.graph.attention import attention
+from qat.graph.inputs import Inputs
+from qat.graph.set_item import set_item
+
+_BATCHES = (5040, 7560)  # they stand for all sizes; both can be divided by 1 to 10
+_FACTORIES = ("zeros", "ones", "empty", "full", "arange", "linspace", "eye", "tensor", "as_tensor")
+_RANDOM = ("rand", "randn", "randint", "randperm", "normal", "bernoulli")
+_NEW = ("new_zeros", "new_ones", "new_full", "new_tensor", "new_empty")
+_TAKE_EXTENTS = ("expand", "reshape", "view", "repeat", "new_zeros", "new_ones", "new_empty")  # as x.expand(n, 3)
+
+
+# Modules of which only the shape is asked; running them on tensors without data takes long.
+_SAME_SHAPE = (nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.SiLU, nn.GELU, nn.LayerNorm, nn.modules.dropout._DropoutNd)
+
+
+class UntraceableError(Exception):
+    """The model's code asks for something that only real images could answer."""
+
+
+class Traced(fx.Proxy):
+    """Stands for a tensor, or for a number that depends on the batch size, while the model's code runs.
+
+    ``samples``: what it would be for each of the two batch sizes; tensors are without data.
+    """
+
+    tracer: Tracer
+
+    def __init__(self, node: fx.Node, tracer: Tracer, samples: tuple[Any, Any]) -> None:
+        super().__init__(node, tracer)
+        self.samples = samples
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("samples", "tracer", "node"):
+            raise AttributeError(name)
+        with self.tracer.sampling():
+            found = getattr(self.samples[0], name)
+        if callable(found) and not isinstance(found, Tensor):
+            return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __len__(self) -> int:
+        if not isinstance(self.samples[0], Tensor):
+            raise TypeError(f"object of type {type(self.samples[0]).__name__} has no len()")
+        one, two = (len(sample) for sample in self.samples)
+        if one != two:
+            raise UntraceableError("it asks for the batch size as a number")
+        return one
+
+    def __iter__(self) -> Iterator[Any]:
+        get: Any = operator.getitem
+        return (get(self, index) for index in range(len(self)))
+
+    def __index__(self) -> int:
+        raise UntraceableError(self._unknown())
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        raise UntraceableError(self._unknown())
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", set_item, (self, key, value), {})
+
+    def _unknown(self) -> str:
+        tensor = isinstance(self.samples[0], Tensor)
+        return "it asks for the values of a tensor" if tensor else "it asks for the batch size as a number"
+
+    def _in_place(self, function: Callable[[Any, Any], Any], other: Any, name: str) -> Any:
+        """Records ``x += y`` as what it is; torch.fx would record ``x = x + y``, as if nobody else read x."""
+        if not isinstance(self.samples[0], Tensor):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", function, (self, other), {}, name)
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other, "add")
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other, "sub")
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other, "mul")
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other, "truediv")
+
+
+class _Shape(tuple[Any, ...]):
+    """A shape whose batch size is a stand-in."""
+
+    def numel(self) -> Any:
+        """The number of elements."""
+        product: Any = 1
+        for extent in self:
+            product = product * extent
+        return product
+
+
+class _Record(TorchFunctionMode):
+    """Records functions of torch that read a stand-in where torch itself would not look, or that draw at random."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if self.tracer.busy or not (_any_traced((args, kwargs)) or name in _RANDOM):
+            return func(*args, **kwargs)
+        if func is Tensor.__getitem__:
+            return self.tracer.create_proxy("call_function", operator.getitem, args, kwargs)
+        if func is Tensor.__setitem__:
+            raise UntraceableError("it writes a part of an input into a constant")
+        if is_tensor_method_or_property(func):
+            return self.tracer.create_proxy("call_method", name, args, kwargs)
+        return self.tracer.create_proxy("call_function", func, args, kwargs, self.tracer.graph._target_to_str(name))
+
+
+class Tracer(fx.Tracer):
+    """Traces a module for inputs of given shapes. Modules that behave differently in training are not inlined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.busy = False  # running an operation on samples
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._inputs = Inputs({})
+        self._of_batch: set[fx.Node] = set()  # numbers that depend on the batch size
+
+    def trace_for(self, model: nn.Module, inputs: Inputs) -> fx.Graph:
+        """The graph of ``model`` in its present mode.
+
+        Raises UserError naming the line of the model that cannot be traced.
+        """
+        self._inputs = inputs
+        try:
+            with self._patches(), torch.enable_grad():
+                graph = self.trace(model)
+        except Exception as error:  # a model may raise anything
+            raise UserError(why_untraceable(error)) from error
+        _drop_unused(graph)
+        return graph
+
+    # --- what torch.fx calls
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The function to trace, and its arguments: the inputs, and the model's own defaults for all others."""
+        given = {name: self._placeholder(name, shape) for name, shape in self._inputs.shapes.items()}
+        return (lambda: self._inputs.call(self.root, given)), []
+
+    def _placeholder(self, name: str, shape: Sequence[int]) -> Traced:
+        device = next((tensor.device for tensor in (*self.root.parameters(), *self.root.buffers())), None)
+        with self._fake:
+            samples = tuple(torch.empty(batch, *shape, device=device) for batch in _BATCHES)
+        return Traced(self.create_node("placeholder", name, (), {}), self, samples)  # type: ignore[arg-type]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """True for modules that become one node."""
+        if isinstance(m, (nn.modules.batchnorm._BatchNorm, torchvision.ops.StochasticDepth, torch.jit.ScriptModule)):
+            return True
+        if isinstance(m, torchvision.ops.FrozenBatchNorm2d):
+            return True
+        contains_layers = any(True for _ in m.children())
+        return super().is_leaf_module(m, module_qualified_name) and not contains_layers
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Called for every call of a module."""
+        return forward(*args, **kwargs) if self.busy else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Called for every access to a parameter or buffer of a module."""
+        return attr_val if self.busy else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        """What stands for ``a`` in the graph."""
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        """Records one operation; returns a plain value if its result is known, otherwise stand-ins."""
+        if kind == "call_function" and target is nn.functional.multi_head_attention_forward:
+            return attention(*args, **kwargs)
+        if kind == "call_method" and target in _NEW and not _any_traced((args[1:], kwargs)):
+            sample: Tensor = args[0].samples[0]
+            return getattr(torch.empty(0, dtype=sample.dtype, device=sample.device), target)(*args[1:], **kwargs)
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
+        if not torch.is_grad_enabled():
+            node.meta["no_grad"] = True
+        if kind == "get_attr":
+            with self.sampling():
+                tensor = operator.attrgetter(target)(self.root)
+            return Traced(node, self, (tensor, tensor))
+        one, two = (self._sample(kind, target, args, kwargs, which) for which in (0, 1))
+        return self._known(node, one, two)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The truth of a stand-in, where all batch sizes agree."""
+        samples: Any = obj.samples
+        one, two = samples
+        compares = obj.node.target in (operator.eq, operator.ne) and not isinstance(one, Tensor)
+        if compares and one is two is (obj.node.target is operator.eq):  # two numbers equal for every batch size
+            return bool(one)
+        what = "the values of a tensor" if isinstance(one, Tensor) else "the batch size"
+        raise UntraceableError(f"it branches on {what}")
+
+    # --- samples
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """While operations run on samples, nothing is recorded."""
+        before, self.busy = self.busy, True
+        try:
+            with self._fake:
+                yield
+        finally:
+            self.busy = before
+
+    def _sample(self, kind: str, target: Any, args: Any, kwargs: Any, which: int) -> Any:
+        args, kwargs = map_aggregate((args, kwargs), lambda value: _sample_of(value, which))
+        with self.sampling():
+            if kind == "call_module":
+                called = self.root.get_submodule(target)
+                if isinstance(called, _SAME_SHAPE) and len(args) == 1:
+                    return torch.empty_like(args[0])
+                with _in_evaluation(self.root.get_submodule(target)) as module:
+                    return module(*args, **kwargs)
+            if kind == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            return target(*args, **kwargs)
+
+    def _known(self, node: fx.Node, one: Any, two: Any) -> Any:
+        """What the model's code gets for the result of ``node``."""
+        if isinstance(one, Tensor):
+            return Traced(node, self, (one, two))
+        if isinstance(one, (tuple, list)) and not _are_equal(one, two):
+            parts = [self._part(node, index, one[index], two[index]) for index in range(len(one))]
+            if isinstance(one, torch.Size):
+                return _Shape(parts)
+            return type(one)(*parts) if hasattr(one, "_fields") else type(one)(parts)
+        if isinstance(one, (int, float)) and (one != two or not self._of_batch.isdisjoint(node.all_input_nodes)):
+            self._of_batch.add(node)
+            return Traced(node, self, (one, two))
+        if not node.users:
+            self.graph.erase_node(node)
+        return one
+
+    def _part(self, node: fx.Node, index: int, one: Any, two: Any) -> Any:
+        if _are_equal(one, two):
+            return one
+        made = self.create_node("call_function", operator.getitem, (node, index), {})
+        made.meta |= {key: node.meta[key] for key in ("no_grad",) if key in node.meta}
+        return self._known(made, one, two)
+
+    @contextmanager
+    def _patches(self) -> Iterator[None]:
+        """What differs in torch while a model is traced."""
+
+        def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if self.busy or not _any_traced((args, kwargs)):
+                    return function(*args, **kwargs)
+                return self.create_proxy("call_function", function, args, kwargs)
+
+            return call
+
+        def recorded_method(name: str) -> Callable[..., Any]:
+            method = getattr(Tensor, name)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if self.busy or not _any_traced(args[1:]):
+                    return method(*args, **kwargs)
+                return self.create_proxy("call_method", name, args, kwargs)
+
+            return call
+
+        is_instance = builtins.isinstance
+
+        def answers_for_samples(value: Any, classes: Any) -> bool:
+            # Not by __class__: then torch's C++ code would take a stand-in for a tensor, too, and read its memory.
+            if type(value) is Traced and is_instance(value.samples[0], classes):
+                return True
+            return is_instance(value, classes)
+
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(builtins, "isinstance", answers_for_samples))
+            for name in _TAKE_EXTENTS:
+                stack.enter_context(mock.patch.object(Tensor, name, recorded_method(name)))
+            for name in (*_FACTORIES, *_RANDOM):
+                stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
+            stack.enter_context(without_checkpoints())
+            # Functions marked with torch.fx.wrap are not kept whole: their operations are to be known too.
+            stack.enter_context(mock.patch.dict(fx._symbolic_trace._wrapped_fns_to_patch, clear=True))
+            fast = torch.backends.mha.get_fastpath_enabled()
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+            torch.backends.mha.set_fastpath_enabled(False)  # one opaque function for a whole layer
+            stack.enter_context(_Record(self))
+            yield
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Activation checkpoints, which hide the operations inside from tracing and from autograd, only call."""
+
+    def call(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+    def around_call(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    module = torch.utils.checkpoint
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module.CheckpointFunction, "apply", call))
+        for name in list(vars(module)):
+            if name.startswith("_checkpoint_without_reentrant_generator"):  # its end differs between versions of torch
+                stack.enter_context(mock.patch.object(module, name, around_call))
+        yield
+
+
+@contextmanager
+def _in_evaluation(module: nn.Module) -> Iterator[nn.Module]:
+    """``module`` in evaluation, where it has the same shapes and moves no statistics."""
+    modes = [(each, each.training) for each in module.modules()]
+    try:
+        yield module.eval()
+    finally:
+        for each, training in modes:
+            each.training = training
+
+
+def _is_traced(value: Any) -> bool:
+    return issubclass(type(value), Traced)
+
+
+def _sample_of(value: Any, which: int) -> Any:
+    return value.samples[which] if _is_traced(value) else value
+
+
+def _are_equal(one: Any, two: Any) -> bool:
+    """Whether two samples are plain values and the same."""
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(two) and all(_are_equal(*parts) for parts in zip(one, two, strict=True))
+    return not isinstance(one, Tensor) and bool(one == two)
+
+
+def _any_traced(values: Any) -> bool:
+    found: list[bool] = []
+    map_aggregate(values, lambda value: found.append(_is_traced(value)))
+    return any(found)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Removes shapes and parts of tuples that nobody reads."""
+    for node in reversed(graph.nodes):
+        reads_size = node.target in (getattr, "size", operator.getitem) or node.target in _ARITHMETIC
+        if node.op in ("call_function", "call_method") and reads_size and not node.users:
+            graph.erase_node(node)
+
+
+_ARITHMETIC = tuple(
+    getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge")
+)
+
+
+def why_untraceable(error: Exception) -> str:
+    """One line: what stopped the trace, and at which line of the model's code."""
+    return f"the model cannot be traced: {raised_where(error)}"
+
+
+def raised_where(error: Exception) -> str:
+    """The line of the model's code that raised ``error``, and what it raised."""
+    outside = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    where = f"{outside[-1].filename}:{outside[-1].lineno}: {outside[-1].line}" if outside else "inside torch"
+    reason = str(error) if isinstance(error, UntraceableError) else f"{type(error).__name__}: {one_line(error)}"
+    return f"{where} ({reason})"
+
+
+def _is_ours(file: str) -> bool:
+    folders = (Path(torch.__file__).parent, Path(__file__).parent)
+    return file.startswith("<") or any(folder in Path(file).parents for folder in folders) or "contextlib" in file
