@@ -34,7 +34,7 @@ from qat.base.choices import InputKind
 from qat.base.errors import UserError
 from qat.data.preprocessing import Preprocessing
 
-INPUT_NAME, OUTPUT_NAME = "input", "logits"
+INPUT_NAME, OUTPUT_NAME = "input", "logits"  # of a network that takes one image and answers logits
 _TO_THE_END = np.iinfo(np.int64).max  # the end of a Slice of any length
 _EXAMPLE_BATCH = 2  # not 0 or 1: torch.export would take these for constants
 
@@ -45,43 +45,50 @@ def with_ends(
     kind: InputKind,
     dtype: torch.dtype = torch.float32,
 ) -> fx.GraphModule:
-    """A copy of ``folded`` that computes in ``dtype``, takes an input of ``kind`` and returns float32 logits.
+    """A copy of ``folded`` that computes in ``dtype``, takes an input of ``kind`` and returns float32 tensors.
 
     float32-nchw: [N, 3, H, W], normalized; or whatever float32 tensor the network takes, [N, ...].
     uint8-nhwc: [N, H, W, 3] in RGB; a cast, a transposition and the normalization come before the network.
     uint8-nchw: [N, 3, H, W] in RGB; likewise, without the transposition.
     int8-nchw: [N, 3, H, W], normalized and quantized by ``input_scale``.
 
-    Raises UserError when ``kind`` is int8-nchw and ``folded`` does not quantize its input, or when ``kind`` is one of
-    the uint8 inputs and there is no ``preprocessing``.
+    A network with several inputs takes float32-nchw only.
+
+    Raises UserError when ``kind`` is int8-nchw and ``folded`` does not quantize its input, when ``kind`` is one of the
+    uint8 inputs and there is no ``preprocessing``, or when it is another kind for several inputs.
     """
     network = copy.deepcopy(folded).to(dtype)
+    inputs = network.graph.find_nodes(op="placeholder")
+    if kind != "float32-nchw" and len(inputs) > 1:
+        raise UserError(
+            f"--input {kind} is for networks with one image as input, and this one has {len(inputs)} inputs"
+        )
     if kind == "int8-nchw":
         network.set_submodule(_input_quantizer_path(network), DequantizeInput(input_quantizer(network)))
         return network
     graph = network.graph
-    given = next(node for node in graph.nodes if node.op == "placeholder")
     behind = next(node for node in graph.nodes if node.op != "placeholder")
-    readers, x = list(given.users), given
-    # These are nodes of the same graph. In a module around it the exporter would lose track of which module calls
-    # which function.
-    with graph.inserting_before(behind):
-        from_bytes = kind in ("uint8-nhwc", "uint8-nchw")
-        if from_bytes or dtype != torch.float32:
-            x = graph.call_method("to", (x, dtype))
-        if kind == "uint8-nhwc":
-            x = graph.call_method("permute", (x, 0, 3, 1, 2))
-        if from_bytes:
-            for function, name, values in _normalization(preprocessing, kind):
-                network.register_buffer(name, values.to(dtype))
-                x = graph.call_function(function, (x, graph.get_attr(name)))
-    for reader in readers:
-        reader.replace_input_with(given, x)
+    from_bytes = kind in ("uint8-nhwc", "uint8-nchw")
+    for given in inputs:
+        readers, x = list(given.users), given
+        # These are nodes of the same graph. In a module around it the exporter would lose track of which module calls
+        # which function.
+        with graph.inserting_before(behind):
+            if from_bytes or dtype != torch.float32:
+                x = graph.call_method("to", (x, dtype))
+            if kind == "uint8-nhwc":
+                x = graph.call_method("permute", (x, 0, 3, 1, 2))
+            if from_bytes:
+                for function, name, values in _normalization(preprocessing, kind):
+                    network.register_buffer(name, values.to(dtype))
+                    x = graph.call_function(function, (x, graph.get_attr(name)))
+        for reader in readers:
+            reader.replace_input_with(given, x)
     if dtype != torch.float32:
         output = graph.output_node()
-        (logits,) = output.all_input_nodes
-        with graph.inserting_before(output):
-            output.replace_input_with(logits, graph.call_method("to", (logits, torch.float32)))
+        for answer in output.all_input_nodes:
+            with graph.inserting_before(output):
+                output.replace_input_with(answer, graph.call_method("to", (answer, torch.float32)))
     graph.lint()
     network.recompile()
     return network
@@ -101,7 +108,9 @@ def input_quantizer(folded: fx.GraphModule) -> QuantizeDequantize:
 
 def _input_quantizer_path(folded: fx.GraphModule) -> str:
     """Path of the quantizer that is the only reader of the network's input."""
-    (given,) = folded.graph.find_nodes(op="placeholder")
+    given, *others = folded.graph.find_nodes(op="placeholder")
+    if others:
+        raise UserError("the network has several inputs: leave out --input int8-nchw")
     readers = [str(node.target) for node in given.users if node.op == "call_module"]
     if len(given.users) != 1 or not readers or not isinstance(folded.get_submodule(readers[0]), QuantizeDequantize):
         raise UserError("the network's input is not quantized, so it cannot be INT8: leave out --input int8-nchw")
@@ -137,23 +146,32 @@ def example_input(input_shape: Sequence[int], kind: InputKind, batch: int = _EXA
     return torch.zeros(batch, *shape, dtype=getattr(torch, type_name))
 
 
-def emit(network: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> ir.Model:
+def emit(
+    network: nn.Module,
+    example: Tensor | Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    outputs: Sequence[str] = (OUTPUT_NAME,),
+) -> ir.Model:
     """Translates a folded network (export/fold.py) into ONNX.
 
     Args:
-        network: maps one tensor, batch first, to logits [N, classes].
-        example: an input of the right shape and type. Its first dimension becomes dynamic.
+        network: maps tensors, batch first, to one tensor or a tuple of them, batch first.
+        example: inputs of the right shapes and types, by name, in the order of the network's arguments; or the only
+            one. Their first dimension becomes dynamic.
         metadata: is written into the model's metadata.
+        outputs: the names of the outputs.
     """
+    examples = {INPUT_NAME: example} if isinstance(example, Tensor) else dict(example)
+    batch = torch.export.Dim("batch")
     with _quiet_exporter():
         program = torch.onnx.export(
             network.eval(),
-            (example,),
+            tuple(examples.values()),
             dynamo=True,
             opset_version=ops.OPSET,
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            input_names=list(examples),
+            output_names=list(outputs),
+            dynamic_shapes=tuple({0: batch} for _ in examples),
             custom_translation_table=ops.TRANSLATIONS,
             optimize=False,  # the optimizer would fold DequantizeLinear nodes of small weights to float
             verbose=False,
@@ -257,7 +275,7 @@ def _constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
 def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
     """Names each node and its outputs after the module's path, and a Q or DQ after the tensor that it quantizes."""
     outputs = set(graph.outputs)
-    taken: set[str] = {value.name or "" for value in graph.inputs} | set(graph.initializers)
+    taken: set[str] = {value.name or "" for value in (*graph.inputs, *graph.outputs)} | set(graph.initializers)
     # A linear layer may be several nodes: the matrix product gets the layer's name.
     for node in sorted(graph, key=lambda node: node.op_type not in WEIGHTED):
         unique = unused_name(_node_name(node, layers), taken)

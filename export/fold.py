@@ -31,6 +31,7 @@ from qat.fake_quantize.quantizer import (
 from qat.graph.constants import bake_constants
 from qat.graph.fx_network import label, layer_of
 from qat.graph.modes import keep_evaluation
+from qat.graph.outputs import flatten_outputs
 
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -102,10 +103,12 @@ def fold(prepared: fx.GraphModule) -> tuple[fx.GraphModule, list[DeadChannel]]:
 
     Each quantizer says which number format its codes have.
 
-    Returns the folded module (float32 NCHW in, logits out, same node names) and the channels whose scale was floored.
+    Returns the folded module, with the same node names, and the channels whose scale was floored. The module takes and
+    answers float32 tensors; the paths of the outputs in the model's answer are in its ``meta["outputs"]``.
     """
     folded = copy.deepcopy(prepared).cpu().eval().requires_grad_(False)
     keep_evaluation(folded)
+    folded.meta["outputs"] = flatten_outputs(folded)
     bake_constants(folded, keep=WeightQuantizer)
     plain_norms(folded)
     dead: list[DeadChannel] = []
@@ -122,11 +125,12 @@ def fold(prepared: fx.GraphModule) -> tuple[fx.GraphModule, list[DeadChannel]]:
 def fold_float(prepared: fx.GraphModule) -> fx.GraphModule:
     """Folds a copy of a prepared model without its quantizers, on the CPU; ``prepared`` stays as it is.
 
-    Weights are float, as they were trained. Returns the folded module: float32 NCHW in, logits out, with the node names
-    that ``fold`` gives.
+    Weights are float, as they were trained. Returns the folded module, with the node names and outputs that ``fold``
+    gives.
     """
     folded = copy.deepcopy(prepared).cpu().eval().requires_grad_(False)
     keep_evaluation(folded)
+    folded.meta["outputs"] = flatten_outputs(folded)
     bake_constants(folded, keep=WeightQuantizer)
     plain_norms(folded)
     _layers_from_functions(folded)

@@ -14,13 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
 from export import ops
-from export.emit import INPUT_NAME, OUTPUT_NAME, emit, example_input, input_quantizer, input_scale, with_ends
+from export.emit import emit, example_input, input_quantizer, input_scale, with_ends
 from export.float_weights import save_onnx
 from export.fold import DeadChannel, fold, fold_float
 from export.hard_rules import hard_findings
@@ -31,7 +30,8 @@ from export.pad_channels import pad_channels as pad
 from export.parity import measure
 from export.reference import Sample, reference_path, write_reference
 from export.session import sqnr_db
-from export.trained_network import TrainedNetwork
+from export.tensor_names import names_of_inputs, names_of_outputs, output_shapes
+from export.trained_network import Images, TrainedNetwork
 from qat.base.artifact import Sidecar, TensorSpec, check_writable, read_sidecar, sidecar_path, write_artifact
 from qat.base.choices import ExportPrecision, InputKind, WeightStorage
 from qat.base.console import say, warn
@@ -54,19 +54,22 @@ def export_onnx(
     pad_channels: bool = False,
     merge_shortcuts: bool = False,
     preprocessing: Preprocessing | None = None,
-    input_shape: Sequence[int] | None = None,
     class_names: Sequence[str] = (),
-    images: Tensor | np.ndarray | None = None,
+    input_names: Sequence[str] = (),
+    output_names: Sequence[str] = (),
+    images: Images | None = None,
     parity_images: int = 512,
     layer_images: int = 8,
+    allow_changed_model: bool = False,
 ) -> Sidecar:
     """Writes a trained network as explicit-precision ONNX: with INT8 weights and all Q/DQ nodes.
 
         export_onnx("runs/model.qat", "model.onnx")
-        export_onnx(prepared, "model.onnx", input_shape=(3, 224, 224))  # a model that was prepared and calibrated
+        export_onnx(prepared, "model.onnx")  # a model that was prepared and calibrated
 
-    The file takes [N, ...] with any N, and its output is float32 logits [N, classes]. Beside it are written its sidecar
-    and, where preprocessing is known, model.reference.npz: images with PyTorch's answers, to check an engine by.
+    The file takes [N, ...] with any N, and its outputs are float32 [N, ...]. Beside it are written its sidecar and, for
+    a classifier whose preprocessing is known, model.reference.npz: images with PyTorch's answers, to check an engine
+    by.
 
     Args:
         source: the path of a checkpoint, or what ``prepare`` of qat made of a model, calibrated; it is not changed.
@@ -79,12 +82,16 @@ def export_onnx(
         pad_channels: put zero channels into residual blocks that end with fewer than 128 input channels.
         merge_shortcuts: merge 1x1 shortcuts into the convolutions that they are added to.
         preprocessing: for a model: how images become inputs. A checkpoint has its own.
-        input_shape: for a model without ``preprocessing``: the shape of one input, [C, H, W].
         class_names: for a model: the names of the classes, in the order of the logits. A checkpoint has its own.
+        input_names: the names of the file's inputs; by default "input" for one, the names of the model's arguments for
+            several.
+        output_names: the names of the file's outputs; by default "logits" for [N, classes], "output" for another one,
+            and for several the names in the model's answer: {"maps": (a, b)} gives maps.0 and maps.1.
         images: for a model: what PyTorch and ONNX Runtime are compared on; uint8 [N, 3, H, W] in RGB, or, without
-            ``preprocessing``, float32 [N, C, H, W] as the model takes them. None for random ones.
+            ``preprocessing``, float32 as the model takes them; by input, if there are several. None for random ones.
         parity_images: how many images PyTorch and ONNX Runtime are compared on, at most.
         layer_images: how many of them are compared layer by layer.
+        allow_changed_model: go on when the code of a checkpoint's model has changed since it was saved.
 
     Returns the sidecar of the ONNX file: ``figures["parity"]`` says how well the two agree.
 
@@ -100,13 +107,15 @@ def export_onnx(
     reference = reference_path(output)
     for path in (output, reference):
         check_writable(path)
-    network = _load(source, preprocessing, input_shape, class_names, images)
+    network = _load(source, preprocessing, class_names, images, allow_changed_model)
     if quantized:
         network.check_exportable()
 
     start = time.perf_counter()
     folded, dead = fold(network.model) if quantized else (fold_float(network.model), [])
-    classes = _class_count(folded, network)
+    shapes = output_shapes(folded, network.inputs)
+    inputs, outputs = names_of_inputs(network.inputs, input_names), names_of_outputs(folded, shapes, output_names)
+    _check_classes(network, shapes)
     trained = copy.deepcopy(folded) if merge_shortcuts else None
     merged = _merge_or_refuse(folded) if merge_shortcuts else []
     padded = _pad_or_refuse(folded) if pad_channels else []
@@ -115,7 +124,9 @@ def export_onnx(
     stated = dict(network.stated_preprocessing)
     if input == "int8-nchw":
         stated["input_scale"] = input_scale(folded)
-    example = example_input(network.input_shape, input)
+    examples = {
+        name: example_input(shape, input) for name, shape in zip(inputs, network.inputs.shapes.values(), strict=True)
+    }
     details: dict[str, Any] = {
         "input": input,
         "precision": precision,
@@ -128,7 +139,7 @@ def export_onnx(
     }
     dtype = torch.float16 if precision == "float16" else torch.float32
     ready = with_ends(folded, network.preprocessing, input, dtype)
-    model = emit(ready, example, _metadata(network, details))
+    model = emit(ready, examples, _metadata(network, details), outputs)
     if findings := hard_findings(model):
         raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
     seconds = time.perf_counter() - start
@@ -140,23 +151,29 @@ def export_onnx(
         say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {megabytes(figures['bytes'])}")
         compared = network.sample(parity_images)
         # A float16 file is compared with float32 PyTorch too, so that the loss of precision shows.
-        parity, logits = measure(folded, path, _pairs(network, folded, compared, input), layer_images)
+        parity, answers = measure(folded, path, _pairs(network, folded, compared, input, inputs), layer_images)
         say(f"PyTorch against ONNX Runtime on {compared.source}: {parity}")
-        if parity.smallest_logit_cosine < _ALIKE:
+        if parity.smallest_logit_cosine is not None and parity.smallest_logit_cosine < _ALIKE:
             warn(
                 "ONNX Runtime computes other answers than PyTorch: check whether the network's own answers are of any "
                 "use, and report it if they are"
             )
         figures["parity"] = {"source": compared.source} | parity.to_json()
         if trained is not None:
-            figures["merging"] = _compare_with_trained(trained, network, compared, logits)
-        details["reference"] = write_reference(reference, compared, logits) if network.preprocessing else None
+            figures["merging"] = _compare_with_trained(trained, network, compared, answers[0])
+        checked = network.preprocessing is not None and parity.other_top1 is not None
+        details["reference"] = write_reference(reference, compared, answers[0]) if checked else None
 
     sidecar = Sidecar(
         kind="onnx",
         parent=network.parent(output),
-        inputs=(TensorSpec(INPUT_NAME, (-1, *example.shape[1:]), str(example.dtype).removeprefix("torch.")),),
-        outputs=(TensorSpec(OUTPUT_NAME, (-1, classes), "float32"),),
+        inputs=tuple(
+            TensorSpec(name, (-1, *one.shape[1:]), str(one.dtype).removeprefix("torch."))
+            for name, one in examples.items()
+        ),
+        outputs=tuple(
+            TensorSpec(name, (-1, *shape[1:]), "float32") for name, shape in zip(outputs, shapes, strict=True)
+        ),
         preprocessing=stated,
         class_names=network.class_names,
         figures=figures,
@@ -171,18 +188,18 @@ def export_onnx(
 def _load(
     source: Path | str | fx.GraphModule,
     preprocessing: Preprocessing | None,
-    input_shape: Sequence[int] | None,
     class_names: Sequence[str],
-    images: Tensor | np.ndarray | None,
+    images: Images | None,
+    allow_changed_model: bool,
 ) -> TrainedNetwork:
     if not isinstance(source, (str, Path)):
-        return TrainedNetwork.from_model(source, preprocessing, input_shape, class_names, images)
-    if preprocessing is not None or input_shape is not None or images is not None or class_names:
+        return TrainedNetwork.from_model(source, preprocessing, class_names, images)
+    if preprocessing is not None or images is not None or class_names:
         raise UserError(
             f"{source} is a checkpoint, which has its own preprocessing, class names and images: leave out "
-            "preprocessing, input_shape, class_names and images"
+            "preprocessing, class_names and images"
         )
-    return TrainedNetwork.from_checkpoint(Path(source))
+    return TrainedNetwork.from_checkpoint(Path(source), allow_changed_model)
 
 
 def _check_precision(
@@ -266,17 +283,15 @@ def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
         warn(f"{layer}: dead channels {listed}, {len(numbers)} in all: their weights are zero; the scales were floored")
 
 
-def _class_count(folded: fx.GraphModule, network: TrainedNetwork) -> int:
-    """How many logits the network has. Raises UserError when it has none, or they do not fit the class names."""
-    with torch.no_grad():
-        logits = folded(torch.zeros(1, *network.input_shape))
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"{network.name} answers {shape}, and must answer logits [N, classes]: export its classifier")
-    names, classes = network.class_names, logits.shape[1]
-    if names and len(names) != classes:
-        raise UserError(f"{network.name} has {classes} classes, there are {len(names)} class names: give one for each")
-    return classes
+def _check_classes(network: TrainedNetwork, shapes: Sequence[Sequence[int]]) -> None:
+    """Raises UserError when the network has class names, and they are not as many as its logits."""
+    names = network.class_names
+    if names and [list(shape[1:]) for shape in shapes] != [[len(names)]]:
+        found = " and ".join(str(["N", *shape[1:]]) for shape in shapes)
+        raise UserError(
+            f"{network.name} answers {found}, and there are {len(names)} class names: give one for each of its logits "
+            "[N, classes], or none for another network"
+        )
 
 
 @torch.no_grad()
@@ -305,10 +320,11 @@ def _metadata(network: TrainedNetwork, details: Mapping[str, Any]) -> dict[str, 
 
 
 def _pairs(
-    network: TrainedNetwork, folded: fx.GraphModule, images: Sample, kind: InputKind
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (what ``folded`` takes, the same as a file exported with ``kind`` takes it)."""
-    for x_NCHW in torch.split(images.images_NCHW, _PARITY_BATCH):
+    network: TrainedNetwork, folded: fx.GraphModule, images: Sample, kind: InputKind, inputs: Sequence[str]
+) -> Iterator[tuple[tuple[Tensor, ...], dict[str, Tensor]]]:
+    """Batches of (what ``folded`` takes, the same by input name as a file exported with ``kind`` takes it)."""
+    batches = (torch.split(one, _PARITY_BATCH) for one in (images.images_NCHW, *images.others))
+    for x_NCHW, *others in zip(*batches, strict=True):
         normalized = network.normalize(x_NCHW)
         given = normalized
         if kind == "uint8-nhwc":
@@ -319,4 +335,4 @@ def _pairs(
             quantizer = input_quantizer(folded)
             codes = quantize(normalized, quantizer.scale, quantizer.format)
             given = codes.to(ops.codes_dtype(quantizer.format))
-        yield normalized, given
+        yield (normalized, *others), dict(zip(inputs, (given, *others), strict=True))

@@ -50,6 +50,8 @@ class ExportOptions(Command):
     """Test images on which PyTorch and ONNX Runtime are compared, at most; they go into the reference file."""
     layer_images: int = 8
     """Images on which they are compared layer by layer."""
+    allow_changed_model: bool = False
+    """Go on when the code of the model has changed since training, so that the network answers something else."""
 
 
 def main(options: ExportOptions) -> None:
@@ -66,6 +68,7 @@ def main(options: ExportOptions) -> None:
         merge_shortcuts=options.merge_shortcuts,
         parity_images=options.parity_images,
         layer_images=options.layer_images,
+        allow_changed_model=options.allow_changed_model,
     )
 
 

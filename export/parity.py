@@ -9,7 +9,7 @@ compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor, fx, nn
 
-from export.emit import OUTPUT_NAME
 from export.fold import QuantizeDequantize
 from export.session import run, session, session_with_tensors, sqnr_db
 from qat.base.errors import UserError
@@ -33,15 +33,23 @@ class LayerParity:
     tensor: str
     sqnr_db: float | None
 
+    def __str__(self) -> str:
+        return "bitwise equal" if self.sqnr_db is None else f"{self.sqnr_db:.1f} dB at {self.tensor}"
+
 
 @dataclass(frozen=True)
 class Parity:
-    """``images`` were run through both. ``layers`` were compared on the first few of them; the logits come last."""
+    """``images`` were run through both. ``outputs`` were compared on all of them.
+
+    ``layers`` were compared on the first few; the outputs come last. The classes and the cosine of the logits are those
+    of a network whose only output is [N, classes], and None for another.
+    """
 
     images: int
-    other_top1: int
-    smallest_logit_cosine: float
+    other_top1: int | None
+    smallest_logit_cosine: float | None
     layers: tuple[LayerParity, ...]
+    outputs: tuple[LayerParity, ...]
 
     @property
     def worst(self) -> LayerParity:
@@ -53,70 +61,111 @@ class Parity:
         return asdict(self) | {"worst_layer": asdict(self.worst)}
 
     def __str__(self) -> str:
-        worst = "bitwise equal" if self.worst.sqnr_db is None else f"{self.worst.sqnr_db:.1f} dB at {self.worst.tensor}"
         compared = f"worst of {len(self.layers)} layers: " if len(self.layers) > 1 else ""
-        return (
-            f"{self.other_top1} of {self.images} images with another top-1, smallest logit cosine "
-            f"{self.smallest_logit_cosine:.6f}; {compared}{worst}"
-        )
+        if self.other_top1 is None:
+            answers = f"on {self.images} inputs, {', '.join(map(str, self.outputs))}"
+        else:
+            answers = (
+                f"{self.other_top1} of {self.images} images with another top-1, smallest logit cosine "
+                f"{self.smallest_logit_cosine:.6f}"
+            )
+        return f"{answers}; {compared}{self.worst}"
+
+
+Given = Tensor | Sequence[Tensor]
+"""What a network takes: its only input, or all of them."""
 
 
 def measure(
-    folded: fx.GraphModule, model: Path, batches: Iterable[tuple[Tensor, Tensor]], layer_images: int
-) -> tuple[Parity, Tensor]:
+    folded: fx.GraphModule,
+    model: Path,
+    batches: Iterable[tuple[Given, Tensor | Mapping[str, Tensor]]],
+    layer_images: int,
+) -> tuple[Parity, tuple[Tensor, ...]]:
     """Compares ``folded`` with the ONNX file made from it.
 
     Args:
-        folded: from export.fold; takes float32 [N, 3, H, W].
+        folded: from export.fold; takes float32 tensors, batch first.
         model: the ONNX file.
-        batches: (input of ``folded``, the same images as the file takes them).
+        batches: (inputs of ``folded``, the same as the file takes them: its only input, or all by name).
         layer_images: how many images of the first batch are compared layer by layer.
 
     Returns:
-        How well the two agree, and the logits of ``folded`` on all images, float32 [N, classes].
+        How well the two agree, and the outputs of ``folded`` on all images, float32 [N, ...] each.
 
     Raises:
         UserError: the file computes values that are not finite.
     """
     whole = session(model)
-    logits: list[Tensor] = []
-    other = 0
-    cosine = 1.0
+    names = [output.name for output in whole.get_outputs()]
+    ours: list[tuple[Tensor, ...]] = []
+    theirs: list[tuple[Tensor, ...]] = []
     layers: tuple[LayerParity, ...] = ()
-    for x_NCHW, given in batches:
+    for inputs, given in batches:
+        x = _several(inputs)
+        feed = _feed(whole, given)
         if not layers:
-            layers = _layers(folded, model, x_NCHW[:layer_images], given[:layer_images])
+            first = {name: value[:layer_images] for name, value in feed.items()}
+            layers = _layers(folded, model, tuple(one[:layer_images] for one in x), first)
         with torch.no_grad():
-            ours = folded(x_NCHW)
-        theirs = torch.from_numpy(whole.run([OUTPUT_NAME], {whole.get_inputs()[0].name: given.numpy()})[0])
-        if not theirs.isfinite().all():
+            ours.append(_several(folded(*x)))
+        theirs.append(tuple(map(torch.from_numpy, whole.run(names, feed))))
+        if not all(value.isfinite().all() for value in theirs[-1] if value.is_floating_point()):
             raise UserError(
                 "the exported network answers NaN or infinity: a value in it exceeds what its type holds "
                 "(float16: 65504); export with another --precision, or train again"
             )
-        logits.append(ours)
-        other += int((ours.argmax(1) != theirs.argmax(1)).sum())
-        cosine = min(cosine, float(nn.functional.cosine_similarity(ours.double(), theirs.double()).min()))
     assert layers, "no image to compare on"
-    return Parity(sum(map(len, logits)), other, cosine, layers), torch.cat(logits)
+    answers, found = (tuple(map(torch.cat, zip(*parts, strict=True))) for parts in (ours, theirs))
+    outputs = tuple(
+        LayerParity(name, sqnr_db(mine.numpy(), other.numpy()))
+        for name, mine, other in zip(names, answers, found, strict=True)
+    )
+    other_top1, cosine = _compare_classes(answers[0], found[0]) if _are_logits(answers) else (None, None)
+    return Parity(len(answers[0]), other_top1, cosine, layers, outputs), answers
 
 
-def _layers(folded: fx.GraphModule, model: Path, x_NCHW: Tensor, given: Tensor) -> tuple[LayerParity, ...]:
+def _several(given: Given) -> tuple[Tensor, ...]:
+    return (given,) if isinstance(given, Tensor) else tuple(given)
+
+
+def _feed(model: InferenceSession, given: Tensor | Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    named = {model.get_inputs()[0].name: given} if isinstance(given, Tensor) else given
+    taken = {one.name for one in model.get_inputs()}
+    return {name: tensor.numpy() for name, tensor in named.items() if name in taken}
+
+
+def _are_logits(answers: Sequence[Tensor]) -> bool:
+    return len(answers) == 1 and answers[0].ndim == 2
+
+
+def _compare_classes(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
+    """How many images get another class, and the smallest cosine of their logits [N, classes]."""
+    cosines = nn.functional.cosine_similarity(ours.double(), theirs.double())
+    return int((ours.argmax(1) != theirs.argmax(1)).sum()), float(cosines.min())
+
+
+def _layers(
+    folded: fx.GraphModule, model: Path, x: tuple[Tensor, ...], given: Mapping[str, np.ndarray]
+) -> tuple[LayerParity, ...]:
     proto = onnx.load(model)
     quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     dequantized = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
     shown = {node.input[0] for node in quantizes} | {dequantized[node.output[0]] for node in quantizes}
-    values = run(session_with_tensors(model, shown), given.numpy())
+    names = [output.name for output in proto.graph.output]
+    values = run(session_with_tensors(model, shown), given)
     by_quantizer: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for node in quantizes:
         name = node.input[1].split(f"{ACTIVATION_QUANTIZERS}.")[-1].removesuffix(".scale")
         before, after = values.get(node.input[0]), values[dequantized[node.output[0]]]
-        by_quantizer.setdefault(name, []).append((given.numpy() if before is None else before, after))
+        by_quantizer.setdefault(name, []).append((given[node.input[0]] if before is None else before, after))
     compared = _WithOnnxCodes(folded, by_quantizer)
     with torch.no_grad():
-        logits = compared.run(x_NCHW)
-    last = LayerParity(OUTPUT_NAME, sqnr_db(values[OUTPUT_NAME], logits.numpy()))
-    return (*compared.layers, last)
+        answers = _several(compared.run(*x))
+    last = [
+        LayerParity(name, sqnr_db(values[name], answer.numpy())) for name, answer in zip(names, answers, strict=True)
+    ]
+    return (*compared.layers, *last)
 
 
 class _WithOnnxCodes(fx.Interpreter):

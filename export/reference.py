@@ -27,11 +27,15 @@ _RANDOM_IMAGES = 8
 
 @dataclass(frozen=True)
 class Sample:
-    """Images before normalization, uint8 [N, 3, H, W]; labels, int64 [N], -1 if there are none; where they are from."""
+    """Images before normalization, uint8 [N, 3, H, W]; labels, int64 [N], -1 if there are none; where they are from.
+
+    ``others``: the further inputs of a network with several, float32 [N, ...].
+    """
 
     images_NCHW: Tensor
     labels: Tensor
     source: str
+    others: tuple[Tensor, ...] = ()
 
 
 def sample(checkpoint: Checkpoint, count: int) -> Sample:

@@ -6,7 +6,7 @@ dequantized codes is what TensorRT computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,11 @@ def session_with_tensors(model: Path | onnx.ModelProto, names: Iterable[str]) ->
     return session(proto.SerializeToString())
 
 
-def run(model: onnxruntime.InferenceSession, inputs: np.ndarray) -> dict[str, np.ndarray]:
-    """Runs ``model`` on its one input; returns all outputs by name."""
+def run(model: onnxruntime.InferenceSession, inputs: np.ndarray | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Runs ``model`` on its only input, or on inputs by name; returns all outputs by name."""
     names = [output.name for output in model.get_outputs()]
-    return dict(zip(names, model.run(names, {model.get_inputs()[0].name: inputs}), strict=True))
+    feed = {model.get_inputs()[0].name: inputs} if isinstance(inputs, np.ndarray) else dict(inputs)
+    return dict(zip(names, model.run(names, feed), strict=True))
 
 
 def sqnr_db(signal: np.ndarray, noisy: np.ndarray) -> float | None:

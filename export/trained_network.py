@@ -19,7 +19,10 @@ from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.data.parts import NO_LABEL
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import ACTIVATION_QUANTIZERS, activation_quantizers, placement_of, weights_and_quantizers
+from qat.graph.inputs import Inputs
 
+Images = Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray]
+"""Of the only input, or by input."""
 _RANDOM_INPUTS = 8
 
 
@@ -28,71 +31,67 @@ class TrainedNetwork:
     """A prepared and calibrated network.
 
     Attributes:
-        model: maps float32 [N, ``input_shape``] to logits [N, classes].
+        model: maps float32 [N, ...] of the shapes in ``inputs`` to one tensor, or to nested ones.
         name: what messages call it.
-        input_shape: of one input, [C, H, W].
+        inputs: the shapes of its inputs without the batch, by the names of the model's arguments.
         preprocessing: how images become inputs; None if that is not known.
         stated_preprocessing: the same as the sidecar of an ONNX file states it; {} if it is not known.
         class_names: () if they are not known.
         checkpoint: where the network comes from; None for a model in memory.
-        images: to compare on: uint8 [N, 3, H, W], or float32 [N, ``input_shape``] without ``preprocessing``. None for
-            those of the checkpoint, or random ones.
+        images: to compare on, by input: uint8 [N, 3, H, W] for the first, or float32 as ``inputs`` says without
+            ``preprocessing``. None for those of the checkpoint, or random ones.
     """
 
     model: fx.GraphModule
     name: str
-    input_shape: tuple[int, ...]
+    inputs: Inputs
     preprocessing: Preprocessing | None
     stated_preprocessing: Mapping[str, Any]
     class_names: tuple[str, ...]
     checkpoint: Checkpoint | None = None
-    images: Tensor | None = field(default=None, repr=False)
+    images: Mapping[str, Tensor] | None = field(default=None, repr=False)
 
     @classmethod
-    def from_checkpoint(cls, path: Path) -> TrainedNetwork:
-        """Reads a checkpoint. Raises UserError when it cannot be read."""
-        checkpoint = load_checkpoint(path)
-        preprocessing, sidecar = checkpoint.preprocessing, checkpoint.sidecar
-        shape = (3, preprocessing.height, preprocessing.width)
+    def from_checkpoint(cls, path: Path, allow_changed_model: bool = False) -> TrainedNetwork:
+        """Reads a checkpoint. Raises UserError when it cannot be read, or its model has changed."""
+        checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model)
+        model, sidecar = checkpoint.model, checkpoint.sidecar
         stated = dict(sidecar.preprocessing)
-        return cls(checkpoint.model, str(path), shape, preprocessing, stated, sidecar.class_names, checkpoint)
+        inputs, classes = model.meta["inputs"], sidecar.class_names
+        return cls(model, str(path), inputs, checkpoint.image_preprocessing, stated, classes, checkpoint)
 
     @classmethod
     def from_model(
         cls,
         model: fx.GraphModule,
         preprocessing: Preprocessing | None,
-        input_shape: Sequence[int] | None,
         class_names: Sequence[str],
-        images: Tensor | np.ndarray | None,
+        images: Images | None,
     ) -> TrainedNetwork:
-        """A model that ``prepare`` made; ``preprocessing`` or ``input_shape`` tells what it takes.
+        """A model that ``prepare`` made.
 
-        Raises UserError when neither does, when ``model`` has no quantizers, or when ``images`` do not fit.
+        Raises UserError when ``model`` has no quantizers, or when ``preprocessing`` or ``images`` do not fit.
         """
         if not isinstance(model, fx.GraphModule) or not hasattr(model, ACTIVATION_QUANTIZERS):
             raise UserError(
                 f"a {type(model).__name__} without quantizers cannot be exported: give the path of a checkpoint, or "
                 "what prepare (of qat) made of the model"
             )
-        if preprocessing is not None:
-            shape: tuple[int, ...] = (3, preprocessing.height, preprocessing.width)
-            if input_shape is not None and tuple(input_shape) != shape:
-                raise UserError(
-                    f"input_shape {list(input_shape)} differs from that of the preprocessing, {list(shape)}: give one"
-                )
-        elif input_shape:
-            shape = tuple(input_shape)
-        else:
-            raise UserError("nothing tells what the model takes: give preprocessing, or input_shape as [C, H, W]")
-        given = None if images is None else torch.as_tensor(images).cpu()
-        wanted = torch.float32 if preprocessing is None else torch.uint8
-        if given is not None and (given.dtype != wanted or tuple(given.shape[1:]) != shape or not len(given)):
+        inputs: Inputs = model.meta["inputs"]
+        first = next(iter(inputs.shapes.values()))
+        if preprocessing is not None and first != (3, preprocessing.height, preprocessing.width):
             raise UserError(
-                f"images are {given.dtype} {list(given.shape)}, and must be {wanted} {['N', *shape]}: correct them"
+                f"preprocessing makes images of {[3, preprocessing.height, preprocessing.width]}, and the model was "
+                f"prepared for {list(first)}: correct one of them"
             )
+        given = None if images is None else _checked(images, inputs, preprocessing is not None)
         stated = {} if preprocessing is None else asdict(preprocessing)
-        return cls(model, "the model", shape, preprocessing, stated, tuple(class_names), None, given)
+        return cls(model, "the model", inputs, preprocessing, stated, tuple(class_names), None, given)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of its first input, without the batch."""
+        return next(iter(self.inputs.shapes.values()))
 
     def check_exportable(self) -> None:
         """Raises UserError when a quantizer has no range, or a number format that an ONNX file cannot hold."""
@@ -129,16 +128,33 @@ class TrainedNetwork:
     def sample(self, count: int) -> Sample:
         """Up to ``count`` images to compare on; without preprocessing, float32 inputs as the network takes them."""
         if self.images is not None:
-            chosen = self.images[:count]
-            return Sample(chosen, torch.full((len(chosen),), NO_LABEL), "the caller's images")
+            first, *others = (tensor[:count] for tensor in self.images.values())
+            return Sample(first, torch.full((len(first),), NO_LABEL), "the caller's images", tuple(others))
         if self.checkpoint is not None:
             return sample(self.checkpoint, count)
         if self.preprocessing is not None:
             return random_images(self.preprocessing.height, self.preprocessing.width, count)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(min(count, _RANDOM_INPUTS), *self.input_shape, generator=generator)
-        return Sample(x, torch.full((len(x),), NO_LABEL), "random inputs")
+        first, *others = self.inputs.random(min(count, _RANDOM_INPUTS)).values()
+        return Sample(first, torch.full((len(first),), NO_LABEL), "random inputs", tuple(others))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """What ``sample`` gave -> what the network takes, float32 [N, ``input_shape``]."""
+        """What ``sample`` gave for the first input -> what the network takes, float32 [N, ``input_shape``]."""
         return images if self.preprocessing is None else self.preprocessing.normalize(images)
+
+
+def _checked(images: Images, inputs: Inputs, as_bytes: bool) -> dict[str, Tensor]:
+    """``images`` by input. Raises UserError when they do not fit; ``as_bytes``: the first are to be uint8."""
+    named = images if isinstance(images, Mapping) else {next(iter(inputs.shapes)): images}
+    if named.keys() != inputs.shapes.keys():
+        raise UserError(f"images are given for {', '.join(named)}, and the inputs are {', '.join(inputs.shapes)}")
+    found = {name: torch.as_tensor(named[name]).cpu() for name in inputs.shapes}
+    for index, (name, given) in enumerate(found.items()):
+        wanted, shape = torch.uint8 if as_bytes and not index else torch.float32, inputs.shapes[name]
+        if given.dtype != wanted or tuple(given.shape[1:]) != shape or not len(given):
+            raise UserError(
+                f"images are {given.dtype} {list(given.shape)}, and must be {wanted} {['N', *shape]}: correct them"
+            )
+    if len({len(given) for given in found.values()}) > 1:
+        counts = ", ".join(f"{len(given)} {name}" for name, given in found.items())
+        raise UserError(f"images are {counts}: give as many of each")
+    return found

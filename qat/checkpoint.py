@@ -16,16 +16,27 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, fx, nn
 
-from qat.base.artifact import FORMAT_VERSION, Sidecar, TensorSpec, atomic_write, read_sidecar, write_artifact
+from qat.base.artifact import (
+    FORMAT_VERSION,
+    Sidecar,
+    TensorSpec,
+    atomic_write,
+    read_sidecar,
+    sha256_of,
+    write_artifact,
+)
 from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
 from qat.data.preprocessing import Preprocessing
 from qat.data.splits import Data, load_data, load_unlabelled
+from qat.fake_quantize.answers import answers_of, same_answers
 from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import activation_quantizers, placement_of, prepare
 from qat.fake_quantize.weight_ranges import fix_saved_ranges
-from qat.models import ModelSpec, build_model
+from qat.graph.inputs import Inputs
+from qat.graph.tracing import Shapes
+from qat.models import ModelCode, ModelSpec, build_model, code_of, model_file
 from qat.rules.place import RULES
 from qat.rules.placement import Placement
 
@@ -39,20 +50,29 @@ class Checkpoint:
     path: Path
     model: fx.GraphModule
     sidecar: Sidecar
-    preprocessing: Preprocessing
+    image_preprocessing: Preprocessing | None
+    """How images become inputs; None for a network that was saved without."""
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of the network's input."""
-        return 3, self.preprocessing.height, self.preprocessing.width
+    def preprocessing(self) -> Preprocessing:
+        """How images become inputs. Raises UserError when the checkpoint does not say."""
+        if self.image_preprocessing is None:
+            raise UserError(f"{self.path} was saved without preprocessing: give it to qat.save_checkpoint")
+        return self.image_preprocessing
+
+    @property
+    def inputs(self) -> Inputs:
+        """The shapes of the network's inputs, by the names of the model's arguments."""
+        found: Inputs = self.model.meta["inputs"]
+        return found
 
 
 def save_checkpoint(
     path: str | Path,
     model: fx.GraphModule,
-    spec: ModelSpec | None,
-    preprocessing: Preprocessing,
-    class_names: Sequence[str],
+    spec: ModelSpec | None = None,
+    preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] = (),
     figures: Mapping[str, Any] | None = None,
     details: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -64,24 +84,28 @@ def save_checkpoint(
         model: a calibrated model that ``prepare`` returned.
         spec: how to build the float model again, without unpickling anything; None if the float model will be given
             to ``load_checkpoint``.
-        preprocessing: how an RGB image becomes the network's input [N, 3, height, width].
-        class_names: one for each of the network's logits [N, classes].
+        preprocessing: how an RGB image becomes the network's input [N, 3, height, width], if that is its input.
+        class_names: one for each of the network's logits [N, classes], if that is its output.
         figures: measurements such as accuracies; recorded as given.
         details: further facts such as the data source and the recipe; recorded as given.
         seed: recorded with the program versions.
 
-    Returns the sidecar. Raises UserError when the files cannot be written.
+    Returns the sidecar. Raises UserError when the files cannot be written, or ``preprocessing`` does not fit the model.
     """
-    names = tuple(class_names)
+    names, inputs = tuple(class_names), model.meta["inputs"]
+    if preprocessing is not None:
+        _check_fits(preprocessing, inputs)
     sidecar = Sidecar(
         kind="checkpoint",
-        inputs=(TensorSpec("input", (-1, 3, preprocessing.height, preprocessing.width), "float32"),),
-        outputs=(TensorSpec("logits", (-1, len(names)), "float32"),),
-        preprocessing=asdict(preprocessing),
+        inputs=tuple(TensorSpec(name, (-1, *shape), "float32") for name, shape in inputs.shapes.items()),
+        outputs=(TensorSpec("logits", (-1, len(names)), "float32"),) if names else (),
+        preprocessing={} if preprocessing is None else asdict(preprocessing),
         class_names=names,
         figures=figures or {},
         details={
             "model": None if spec is None else asdict(spec),
+            "code": asdict(code) if spec is not None and (code := code_of(spec.name)) else None,
+            "answers": answers_of(model),
             "placement": placement_of(model).to_json(),
             "trainable": not model.meta["evaluation_only"],
             "rules": {name: rule.sentence for name, rule in RULES.items()},
@@ -92,28 +116,34 @@ def save_checkpoint(
     return write_artifact(Path(path), sidecar, lambda file: save_tensors(file, model.state_dict()), seed=seed)
 
 
-def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: str | Path, model: nn.Module | None = None, *, allow_changed_model: bool = False
+) -> Checkpoint:
     """Builds the model of a checkpoint again, on the CPU, in evaluation mode.
 
     Args:
         path: the checkpoint.
         model: the float model it was prepared from, for a checkpoint that was saved without a ``spec``; it is not
             modified.
+        allow_changed_model: go on, with a warning, when the code of the model has changed since the checkpoint was
+            saved, so that the network answers something else.
 
     Raises:
-        UserError: the file or its sidecar is missing, truncated or of another version, or does not fit the model.
+        UserError: the file or its sidecar is missing, truncated or of another version, does not fit the model, or
+            answers something else than when it was saved.
     """
     path = Path(path)
     sidecar = read_sidecar(path, "checkpoint")
     try:
         placement = Placement.from_json(sidecar.details["placement"])
-        preprocessing = Preprocessing.from_json(dict(sidecar.preprocessing))
+        preprocessing = Preprocessing.from_json(dict(sidecar.preprocessing)) if sidecar.preprocessing else None
         if model is None:
             model = _build_recorded(path, sidecar)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
-    (taken,) = sidecar.inputs
-    prepared = prepare(model, placement, input_shape=taken.shape[1:], training=sidecar.details.get("trainable", True))
+    shapes = {spec.name: spec.shape[1:] for spec in sidecar.inputs}
+    given: Shapes = shapes if len(shapes) > 1 else next(iter(shapes.values()))
+    prepared = prepare(model, placement, input_shape=given, training=sidecar.details.get("trainable", True))
     simulate_bits(prepared, sidecar.details.get("bits", BITS))
     tensors = load_tensors(path)
     fix_saved_ranges(prepared, tensors)
@@ -122,7 +152,36 @@ def load_checkpoint(path: str | Path, model: nn.Module | None = None) -> Checkpo
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit model {_recorded_name(sidecar)} ({reason}): train again") from error
+    _check_unchanged(path, sidecar, prepared, allow_changed_model)
     return Checkpoint(path, prepared.eval(), sidecar, preprocessing)
+
+
+def _check_unchanged(path: Path, sidecar: Sidecar, prepared: fx.GraphModule, allow: bool) -> None:
+    """Compares the network's answers, and its code, with what the checkpoint records; an older one records neither."""
+    recorded, code = sidecar.details.get("answers"), _code(sidecar)
+    file = "" if code is None else str(model_file(sidecar.details["model"]["name"], code, path.parent))
+    edited = code is not None and sha256_of(Path(file)) != code.sha256
+    if recorded is None or same_answers(recorded, prepared):
+        if edited:
+            warn(f"{file} was edited since {path} was saved; the network still answers the same")
+        return
+    what = f"{file} was edited" if edited else "its model, or a library that builds it, has changed"
+    found = f"the network of {path} answers something else than when it was saved: {what} since then"
+    if not allow:
+        raise UserError(
+            f"{found}. Restore it, train again, or take the changed network with --allow-changed-model "
+            "(allow_changed_model=True), which was never trained"
+        )
+    warn(f"{found}; going on with the changed network, which was never trained")
+
+
+def _check_fits(preprocessing: Preprocessing, inputs: Inputs) -> None:
+    made, shapes = (3, preprocessing.height, preprocessing.width), list(inputs.shapes.values())
+    if shapes != [made]:
+        raise UserError(
+            f"preprocessing makes images of {list(made)}, and the model was prepared for "
+            f"{' and '.join(str(list(shape)) for shape in shapes)}: correct one of them"
+        )
 
 
 def float_model(checkpoint: Checkpoint) -> nn.Module:
@@ -134,7 +193,12 @@ def _build_recorded(path: Path, sidecar: Sidecar) -> nn.Module:
     recorded = sidecar.details["model"]
     if recorded is None:
         raise UserError(f"{path} does not record how to build its model: load it in Python and pass the float model")
-    return build_model(ModelSpec(**recorded))
+    return build_model(ModelSpec(**recorded), _code(sidecar), path.parent)
+
+
+def _code(sidecar: Sidecar) -> ModelCode | None:
+    recorded = sidecar.details.get("code")
+    return None if recorded is None else ModelCode(**recorded)
 
 
 def _recorded_name(sidecar: Sidecar) -> str:

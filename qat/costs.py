@@ -181,7 +181,7 @@ def measure_sensitivity(
         for x_NCHW, labels in first_batches(training_data(checkpoint).validation, images, _BATCH)
     ]
     compute.place(checkpoint.model)
-    network = network_of(float_model(checkpoint), checkpoint.input_shape)
+    network = network_of(float_model(checkpoint), checkpoint.inputs)
     measured = PartlyQuantized(checkpoint.model, network, batches)
     with exact_float32(), progress("measuring operations", len(measured.ops)) as task:
         unquantized, quantized = measured.measure(frozenset()), measured.measure(measured.all)

@@ -24,6 +24,7 @@ from typing import Any
 import torchvision
 from torch import nn
 
+from qat.base.artifact import sha256_of
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
 
@@ -45,15 +46,33 @@ class ModelSpec:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def build_model(spec: ModelSpec) -> nn.Module:
+@dataclasses.dataclass(frozen=True)
+class ModelCode:
+    """The file that a model was built from: its absolute path, and the SHA-256 of its content."""
+
+    file: str
+    sha256: str
+
+
+def code_of(name: str) -> ModelCode | None:
+    """The file that the model ``name`` is built from; None if it is a library's. Raises UserError when it is gone."""
+    if ".py:" not in name:
+        return None
+    path = model_file(name)
+    return ModelCode(str(path), sha256_of(path))
+
+
+def build_model(spec: ModelSpec, code: ModelCode | None = None, folder: Path | None = None) -> nn.Module:
     """The model, randomly initialized from torch's global generator, on the CPU, in training mode.
+
+    ``code`` and ``folder`` tell where else 'file.py:function' may be: see ``model_file``.
 
     Raises UserError when there is no such model, or its constructor or function refuses the arguments.
     """
     name, options = spec.name, {"num_classes": spec.num_classes, **spec.kwargs}
     make: Callable[..., Any]
     if ".py:" in name:
-        make = _function(name)
+        make = _function(name, code, folder)
     elif name.startswith("timm/"):
         make = _timm_builder(name.removeprefix("timm/"))
     else:
@@ -125,12 +144,29 @@ def _timm_builder(name: str) -> Callable[..., Any]:
     return lambda **options: timm.create_model(name, pretrained=False, **options)
 
 
-def _function(name: str) -> Callable[..., Any]:
+def model_file(name: str, code: ModelCode | None = None, folder: Path | None = None) -> Path:
+    """The file of the model 'path/file.py:function'.
+
+    It is looked for at that path, where ``code`` says that it was, and in ``folder``, that of a checkpoint. Among those
+    that exist, one whose content is that of ``code`` comes first. Raises UserError when there is none.
+    """
+    file = Path(name.rpartition(":")[0]).expanduser()
+    places = [file]
+    if code is not None:
+        places.append(Path(code.file))
+    if folder is not None:
+        places += [folder / file, folder / file.name]
+    found = [place.resolve() for place in places if place.is_file()]
+    if not found:
+        looked = ", ".join(dict.fromkeys(str(place.parent.resolve()) for place in places))
+        raise UserError(f"no file {file} for the model {name}, in {looked}: check the path")
+    return next((path for path in found if code is not None and sha256_of(path) == code.sha256), found[0])
+
+
+def _function(name: str, code: ModelCode | None, folder: Path | None) -> Callable[..., Any]:
     """The function of 'path/file.py:function'; the file is run."""
     file, _, function = name.rpartition(":")
-    path = Path(file).expanduser().resolve()
-    if not path.is_file():
-        raise UserError(f"no file {file} for the model {name}: check the path")
+    path = model_file(name, code, folder)
     module_name = f"_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None

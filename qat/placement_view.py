@@ -48,8 +48,8 @@ def view_placement(
 
 def _of_checkpoint(path: Path) -> PlacementView:
     checkpoint = load_checkpoint(path)
-    details, shape = checkpoint.sidecar.details, checkpoint.input_shape
-    network = network_of(float_model(checkpoint), shape)
+    details, shape = checkpoint.sidecar.details, next(iter(checkpoint.inputs.shapes.values()))
+    network = network_of(float_model(checkpoint), checkpoint.inputs)
     placement = placement_of(checkpoint.model)
     rules = texts_of(placement, details["rules"])
     return PlacementView(f"{path} ({details['model']['name']})", shape, network, placement, rules)

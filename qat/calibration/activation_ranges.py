@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +27,15 @@ from qat.fake_quantize.quantizer import (
     ActivationQuantizer,
     WeightQuantizer,
 )
+from qat.graph.inputs import Inputs
+
+Batch = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""What a model is called with: its only input, its inputs in their order, or by the names of its arguments."""
 
 
 def observe(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     on_batch: Callable[[], None] | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> dict[str, HistogramObserver]:
@@ -39,7 +43,7 @@ def observe(
 
     Args:
         model: contains ActivationQuantizers; if one is called several times, all its inputs are observed.
-        batches: inputs of ``model``, on any device.
+        batches: inputs of ``model``, on any device: a tensor, a tuple of them, or a dict by the names of its arguments.
         on_batch: called after every batch, to show progress.
         processes: the processes that share the images. Each gets the merged observers of all, even if it had no batch.
 
@@ -51,10 +55,13 @@ def observe(
     observers = {name: HistogramObserver(name, q.amax.device) for name, q in quantizers.items()}
     device = next(model.parameters()).device
     extremes: list[Tensor] = []
+    inputs: Any = getattr(model, "meta", {}).get("inputs", Inputs({}))
+    given_batches = (_in_order(batch, inputs, device) for batch in batches)
     with _observe_float_network(model, observers), torch.no_grad():
-        for batch in _agree_on_limits(model, observers, (batch.to(device) for batch in batches), processes):
-            extremes.append(torch.stack(torch.aminmax(batch.transpose(0, 1).flatten(1), dim=1)))
-            model(batch)
+        for batch in _agree_on_limits(model, observers, given_batches, processes):
+            channels = [one.transpose(0, 1).flatten(1) if one.ndim > 1 else one[None] for one in batch]
+            extremes.append(torch.cat([torch.stack(torch.aminmax(one, dim=1)) for one in channels], 1))
+            model(*batch)
             if on_batch is not None:
                 on_batch()
     check_finite(observers.values())
@@ -68,9 +75,24 @@ def observe(
     return observers
 
 
+def _in_order(batch: Batch, inputs: Inputs, device: torch.device) -> tuple[Tensor, ...]:
+    """The inputs in the order of the model's arguments, on ``device``."""
+    if isinstance(batch, Tensor):
+        return (batch.to(device),)
+    if isinstance(batch, Mapping):
+        names = list(inputs.shapes)
+        if set(batch) != set(names):
+            raise UserError(f"a batch holds {', '.join(batch)}, and the model was prepared for {', '.join(names)}")
+        batch = [batch[name] for name in names]
+    return tuple(one.to(device) for one in batch)
+
+
 def _agree_on_limits(
-    model: nn.Module, observers: Mapping[str, HistogramObserver], batches: Iterable[Tensor], processes: Processes
-) -> Iterator[Tensor]:
+    model: nn.Module,
+    observers: Mapping[str, HistogramObserver],
+    batches: Iterable[tuple[Tensor, ...]],
+    processes: Processes,
+) -> Iterator[tuple[Tensor, ...]]:
     """``batches``; if several processes share them, all first agree on the limits from which their histograms start.
 
     Limits only double, so histograms that start from the same limit can be merged bin by bin. Every process sends the
@@ -80,7 +102,7 @@ def _agree_on_limits(
         rest = iter(batches)
         first = next(rest, None)
         if first is not None:
-            model(first)
+            model(*first)
         found = list(observers.values())
         # Infinity instead of NaN, whose maximum is not defined: so all processes raise the same error.
         ours = torch.stack([observer.largest for observer in found]).nan_to_num(nan=math.inf, posinf=math.inf)
@@ -134,7 +156,7 @@ def set_ranges(
 
 def calibrate_ranges(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     method: Calibrator = "mse",
     percentile: float = 99.99,
     on_batch: Callable[[], None] | None = None,

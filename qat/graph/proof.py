@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from qat.base.errors import UserError
 from qat.graph.inputs import Inputs
 from qat.graph.outputs import leaves
-from qat.graph.tracer import raised_where, without_checkpoints
+from qat.graph.torch_patches import without_checkpoints
+from qat.graph.tracer import raised_where
 
 _BATCH = 2
 _TOLERANCE = 1e-3  # of the norm: attention is computed in another order, everything else in the same

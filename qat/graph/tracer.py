@@ -11,14 +11,12 @@ dropout, the statistics of a batch normalization, which training needs.
 
 from __future__ import annotations
 
-import builtins
 import operator
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.utils.checkpoint
@@ -26,127 +24,17 @@ import torchvision
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from qat.base.errors import UserError, one_line
 from qat.graph.attention import attention
 from qat.graph.inputs import Inputs
-from qat.graph.set_item import set_item
+from qat.graph.stand_in import Shape, Traced, UntraceableError, any_traced, are_equal, sample_of
+from qat.graph.torch_patches import tracing_patches
 
 _BATCHES = (5040, 7560)  # they stand for all sizes; both can be divided by 1 to 10
-_FACTORIES = ("zeros", "ones", "empty", "full", "arange", "linspace", "eye", "tensor", "as_tensor")
-_RANDOM = ("rand", "randn", "randint", "randperm", "normal", "bernoulli")
 _NEW = ("new_zeros", "new_ones", "new_full", "new_tensor", "new_empty")
-_TAKE_EXTENTS = ("expand", "reshape", "view", "repeat", "new_zeros", "new_ones", "new_empty")  # as x.expand(n, 3)
-
-
 # Modules of which only the shape is asked; running them on tensors without data takes long.
 _SAME_SHAPE = (nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.SiLU, nn.GELU, nn.LayerNorm, nn.modules.dropout._DropoutNd)
-
-
-class UntraceableError(Exception):
-    """The model's code asks for something that only real images could answer."""
-
-
-class Traced(fx.Proxy):
-    """Stands for a tensor, or for a number that depends on the batch size, while the model's code runs.
-
-    ``samples``: what it would be for each of the two batch sizes; tensors are without data.
-    """
-
-    tracer: Tracer
-
-    def __init__(self, node: fx.Node, tracer: Tracer, samples: tuple[Any, Any]) -> None:
-        super().__init__(node, tracer)
-        self.samples = samples
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("samples", "tracer", "node"):
-            raise AttributeError(name)
-        with self.tracer.sampling():
-            found = getattr(self.samples[0], name)
-        if callable(found) and not isinstance(found, Tensor):
-            return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def __len__(self) -> int:
-        if not isinstance(self.samples[0], Tensor):
-            raise TypeError(f"object of type {type(self.samples[0]).__name__} has no len()")
-        one, two = (len(sample) for sample in self.samples)
-        if one != two:
-            raise UntraceableError("it asks for the batch size as a number")
-        return one
-
-    def __iter__(self) -> Iterator[Any]:
-        get: Any = operator.getitem
-        return (get(self, index) for index in range(len(self)))
-
-    def __index__(self) -> int:
-        raise UntraceableError(self._unknown())
-
-    __int__ = __index__
-
-    def __float__(self) -> float:
-        raise UntraceableError(self._unknown())
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", set_item, (self, key, value), {})
-
-    def _unknown(self) -> str:
-        tensor = isinstance(self.samples[0], Tensor)
-        return "it asks for the values of a tensor" if tensor else "it asks for the batch size as a number"
-
-    def _in_place(self, function: Callable[[Any, Any], Any], other: Any, name: str) -> Any:
-        """Records ``x += y`` as what it is; torch.fx would record ``x = x + y``, as if nobody else read x."""
-        if not isinstance(self.samples[0], Tensor):
-            return NotImplemented
-        return self.tracer.create_proxy("call_function", function, (self, other), {}, name)
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._in_place(operator.iadd, other, "add")
-
-    def __isub__(self, other: Any) -> Any:
-        return self._in_place(operator.isub, other, "sub")
-
-    def __imul__(self, other: Any) -> Any:
-        return self._in_place(operator.imul, other, "mul")
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._in_place(operator.itruediv, other, "truediv")
-
-
-class _Shape(tuple[Any, ...]):
-    """A shape whose batch size is a stand-in."""
-
-    def numel(self) -> Any:
-        """The number of elements."""
-        product: Any = 1
-        for extent in self:
-            product = product * extent
-        return product
-
-
-class _Record(TorchFunctionMode):
-    """Records functions of torch that read a stand-in where torch itself would not look, or that draw at random."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        if self.tracer.busy or not (_any_traced((args, kwargs)) or name in _RANDOM):
-            return func(*args, **kwargs)
-        if func is Tensor.__getitem__:
-            return self.tracer.create_proxy("call_function", operator.getitem, args, kwargs)
-        if func is Tensor.__setitem__:
-            raise UntraceableError("it writes a part of an input into a constant")
-        if is_tensor_method_or_property(func):
-            return self.tracer.create_proxy("call_method", name, args, kwargs)
-        return self.tracer.create_proxy("call_function", func, args, kwargs, self.tracer.graph._target_to_str(name))
 
 
 class Tracer(fx.Tracer):
@@ -166,7 +54,7 @@ class Tracer(fx.Tracer):
         """
         self._inputs = inputs
         try:
-            with self._patches(), torch.enable_grad():
+            with tracing_patches(self), torch.enable_grad():
                 graph = self.trace(model)
         except Exception as error:  # a model may raise anything
             raise UserError(why_untraceable(error)) from error
@@ -222,7 +110,7 @@ class Tracer(fx.Tracer):
         """Records one operation; returns a plain value if its result is known, otherwise stand-ins."""
         if kind == "call_function" and target is nn.functional.multi_head_attention_forward:
             return attention(*args, **kwargs)
-        if kind == "call_method" and target in _NEW and not _any_traced((args[1:], kwargs)):
+        if kind == "call_method" and target in _NEW and not any_traced((args[1:], kwargs)):
             sample: Tensor = args[0].samples[0]
             return getattr(torch.empty(0, dtype=sample.dtype, device=sample.device), target)(*args[1:], **kwargs)
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
@@ -258,7 +146,7 @@ class Tracer(fx.Tracer):
             self.busy = before
 
     def _sample(self, kind: str, target: Any, args: Any, kwargs: Any, which: int) -> Any:
-        args, kwargs = map_aggregate((args, kwargs), lambda value: _sample_of(value, which))
+        args, kwargs = map_aggregate((args, kwargs), lambda value: sample_of(value, which))
         with self.sampling():
             if kind == "call_module":
                 called = self.root.get_submodule(target)
@@ -274,10 +162,10 @@ class Tracer(fx.Tracer):
         """What the model's code gets for the result of ``node``."""
         if isinstance(one, Tensor):
             return Traced(node, self, (one, two))
-        if isinstance(one, (tuple, list)) and not _are_equal(one, two):
+        if isinstance(one, (tuple, list)) and not are_equal(one, two):
             parts = [self._part(node, index, one[index], two[index]) for index in range(len(one))]
             if isinstance(one, torch.Size):
-                return _Shape(parts)
+                return Shape(parts)
             return type(one)(*parts) if hasattr(one, "_fields") else type(one)(parts)
         if isinstance(one, (int, float)) and (one != two or not self._of_batch.isdisjoint(node.all_input_nodes)):
             self._of_batch.add(node)
@@ -287,75 +175,11 @@ class Tracer(fx.Tracer):
         return one
 
     def _part(self, node: fx.Node, index: int, one: Any, two: Any) -> Any:
-        if _are_equal(one, two):
+        if are_equal(one, two):
             return one
         made = self.create_node("call_function", operator.getitem, (node, index), {})
         made.meta |= {key: node.meta[key] for key in ("no_grad",) if key in node.meta}
         return self._known(made, one, two)
-
-    @contextmanager
-    def _patches(self) -> Iterator[None]:
-        """What differs in torch while a model is traced."""
-
-        def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                if self.busy or not _any_traced((args, kwargs)):
-                    return function(*args, **kwargs)
-                return self.create_proxy("call_function", function, args, kwargs)
-
-            return call
-
-        def recorded_method(name: str) -> Callable[..., Any]:
-            method = getattr(Tensor, name)
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                if self.busy or not _any_traced(args[1:]):
-                    return method(*args, **kwargs)
-                return self.create_proxy("call_method", name, args, kwargs)
-
-            return call
-
-        is_instance = builtins.isinstance
-
-        def answers_for_samples(value: Any, classes: Any) -> bool:
-            # Not by __class__: then torch's C++ code would take a stand-in for a tensor, too, and read its memory.
-            if type(value) is Traced and is_instance(value.samples[0], classes):
-                return True
-            return is_instance(value, classes)
-
-        with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(builtins, "isinstance", answers_for_samples))
-            for name in _TAKE_EXTENTS:
-                stack.enter_context(mock.patch.object(Tensor, name, recorded_method(name)))
-            for name in (*_FACTORIES, *_RANDOM):
-                stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
-            stack.enter_context(without_checkpoints())
-            # Functions marked with torch.fx.wrap are not kept whole: their operations are to be known too.
-            stack.enter_context(mock.patch.dict(fx._symbolic_trace._wrapped_fns_to_patch, clear=True))
-            fast = torch.backends.mha.get_fastpath_enabled()
-            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            torch.backends.mha.set_fastpath_enabled(False)  # one opaque function for a whole layer
-            stack.enter_context(_Record(self))
-            yield
-
-
-@contextmanager
-def without_checkpoints() -> Iterator[None]:
-    """Activation checkpoints, which hide the operations inside from tracing and from autograd, only call."""
-
-    def call(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-        return function(*args)
-
-    def around_call(*args: Any, **kwargs: Any) -> Iterator[None]:
-        yield
-
-    module = torch.utils.checkpoint
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(module.CheckpointFunction, "apply", call))
-        for name in list(vars(module)):
-            if name.startswith("_checkpoint_without_reentrant_generator"):  # its end differs between versions of torch
-                stack.enter_context(mock.patch.object(module, name, around_call))
-        yield
 
 
 @contextmanager
@@ -367,27 +191,6 @@ def _in_evaluation(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for each, training in modes:
             each.training = training
-
-
-def _is_traced(value: Any) -> bool:
-    return issubclass(type(value), Traced)
-
-
-def _sample_of(value: Any, which: int) -> Any:
-    return value.samples[which] if _is_traced(value) else value
-
-
-def _are_equal(one: Any, two: Any) -> bool:
-    """Whether two samples are plain values and the same."""
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(two) and all(_are_equal(*parts) for parts in zip(one, two, strict=True))
-    return not isinstance(one, Tensor) and bool(one == two)
-
-
-def _any_traced(values: Any) -> bool:
-    found: list[bool] = []
-    map_aggregate(values, lambda value: found.append(_is_traced(value)))
-    return any(found)
 
 
 def _drop_unused(graph: fx.Graph) -> None:

@@ -24,11 +24,11 @@ _FORGOTTEN = RuleText("no longer among the rules", "the version that trained the
 class PlacementView:
     """A network and its placement.
 
-    ``input_shape``: [C, H, W]. ``rules``: the texts of the rules that ``placement`` names.
+    ``input_shape``: of the first input, without the batch. ``rules``: the texts of the rules that ``placement`` names.
     """
 
     title: str
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     network: Network
     placement: Placement
     rules: Mapping[str, RuleText]
