@@ -104,13 +104,13 @@ def save_checkpoint(
         figures=figures or {},
         details={
             "model": None if spec is None else asdict(spec),
-            "code": asdict(code) if spec is not None and (code := code_of(spec.name)) else None,
-            "answers": answers_of(model),
             "placement": placement_of(model).to_json(),
-            "trainable": not model.meta["evaluation_only"],
             "rules": {name: rule.sentence for name, rule in RULES.items()},
             "amax": {name: float(quantizer.amax.detach()) for name, quantizer in activation_quantizers(model).items()},
             **(details or {}),
+            "code": asdict(code) if spec is not None and (code := code_of(spec.name)) else None,
+            "answers": answers_of(model),
+            "trainable": not model.meta["evaluation_only"],
         },
     )
     return write_artifact(Path(path), sidecar, lambda file: save_tensors(file, model.state_dict()), seed=seed)

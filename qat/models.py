@@ -55,11 +55,11 @@ class ModelCode:
 
 
 def code_of(name: str) -> ModelCode | None:
-    """The file that the model ``name`` is built from; None if it is a library's. Raises UserError when it is gone."""
-    if ".py:" not in name:
+    """The file that the model ``name`` is built from; None if it is a library's, or is gone."""
+    file = Path(name.rpartition(":")[0]).expanduser().resolve()
+    if ".py:" not in name or not file.is_file():
         return None
-    path = model_file(name)
-    return ModelCode(str(path), sha256_of(path))
+    return ModelCode(str(file), sha256_of(file))
 
 
 def build_model(spec: ModelSpec, code: ModelCode | None = None, folder: Path | None = None) -> nn.Module:

@@ -141,7 +141,7 @@ def _check_answer(answer: Any) -> None:
     if not tensors:
         raise UserError(f"the model answers {type(answer).__name__}: it must answer a tensor, or several")
     for tensor in tensors:
-        if tensor.ndim == 0 or tensor.shape[0] != _BATCH:
+        if tensor.ndim == 0 or tensor.shape[0] % _BATCH:
             raise UserError(
                 f"for {_BATCH} images, the model answers a tensor of shape {list(tensor.shape)}: "
                 "its first dimension must be the batch"

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from qat.graph.set_item import set_item
 
-if TYPE_CHECKING:
-    from qat.graph.tracer import Tracer
-
 
 class UntraceableError(Exception):
     """The model's code asks for something that only real images could answer."""
+
+
+class Recorder(Protocol):
+    """What records operations: the tracer."""
+
+    busy: bool
+    """It is running an operation on samples, and records nothing."""
+    graph: fx.Graph
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: str | None = None) -> Any:
+        """Records an operation; returns what the model's code gets."""
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """While operations run on samples, nothing is recorded."""
 
 
 class Traced(fx.Proxy):
@@ -25,9 +37,9 @@ class Traced(fx.Proxy):
     ``samples``: what it would be for each of the two batch sizes; tensors are without data.
     """
 
-    tracer: Tracer
+    tracer: Any  # a Recorder
 
-    def __init__(self, node: fx.Node, tracer: Tracer, samples: tuple[Any, Any]) -> None:
+    def __init__(self, node: fx.Node, tracer: Any, samples: tuple[Any, Any]) -> None:
         super().__init__(node, tracer)
         self.samples = samples
 

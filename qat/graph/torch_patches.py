@@ -6,7 +6,7 @@ import builtins
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -14,10 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
-from qat.graph.stand_in import Traced, UntraceableError, any_traced
-
-if TYPE_CHECKING:
-    from qat.graph.tracer import Tracer
+from qat.graph.stand_in import Recorder, Traced, UntraceableError, any_traced
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "arange", "linspace", "eye", "tensor", "as_tensor")
 _RANDOM = ("rand", "randn", "randint", "randperm", "normal", "bernoulli")
@@ -27,7 +24,7 @@ _TAKE_EXTENTS = ("expand", "reshape", "view", "repeat", "new_zeros", "new_ones",
 class _Record(TorchFunctionMode):
     """Records functions of torch that read a stand-in where torch itself would not look, or that draw at random."""
 
-    def __init__(self, tracer: Tracer) -> None:
+    def __init__(self, tracer: Recorder) -> None:
         super().__init__()
         self.tracer = tracer
 
@@ -48,7 +45,7 @@ class _Record(TorchFunctionMode):
 
 
 @contextmanager
-def tracing_patches(tracer: Tracer) -> Iterator[None]:
+def tracing_patches(tracer: Recorder) -> Iterator[None]:
     """What differs in torch while ``tracer`` traces a model."""
 
     def recorded(function: Callable[..., Any]) -> Callable[..., Any]:

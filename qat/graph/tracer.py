@@ -28,7 +28,8 @@ from torch.fx.node import map_aggregate
 from qat.base.errors import UserError, one_line
 from qat.graph.attention import attention
 from qat.graph.inputs import Inputs
-from qat.graph.stand_in import Shape, Traced, UntraceableError, any_traced, are_equal, sample_of
+from qat.graph.outputs import leaves
+from qat.graph.stand_in import Shape, Traced, UntraceableError, any_traced, are_equal, is_traced, sample_of
 from qat.graph.torch_patches import tracing_patches
 
 _BATCHES = (5040, 7560)  # they stand for all sizes; both can be divided by 1 to 10
@@ -56,6 +57,8 @@ class Tracer(fx.Tracer):
         try:
             with tracing_patches(self), torch.enable_grad():
                 graph = self.trace(model)
+        except UserError:
+            raise
         except Exception as error:  # a model may raise anything
             raise UserError(why_untraceable(error)) from error
         _drop_unused(graph)
@@ -68,7 +71,16 @@ class Tracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         """The function to trace, and its arguments: the inputs, and the model's own defaults for all others."""
         given = {name: self._placeholder(name, shape) for name, shape in self._inputs.shapes.items()}
-        return (lambda: self._inputs.call(self.root, given)), []
+
+        def answer() -> Any:
+            found = self._inputs.call(self.root, given)
+            for path, part in leaves(found):
+                if is_traced(part) and part.samples[0].shape[:1] == part.samples[1].shape[:1]:
+                    what = f"the model answers a tensor {path}".rstrip()
+                    raise UserError(f"{what} whose first dimension is not the batch")
+            return found
+
+        return answer, []
 
     def _placeholder(self, name: str, shape: Sequence[int]) -> Traced:
         device = next((tensor.device for tensor in (*self.root.parameters(), *self.root.buffers())), None)

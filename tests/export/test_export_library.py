@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,12 @@ def test_a_model_with_another_input_is_compared_on_random_images(
     assert (sidecar.figures["parity"]["source"], sidecar.figures["parity"]["other_top1"]) == ("random images", 0)
 
 
-def test_a_model_by_the_shape_of_its_input(tmp_path: Path) -> None:
+def test_a_model_without_preprocessing(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    grey = prepared(lively(Net(channels=1))).train()
+    grey = prepared(lively(Net(channels=1)), (1, 16, 16)).train()
     x = np.random.default_rng(0).standard_normal((6, 1, 16, 16)).astype(np.float32)
     path = tmp_path / "m.onnx"
-    sidecar = export_onnx(grey, str(path), input_shape=(1, 16, 16), images=x)
+    sidecar = export_onnx(grey, str(path), images=x)
     assert grey.training
     assert sidecar.inputs[0].shape == (-1, 1, 16, 16)
     assert sidecar.preprocessing == {}
@@ -134,7 +135,7 @@ def test_a_model_by_the_shape_of_its_input(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json"]
     with torch.no_grad():
         np.testing.assert_allclose(answers(path, x), grey.eval()(torch.from_numpy(x)).numpy(), rtol=1e-3, atol=1e-3)
-    assert export_onnx(grey, path, input_shape=(1, 16, 16)).figures["parity"]["source"] == "random inputs"
+    assert export_onnx(grey, path).figures["parity"]["source"] == "random inputs"
 
 
 def test_a_checkpoint_and_its_model_become_the_same_network(tmp_path: Path) -> None:
@@ -152,21 +153,28 @@ def test_a_float_model_needs_no_ranges(tmp_path: Path) -> None:
     for name, amax in ready.named_buffers():
         if name.endswith("amax"):
             amax.fill_(torch.nan)
-    export_onnx(ready, tmp_path / "f.onnx", precision="float32", input_shape=(3, 16, 16))
+    export_onnx(ready, tmp_path / "f.onnx", precision="float32")
     assert {node.op_type for node in onnx.load(tmp_path / "f.onnx").graph.node}.isdisjoint({"QuantizeLinear"})
     with pytest.raises(UserError, match=r"has no range for 4 of 4 tensors, first x: calibrate it"):
-        export_onnx(ready, tmp_path / "q.onnx", input_shape=(3, 16, 16))
+        export_onnx(ready, tmp_path / "q.onnx")
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, r"nothing tells what the model takes: give preprocessing, or input_shape as \[C, H, W\]"),
-        ({"input_shape": (3, 8, 8), "preprocessing": PREPROCESSING}, r"differs from that of the preprocessing"),
-        ({"input_shape": (3, 16, 16), "input": "uint8-nchw"}, "preprocessing part of the network, and there is none"),
-        ({"input_shape": (3, 16, 16), "images": images()}, r"images are torch.uint8 .* must be torch.float32"),
+        (
+            {"preprocessing": replace(PREPROCESSING, height=8)},
+            r"makes images of \[3, 8, 16\], and the model was prepared for",
+        ),
+        ({"input": "uint8-nchw"}, "preprocessing part of the network, and there is none"),
+        ({"images": images()}, r"images are torch.uint8 .* must be torch.float32"),
+        ({"images": {"y": images()}}, "images are given for y, and the inputs are x"),
+        ({"output_names": ("a", "b")}, "output_names are a, b: give one of its own for each of logits"),
         ({"preprocessing": PREPROCESSING, "images": images()[:, :1]}, r"must be torch.uint8 \['N', 3, 16, 16\]"),
-        ({"preprocessing": PREPROCESSING, "class_names": ("a", "b")}, "has 10 classes, there are 2 class names"),
+        (
+            {"preprocessing": PREPROCESSING, "class_names": ("a", "b")},
+            r"answers \['N', 10\], and there are 2 class names: give one for each",
+        ),
         ({"preprocessing": PREPROCESSING, "parity_images": 0}, "must be at least 1"),
         ({"preprocessing": PREPROCESSING, "output": None}, "output is missing"),
     ],
@@ -186,9 +194,64 @@ def test_what_is_not_a_prepared_model_is_refused(trained: Path, tmp_path: Path) 
             export_onnx(source, output, preprocessing=PREPROCESSING)
     with pytest.raises(UserError, match="is a checkpoint, which has its own preprocessing"):
         export_onnx(trained / "model.qat", output, class_names=("a",))
-    with pytest.raises(UserError, match=r"answers \[1, 16, 16, 16\], and must answer logits \[N, classes\]"):
-        export_onnx(prepared(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1))), output, input_shape=(3, 16, 16))
     assert list(tmp_path.iterdir()) == []
+
+
+class Several(nn.Module):
+    """Two inputs and three outputs; a part of the network is called like an output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.classes = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.Conv2d(16, 16, 1)
+        self.norm, self.head = nn.BatchNorm2d(16), nn.Linear(16, CLASSES)
+
+    def forward(self, image: Tensor, hint: Tensor, flip: bool = False) -> dict[str, Any]:
+        x = self.norm(self.stem(image.flip(3) if flip else image)).relu() + hint
+        y = self.classes(x)
+        return {"classes": self.head(y.mean((2, 3))), "maps": (y, None, x.amax(1))}
+
+
+@pytest.mark.parametrize("precision", ["int8", "float16"])
+def test_several_inputs_and_outputs_by_name(tmp_path: Path, precision: Any) -> None:
+    torch.manual_seed(0)
+    model = prepared(lively(Several()), {"image": (3, 16, 16), "hint": (16, 16, 16)})
+    batch = {"image": torch.randn(5, 3, 16, 16), "hint": torch.rand(5, 16, 16, 16)}
+    path = tmp_path / "m.onnx"
+    sidecar = export_onnx(model, path, images=batch, precision=precision)
+    assert [(spec.name, spec.shape) for spec in sidecar.inputs] == [
+        ("image", (-1, 3, 16, 16)),
+        ("hint", (-1, 16, 16, 16)),
+    ]
+    assert [(spec.name, spec.shape) for spec in sidecar.outputs] == [
+        ("classes", (-1, CLASSES)),
+        ("maps.0", (-1, 16, 16, 16)),
+        ("maps.2", (-1, 16, 16)),
+    ]
+    parity = sidecar.figures["parity"]
+    assert (parity["other_top1"], parity["smallest_logit_cosine"], parity["images"]) == (None, None, 5)
+    assert [one["tensor"] for one in parity["outputs"]] == ["classes", "maps.0", "maps.2"]
+    assert all(one["sqnr_db"] is None or one["sqnr_db"] > 50 for one in parity["outputs"])
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+    if precision == "int8":
+        with torch.no_grad():
+            reference = model(**batch)
+        for ours, theirs in zip(found, (reference["classes"], *reference["maps"][::2]), strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), atol=0.05)  # a code may differ
+        assert lint_onnx(path) == []
+    names = export_onnx(model, path, images=batch, input_names=["a", "b"], output_names=["c", "d", "e"])
+    assert [spec.name for spec in (*names.inputs, *names.outputs)] == list("abcde")
+    for kind in ("int8-nchw", "uint8-nchw"):
+        with pytest.raises(UserError, match=r"several inputs|has 2 inputs"):
+            export_onnx(model, path, input=kind)
+
+
+def test_a_network_without_classes_is_compared_by_its_output(tmp_path: Path) -> None:
+    layer = prepared(nn.Sequential(nn.Conv2d(3, 16, 3, padding=1)))
+    sidecar = export_onnx(layer, tmp_path / "m.onnx", preprocessing=PREPROCESSING, images=images())
+    assert (sidecar.outputs[0].name, sidecar.outputs[0].shape) == ("output", (-1, 16, 16, 16))
+    assert sidecar.figures["parity"]["other_top1"] is None
+    assert sidecar.details["reference"] is None
 
 
 # --- quantize_onnx and lint_onnx

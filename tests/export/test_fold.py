@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 import torchvision
+from first_layer import input_of
 from torch import fx, nn
 
 from export.fold import fold, fold_float
@@ -30,9 +31,9 @@ def lively_norms(model: nn.Module) -> None:
             module.bias.data.normal_(0, 0.1, generator=generator)
 
 
-def prepared(model: nn.Module, amax: float = 4.0, shape: tuple[int, ...] = (3, 64, 64)) -> nn.Module:
+def prepared(model: nn.Module, amax: float = 4.0) -> nn.Module:
     lively_norms(model)
-    result = prepare(model, input_shape=shape).eval()
+    result = prepare(model, input_shape=input_of(model)).eval()
     for module in result.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(amax)

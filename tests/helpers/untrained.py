@@ -11,6 +11,7 @@ from qat.checkpoint import save_checkpoint
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.quantizer import ActivationQuantizer
+from qat.graph.tracing import Shapes
 from qat.models import ModelSpec, build_model
 
 
@@ -27,9 +28,9 @@ def lively(model: nn.Module) -> nn.Module:
 PREPROCESSING = Preprocessing(16, 16, (0.5,) * 3, (0.25,) * 3, resize=16)
 
 
-def prepared(model: nn.Module) -> fx.GraphModule:
+def prepared(model: nn.Module, input_shape: Shapes = (3, PREPROCESSING.height, PREPROCESSING.width)) -> fx.GraphModule:
     """``model`` with quantizers, all of whose activations are in -3 to 3."""
-    ready = prepare(model.eval(), input_shape=(3, PREPROCESSING.height, PREPROCESSING.width))
+    ready = prepare(model.eval(), input_shape=input_shape)
     for module in ready.modules():
         if isinstance(module, ActivationQuantizer):
             module.amax.fill_(3.0)

@@ -93,6 +93,82 @@ def test_a_loaded_checkpoint_can_be_saved_and_loaded_again(trained: Path, tmp_pa
     assert again.sidecar.details["placement"] == first.sidecar.details["placement"]
 
 
+NET = """
+from torch import nn
+def net(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(288, num_classes))
+"""
+
+
+@pytest.fixture
+def of_a_file(tmp_path: Path) -> Path:
+    """A checkpoint beside the file of its model, in a folder of its own."""
+    folder = tmp_path / "made here"
+    folder.mkdir()
+    (folder / "own.py").write_text(NET)
+    spec = ModelSpec(f"{folder / 'own.py'}:net", 3)
+    prepared = prepare(build_model(spec), input_shape=(3, 8, 8))
+    calibrate_ranges(prepared, [torch.randn(4, 3, 8, 8)], "max")
+    save_checkpoint(
+        folder / "own.qat", prepared, spec, Preprocessing(8, 8, (0.5,) * 3, (0.25,) * 3, 8), ("a", "b", "c")
+    )
+    return folder / "own.qat"
+
+
+def test_a_model_whose_code_has_changed_is_refused_or_said(of_a_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = of_a_file.parent / "own.py"
+    assert file.read_text() == NET
+    file.write_text(NET.replace("ReLU()", "SiLU()"))
+    with pytest.raises(UserError, match=r"own\.qat answers something else than .*own\.py was edited since then"):
+        load_checkpoint(of_a_file)
+    load_checkpoint(of_a_file, allow_changed_model=True)
+    assert "going on with the changed network" in " ".join(capsys.readouterr().err.split())
+    file.write_text(NET + "# a remark\n")
+    load_checkpoint(of_a_file)
+    assert "was edited since" in (said := " ".join(capsys.readouterr().err.split()))
+    assert "still answers the same" in said
+
+
+def test_a_model_file_is_found_from_another_folder(of_a_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    x = torch.randn(2, 3, 8, 8)
+    expected = load_checkpoint(of_a_file).model(x)
+    monkeypatch.chdir(tmp_path)
+    edit(of_a_file, lambda content: content["details"]["model"].update(name="own.py:net"))
+    (tmp_path / "own.py").write_text(NET.replace("ReLU()", "SiLU()"))  # another file of that name
+    assert torch.equal(load_checkpoint(of_a_file).model(x), expected)  # by the path that was recorded
+    moved = of_a_file.parent.rename(tmp_path / "moved") / of_a_file.name
+    assert torch.equal(load_checkpoint(moved).model(x), expected)  # beside the checkpoint
+    (moved.parent / "own.py").unlink()
+    (tmp_path / "own.py").unlink()
+    with pytest.raises(UserError, match=r"no file own\.py for the model own\.py:net, in "):
+        load_checkpoint(moved)
+
+
+def test_several_inputs_without_preprocessing(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.conv(x)
+            return y, y * scale
+
+    model, x = Two(), (torch.randn(2, 3, 4, 4), torch.randn(2, 1, 1, 1))
+    prepared = prepare(model, input_shape={"x": (3, 4, 4), "scale": (1, 1, 1)})
+    calibrate_ranges(prepared, [{"scale": x[1], "x": x[0]}], "max")
+    path = tmp_path / "two.qat"
+    save_checkpoint(path, prepared)
+    loaded = load_checkpoint(path, Two())
+    assert all(map(torch.equal, loaded.model(*x), prepared.eval()(*x)))
+    with pytest.raises(UserError, match="was saved without preprocessing"):
+        _ = loaded.preprocessing
+    with pytest.raises(UserError, match="does not record how to build its model"):
+        load_checkpoint(path)
+    with pytest.raises(UserError, match=r"makes images of \[3, 4, 4\], and the model was prepared for \[3, 4, 4\] and"):
+        save_checkpoint(path, prepared, None, Preprocessing(4, 4, (0.5,) * 3, (0.25,) * 3, 4))
+
+
 def test_a_network_that_uses_one_weight_under_two_names(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "tied.py"
     path.write_text(
@@ -157,6 +233,7 @@ def test_a_sidecar_with_an_unknown_model(checkpoint: Path) -> None:
 
 def test_a_sidecar_whose_model_file_is_gone(checkpoint: Path) -> None:
     edit(checkpoint, lambda content: content["details"]["model"].update(name="gone/net.py:net"))
+    edit(checkpoint, lambda content: content["details"].update(code=None))
     refused(checkpoint, "no file gone/net.py")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from first_layer import input_of
 from torch import Tensor, nn
 
 from qat.base.errors import UserError
@@ -14,14 +15,7 @@ from qat.rules.placement import Placement
 
 
 def traced(model: nn.Module) -> TracedModel:
-    """For what the first layer takes; large enough for torchvision's networks."""
-    layers = [module for module in model.modules() if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))]
-    if layers and isinstance(layers[0], nn.Linear):
-        return trace(model, (layers[0].in_features,))
-    if layers and isinstance(layers[0], nn.Conv1d):
-        return trace(model, (layers[0].in_channels, 8))
-    side = 64 if len(layers) > 12 else 8
-    return trace(model, (layers[0].in_channels if layers else 16, side, side))
+    return trace(model, input_of(model))
 
 
 def placement(model: nn.Module) -> Placement:
