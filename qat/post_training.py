@@ -28,9 +28,9 @@ from qat.compute.device import Compute
 from qat.compute.precision import exact_float32
 from qat.compute.processes import local_rank
 from qat.data.batches import batch_count
+from qat.data.folders import unlabelled_folder
 from qat.data.preprocessing import ImagePreset
 from qat.data.request import ImageRequest
-from qat.data.sources import unlabelled_folder
 from qat.data.splits import Data, load_data, load_unlabelled
 from qat.evaluate import compare, inputs
 from qat.fake_quantize.low_bit import simulate_bits
