@@ -227,8 +227,9 @@ def _result_rows(lineage: Lineage) -> list[tuple[str, str]]:
             different = f"{merging['other_top1']} of {merging['images']} images"
             rows.append(("merging the shortcuts changes top-1 of", different))
         rows.append(("ONNX file", f"{megabytes(onnx.figures['bytes'])}, {onnx.figures['nodes']} nodes"))
-        different = f"{parity['other_top1']} of {parity['images']} images"
-        rows.append(("PyTorch and ONNX Runtime differ in top-1", different))
+        if parity["other_top1"] is not None:
+            different = f"{parity['other_top1']} of {parity['images']} images"
+            rows.append(("PyTorch and ONNX Runtime differ in top-1", different))
     return [
         *rows,
         (f"convolutions in {INT8.name}", f"{figures['convolutions_int8']} of {figures['convolutions']}"),

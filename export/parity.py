@@ -23,6 +23,7 @@ from export.emit import OUTPUT_NAME
 from export.fold import QuantizeDequantize
 from export.session import run, session, session_with_tensors, sqnr_db
 from qat.base.errors import UserError
+from qat.base.text import decibels
 from qat.fake_quantize.prepare import ACTIVATION_QUANTIZERS
 
 
@@ -36,10 +37,15 @@ class LayerParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """``images`` were run through both. ``layers`` were compared on the first few of them; the logits come last."""
+    """``images`` were run through both. ``layers`` were compared on the first few of them; the outputs come last.
+
+    ``other_top1``: images of another class; None if the outputs are not logits [N, classes]. ``sqnr_db``: of the
+    outputs for all images; None if they are bitwise equal.
+    """
 
     images: int
-    other_top1: int
+    other_top1: int | None
+    sqnr_db: float | None
     smallest_logit_cosine: float
     layers: tuple[LayerParity, ...]
 
@@ -54,11 +60,12 @@ class Parity:
 
     def __str__(self) -> str:
         worst = "bitwise equal" if self.worst.sqnr_db is None else f"{self.worst.sqnr_db:.1f} dB at {self.worst.tensor}"
+        if self.other_top1 is None:
+            outputs = f"outputs of {self.images} images: {decibels(self.sqnr_db)}, smallest cosine"
+        else:
+            outputs = f"{self.other_top1} of {self.images} images with another top-1, smallest logit cosine"
         compared = f"worst of {len(self.layers)} layers: " if len(self.layers) > 1 else ""
-        return (
-            f"{self.other_top1} of {self.images} images with another top-1, smallest logit cosine "
-            f"{self.smallest_logit_cosine:.6f}; {compared}{worst}"
-        )
+        return f"{outputs} {self.smallest_logit_cosine:.6f}; {compared}{worst}"
 
 
 def measure(
@@ -73,32 +80,35 @@ def measure(
         layer_images: how many images of the first batch are compared layer by layer.
 
     Returns:
-        How well the two agree, and the logits of ``folded`` on all images, float32 [N, classes].
+        How well the two agree, and the outputs of ``folded`` on all images, float32 [N, classes] or [N, ...].
 
     Raises:
         UserError: the file computes values that are not finite.
     """
     whole = session(model)
-    logits: list[Tensor] = []
-    other = 0
-    cosine = 1.0
+    ours, theirs = [], []
     layers: tuple[LayerParity, ...] = ()
     for x_NCHW, given in batches:
         if not layers:
             layers = _layers(folded, model, x_NCHW[:layer_images], given[:layer_images])
         with torch.no_grad():
-            ours = folded(x_NCHW)
-        theirs = torch.from_numpy(whole.run([OUTPUT_NAME], {whole.get_inputs()[0].name: given.numpy()})[0])
-        if not theirs.isfinite().all():
+            ours.append(folded(x_NCHW))
+        theirs.append(torch.from_numpy(whole.run([OUTPUT_NAME], {whole.get_inputs()[0].name: given.numpy()})[0]))
+        if not theirs[-1].isfinite().all():
             raise UserError(
                 "the exported network answers NaN or infinity: a value in it exceeds what its type holds "
                 "(float16: 65504); export with another --precision, or train again"
             )
-        logits.append(ours)
-        other += int((ours.argmax(1) != theirs.argmax(1)).sum())
-        cosine = min(cosine, float(nn.functional.cosine_similarity(ours.double(), theirs.double()).min()))
     assert layers, "no image to compare on"
-    return Parity(sum(map(len, logits)), other, cosine, layers), torch.cat(logits)
+    outputs = torch.cat(ours)
+    return _compare(outputs, torch.cat(theirs), layers), outputs
+
+
+def _compare(ours: Tensor, theirs: Tensor, layers: tuple[LayerParity, ...]) -> Parity:
+    """Compares outputs [N, ...]. They choose a class for each image only if they are [N, classes]."""
+    other = int((ours.argmax(1) != theirs.argmax(1)).sum()) if ours.ndim == 2 else None
+    cosine = nn.functional.cosine_similarity(ours.double().flatten(1), theirs.double().flatten(1)).min()
+    return Parity(len(ours), other, sqnr_db(ours.numpy(), theirs.numpy()), min(1.0, float(cosine)), layers)
 
 
 def _layers(folded: fx.GraphModule, model: Path, x_NCHW: Tensor, given: Tensor) -> tuple[LayerParity, ...]:

@@ -35,7 +35,7 @@ class TrainedNetwork:
         stated_preprocessing: the same as the sidecar of an ONNX file states it; {} if it is not known.
         class_names: () if they are not known.
         checkpoint: where the network comes from; None for a model in memory.
-        images: to compare on: uint8 [N, 3, H, W], or float32 [N, ``input_shape``] without ``preprocessing``. None for
+        images: to compare on: uint8 [N, C, H, W], or float32 [N, ``input_shape``] without ``preprocessing``. None for
             those of the checkpoint, or random ones.
     """
 
@@ -53,7 +53,7 @@ class TrainedNetwork:
         """Reads a checkpoint. Raises UserError when it cannot be read."""
         checkpoint = load_checkpoint(path)
         preprocessing, sidecar = checkpoint.preprocessing, checkpoint.sidecar
-        shape = (3, preprocessing.height, preprocessing.width)
+        shape = preprocessing.input_shape
         stated = dict(sidecar.preprocessing)
         return cls(checkpoint.model, str(path), shape, preprocessing, stated, sidecar.class_names, checkpoint)
 
@@ -76,7 +76,7 @@ class TrainedNetwork:
                 "what prepare (of qat) made of the model"
             )
         if preprocessing is not None:
-            shape: tuple[int, ...] = (3, preprocessing.height, preprocessing.width)
+            shape: tuple[int, ...] = preprocessing.input_shape
             if input_shape is not None and tuple(input_shape) != shape:
                 raise UserError(
                     f"input_shape {list(input_shape)} differs from that of the preprocessing, {list(shape)}: give one"
@@ -134,7 +134,7 @@ class TrainedNetwork:
         if self.checkpoint is not None:
             return sample(self.checkpoint, count)
         if self.preprocessing is not None:
-            return random_images(self.preprocessing.height, self.preprocessing.width, count)
+            return random_images(self.preprocessing.input_shape, count)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(min(count, _RANDOM_INPUTS), *self.input_shape, generator=generator)
         return Sample(x, torch.full((len(x),), NO_LABEL), "random inputs")

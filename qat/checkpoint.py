@@ -44,7 +44,7 @@ class Checkpoint:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """[C, H, W] of the network's input."""
-        return 3, self.preprocessing.height, self.preprocessing.width
+        return self.preprocessing.input_shape
 
 
 def save_checkpoint(
@@ -64,7 +64,7 @@ def save_checkpoint(
         model: a calibrated model that ``prepare`` returned.
         spec: how to build the float model again, without unpickling anything; None if the float model will be given
             to ``load_checkpoint``.
-        preprocessing: how an RGB image becomes the network's input [N, 3, height, width].
+        preprocessing: how an image becomes the network's input [N, C, height, width].
         class_names: one for each of the network's logits [N, classes].
         figures: measurements such as accuracies; recorded as given.
         details: further facts such as the data source and the recipe; recorded as given.
@@ -75,7 +75,7 @@ def save_checkpoint(
     names = tuple(class_names)
     sidecar = Sidecar(
         kind="checkpoint",
-        inputs=(TensorSpec("input", (-1, 3, preprocessing.height, preprocessing.width), "float32"),),
+        inputs=(TensorSpec("input", (-1, *preprocessing.input_shape), "float32"),),
         outputs=(TensorSpec("logits", (-1, len(names)), "float32"),),
         preprocessing=asdict(preprocessing),
         class_names=names,
