@@ -134,7 +134,8 @@ def say_data(data: Data) -> None:
     """Prints which images there are, and how they were split."""
     sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
     classes = f"{len(data.class_names)} classes" if data.labelled else "no labels"
-    size = f"{data.preprocessing.height}x{data.preprocessing.width} pixels{' in grey' * (data.preprocessing.channels == 1)}"
+    color = " in grey" if data.preprocessing.color == "grey" else ""
+    size = f"{data.preprocessing.height}x{data.preprocessing.width} pixels{color}"
     say(f"data {data.source}: {classes}, {size}; images: {sizes}")
     for note in data.notes:
         say(f"  {note}")

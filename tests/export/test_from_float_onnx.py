@@ -398,6 +398,6 @@ def test_inputs_of_one_channel_are_grey_images(tmp_path: Path) -> None:
         torch.onnx.export(net.eval(), (torch.randn(1, 1, 16, 16),), model, dynamo=False, input_names=["input"])
     sidecar = quantize_onnx(model, data="digits", images=8)
     assert sidecar.preprocessing["color"] == "grey"
-    assert sidecar.preprocessing["mean"] == (0.305,)
+    assert sidecar.preprocessing["mean"] == [0.305]
     with pytest.raises(UserError, match=r"--mean has 3 numbers, the network takes 1 channels: give 1"):
         quantize_onnx(model, data="digits", images=8, mean=(0.5, 0.5, 0.5))
