@@ -20,7 +20,7 @@ class Reference:
     """N images and PyTorch's answers.
 
     Attributes:
-        images: uint8 [N, H, W, 3], RGB, resized and cropped, before normalization.
+        images: uint8 [N, H, W, C], RGB or grey, resized and cropped, before normalization.
         labels: int64 [N]; -1 for an image without a label, such as a random one.
         logits: float32 [N, classes], of the folded network in PyTorch.
         source: where the images come from.
@@ -59,19 +59,19 @@ def network_input(images_NHWC: np.ndarray, sidecar: Sidecar) -> np.ndarray:
     """Turns images into what the network's input takes.
 
     Args:
-        images_NHWC: uint8 [N, H, W, 3], RGB.
+        images_NHWC: uint8 [N, H, W, C], RGB or grey.
         sidecar: that of the ONNX file or of the engine.
 
-    Returns the images unchanged, or uint8 [N, 3, H, W], or float32 [N, 3, H, W] = (x / 255 - mean) / std, bit for bit
+    Returns the images unchanged, or uint8 [N, C, H, W], or float32 [N, C, H, W] = (x / 255 - mean) / std, bit for bit
     as qat.data.preprocessing computes it, or the INT8 codes of that, by the recorded ``input_scale``. Raises UserError
     when the input has another type or shape.
     """
     (spec,) = sidecar.inputs
     given = images_NHWC
-    if spec.shape[1] == 3:  # [N, 3, H, W]
+    if spec.shape[1] == images_NHWC.shape[-1]:  # [N, C, H, W]
         given = np.ascontiguousarray(images_NHWC.transpose(0, 3, 1, 2))
     if spec.dtype in ("float32", INT8.dtype):
-        mean, std = (np.array(sidecar.preprocessing[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
+        mean, std = (np.array(sidecar.preprocessing[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
         given = given.astype(np.float32)
         given /= 255  # in place, because three more copies of the images would need much memory
         given -= mean

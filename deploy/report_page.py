@@ -221,14 +221,16 @@ def _result_rows(lineage: Lineage) -> list[tuple[str, str]]:
             rows.append((what, f"{agreement['top1']:.2f} %"))
     if onnx is not None:
         parity = onnx.figures["parity"]
-        if (top1 := onnx.details["reference"]["top1"]) is not None:
-            rows.append((f"this ONNX file, top-1 on {onnx.details['reference']['images']} images", f"{top1:.2f} %"))
+        reference = onnx.details["reference"] or {"top1": None}
+        if (top1 := reference["top1"]) is not None:
+            rows.append((f"this ONNX file, top-1 on {reference['images']} images", f"{top1:.2f} %"))
         if merging := onnx.figures.get("merging"):
             different = f"{merging['other_top1']} of {merging['images']} images"
             rows.append(("merging the shortcuts changes top-1 of", different))
         rows.append(("ONNX file", f"{megabytes(onnx.figures['bytes'])}, {onnx.figures['nodes']} nodes"))
-        different = f"{parity['other_top1']} of {parity['images']} images"
-        rows.append(("PyTorch and ONNX Runtime differ in top-1", different))
+        if parity["other_top1"] is not None:
+            different = f"{parity['other_top1']} of {parity['images']} images"
+            rows.append(("PyTorch and ONNX Runtime differ in top-1", different))
     return [
         *rows,
         (f"convolutions in {INT8.name}", f"{figures['convolutions_int8']} of {figures['convolutions']}"),

@@ -327,7 +327,8 @@ def _data_type(spec: TensorSpec, schema: Any) -> int:
 def _tensor_row(spec: TensorSpec, model: TritonModel) -> dict[str, Any]:
     """A tensor as the page shows it. It has a ``layout`` if its shape is that of the preprocessing."""
     size = [model.sidecar.preprocessing.get(side) for side in ("height", "width")]
-    layouts = {(3, *size): "NCHW", (*size, 3): "NHWC"}
+    channels = len(model.sidecar.preprocessing.get("mean", ()))
+    layouts = {(channels, *size): "NCHW", (*size, channels): "NHWC"}
     return {
         "name": spec.name,
         "shape": " x ".join(map(str, [*(["batch"] if model.profiles else []), *model.dims(spec)])),

@@ -130,7 +130,7 @@ def _normalization(
         (operator.mul, "input_factor", 1 / (255 * deviation)),
         (operator.add, "input_shift", -mean / deviation),
     ):
-        yield function, name, torch.tensor(values, dtype=torch.float32).reshape(1, 3, 1, 1)
+        yield function, name, torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)
 
 
 def example_input(input_shape: Sequence[int], kind: InputKind, batch: int = _EXAMPLE_BATCH) -> Tensor:

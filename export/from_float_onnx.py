@@ -20,14 +20,14 @@ from export.calibration_cache import read_calibration_cache
 from export.float_weights import save_onnx
 from export.hard_rules import hard_findings
 from export.insert import insert
-from export.network_inputs import Color, NetworkInputs, load_inputs
+from export.network_inputs import Channels, NetworkInputs, load_inputs
 from export.onnx_network import OnnxNetwork, network_from_onnx
 from export.read import is_quantized, read_onnx
 from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
 from export.session import run, session, session_with_tensors, sqnr_db
 from qat.base.artifact import Parent, Sidecar, TensorSpec, check_writable, sha256_of, write_artifact
-from qat.base.choices import Calibrator, WeightStorage
+from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
 from qat.base.text import decibels, megabytes
@@ -52,12 +52,13 @@ def quantize_onnx(
     inputs: np.ndarray | None = None,
     calibration_cache: Path | str | None = None,
     calibrator: Calibrator = "mse",
+    weight_calibrator: WeightCalibrator = "max",
     percentile: float = 99.99,
     keep_float: Collection[str] = (),
     weights: WeightStorage = "int8",
     images: int = 512,
-    mean: Color | None = None,
-    std: Color | None = None,
+    mean: Channels | None = None,
+    std: Channels | None = None,
     parity_images: int = 512,
     seed: int = 0,
     data_root: Path | str = Path("data"),
@@ -71,12 +72,13 @@ def quantize_onnx(
         model: a float32 ONNX file with one input, batch first.
         output: the ONNX file to write; None for MODEL.int8.onnx. Its sidecar is written beside it, and a reference file
             where images were given as ``data``.
-        data: images to calibrate on: digits, an image folder with train/ and val/, an .npz file, torchvision:NAME; or
-            an .npy file of float32 inputs as the network takes them, [N, ...].
+        data: images to calibrate on: a folder of images without labels, a folder with train/ and val/, digits, an .npz
+            file, torchvision:NAME; or an .npy file of float32 inputs as the network takes them, [N, ...].
         inputs: float32 [N, ...]: what the network takes, instead of ``data``.
         calibration_cache: one that TensorRT 10 or older wrote for this network. Its scales are taken bit by bit.
             Tensors that it lacks stay in float, or are calibrated if there are ``data`` or ``inputs``.
         calibrator: how activation ranges are chosen: max, percentile, mse or entropy.
+        weight_calibrator: how weight ranges are chosen: max, or mse for the least squared quantization error.
         percentile: the share of the values, in percent, that the percentile calibrator does not clip.
         keep_float: patterns of nodes and tensors that stay in float, such as "/classifier/*".
         weights: int8, or float for the same codes as float weights in front of a QuantizeLinear.
@@ -134,7 +136,7 @@ def quantize_onnx(
         scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)
     say_placement(placement)
     plain = ir.to_proto(network).SerializeToString()
-    dead = insert(network, view, placement, scales, ACTIVATION)
+    dead = insert(network, view, placement, scales, ACTIVATION, weight_calibrator)
     if dead:
         warn(f"{dead} weight channels are zero; their scales were floored")
     if findings := hard_findings(network, ACTIVATION):
@@ -144,6 +146,7 @@ def quantize_onnx(
     details: dict[str, Any] = {
         "placement": placement.to_json(),
         "calibrator": calibrator if fed else None,
+        "weight_calibrator": weight_calibrator,
         "calibration_cache": cache.name if cache else None,
         "precision": "int8",
         "weights": weights,

@@ -17,8 +17,10 @@ import torch
 from export.names import unused_name
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork
 from export.qdq import output_axis
+from qat.base.choices import WeightCalibrator
 from qat.base.number_format import NumberFormat
 from qat.fake_quantize.quantizer import SCALE_FLOOR, per_channel, quantize, scale_from_amax, weight_amax
+from qat.fake_quantize.weight_ranges import weight_amax_mse
 from qat.rules.placement import Placement
 
 
@@ -28,6 +30,7 @@ def insert(
     placement: Placement,
     scales: Mapping[str, float],
     number_format: NumberFormat,
+    weight_calibrator: WeightCalibrator = "max",
 ) -> int:
     """Quantizes ``model`` in place.
 
@@ -38,6 +41,7 @@ def insert(
         scales: the scale of each quantizer of ``placement``, by its name: > 0, in the unit of its tensor. It is written
             as float32, so that one that is a float32 already keeps all its bits.
         number_format: the format of activations. Weights use it without its lowest code.
+        weight_calibrator: how weight ranges are chosen: max, or mse for the least squared quantization error.
 
     Returns:
         How many weight channels are zero; their scales were floored.
@@ -61,7 +65,8 @@ def insert(
             assert weight is not None
             key = (weight.name or "", axis)
             if key not in weights:
-                weights[key], zeros = _quantize_weight(model.graph, weight, axis, number_format.narrow())
+                narrow = number_format.narrow()
+                weights[key], zeros = _quantize_weight(model.graph, weight, axis, narrow, weight_calibrator)
                 dead += zeros
             node.replace_input_with(WEIGHT, weights[key])
     model.graph.sort()
@@ -91,11 +96,14 @@ def _add_pair(
     return _append(graph, DEQUANTIZE, [codes, scale, zero_point], f"{value.name}/dequantize", ir.DataType.FLOAT, value)
 
 
-def _quantize_weight(graph: ir.Graph, weight: ir.Value, axis: int, number_format: NumberFormat) -> tuple[ir.Value, int]:
+def _quantize_weight(
+    graph: ir.Graph, weight: ir.Value, axis: int, number_format: NumberFormat, calibrator: WeightCalibrator
+) -> tuple[ir.Value, int]:
     """``weight`` as codes behind DequantizeLinear, and how many of its channels are zero."""
     assert weight.const_value is not None
     given = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
-    scale = scale_from_amax(weight_amax(given, axis), number_format)
+    amax = weight_amax_mse(given, axis, number_format) if calibrator == "mse" else weight_amax(given, axis)
+    scale = scale_from_amax(amax, number_format)
     codes = quantize(given, per_channel(scale, given.ndim, axis), number_format)
     name = weight.name or ""
     constants = [

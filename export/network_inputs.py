@@ -13,11 +13,12 @@ from export.reference import Sample, first_images
 from qat.base.artifact import read_sidecar, sidecar_path
 from qat.base.errors import UserError
 from qat.data.batches import batches
-from qat.data.preprocessing import Preprocessing
-from qat.data.splits import Data, load_data
+from qat.data.folders import unlabelled_folder
+from qat.data.preprocessing import ImagePreset, Preprocessing
+from qat.data.splits import Data, load_data, load_unlabelled
 
 _BATCH = 8
-Color = tuple[float, float, float]
+Channels = tuple[float, ...]
 
 
 class NetworkInputs(ABC):
@@ -84,10 +85,10 @@ class ArrayInputs(NetworkInputs):
 class ImageInputs(NetworkInputs):
     """Images of a data set, resized and normalized."""
 
-    def __init__(self, name: str, shape: Sequence[int], data: Data, preprocessing: Preprocessing, limit: int) -> None:
-        """Takes up to ``limit`` images of the calibration split of ``data`` to calibrate on."""
-        super().__init__(name, shape, min(limit, len(data.calibration)), preprocessing)
-        self._data, self._normalize = data, preprocessing.normalize
+    def __init__(self, name: str, shape: Sequence[int], data: Data) -> None:
+        """Calibrates on the calibration split of ``data``."""
+        super().__init__(name, shape, len(data.calibration), data.preprocessing)
+        self._data, self._normalize = data, data.preprocessing.normalize
 
     def calibration(self) -> Iterator[np.ndarray]:
         """The calibration split."""
@@ -107,8 +108,8 @@ def load_inputs(
     data: str | np.ndarray,
     *,
     limit: int,
-    mean: Color | None,
-    std: Color | None,
+    mean: Channels | None,
+    std: Channels | None,
     seed: int,
     data_root: Path,
 ) -> NetworkInputs:
@@ -118,7 +119,8 @@ def load_inputs(
         name: the name of the input.
         shape: the shape of the input.
         model: the network's file, whose sidecar may say how it takes images.
-        data: a data set of images, or inputs as the network takes them: an .npy file, or an array.
+        data: a data set of images, a folder of images without labels, or inputs as the network takes them: an .npy
+            file, or an array.
         limit: how many inputs to calibrate on, at most.
         mean: the mean of the normalization, of pixels in 0 to 1; None for the sidecar's, else the data set's.
         std: the standard deviation of the normalization, likewise.
@@ -132,13 +134,16 @@ def load_inputs(
         if mean is not None or std is not None:
             raise UserError(f"{source} holds inputs as the network takes them: leave out --mean and --std")
         return ArrayInputs(name, shape, arrays, limit, source)
-    if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or shape[2] < 1:
+    if len(shape) != 4 or shape[1] not in (1, 3) or shape[2] != shape[3] or shape[2] < 1:
         raise UserError(
-            f"the network takes {name} of shape {list(shape)}, images are [N, 3, S, S]: give --data an .npy file of "
-            "float32 inputs as the network takes them"
+            f"the network takes {name} of shape {list(shape)}, images are [N, 3, S, S], or [N, 1, S, S] in grey: give "
+            "--data an .npy file of float32 inputs as the network takes them"
         )
-    loaded = load_data(data, shape[2], seed, limit, data_root)
-    return ImageInputs(name, shape, loaded, _preprocessing(model, loaded, mean, std), limit)
+    preset = _preset(model, shape[1], mean, std)
+    folder = unlabelled_folder(data)
+    if folder is not None:
+        return ImageInputs(name, shape, load_unlabelled(folder, shape[2], seed, limit, preset))
+    return ImageInputs(name, shape, load_data(data, shape[2], seed, limit, data_root, preset))
 
 
 def _read_array(path: Path) -> np.ndarray:
@@ -149,10 +154,15 @@ def _read_array(path: Path) -> np.ndarray:
     return np.asarray(array)
 
 
-def _preprocessing(model: Path, data: Data, mean: Color | None, std: Color | None) -> Preprocessing:
-    """The model's own if its sidecar says it, else the data set's; ``mean`` and ``std`` come before both."""
-    found = data.preprocessing
-    if sidecar_path(model).exists():
-        stated = read_sidecar(model, "onnx").preprocessing
-        found = Preprocessing.from_json(dict(stated)) if stated else found
+def _preset(model: Path, channels: int, mean: Channels | None, std: Channels | None) -> ImagePreset:
+    """The model's own if its sidecar says it, else ImageNet's; ``mean`` and ``std`` come before both."""
+    found = ImagePreset()
+    if sidecar_path(model).exists() and (stated := read_sidecar(model, "onnx").preprocessing):
+        found = Preprocessing.from_json(dict(stated)).preset
+    found = found.in_channels(channels)
+    for option, values in (("--mean", mean), ("--std", std)):
+        if values is not None and len(values) != channels:
+            raise UserError(
+                f"{option} has {len(values)} numbers, the network takes {channels} channels: give {channels}"
+            )
     return replace(found, mean=mean or found.mean, std=std or found.std)

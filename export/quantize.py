@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from qat.base.choices import Calibrator, WeightStorage
+from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import Command, run_command
 
 
@@ -27,8 +27,8 @@ class QuantizeOptions(Command):
     model: Annotated[Path, tyro.conf.Positional]
     """A float ONNX file with one input, batch first."""
     data: str | None = None
-    """Images to calibrate on: digits, an image folder with train/ and val/, an .npz file, torchvision:NAME; or an .npy
-    file of float32 inputs as the network takes them, [N, ...]."""
+    """Images to calibrate on: a folder of images without labels, a folder with train/ and val/, digits, an .npz file,
+    torchvision:NAME; or an .npy file of float32 inputs as the network takes them, [N, ...]."""
     calibration_cache: Path | None = None
     """A calibration cache that TensorRT 10 or older wrote for this network."""
     output: Path | None = None
@@ -37,15 +37,19 @@ class QuantizeOptions(Command):
     """Nodes and tensors that stay in float: patterns such as '/classifier/*'."""
     calibrator: Calibrator = "mse"
     """How activation ranges are chosen from the images."""
+    weight_calibrator: WeightCalibrator = "max"
+    """How weight ranges are chosen. max: the largest magnitude of each channel; mse: the range with the least squared
+    quantization error."""
     percentile: float = 99.99
     """The share of the values, in percent, that the percentile calibrator does not clip."""
     weights: WeightStorage = "int8"
     """float: the same codes as float weights in front of a QuantizeLinear, for tools that refuse INT8 weights."""
     images: int = 512
     """Images to calibrate on, at most."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of the normalization, of pixels in 0 to 1; by default the model's sidecar's, else the data set's."""
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    """Mean of the normalization for each channel, of pixels in 0 to 1; by default the model's sidecar's, else the data
+    set's."""
+    std: tuple[float, ...] | None = None
     """Standard deviation of the normalization, likewise."""
     parity_images: int = 512
     """Test images on which the float and the quantized network are compared, at most."""
@@ -65,6 +69,7 @@ def main(options: QuantizeOptions) -> None:
         data=options.data,
         calibration_cache=options.calibration_cache,
         calibrator=options.calibrator,
+        weight_calibrator=options.weight_calibrator,
         percentile=options.percentile,
         keep_float=options.keep_float,
         weights=options.weights,

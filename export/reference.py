@@ -48,14 +48,14 @@ def sample(checkpoint: Checkpoint, count: int) -> Sample:
         loaded = training_data(checkpoint)
     except UserError as error:
         warn(f"the test images are not at hand ({error}); comparing on random ones, which says less")
-        return random_images(checkpoint.preprocessing.height, checkpoint.preprocessing.width, count)
+        return random_images(checkpoint.preprocessing.input_shape, count)
     return first_images(loaded, count)
 
 
-def random_images(height: int, width: int, count: int) -> Sample:
-    """Up to 8 images of random bytes, always the same."""
+def random_images(input_shape: tuple[int, int, int], count: int) -> Sample:
+    """Up to 8 images [C, H, W] of random bytes, always the same."""
     generator = torch.Generator().manual_seed(0)
-    shape = (min(count, _RANDOM_IMAGES), 3, height, width)
+    shape = (min(count, _RANDOM_IMAGES), *input_shape)
     x_NCHW = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     return Sample(x_NCHW, torch.full((len(x_NCHW),), NO_LABEL), "random images")
 

@@ -38,7 +38,7 @@ class TrainedNetwork:
         stated_preprocessing: the same as the sidecar of an ONNX file states it; {} if it is not known.
         class_names: () if they are not known.
         checkpoint: where the network comes from; None for a model in memory.
-        images: to compare on, by input: uint8 [N, 3, H, W] for the first, or float32 as ``inputs`` says without
+        images: to compare on, by input: uint8 [N, C, H, W] for the first, or float32 as ``inputs`` says without
             ``preprocessing``. None for those of the checkpoint, or random ones.
     """
 
@@ -79,9 +79,9 @@ class TrainedNetwork:
             )
         inputs: Inputs = model.meta["inputs"]
         first = next(iter(inputs.shapes.values()))
-        if preprocessing is not None and first != (3, preprocessing.height, preprocessing.width):
+        if preprocessing is not None and first != preprocessing.input_shape:
             raise UserError(
-                f"preprocessing makes images of {[3, preprocessing.height, preprocessing.width]}, and the model was "
+                f"preprocessing makes images of {list(preprocessing.input_shape)}, and the model was "
                 f"prepared for {list(first)}: correct one of them"
             )
         given = None if images is None else _checked(images, inputs, preprocessing is not None)
@@ -133,7 +133,7 @@ class TrainedNetwork:
         if self.checkpoint is not None:
             return sample(self.checkpoint, count)
         if self.preprocessing is not None:
-            return random_images(self.preprocessing.height, self.preprocessing.width, count)
+            return random_images(self.preprocessing.input_shape, count)
         first, *others = self.inputs.random(min(count, _RANDOM_INPUTS)).values()
         return Sample(first, torch.full((len(first),), NO_LABEL), "random inputs", tuple(others))
 

@@ -84,7 +84,7 @@ def save_checkpoint(
         model: a calibrated model that ``prepare`` returned.
         spec: how to build the float model again, without unpickling anything; None if the float model will be given
             to ``load_checkpoint``.
-        preprocessing: how an RGB image becomes the network's input [N, 3, height, width], if that is its input.
+        preprocessing: how an image becomes the network's input [N, C, height, width], if that is its input.
         class_names: one for each of the network's logits [N, classes], if that is its output.
         figures: measurements such as accuracies; recorded as given.
         details: further facts such as the data source and the recipe; recorded as given.
@@ -176,7 +176,7 @@ def _check_unchanged(path: Path, sidecar: Sidecar, prepared: fx.GraphModule, all
 
 
 def _check_fits(preprocessing: Preprocessing, inputs: Inputs) -> None:
-    made, shapes = (3, preprocessing.height, preprocessing.width), list(inputs.shapes.values())
+    made, shapes = preprocessing.input_shape, list(inputs.shapes.values())
     if shapes != [made]:
         raise UserError(
             f"preprocessing makes images of {list(made)}, and the model was prepared for "

@@ -62,6 +62,20 @@ def code_of(name: str) -> ModelCode | None:
     return ModelCode(str(file), sha256_of(file))
 
 
+def spec_for(name: str, num_classes: int, channels: int) -> ModelSpec:
+    """The model ``name`` for images of 1 or 3 channels. Only timm's can be told; others have what they have."""
+    return ModelSpec(name, num_classes, {"in_chans": channels} if name.startswith("timm/") and channels != 3 else {})
+
+
+def check_channels(model: nn.Module, name: str, channels: int) -> None:
+    """Raises UserError when the first convolution of a model that failed takes another number of channels."""
+    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first is None or first.in_channels == channels:
+        return
+    remedy = f"--channels {first.in_channels}" if first.in_channels in (1, 3) else "a model of 1 or 3 channels"
+    raise UserError(f"model {name} takes {first.in_channels} channels, and the images have {channels}: give {remedy}")
+
+
 def build_model(spec: ModelSpec, code: ModelCode | None = None, folder: Path | None = None) -> nn.Module:
     """The model, randomly initialized from torch's global generator, on the CPU, in training mode.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qat.base.choices import Amp, Calibrator, Schedule, WeightCalibrator
 from qat.base.console import Command
@@ -28,7 +28,8 @@ class SharedOptions(Command):
     model: str = "resnet50"
     """A torchvision classification model, timm/NAME, or path/to/file.py:function."""
     data: str = "digits"
-    """digits, an image folder with train/ and val/, an .npz file, or torchvision:NAME (torchvision:CIFAR10)."""
+    """digits, an image folder with train/ and val/ or of <class>/<image>, an .npz file, or torchvision:NAME
+    (torchvision:CIFAR10)."""
     output: Path = Path("runs/model.qat")
     """The checkpoint to write; its sidecar is written beside it."""
     weights: str | None = None
@@ -36,11 +37,14 @@ class SharedOptions(Command):
     pytorch-quantization also brings its ranges."""
     image_size: int | None = None
     """Height and width of the network's input in pixels; by default the size that suits the data."""
-    mean: tuple[float, float, float] | None = None
-    """Mean of red, green and blue by which images are normalized, each in 0..1; by default the mean that the weights
-    were trained with if it is known, else ImageNet's."""
-    std: tuple[float, float, float] | None = None
-    """Standard deviation of red, green and blue by which images are normalized; its default is chosen as for --mean."""
+    channels: Literal[1, 3] = 3
+    """Channels of the network's input: 3 for red, green and blue; 1 for grey, to which images in color are
+    converted."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel by which images are normalized, in 0..1; by default the mean that the weights were trained
+    with if it is known, else ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel by which images are normalized; its default is chosen as for --mean."""
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
     qat.placement shows."""
@@ -52,7 +56,7 @@ class SharedOptions(Command):
     percentile: float = 99.99
     """Percentage of the values that the percentile calibrator leaves unclipped."""
     calibration_images: int = 512
-    """Largest number of images in the calibration split."""
+    """Largest number of images in the calibration split; of labelled images a tenth is taken, at least 64."""
     batch_size: int = 32
     """Images per batch."""
     seed: int = 0
@@ -72,6 +76,7 @@ class SharedOptions(Command):
             seed=self.seed,
             calibration_images=self.calibration_images,
             root=self.data_root,
+            channels=self.channels,
             mean=self.mean,
             std=self.std,
             batch_size=self.batch_size,

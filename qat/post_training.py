@@ -28,9 +28,9 @@ from qat.compute.device import Compute
 from qat.compute.precision import exact_float32
 from qat.compute.processes import local_rank
 from qat.data.batches import batch_count
+from qat.data.folders import unlabelled_folder
 from qat.data.preprocessing import ImagePreset
 from qat.data.request import ImageRequest
-from qat.data.sources import unlabelled_folder
 from qat.data.splits import Data, load_data, load_unlabelled
 from qat.evaluate import compare, inputs
 from qat.fake_quantize.low_bit import simulate_bits
@@ -38,6 +38,7 @@ from qat.fake_quantize.prepare import prepare, weights_and_quantizers
 from qat.fake_quantize.weight_ranges import fix_weight_ranges
 from qat.graph.network import Network
 from qat.graph.tracing import network_of
+from qat.models import check_channels
 from qat.rules.describe import say_placement
 from qat.rules.place import place
 from qat.rules.placement import Placement
@@ -83,7 +84,7 @@ def quantize_pretrained(
     if adaround_steps < 0:
         raise UserError(f"--adaround {adaround_steps} is not a number of steps: it must be at least 0")
     check_writable(output)
-    found = build_pretrained(model, weights, classes)
+    found = build_pretrained(model, weights, classes, images.channels)
     say(f"weights: {weights}, {found.spec.num_classes} classes")
     data = _load_images(images, input_preset(model, weights, images))
     say_data(data)
@@ -112,8 +113,18 @@ def quantize_pretrained(
 
 
 def input_preset(model: str, weights: str | None, images: ImageRequest) -> ImagePreset:
-    """Size and normalization of the network's input. Raises UserError when a deviation is not positive."""
-    told = preset_of_weights(model, weights)
+    """Size and normalization of the network's input.
+
+    Raises UserError when a deviation is not positive, or when there is not one number for each channel.
+    """
+    told = preset_of_weights(model, weights).in_channels(images.channels)
+    for name, values in (("--mean", images.mean), ("--std", images.std)):
+        if values is not None and len(values) != images.channels:
+            shown = " ".join(map(str, values))
+            raise UserError(
+                f"{name} {shown}: {len(values)} for images of {images.channels} channels; give one for each channel, "
+                "and --channels 1 for grey images"
+            )
     if images.std is not None and not min(images.std) > 0:
         raise UserError(f"--std {' '.join(map(str, images.std))}: deviations must be above 0")
     return replace(told, mean=images.mean or told.mean, std=images.std or told.std)
@@ -123,8 +134,9 @@ def say_data(data: Data) -> None:
     """Prints which images there are, and how they were split."""
     sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
     classes = f"{len(data.class_names)} classes" if data.labelled else "no labels"
-    size = f"{data.preprocessing.height}x{data.preprocessing.width}"
-    say(f"data {data.source}: {classes}, {size} pixels; images: {sizes}")
+    color = " in grey" if data.preprocessing.color == "grey" else ""
+    size = f"{data.preprocessing.height}x{data.preprocessing.width} pixels{color}"
+    say(f"data {data.source}: {classes}, {size}; images: {sizes}")
     for note in data.notes:
         say(f"  {note}")
 
@@ -145,7 +157,11 @@ def choose_placement(
     Raises UserError when it cannot be quantized, or not as ``keep_float`` asks, or when its output is not logits
     [N, ``classes``].
     """
-    network = network_of(model, (3, data.preprocessing.height, data.preprocessing.width), training=training)
+    try:
+        network = network_of(model, data.preprocessing.input_shape, training=training)
+    except UserError:
+        check_channels(model, name, data.preprocessing.channels)
+        raise
     (output,) = (op for op in network if op.kind == "output")
     if output.shape != (1, classes):
         found = f"a tensor of shape {list(output.shape)}" if output.shape else "something other than one tensor"
@@ -171,8 +187,7 @@ def prepare_and_calibrate(
     bits: int = BITS,
 ) -> fx.GraphModule:
     """A copy of ``model`` with quantizers whose ranges come from the calibration split, or from ``ranges``."""
-    shape = (3, data.preprocessing.height, data.preprocessing.width)
-    prepared = prepare(model, placement, input_shape=shape)
+    prepared = prepare(model, placement, input_shape=data.preprocessing.input_shape)
     simulate_bits(prepared, bits)
     if len(data.calibration) < _FEW_IMAGES:
         warn(f"only {len(data.calibration)} images to calibrate on: ranges may not fit other images; add images")
@@ -248,6 +263,8 @@ def _round_weights(prepared: fx.GraphModule, data: Data, images: ImageRequest, s
 def _class_names(weights: str, found: Pretrained, data: Data) -> tuple[str, ...]:
     """The class names of the data, else those of torchvision's weights, else numbers."""
     classes = found.spec.num_classes
+    if not data.all_classes and len(data.class_names) < classes:  # its highest label is not the last class
+        return found.class_names or tuple(map(str, range(classes)))
     if data.labelled and len(data.class_names) != classes:
         raise UserError(
             f"weights {weights} have {classes} classes, but data {data.source} has {len(data.class_names)}: "

@@ -36,7 +36,7 @@ from qat.fake_quantize.weight_ranges import fix_saved_ranges
 from qat.fake_quantize.weight_ranges import learn_ranges as make_ranges_learn
 from qat.graph.network import Network
 from qat.graph.tracing import trace
-from qat.models import ModelSpec, build_model
+from qat.models import ModelSpec, build_model, spec_for
 from qat.post_training import (
     choose_placement,
     input_preset,
@@ -169,8 +169,9 @@ class _Run:
         """Runs all phases that are left and writes the checkpoint."""
         torch.set_flush_denormal(True)  # gradients of small networks become denormal, which is ten times as slow
         compute, reached, images, (float_recipe, qat_recipe) = self.compute, self.reached, self.images, recipes
+        learn_ranges = learn_ranges and qat_recipe.epochs > 0  # else nothing learns them
         self._load_images(name, weights)
-        spec = ModelSpec(name, len(self.data.class_names))
+        spec = spec_for(name, len(self.data.class_names), images.channels)
         model, ranges = self._float_model(spec, weights, float_recipe)
         # A network that cannot be quantized as asked is refused now, not after hours of float training.
         network, placement = choose_placement(model, name, self.data, spec.num_classes, keep_float, training=True)
@@ -194,7 +195,8 @@ class _Run:
                 make_ranges_learn(prepared)
         compute.place(prepared)
         self.fit("qat", prepared, qat_recipe, self._distillation(spec, network, qat_recipe, distillation))
-        reached.figures["qat"] = self.test("quantization-aware training", prepared)
+        if qat_recipe.epochs:
+            reached.figures["qat"] = self.test("quantization-aware training", prepared)
         self.log.close()
         if not compute.processes.is_main:
             return
@@ -254,7 +256,7 @@ class _Run:
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """[C, H, W] of the network's input."""
-        return 3, self.data.preprocessing.height, self.data.preprocessing.width
+        return self.data.preprocessing.input_shape
 
     def fit(self, phase: str, model: nn.Module, recipe: Recipe, loss: CrossEntropy | None = None) -> nn.Module:
         """Trains ``model``; continues where the run was stopped, if that was in this phase."""
@@ -337,6 +339,7 @@ def _say_result(output: Path, bits: int, figures: dict[str, Any]) -> None:
     rows = [
         (label, f"{figures[key]['test_top1']:.2f} %", f"{figures[key]['test_loss']:.4f}")
         for key, label in (("float", "float"), ("ptq", f"{kind}, post-training"), ("qat", f"{kind}, trained (QAT)"))
+        if key in figures
     ]
     images = figures["float"]["test_images"]
     table(f"Accuracy on the test split ({images} images)", ("network", "top-1", "loss"), rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 
 from qat.base.errors import UserError, one_line
 from qat.calibration.pytorch_quantization import split_ranges
-from qat.data.preprocessing import ImagePreset, three_floats
-from qat.models import ModelSpec, build_model, name_of, torchvision_names
+from qat.data.preprocessing import ImagePreset, Interpolation, three_floats
+from qat.models import ModelSpec, build_model, name_of, spec_for, torchvision_names
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
 _MOST_COMMON = 1000  # classes: ImageNet's
@@ -66,23 +67,24 @@ class Pretrained:
     class_names: tuple[str, ...]
 
 
-def build_pretrained(name: str, weights: str, classes: int | None = None) -> Pretrained:
+def build_pretrained(name: str, weights: str, classes: int | None = None, channels: int = 3) -> Pretrained:
     """The model ``name`` with as many classes as the classifier in ``weights`` has rows; see ``load_weights``.
 
     ``classes``: their number, for a model whose classifier cannot be told from its other layers.
+    ``channels``: those of its images, 1 or 3.
 
     Raises:
         UserError: as ``build_model`` and ``load_weights`` do, and when the weights have another number of classes.
     """
     found, ranges = split_ranges(_tensors(name, weights))
-    spec = ModelSpec(name, classes or _MOST_COMMON)
+    spec = spec_for(name, classes or _MOST_COMMON, channels)
     model = build_model(spec)
     remedy = "" if classes else f", or their --classes if they are not {_MOST_COMMON}"
     if head := _other_classifier(model.state_dict(), found):
         rows = len(found[f"{head}.weight"])
         if classes:
             raise UserError(f"weights {weights} have {rows} classes ({head}), not {classes}: leave out --classes")
-        spec, remedy = ModelSpec(name, rows), ""
+        spec, remedy = spec_for(name, rows, channels), ""
         model = build_model(spec)
     if _load(model, weights, found, remedy):
         raise UserError(
@@ -131,15 +133,21 @@ def preset_of_weights(name: str, weights: str | None) -> ImagePreset:
         told = timm.get_pretrained_cfg(name.removeprefix("timm/"))
         if told is not None and told.crop_pct:
             size = told.input_size[-1]
-            return ImagePreset(size, round(size / told.crop_pct), three_floats(told.mean), three_floats(told.std))
+            mean, std = three_floats(told.mean), three_floats(told.std)
+            return ImagePreset(size, math.floor(size / told.crop_pct), mean, std, _interpolation(told.interpolation))
     if weights is not None and not _is_file(weights) and name in torchvision_names():
         known = torchvision.models.get_model_weights(name)
         entry: Any = known.__members__.get(weights.removeprefix(f"{known.__name__}."))
         preset: Any = entry.transforms() if entry else None
         if hasattr(preset, "crop_size"):  # for classification
             mean, std = three_floats(preset.mean), three_floats(preset.std)
-            return ImagePreset(preset.crop_size[0], preset.resize_size[0], mean, std)
+            interpolation = _interpolation(preset.interpolation.value)
+            return ImagePreset(preset.crop_size[0], preset.resize_size[0], mean, std, interpolation)
     return ImagePreset()
+
+
+def _interpolation(name: str) -> Interpolation:
+    return "bicubic" if name == "bicubic" else "bilinear"  # there are no others, apart from timm's "random"
 
 
 def _categories(name: str, weights: str) -> tuple[str, ...]:

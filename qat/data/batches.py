@@ -3,8 +3,8 @@
 All randomness in a training image comes from the seed in its key, never from the process that loads it or from what
 was loaded before. So the batches are the same for any number of workers, and in a run that was stopped and resumed.
 
-Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on
-the device that trains.
+Layouts: N images, C channels (RGB or grey), H height, W width. Images are uint8, 0..255, until they are
+normalized on the device that trains.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from qat.data.preprocessing import Augmentation, Preprocessing
 
 @dataclass(frozen=True, eq=False)
 class ImageSet(Dataset[tuple[Tensor, int]]):
-    """One split. A key (index, seed) gives (uint8 [3, height, width], label). ``labels``: int64 [N].
+    """One split. A key (index, seed) gives (uint8 [C, height, width], label). ``labels``: int64 [N].
 
     The seed determines the augmentation; without augmentation it is ignored.
     """
@@ -54,7 +54,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         return fitting and (self.augmentation is None or self.augmentation.padding > 0)
 
     def take(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The images of int64 ``keys`` [N, 2]: uint8 [N, 3, height, width] and labels [N]. The set must be ready."""
+        """The images of int64 ``keys`` [N, 2]: uint8 [N, C, height, width] and labels [N]. The set must be ready."""
         assert isinstance(self.pixels, ArrayPixels)
         index, seeds = keys.to(self.labels.device, non_blocking=True).unbind(1)
         images_NCHW = self.pixels.images[self.indices[index]]
@@ -95,7 +95,7 @@ def batches(
     training: bool = False,
     processes: Processes = SINGLE_PROCESS,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in batches: (uint8 [N, 3, height, width], labels int64 [N]), on the set's device, or pinned for a GPU.
+    """The images in batches: (uint8 [N, C, height, width], labels int64 [N]), on the set's device, or pinned for a GPU.
 
     Args:
         images: the split.

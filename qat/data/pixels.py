@@ -3,7 +3,7 @@
 If the decoded images of all files fit in 1 GiB, they are decoded once, at the start: then a corrupt image is found
 before training. Otherwise files are decoded on demand.
 
-Layouts: N images, C channels (RGB), H height, W width. Pixels are uint8, 0..255.
+Layouts: N images, C channels (RGB or grey), H height, W width. Pixels are uint8, 0..255.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from qat.base.console import progress
 from qat.base.errors import UserError, one_line
+from qat.data.decode import decode, image_size, rgb
 
 MEMORY_LIMIT = 1 << 30  # largest number of bytes of decoded images that are kept
+_GREY_BATCH = 256  # images that are converted to grey at a time
 
 
 class Pixels(Protocol):
-    """Images by index: uint8 [3, H, W], where H and W may differ from one image to the next."""
+    """Images by index: uint8 [C, H, W], where H and W may differ from one image to the next."""
 
     def __len__(self) -> int: ...
 
@@ -34,7 +35,7 @@ class Pixels(Protocol):
 
 @dataclass(frozen=True)
 class ArrayPixels:
-    """Images of one size, in memory: uint8 [N, 3, H, W]."""
+    """Images of one size, in memory: uint8 [N, C, H, W]."""
 
     images: Tensor
 
@@ -78,17 +79,46 @@ class TorchvisionPixels:
 
     def __getitem__(self, index: int) -> Tensor:
         try:
-            return _rgb(self.dataset[index][0])
+            return rgb(self.dataset[index][0])
         except Exception as error:  # Pillow raises many types of exceptions
             name = f"image {index} of torchvision's {type(self.dataset).__name__}"
             raise UserError(f"{name} is corrupt ({one_line(error)}): download the data set again") from error
+
+
+@dataclass(frozen=True)
+class GreyPixels:
+    """RGB images as grey ones, uint8 [1, H, W]."""
+
+    colored: Pixels
+
+    def __len__(self) -> int:
+        return len(self.colored)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return grey(self.colored[index])
+
+
+def in_grey(pixels: Pixels) -> Pixels:
+    """RGB images as grey ones; those in memory are converted at once."""
+    if not isinstance(pixels, ArrayPixels):
+        return GreyPixels(pixels)
+    images_NCHW = pixels.images
+    if images_NCHW.stride(1) == 0:  # they were grey before images_nchw
+        return ArrayPixels(images_NCHW[:, :1])
+    return ArrayPixels(torch.cat([grey(part) for part in images_NCHW.split(_GREY_BATCH)]))
+
+
+def grey(image: Tensor) -> Tensor:
+    """uint8 [..., 3, H, W] -> [..., 1, H, W], as Pillow converts to its mode L (ITU-R BT.601)."""
+    red, green, blue = (image.narrow(-3, color, 1).int() for color in range(3))
+    return ((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).to(torch.uint8)
 
 
 def decode_all(paths: Sequence[str]) -> list[Tensor] | None:
     """All images, decoded in threads; None if they do not fit in memory."""
     size = 0
     for path in paths:
-        width, height = _image_size(path)
+        width, height = image_size(path)
         size += 3 * width * height
         if size > MEMORY_LIMIT:
             return None
@@ -98,37 +128,3 @@ def decode_all(paths: Sequence[str]) -> list[Tensor] | None:
             decoded.append(image)
             task.advance()
     return decoded
-
-
-def _image_size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return width, height
-    except Exception as error:  # Pillow raises many types of exceptions
-        raise _unreadable(path, error) from error
-
-
-def decode(path: str) -> Tensor:
-    """An image file as uint8 [3, H, W]. Raises UserError naming the file when it is corrupt or truncated."""
-    try:
-        with Image.open(path) as image:
-            return _rgb(image)
-    except Exception as error:  # Pillow raises many types of exceptions
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str, error: Exception) -> UserError:
-    if isinstance(error, OSError) and error.errno is not None:
-        return UserError(f"cannot read {path}: {error.strerror}; check the file and its permissions")
-    reason = one_line(error).replace(f" {path!r}", "")
-    return UserError(f"{path} is corrupt ({reason}): remove or replace it")
-
-
-def _rgb(image: Image.Image) -> Tensor:
-    """The image as uint8 [3, H, W]; transparency is dropped, and 16-bit grey loses its low byte."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -1,19 +1,19 @@
 """Turns a decoded image into the network's input, at random in training and in a fixed way in evaluation.
 
 An engine must repeat the preprocessing of evaluation, so its few numbers are stored in every sidecar. Resampling is
-torchvision's bilinear interpolation with antialiasing.
+torchvision's, bilinear or bicubic, with antialiasing as in Pillow. Files of before bicubic resampling are bilinear.
 
-Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on the
-device that trains.
+Layouts: N images, C channels (RGB or grey), H height, W width. Images are uint8, 0..255, until they are
+normalized on the device that trains.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from qat.base.errors import UserError
 
+Interpolation = Literal["bilinear", "bicubic"]
+_COLORS = {1: "grey", 3: "RGB"}  # by channels
 _CROP_SCALE, _CROP_RATIO, _CROP_TRIALS = (0.35, 1.0), (3 / 4, 4 / 3), 10
 
 
@@ -30,61 +32,100 @@ class ImagePreset:
     """How photographs are preprocessed for a network; the defaults are those of most ImageNet weights.
 
     ``size``: height and width of the input in pixels, unless another size is asked for. ``short_side``: the length to
-    which the short side is resized before a crop of that size. ``mean`` and ``std``: for red, green and blue in 0..1.
+    which the short side is resized before a crop of that size. ``mean`` and ``std``: of pixels in 0..1, for red, green
+    and blue, or one number for grey. ``interpolation``: how images are resampled.
     """
 
     size: int = 224
     short_side: int = 256
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: Interpolation = "bilinear"
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for RGB."""
+        return len(self.mean)
+
+    def in_channels(self, channels: int) -> ImagePreset:
+        """The same for images of 1 or 3 channels: grey has the average of the three colors, as in timm."""
+        if channels == self.channels:
+            return self
+        mean, std = ((sum(values) / len(values),) * channels for values in (self.mean, self.std))
+        return replace(self, mean=mean, std=std)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an RGB image to the network's input: resize, center crop, normalize. Stored in every sidecar.
+    """From an image to the network's input: resize, center crop, normalize. Stored in every sidecar.
 
     ``resize`` is the length in pixels to which the short side is resized before the center crop of ``height`` x
-    ``width``. An image whose short side already has this length is not resampled.
+    ``width``. An image whose short side already has this length is not resampled. ``mean`` and ``std`` have one number
+    for each channel: three for color RGB, one for color grey. Raises UserError when an entry is invalid.
     """
 
     height: int
     width: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     resize: int
-    interpolation: Literal["bilinear"] = "bilinear"
-    color: Literal["RGB"] = "RGB"
+    interpolation: Interpolation = "bilinear"
+    color: Literal["RGB", "grey"] = "RGB"
+
+    def __post_init__(self) -> None:
+        counts = f"{self.color} with {len(self.mean)} means and {len(self.std)} deviations"
+        if _COLORS.get(len(self.mean)) != self.color or len(self.mean) != len(self.std):
+            raise UserError(f'preprocessing of {counts}: give three of each for "RGB", one of each for color="grey"')
+        if self.interpolation not in get_args(Interpolation) or min(self.std) <= 0:
+            raise UserError(
+                f"preprocessing with {self.interpolation} interpolation and std {self.std}: give "
+                f"{' or '.join(get_args(Interpolation))}, and deviations above 0"
+            )
+        if not 0 < min(self.height, self.width) <= self.resize:
+            raise UserError(
+                f"preprocessing crops {self.height}x{self.width} out of {self.resize}: give a longer resize"
+            )
+
+    @classmethod
+    def from_preset(cls, preset: ImagePreset, height: int, width: int, resize: int) -> Preprocessing:
+        """What ``preset`` says for a network of this size."""
+        color: Literal["RGB", "grey"] = "grey" if preset.channels == 1 else "RGB"
+        return cls(height, width, preset.mean, preset.std, resize, preset.interpolation, color)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preprocessing:
         """The inverse of ``dataclasses.asdict``. Raises UserError when an entry is missing or invalid."""
         try:
-            colors = {name: three_floats(content[name]) for name in ("mean", "std")}
-            found = cls(**{**content, **colors})
-            if found.interpolation != "bilinear" or found.color != "RGB" or min(colors["std"]) <= 0:
-                raise ValueError(f"{found.interpolation}, {found.color}, std {found.std}")
-            if not 0 < min(found.height, found.width) <= found.resize:
-                raise ValueError(f"{found.height}x{found.width} out of {found.resize}")
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(**{**content, **{name: tuple(map(float, content[name])) for name in ("mean", "std")}})
+        except (KeyError, TypeError, ValueError, UserError) as error:
             raise UserError(
                 f"preprocessing lacks or misstates an entry ({type(error).__name__}: {error}): make it again"
             ) from error
-        return found
+
+    @property
+    def channels(self) -> int:
+        """1 for grey, 3 for RGB."""
+        return len(self.mean)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of the network's input."""
+        return self.channels, self.height, self.width
 
     @property
     def preset(self) -> ImagePreset:
         """The preset from which ``load_data`` makes the same preprocessing again."""
-        return ImagePreset(self.height, self.resize, self.mean, self.std)
+        return ImagePreset(self.height, self.resize, self.mean, self.std, self.interpolation)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
-        """uint8 [N, 3, H, W] -> float32 [N, 3, H, W] on the same device: (x / 255 - mean) / std."""
+        """uint8 [N, C, H, W] -> float32 [N, C, H, W] on the same device: (x / 255 - mean) / std."""
         mean, std = (_per_channel(values, images_NCHW.device) for values in (self.mean, self.std))
         return (images_NCHW.float() / 255 - mean) / std
 
     def fit(self, image: Tensor) -> Tensor:
-        """uint8 [..., 3, h, w] -> [..., 3, height, width]: resizes the short side to ``resize``, crops the center."""
+        """uint8 [..., C, h, w] -> [..., C, height, width]: resizes the short side to ``resize``, crops the center."""
         if min(image.shape[-2:]) != self.resize:
-            image = transforms.resize(image, [self.resize], InterpolationMode.BILINEAR, antialias=True)
+            image = transforms.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
         if image.shape[-2:] != (self.height, self.width):
             image = transforms.center_crop(image, [self.height, self.width])
         return image
@@ -102,19 +143,20 @@ class Augmentation:
     flip: bool
 
     def __call__(self, image: Tensor, preprocessing: Preprocessing, seed: int) -> Tensor:
-        """uint8 [3, h, w] -> [3, height, width]; what is random depends only on ``seed``."""
+        """uint8 [C, h, w] -> [C, height, width]; what is random depends only on ``seed``."""
         if self.padding:
             return self.shift(preprocessing.fit(image)[None], torch.tensor([seed]))[0]
         generator = torch.Generator().manual_seed(seed)
         size = [preprocessing.height, preprocessing.width]
         box = _random_box(image.shape[-2], image.shape[-1], generator)
-        image = transforms.resized_crop(image, *box, size, InterpolationMode.BILINEAR, antialias=True)
+        interpolation = InterpolationMode(preprocessing.interpolation)
+        image = transforms.resized_crop(image, *box, size, interpolation, antialias=True)
         if self.flip and torch.rand((), generator=generator) < 0.5:
             image = transforms.horizontal_flip(image)
         return image
 
     def shift(self, images_NCHW: Tensor, seeds: Tensor) -> Tensor:
-        """Shifts and mirrors uint8 [N, 3, H, W], each image by its seed (int64 [N], at least 0, on the same device)."""
+        """Shifts and mirrors uint8 [N, C, H, W], each image by its seed (int64 [N], at least 0, on the same device)."""
         count, _, height, width = images_NCHW.shape
         reach = 2 * self.padding + 1
         down, right, mirrored = seeds % reach, seeds // reach % reach, seeds // reach**2 % 2 == 1
@@ -144,8 +186,8 @@ def _random_box(height: int, width: int, generator: torch.Generator) -> tuple[in
 
 @lru_cache(maxsize=16)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """float32 [3, 1, 1]. Cached, because a copy to a GPU waits for all work before it, here a whole training step."""
-    return torch.tensor(values, dtype=torch.float32, device=device).reshape(3, 1, 1)
+    """float32 [C, 1, 1]. Cached, because a copy to a GPU waits for all work before it, here a whole training step."""
+    return torch.tensor(values, dtype=torch.float32, device=device).reshape(-1, 1, 1)
 
 
 def three_floats(values: Sequence[float]) -> tuple[float, float, float]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-ThreeFloats = tuple[float, float, float]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
@@ -18,8 +16,9 @@ class ImageRequest:
         seed: determines which images go into which split.
         calibration_images: largest number of images in the calibration split.
         root: folder in which torchvision's data sets are found, or to which they are downloaded.
-        mean: mean of red, green and blue by which images are normalized, each in 0..1; None: the mean with which the
-            weights were trained.
+        channels: 3 for images in color, 1 for images in grey, to which colors are converted.
+        mean: mean of each channel by which images are normalized, in 0..1; None: the mean with which the weights were
+            trained.
         std: standard deviation by which images are normalized; None as for ``mean``.
         batch_size: images in a batch, for all processes together.
         workers: processes that decode images which do not fit in memory.
@@ -30,7 +29,8 @@ class ImageRequest:
     seed: int = 0
     calibration_images: int = 512
     root: Path = Path("data")
-    mean: ThreeFloats | None = None
-    std: ThreeFloats | None = None
+    channels: int = 3
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     batch_size: int = 32
     workers: int = 0

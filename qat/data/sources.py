@@ -1,24 +1,23 @@
-"""Reads image sources: digits, an image folder, an .npz file, torchvision's data sets, a folder without labels.
+"""Reads labelled image sources: digits, an image folder, an .npz file, torchvision's data sets.
 
-Every reader checks what it can before training starts, and reports a fault in one line. qat/data/splits.py decides how
-the images are split, qat/data/pixels.py how they are decoded and kept.
+Every reader checks what it can before training starts, and reports a fault in one line. qat/data/folders.py reads
+image folders; qat/data/splits.py decides how the images are split, qat/data/pixels.py how they are kept.
 """
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
+from qat.data.folders import read_folder
 from qat.data.parts import Part, Source
-from qat.data.pixels import ArrayPixels, FilePixels, decode_all, images_nchw
+from qat.data.pixels import ArrayPixels, images_nchw
 from qat.data.torchvision_sets import read_torchvision, torchvision_sets
 
 
@@ -34,13 +33,13 @@ def read_source(source: str, root: Path) -> Source:
     if source.startswith("torchvision:"):
         return read_torchvision(source.removeprefix("torchvision:"), root)
     if path.is_dir():
-        return _read_folder(path)
+        return read_folder(path)
     if path.suffix == ".npz":
         return _read_npz(path)
     known = ["digits", *(f"torchvision:{name}" for name in torchvision_sets())]
     raise UserError(
-        f"unknown data set {source!r}, and no such folder{did_you_mean(source, known)}: give digits, a folder with "
-        "train/ and val/ (for python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with "
+        f"unknown data set {source!r}, and no such folder{did_you_mean(source, known)}: give digits, a folder of "
+        "<class>/<image> (for python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with "
         f"one of {', '.join(torchvision_sets())}"
     )
 
@@ -55,95 +54,6 @@ def _read_digits() -> Source:
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], 0..16 -> 0..255
     part = Part(ArrayPixels(images_nchw(grey)), torch.as_tensor(digits.target, dtype=torch.int64))
     return Source(part, None, None, tuple("0123456789"), (32, 32), mirrors=False)
-
-
-# --- image folder
-
-
-def _read_folder(folder: Path) -> Source:
-    if not (folder / "train").is_dir() or not (folder / "val").is_dir():
-        found = ", ".join(sorted(child.name for child in folder.iterdir())[:8]) or "nothing"
-        raise UserError(
-            f"{folder} has no train/ or no val/ (found: {found}): put <class>/<image> into train/ and val/; only "
-            "python -m qat.calibrate takes images without labels, from a folder that has neither"
-        )
-    splits = [split for split in ("train", "val", "test") if (folder / split).is_dir()]
-    files = {split: _class_files(folder / split) for split in splits}
-    for split in splits[1:]:
-        _check_same_classes(folder, files, split)
-    paths = {split: [path for of_class in files[split].values() for path in of_class] for split in splits}
-    decoded = decode_all([path for split in splits for path in paths[split]])
-    parts, start = {}, 0
-    for split in splits:
-        stop = start + len(paths[split])
-        pixels = FilePixels(paths[split], None if decoded is None else decoded[start:stop])
-        counts = torch.tensor([len(of_class) for of_class in files[split].values()])
-        parts[split] = Part(pixels, torch.repeat_interleave(torch.arange(len(counts)), counts))
-        start = stop
-    has_test = "test" in parts
-    return Source(
-        parts["train"],
-        parts["val"] if has_test else None,
-        parts["test" if has_test else "val"],
-        tuple(files["train"]),
-        None,
-        cropped=False,
-        notes=(f"test: {folder / 'test'}" if has_test else f"test: {folder / 'val'}, because there is no test/",),
-    )
-
-
-def _class_files(split: Path) -> dict[str, list[str]]:
-    """Class name -> its image files, both sorted; files in subfolders of a class belong to it too."""
-    classes = sorted(child.name for child in split.iterdir() if child.is_dir() and not child.name.startswith("."))
-    if not classes:
-        raise UserError(f"{split} has no class folders: put the images of each class into {split}/<class>/")
-    files = {}
-    for name in classes:
-        files[name] = _image_files(split / name)
-        if not files[name]:
-            kinds = " ".join(IMG_EXTENSIONS)
-            raise UserError(f"class folder {split / name} has no image ({kinds}): add some, or remove the folder")
-    return files
-
-
-def _image_files(folder: Path) -> list[str]:
-    """The image files in ``folder`` and its subfolders, sorted."""
-    return sorted(
-        os.path.join(inner, file)
-        for inner, _, names in os.walk(folder, followlinks=True)
-        for file in names
-        if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-    )
-
-
-def _check_same_classes(folder: Path, files: dict[str, dict[str, list[str]]], split: str) -> None:
-    for present, absent in (("train", split), (split, "train")):
-        missing = [name for name in files[present] if name not in files[absent]]
-        if missing:
-            listed = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise UserError(
-                f"{len(missing)} of the {len(files[present])} classes in {folder / present} are missing from "
-                f"{folder / absent}: {listed}; add images there, or remove them here"
-            )
-
-
-# --- images without labels
-
-
-def unlabelled_folder(source: str) -> Path | None:
-    """``source`` as a folder of images without labels: it has neither train/ nor val/. None if it is anything else."""
-    path = Path(source).expanduser()
-    labelled = (path / "train").is_dir() or (path / "val").is_dir()
-    named = source == "digits" or source.startswith("torchvision:")
-    return path if path.is_dir() and not labelled and not named else None
-
-
-def unlabelled_files(folder: Path) -> list[str]:
-    """The image files in ``folder`` and its subfolders, sorted. Raises UserError when there is none."""
-    files = _image_files(folder)
-    if not files:
-        raise UserError(f"{folder} has no image ({' '.join(IMG_EXTENSIONS)}): add some, or give another folder")
-    return files
 
 
 # --- .npz
@@ -164,7 +74,7 @@ def _read_npz(path: Path) -> Source:
     size = arrays["train_images"].shape[1:3]
     for split in splits:
         _check_npz_split(path, split, arrays[f"{split}_images"], arrays[f"{split}_labels"], size)
-    class_names = _npz_class_names(path, arrays)
+    class_names = _npz_class_names(path, arrays, splits)
     for split in splits:
         _check_label_range(path, split, arrays[f"{split}_labels"], len(class_names))
     parts = {
@@ -174,7 +84,15 @@ def _read_npz(path: Path) -> Source:
         )
         for split in splits
     }
-    return Source(parts["train"], parts.get("val"), parts["test"], class_names, (size[0], size[1]))
+    return Source(
+        parts["train"],
+        parts.get("val"),
+        parts["test"],
+        class_names,
+        (size[0], size[1]),
+        notes=_note_of_absent(arrays["train_labels"], len(class_names)),
+        all_classes="class_names" in arrays,
+    )
 
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -212,9 +130,11 @@ def _check_npz_split(path: Path, split: str, images: np.ndarray, labels: np.ndar
         )
 
 
-def _npz_class_names(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+def _npz_class_names(path: Path, arrays: dict[str, np.ndarray], splits: list[str]) -> tuple[str, ...]:
+    """``class_names`` of the file; without them, numbers up to the highest label in any of ``splits``."""
     if "class_names" not in arrays:
-        return tuple(str(label) for label in range(max(0, int(arrays["train_labels"].max())) + 1))
+        highest = max(int(arrays[f"{split}_labels"].max()) for split in splits)
+        return tuple(str(label) for label in range(max(0, highest) + 1))
     names = arrays["class_names"]
     if names.dtype.kind != "U" or names.ndim != 1:
         raise UserError(
@@ -230,9 +150,11 @@ def _check_label_range(path: Path, split: str, labels: np.ndarray, classes: int)
             f"{path}: {split}_labels range from {low} to {high}, but there are {classes} classes: "
             f"number the classes from 0 to {classes - 1}"
         )
+
+
+def _note_of_absent(labels: np.ndarray, classes: int) -> tuple[str, ...]:
+    """A line that counts the classes without a training image, if there are any."""
     absent = np.setdiff1d(np.arange(classes), labels)
-    if split == "train" and len(absent):
-        raise UserError(
-            f"{path}: {len(absent)} of {classes} classes have no training image (class {absent[0]} is the first): "
-            "number the classes from 0 without gaps"
-        )
+    if not len(absent):
+        return ()
+    return (f"{len(absent)} of {classes} classes have no training image (class {absent[0]} is the first)",)

@@ -5,8 +5,8 @@ on validation, and reported accuracies are measured on test. A split that a sour
 training images, stratified by class; the choice depends only on the seed. Images without labels have only two splits,
 calibration and test.
 
-Layouts: N images, C channels (RGB), H height, W width. Images are uint8, 0..255, until they are normalized on
-the device that trains.
+Layouts: N images, C channels (RGB or grey), H height, W width. Images are uint8, 0..255, until they are
+normalized on the device that trains.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import Tensor
 
 from qat.base.errors import UserError
 from qat.data.batches import ImageSet
+from qat.data.folders import unlabelled_files
 from qat.data.parts import NO_LABEL, Part, Source
-from qat.data.pixels import MEMORY_LIMIT, ArrayPixels, FilePixels, decode_all
+from qat.data.pixels import MEMORY_LIMIT, ArrayPixels, FilePixels, Pixels, decode_all, in_grey
 from qat.data.preprocessing import Augmentation, ImagePreset, Preprocessing
-from qat.data.sources import read_source, unlabelled_files
+from qat.data.sources import read_source
 
 IMAGENET_PRESET = ImagePreset()
 _SMALL = 64  # pixels; in training, images up to this size are shifted, larger ones are cropped and resized
@@ -42,7 +43,8 @@ _HELD_OUT_MOST = 1024  # images without labels to measure on; an agreement of 99
 class Data:
     """The four splits, which have no image in common. ``notes`` say how they were made, one line for each.
 
-    Without labels there are no class names, and train and validation are empty.
+    Without labels there are no class names, and train and validation are empty. ``all_classes``: whether there can be
+    no more classes than ``class_names``.
     """
 
     train: ImageSet
@@ -53,6 +55,7 @@ class Data:
     preprocessing: Preprocessing
     notes: tuple[str, ...]
     source: str
+    all_classes: bool = True
 
     def on(self, device: torch.device) -> Data:
         """The same data, with the splits that are ready in the memory of a GPU if they take at most a quarter of it.
@@ -95,18 +98,21 @@ def load_data(
     """The data set ``source`` in four disjoint splits.
 
     Args:
-        source: 'digits', an image folder with train/ and val/, an .npz file, or 'torchvision:NAME'.
+        source: 'digits', an image folder of classes, in train/ and val/ or not, an .npz file, or 'torchvision:NAME'.
         image_size: height and width of the network's input in pixels; None: the size that suits the data.
         seed: determines which images go into the splits that are taken out of the training images.
         calibration_images: largest number of images in the calibration split.
         root: folder in which torchvision's data sets are found, or to which they are downloaded.
-        preset: how photographs are preprocessed; mean and deviation apply to other images too.
+        preset: how photographs are preprocessed; mean and deviation apply to other images too, and their number says
+            whether images are in color or in grey.
 
     Raises:
         UserError: the source is unknown, damaged or too small.
     """
     _check_request(image_size, seed, calibration_images)
     found = read_source(source, root)
+    if preset.channels == 1:
+        found = found.in_grey()
     preprocessing = _preprocessing(found.default_size, found.cropped, source, image_size, preset)
     augmentation = _augmentation(found, source, preprocessing)
     if augmentation.padding:
@@ -128,6 +134,7 @@ def load_data(
         preprocessing,
         (*found.notes, *notes),
         source,
+        found.all_classes,
     )
 
 
@@ -147,20 +154,30 @@ def load_unlabelled(
         UserError: there is no image, or a chosen image is corrupt.
     """
     _check_request(image_size, seed, calibration_images)
-    files = unlabelled_files(folder)
+    files, notes = unlabelled_files(folder)
     total = len(files)
     test = min(_HELD_OUT_MOST, max(total - calibration_images, int(_TEST_SHARE * total)))
     counts = {"test": test, "calibration": min(calibration_images, total - test)}
     groups = stratified_split(torch.full((total,), NO_LABEL), list(counts.values()), seed)
     paths = [files[index] for group in groups[:2] for index in group.tolist()]
-    pixels = FilePixels(paths, decode_all(paths))
+    pixels: Pixels = FilePixels(paths, decode_all(paths))
+    if preset.channels == 1:
+        pixels = in_grey(pixels)
     preprocessing = _preprocessing(None, False, str(folder), image_size, preset)
 
     def image_set(start: int, stop: int) -> ImageSet:
         return ImageSet(pixels, torch.arange(start, stop), torch.full((stop - start,), NO_LABEL), preprocessing)
 
     none = image_set(0, 0)
-    notes = tuple(f"{name}: {count} of {total} images, chosen by the seed" for name, count in counts.items() if count)
+    reasons = {
+        "test": f"a fifth, at most {_HELD_OUT_MOST}, or what calibration leaves",
+        "calibration": "the most that was asked for" if counts["calibration"] == calibration_images else "all others",
+    }
+    notes += tuple(
+        f"{name}: {count} of {total} images, chosen by the seed: {reasons[name]}"
+        for name, count in counts.items()
+        if count
+    )
     return Data(none, image_set(test, len(paths)), none, image_set(0, test), (), preprocessing, notes, str(folder))
 
 
@@ -203,10 +220,10 @@ def _preprocessing(
     short = min(height, width)
     if not cropped and short > _SMALL:
         short = round(short * preset.short_side / preset.size)
-    mean, std = preset.mean, preset.std
-    if source == "digits" and (mean, std) == (IMAGENET_PRESET.mean, IMAGENET_PRESET.std):
-        mean, std = (0.305,) * 3, (0.376,) * 3  # those of digits, unless others are asked for
-    return Preprocessing(height, width, mean, std, short)
+    usual = IMAGENET_PRESET.in_channels(preset.channels)
+    if source == "digits" and (preset.mean, preset.std) == (usual.mean, usual.std):  # no others are asked for
+        preset = replace(preset, mean=(0.305,) * preset.channels, std=(0.376,) * preset.channels)
+    return Preprocessing.from_preset(preset, height, width, short)
 
 
 def _augmentation(found: Source, source: str, preprocessing: Preprocessing) -> Augmentation:
@@ -219,11 +236,25 @@ def _resize_once(found: Source, preprocessing: Preprocessing) -> Source:
     """``found`` with small in-memory images resized once to the network's size, if the result fits in memory."""
     parts = {name: getattr(found, name) for name in ("train", "validation", "test")}
     arrays = {name: part for name, part in parts.items() if part and isinstance(part.pixels, ArrayPixels)}
-    if sum(len(part.labels) for part in arrays.values()) * 3 * preprocessing.resize**2 > MEMORY_LIMIT:
+    count = sum(len(part.labels) for part in arrays.values())
+    if count * preprocessing.channels * preprocessing.resize**2 > MEMORY_LIMIT:
         return found
     for name, part in arrays.items():
         arrays[name] = Part(ArrayPixels(preprocessing.fit(part.pixels.images)), part.labels)
     return replace(found, **arrays)
+
+
+def _calibration_count(left: int, most: int) -> tuple[int, str]:
+    """How many of ``left`` training images calibrate, ``most`` of which were asked for, and why that many."""
+    tenth = int(_CALIBRATION_SHARE * left)
+    limits = (
+        (most, "the most that was asked for"),
+        (int(_CALIBRATION_MOST * left), "at most a quarter of what is left"),
+        (tenth, "a tenth of what is left")
+        if tenth >= _CALIBRATION_LEAST
+        else (_CALIBRATION_LEAST, "enough for ranges"),
+    )
+    return min(limits, key=lambda limit: limit[0])
 
 
 def _split(found: Source, source: str, seed: int, calibration_images: int) -> tuple[dict[str, Tensor], list[str]]:
@@ -235,8 +266,8 @@ def _split(found: Source, source: str, seed: int, calibration_images: int) -> tu
     if found.validation is None:
         counts["validation"] = int(_VALIDATION_SHARE * total)
     left = total - sum(counts.values())
-    wanted = max(_CALIBRATION_LEAST, int(_CALIBRATION_SHARE * left))
-    counts["calibration"] = min(calibration_images, wanted, int(_CALIBRATION_MOST * left))
+    counts["calibration"], reason = _calibration_count(left, calibration_images)
+    reasons = {"test": "a fifth", "validation": "a tenth", "calibration": reason}
     for name, count in counts.items():
         if count == 0:
             least = 4 if found.validation else math.ceil(1 / _VALIDATION_SHARE)
@@ -246,7 +277,7 @@ def _split(found: Source, source: str, seed: int, calibration_images: int) -> tu
             )
     groups = stratified_split(found.train.labels, list(counts.values()), seed)
     notes = [
-        f"{name}: {count} of {total} images, held out of training, stratified by class"
+        f"{name}: {count} of {total} images, held out of training, stratified by class: {reasons[name]}"
         for name, count in counts.items()
     ]
     return dict(zip([*counts, "train"], groups, strict=True)), notes

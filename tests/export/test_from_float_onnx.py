@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import Graph, save
+from PIL import Image
 from torch import Tensor, nn
 
 from deploy.builder import build
@@ -362,3 +363,41 @@ def test_tensors_that_share_a_scale_get_the_largest_of_a_cache(tmp_path: Path) -
     assert sorted(map(len, groups.values())) == [1, 3]
     for quantizer, tensors in groups.items():
         assert values[f"{quantizer}.scale"] == max(scales[tensor] for tensor in tensors)
+
+
+def test_a_folder_without_labels_is_calibrated_on(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for index in range(20):
+        (tmp_path / "images" / "some").mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / "some" / f"{index}.png")
+    model = to_onnx(Net(), tmp_path / "net.onnx")
+    largest = quantize_onnx(model, data=tmp_path / "images", images=8, weight_calibrator="max")
+    assert largest.figures["parity"]["inputs"] == 12
+    assert largest.details["reference"]["images"] == 12
+    assert largest.details["reference"]["top1"] is None
+    least = quantize_onnx(model, tmp_path / "mse.onnx", data=tmp_path / "images", images=8, weight_calibrator="mse")
+    assert least.details["weight_calibrator"] == "mse"
+    clipped, whole = (
+        {value.name: numpy_helper.to_array(value) for value in onnx.load(path).graph.initializer}
+        for path in (tmp_path / "mse.onnx", tmp_path / "net.int8.onnx")
+    )
+    names = [name for name in whole if name.endswith("codes")]
+    assert names
+    for name in names:
+        scale = name.removesuffix("codes") + "scale"
+        assert (clipped[scale] <= whole[scale]).all()
+    assert any((clipped[name] != whole[name]).any() for name in names)
+
+
+def test_inputs_of_one_channel_are_grey_images(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 14 * 14, 3))
+    model = tmp_path / "grey.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net.eval(), (torch.randn(1, 1, 16, 16),), model, dynamo=False, input_names=["input"])
+    sidecar = quantize_onnx(model, data="digits", images=8)
+    assert sidecar.preprocessing["color"] == "grey"
+    assert sidecar.preprocessing["mean"] == [0.305]
+    with pytest.raises(UserError, match=r"--mean has 3 numbers, the network takes 1 channels: give 1"):
+        quantize_onnx(model, data="digits", images=8, mean=(0.5, 0.5, 0.5))

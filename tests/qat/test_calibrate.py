@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import qat.post_training
 from deploy import build, report
+from deploy.reference import network_input
 from export import export_onnx
 from qat.base.artifact import Sidecar, read_sidecar
 from qat.base.errors import UserError
@@ -29,7 +30,7 @@ from qat.compute.device import Compute
 from qat.data.splits import Data, load_unlabelled
 from qat.evaluate import compare
 from qat.fake_quantize.prepare import weights_and_quantizers
-from qat.models import ModelSpec, build_model
+from qat.models import ModelSpec, build_model, spec_for
 from qat.options import CalibrateOptions, TrainOptions
 from qat.train import main as run
 
@@ -115,6 +116,7 @@ def test_the_same_network_and_figures_as_training_with_no_epochs(
         key: expected.figures[key] for key in ("float", "ptq")
     }
     assert "qat" not in found.figures
+    assert "qat" not in expected.figures  # nothing was trained
     assert found.class_names == expected.class_names == tiny.CLASSES
     assert found.details["splits"] == expected.details["splits"]
     assert found.details["data"]["labelled"] is True
@@ -422,13 +424,15 @@ def test_folders_that_hold_no_images_or_half_of_a_labelled_set(trained: Path, we
     folder, output = tmp_path / "images", tmp_path / "out" / "model.qat"
     (folder / "inner").mkdir(parents=True)
     (folder / "notes.txt").write_text("no image")
-    assert f"{folder} has no image (.jpg" in refused(trained, weights, folder, output)
+    assert f"{folder} has no image (found: 1 .txt; read: " in refused(trained, weights, folder, output)
     (folder / "train").mkdir()
-    assert "has no train/ or no val/ (found: inner, notes.txt, train)" in refused(trained, weights, folder, output)
+    assert "has only one of train/ and val/ (found: inner, notes.txt, train)" in refused(
+        trained, weights, folder, output
+    )
 
 
 def test_training_refuses_images_without_labels(trained: Path, photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"only python -m qat\.calibrate takes images without labels"):
+    with pytest.raises(UserError, match=r"python -m qat\.calibrate also takes images without labels"):
         run(TrainOptions(**tiny.options(trained, data=str(photos), output=tmp_path / "model.qat")))
 
 
@@ -454,3 +458,46 @@ def test_answers_that_are_not_finite(trained: Path, weights: Path, photos: Path,
     shutil.copy(next(photos.glob("*.png")), few)
     for folder in (photos, few):  # of few images none is held out
         assert "output has NaN or infinity" in refused(trained, broken, folder, tmp_path / "model.qat")
+
+
+# --- one channel
+
+
+def test_a_network_of_one_channel_goes_through_to_onnx(trained: Path, photos: Path, tmp_path: Path) -> None:
+    source = (trained / "net.py").read_text().replace("nn.Conv2d(3, 8", "nn.Conv2d(1, 8")
+    (tmp_path / "net.py").write_text(source)
+    torch.save(build_model(ModelSpec(f"{tmp_path / 'net.py'}:net", 3)).state_dict(), tmp_path / "net.pth")
+    output = tmp_path / "model.qat"
+    calibrate(tmp_path, tmp_path / "net.pth", photos, output, channels=1)
+    checkpoint = load_checkpoint(output)
+    assert checkpoint.preprocessing.color == "grey"
+    assert (len(checkpoint.preprocessing.mean), checkpoint.input_shape) == (1, (1, 16, 16))
+    assert training_data(checkpoint).preprocessing == checkpoint.preprocessing
+    sidecar = export_onnx(output, tmp_path / "bytes.onnx", input="uint8-nhwc")
+    assert sidecar.inputs[0].shape == (-1, 16, 16, 1)
+    assert sidecar.figures["parity"]["other_top1"] == 0
+    exported = export_onnx(output, tmp_path / "model.onnx")
+    with np.load(tmp_path / "model.reference.npz") as reference:
+        given = network_input(reference["images"], exported)
+        expected = checkpoint.preprocessing.normalize(torch.from_numpy(reference["images"]).permute(0, 3, 1, 2))
+    assert np.array_equal(given, expected.numpy())
+    with pytest.raises(UserError, match=r"takes 1 channels, and the images have 3: give --channels 1"):
+        calibrate(tmp_path, tmp_path / "net.pth", photos, output)
+    with pytest.raises(UserError, match=r"--mean 0.5: 1 for images of 3 channels; give one for each channel"):
+        calibrate(tmp_path, tmp_path / "net.pth", photos, output, mean=(0.5,))
+
+
+def test_timm_builds_a_network_of_one_channel() -> None:
+    spec = spec_for("timm/resnet18", 3, 1)
+    assert build_model(spec).conv1.in_channels == 1  # type: ignore[union-attr]
+    assert spec_for("timm/resnet18", 3, 3).kwargs == spec_for("resnet18", 3, 1).kwargs == {}
+
+
+def test_an_npz_with_fewer_classes_than_the_weights(trained: Path, weights: Path, tmp_path: Path) -> None:
+    with np.load(trained / "images.npz") as arrays:
+        kept = {key: arrays[key] for key in arrays if key != "class_names"}
+    for split in ("train", "test"):
+        chosen = kept[f"{split}_labels"] < 2
+        kept |= {f"{split}_{kind}": kept[f"{split}_{kind}"][chosen] for kind in ("images", "labels")}
+    np.savez(tmp_path / "two.npz", **kept)
+    assert len(calibrate(trained, weights, tmp_path / "two.npz", tmp_path / "model.qat").class_names) == 3

@@ -286,7 +286,7 @@ def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("resnet50", "ResNet50_Weights.IMAGENET1K_V1", 224, 256),
         ("efficientnet_b4", "DEFAULT", 380, 384),
         ("inception_v3", "DEFAULT", 299, 342),
-        ("timm/inception_v3", "some.pth", 299, 342),
+        ("timm/inception_v3", "some.pth", 299, 341),
         ("resnet50", "some.pth", 224, 256),
         ("resnet50", None, 224, 256),
         ("resnet50", "UNKNOWN", 224, 256),
@@ -295,6 +295,18 @@ def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_weights_tell_how_they_take_photographs(name: str, weights: str | None, size: int, short_side: int) -> None:
     found = preset_of_weights(name, weights)
     assert (found.size, found.short_side) == (size, short_side)
+
+
+def test_weights_tell_how_photographs_are_resampled() -> None:
+    for name, weights, expected in (
+        ("resnet50", "IMAGENET1K_V2", "bilinear"),
+        ("efficientnet_b4", "DEFAULT", "bicubic"),
+        ("swin_t", "DEFAULT", "bicubic"),
+        ("timm/resnet50", "some.pth", "bicubic"),
+        ("timm/inception_v3", "some.pth", "bicubic"),
+        ("resnet50", None, "bilinear"),
+    ):
+        assert preset_of_weights(name, weights).interpolation == expected, name
 
 
 def test_weights_tell_their_mean_and_deviation() -> None:

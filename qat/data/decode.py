@@ -1,0 +1,109 @@
+"""An image file -> uint8 RGB, as a person sees the image, or one line that says why not.
+
+- An EXIF orientation is applied: cameras store a photograph as the sensor lay, and note how to turn it.
+- Transparency is dropped. Of an image with several frames, the first is taken.
+- 16 bits lose their low byte. Images of 10, 12 or 14 bits in files of 16 would become nearly black, and nothing in the
+  file tells their range: they are refused.
+- 32-bit integers are taken if they are in 0..255; floats if they fill 0..1, which is scaled, or 0..255.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from qat.base.errors import UserError, one_line
+
+_KNOWN = ".apng .avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+IMAGE_EXTENSIONS = tuple(known for known in _KNOWN.split() if known in Image.registered_extensions())
+"""How the names of image files end, in lower case; .avif only where Pillow was built with it."""
+
+_QUARTER = 64  # of the 256 levels: an image that ends below is taken to have another range than its type
+_SCALED, _OF_65535 = "scaled to 16 bits", "I;16B"  # .pgm files state their range, which Pillow scales to 0..65535
+
+
+class _RangeError(ValueError):
+    """The image can be read, but its values cannot be brought to 0..255."""
+
+
+_TOO_DARK = (
+    "stores 16 bits per value, but the largest is below 16384, as in images of 10, 12 or 14 bits: the image would be "
+    "nearly black; scale its values to 0..65535, or save it with 8 bits"
+)
+
+
+def decode(path: str) -> Tensor:
+    """An image file as uint8 [3, H, W].
+
+    Raises UserError naming the file when it is corrupt or truncated, or when the range of its values is not known.
+    """
+    try:
+        with Image.open(path) as image:
+            return rgb(image)
+    except Exception as error:  # Pillow raises many types of exceptions
+        raise _unreadable(path, error) from error
+
+
+def image_size(path: str) -> tuple[int, int]:
+    """(width, height) in pixels as stored, from the head of the file. Raises UserError as ``decode`` does."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            return width, height
+    except Exception as error:  # Pillow raises many types of exceptions
+        raise _unreadable(path, error) from error
+
+
+def rgb(image: Image.Image) -> Tensor:
+    """A Pillow image as uint8 [3, H, W]. Raises ValueError when the range of its values is not known."""
+    stored = _stored_as(image)  # loading forgets it
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode[0] in "IF":
+        upright = Image.fromarray(_levels(upright, stored))
+    elif upright.mode == "P" and "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+    levels_HWC = np.array(upright.convert("RGB"))
+    if ";16" in stored and upright.mode != "L" and levels_HWC.max() < _QUARTER:  # Pillow has dropped the low byte
+        raise _RangeError(_TOO_DARK)
+    return torch.from_numpy(levels_HWC).permute(2, 0, 1)
+
+
+def _stored_as(image: Image.Image) -> str:
+    """Pillow's name of how a file that is not loaded yet stores its values, such as 'RGB;16B'; '' if it has none."""
+    tiles: list[Any] = getattr(image, "tile", [])
+    if image.format == "PPM" and image.mode == "I":
+        return _OF_65535 if tiles[0][0] == "raw" else _SCALED
+    arguments = tiles[0][3] if tiles else ""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _levels(image: Image.Image, stored: str) -> np.ndarray:
+    """A grey image of more than 8 bits as uint8 [H, W]."""
+    values_HW = np.asarray(image)
+    low, high = values_HW.min(), values_HW.max()
+    if image.mode.startswith("I;16") or stored in (_OF_65535, _SCALED):
+        if 0 < high < _QUARTER << 8 and stored != _SCALED:
+            raise _RangeError(_TOO_DARK)
+        return (values_HW >> 8).astype(np.uint8)
+    if image.mode == "I" and low >= 0 and high <= 255:
+        return values_HW.astype(np.uint8)
+    if image.mode == "F" and low >= 0 and (high <= 1 or _QUARTER <= high <= 255):
+        scaled_HW: np.ndarray = np.rint(values_HW * (255 if high <= 1 else 1)).astype(np.uint8)
+        return scaled_HW
+    kind, taken = ("32-bit integers", "0..255 is") if image.mode == "I" else ("floats", "0..1 and 0..255 are")
+    raise _RangeError(f"holds {kind} from {low:g} to {high:g}, of which only {taken} known: scale them to that")
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    reason = one_line(error).replace(f" {path!r}", "")
+    if isinstance(error, _RangeError):
+        return UserError(f"{path} {reason}")
+    if isinstance(error, UnidentifiedImageError):
+        return UserError(f"{path} is corrupt ({reason}), or of a kind that Pillow does not read: remove or replace it")
+    if isinstance(error, OSError) and error.errno is not None:
+        return UserError(f"cannot read {path}: {error.strerror}; check the file and its permissions")
+    return UserError(f"{path} is corrupt ({reason}): remove or replace it")

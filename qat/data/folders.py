@@ -1,0 +1,164 @@
+"""Reads image folders: labelled by the folders that images are in, with or without splits, or without labels.
+
+FOLDER/train/<class>/<image>, FOLDER/val/<class>/<image>, perhaps FOLDER/test/<class>/<image>
+FOLDER/<class>/<image>          the splits are made by qat/data/splits.py
+FOLDER/.../<image>              images without labels; the names of folders have no meaning
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from qat.base.errors import UserError
+from qat.data.decode import IMAGE_EXTENSIONS
+from qat.data.parts import Part, Source
+from qat.data.pixels import FilePixels, decode_all
+
+_EXTENSIONS_SHOWN = 4
+
+
+def read_folder(folder: Path) -> Source:
+    """Images by class, in splits if the folder has them. Raises UserError when there are no classes, or other ones."""
+    if not _is_split(folder):
+        return _read_classes(folder)
+    if not (folder / "train").is_dir() or not (folder / "val").is_dir():
+        found = ", ".join(sorted(child.name for child in folder.iterdir())[:8])
+        raise UserError(
+            f"{folder} has only one of train/ and val/ (found: {found}): put <class>/<image> into both, or the class "
+            "folders into one folder without train/ and val/, which is then split"
+        )
+    splits = [split for split in ("train", "val", "test") if (folder / split).is_dir()]
+    others: Counter[str] = Counter()
+    files = {split: _class_files(folder / split, others) for split in splits}
+    for split in splits[1:]:
+        _check_same_classes(folder, files, split)
+    parts = dict(zip(splits, _parts([files[split] for split in splits]), strict=True))
+    has_test = "test" in parts
+    test = f"test: {folder / 'test'}" if has_test else f"test: {folder / 'val'}, because there is no test/"
+    return Source(
+        parts["train"],
+        parts["val"] if has_test else None,
+        parts["test" if has_test else "val"],
+        tuple(files["train"]),
+        None,
+        cropped=False,
+        notes=(test, *_note_of_others(others)),
+    )
+
+
+def unlabelled_folder(source: str) -> Path | None:
+    """``source`` as a folder of images without labels: it has neither train/ nor val/. None if it is anything else."""
+    path = Path(source).expanduser()
+    named = source == "digits" or source.startswith("torchvision:")
+    return path if path.is_dir() and not _is_split(path) and not named else None
+
+
+def unlabelled_files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
+    """The image files in ``folder`` and its subfolders, sorted, and lines that say what was left out.
+
+    Raises UserError when there is no image.
+    """
+    others: Counter[str] = Counter()
+    files = _image_files(folder, others)
+    if not files:
+        raise UserError(f"{folder} has no image{_instead(others)}: add some, or give another folder")
+    return files, _note_of_others(others)
+
+
+def _is_split(folder: Path) -> bool:
+    return (folder / "train").is_dir() or (folder / "val").is_dir()
+
+
+def _read_classes(folder: Path) -> Source:
+    """Images by class that are not in splits yet."""
+    others: Counter[str] = Counter()
+    files = _class_files(folder, others)
+    if len(files) < 2:
+        raise UserError(
+            f"{folder} has no train/ and no val/, and only one class folder ({next(iter(files))}): put <class>/<image> "
+            "into it for every class; python -m qat.calibrate also takes images without labels"
+        )
+    (part,) = _parts([files])
+    loose = sum(_is_image(child.name) for child in folder.iterdir() if child.is_file())
+    notes = [f"{folder} has no train/ and no val/: its {len(files)} class folders are split here"]
+    notes += [f"left out: {loose} images that are in no class folder"] if loose else []
+    return Source(part, None, None, tuple(files), None, cropped=False, notes=(*notes, *_note_of_others(others)))
+
+
+def _parts(files: list[dict[str, list[str]]]) -> list[Part]:
+    """One part for each split, whose images are kept in memory if those of all splits fit."""
+    paths = [[path for of_class in by_class.values() for path in of_class] for by_class in files]
+    decoded = decode_all([path for of_split in paths for path in of_split])
+    parts, start = [], 0
+    for by_class, of_split in zip(files, paths, strict=True):
+        stop = start + len(of_split)
+        pixels = FilePixels(of_split, None if decoded is None else decoded[start:stop])
+        counts = torch.tensor([len(of_class) for of_class in by_class.values()])
+        parts.append(Part(pixels, torch.repeat_interleave(torch.arange(len(counts)), counts)))
+        start = stop
+    return parts
+
+
+def _class_files(split: Path, others: Counter[str]) -> dict[str, list[str]]:
+    """Class name -> its image files, both sorted; files in subfolders of a class belong to it too."""
+    classes = sorted(child.name for child in split.iterdir() if child.is_dir() and not child.name.startswith("."))
+    if not classes:
+        raise UserError(f"{split} has no class folders: put the images of each class into {split}/<class>/")
+    files = {}
+    for name in classes:
+        inside: Counter[str] = Counter()
+        files[name] = _image_files(split / name, inside)
+        if not files[name]:
+            raise UserError(
+                f"class folder {split / name} has no image{_instead(inside)}: add some, or remove the folder"
+            )
+        others += inside
+    return files
+
+
+def _image_files(folder: Path, others: Counter[str]) -> list[str]:
+    """The image files in ``folder`` and its subfolders, sorted; ``others`` counts what else is there by extension."""
+    found = []
+    for inner, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if _is_image(name):
+                found.append(os.path.join(inner, name))
+            elif not name.startswith("."):
+                others[Path(name).suffix.lower() or "no extension"] += 1
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+
+
+def _note_of_others(others: Counter[str]) -> tuple[str, ...]:
+    if not others:
+        return ()
+    return (f"left out: {others.total()} files that are not images by their extension ({_listed(others)})",)
+
+
+def _instead(others: Counter[str]) -> str:
+    """What a folder without images has, and what it should have."""
+    found = f"found: {_listed(others)}; " if others else ""
+    return f" ({found}read: {' '.join(IMAGE_EXTENSIONS)})"
+
+
+def _listed(others: Counter[str]) -> str:
+    shown = [f"{count} {extension}" for extension, count in others.most_common(_EXTENSIONS_SHOWN)]
+    return ", ".join(shown) + (", ..." if len(others) > _EXTENSIONS_SHOWN else "")
+
+
+def _check_same_classes(folder: Path, files: dict[str, dict[str, list[str]]], split: str) -> None:
+    for present, absent in (("train", split), (split, "train")):
+        missing = [name for name in files[present] if name not in files[absent]]
+        if missing:
+            listed = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise UserError(
+                f"{len(missing)} of the {len(files[present])} classes in {folder / present} are missing from "
+                f"{folder / absent}: {listed}; add images there, or remove them here"
+            )
