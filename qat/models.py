@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,8 +37,8 @@ class ModelSpec:
     """A model by name.
 
     ``name``: a torchvision classification or segmentation model ('resnet50'), 'timm/NAME', or 'path/file.py:function',
-    which is called as function(num_classes=..., **kwargs). ``kwargs`` are passed to the constructor and must be
-    representable in JSON.
+    which is called as function(num_classes=..., **kwargs), or without num_classes if it does not take it. ``kwargs``
+    are passed to the constructor and must be representable in JSON.
     """
 
     name: str
@@ -54,6 +55,8 @@ def build_model(spec: ModelSpec) -> nn.Module:
     make: Callable[..., Any]
     if ".py:" in name:
         make = _function(name)
+        if not _takes_classes(make):
+            del options["num_classes"]
     elif name.startswith("timm/"):
         make = _timm_builder(name.removeprefix("timm/"))
     else:
@@ -62,7 +65,7 @@ def build_model(spec: ModelSpec) -> nn.Module:
     try:
         model = make(**options)
     except Exception as error:
-        shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        shown = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no arguments"
         raise UserError(
             f"model {name} cannot be built with {shown} ({type(error).__name__}: {one_line(error)}): correct the model"
         ) from error
@@ -123,6 +126,18 @@ def _timm_builder(name: str) -> Callable[..., Any]:
             f"check the name{did_you_mean(name, known)}"
         )
     return lambda **options: timm.create_model(name, pretrained=False, **options)
+
+
+def _takes_classes(function: Callable[..., Any]) -> bool:
+    """Whether the user's function takes num_classes by name; true of one that does not tell its parameters."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    named = parameters.get("num_classes")
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()) or (
+        named is not None and named.kind in (named.POSITIONAL_OR_KEYWORD, named.KEYWORD_ONLY)
+    )
 
 
 def _function(name: str) -> Callable[..., Any]:
