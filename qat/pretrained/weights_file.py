@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qat.base.errors import UserError, one_line
@@ -42,7 +41,7 @@ _INERT = (
     "numpy.ndarray",
 )
 _LARGEST_HEADER = 100_000_000  # bytes; the format's limit
-_LFS_POINTER = b"version https://git-lfs"
+_ZIP, _LFS_POINTER = b"PK\x03\x04", b"version https://git-lfs"
 
 
 class _Placeholder:
@@ -74,7 +73,7 @@ def read_weights_file(path: Path) -> Any:
         return load_file(path) if _is_safetensors(path, start) else _unpickle(path)
     except pickle.UnpicklingError as error:
         raise _cannot_unpickle(path, start, error) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
+    except Exception as error:  # what parsers raise on damaged bytes is not limited to a few types
         raise UserError(f"cannot read weights file {path} ({_words(error)}): {_remedy(start)}") from error
 
 
@@ -99,7 +98,7 @@ def _flaw(path: Path, start: bytes) -> str:
         return "is empty"
     if start.startswith(_LFS_POINTER):
         return "is a pointer of Git LFS, not the weights themselves (git lfs pull)"
-    if start.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):
+    if start.startswith(_ZIP) and not zipfile.is_zipfile(path):
         return "is truncated: it begins as a zip archive, and has no end record"
     return _cut_off(path, start) if _is_safetensors(path, start) else ""
 
@@ -142,6 +141,5 @@ def _words(error: Exception) -> str:
 
 
 def _remedy(start: bytes) -> str:
-    return (
-        f"it begins with {start[:16]!r}; give a .safetensors file, or one that torch.save wrote of model.state_dict()"
-    )
+    found = "" if start.startswith(_ZIP) else f"it begins with {start[:16]!r}; "
+    return f"{found}give a .safetensors file, or save the weights again by torch.save(model.state_dict(), file)"

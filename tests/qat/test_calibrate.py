@@ -192,7 +192,7 @@ def test_the_output_tells_the_number_of_classes_where_the_function_decides_it(
         torch.save(build_model(ModelSpec(name, 1)).state_dict(), tmp_path / "w.pth")
         sidecar = calibrate(trained, tmp_path / "w.pth", photos, tmp_path / "o.qat", model=name)
         assert (sidecar.details["model"]["num_classes"], len(sidecar.class_names)) == (7, 7)
-        assert f"w.pth, 7 classes\n" in capsys.readouterr().out
+        assert "w.pth, 7 classes\n" in capsys.readouterr().out
         with pytest.raises(UserError, match="answers 7 classes, not 5: leave out --classes"):
             calibrate(trained, tmp_path / "w.pth", photos, tmp_path / "o.qat", model=name, classes=5)
 

@@ -115,11 +115,11 @@ def test_ranges_of_weights_arrive_bit_by_bit(factor: float) -> None:
 
 
 def test_a_range_for_all_channels_and_one_along_another_axis() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
-    ranges = {"0._weight_quantizer": torch.tensor(3.0), "1._weight_quantizer": torch.ones(1, 4, 1, 1)}
-    prepared = prepare(model, input_shape=(4, 8, 8))
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3))
+    ranges = {"0._weight_quantizer": torch.tensor(3.0), "1._weight_quantizer": torch.ones(1, 16, 1, 1)}
+    prepared = prepare(model, input_shape=(16, 8, 8))
     imported = set_imported_ranges(prepared, ranges)
-    assert torch.equal(imported.weights["0.weight_quantizer"], torch.full((4,), 3.0))
+    assert torch.equal(imported.weights["0.weight_quantizer"], torch.full((16,), 3.0))
     assert imported.other_weights == ("1.weight_quantizer",)
     assert imported.not_used == {"1._weight_quantizer": "of another shape than the weight's scales"}
 
@@ -139,9 +139,7 @@ CLIP = {"_amax": 9.0, "clip.clip_value_min": -1.5, "clip.clip_value_max": 1.75}
 
 
 def test_scaled_inputs_are_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"hold fc\._input_quantizer\._pre_quant_scale: that layer's input is multiplied"
-    ):
+    with pytest.raises(UserError, match=r"hold fc\._input_quantizer\._pre_quant_scale: that layer's input is"):
         split_ranges({"fc._input_quantizer._pre_quant_scale": torch.ones(4)})
 
 
@@ -163,11 +161,11 @@ class Own(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1)
         self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, H, W] -> [N, 4, H, W]."""
+        """[N, 3, H, W] -> [N, 16, H - 2, W - 2]."""
         y = self.relu(self.a(x))
         return self.b(y) + y
 
