@@ -185,8 +185,8 @@ def prepare_and_calibrate(
     if calibration.weight_method == "mse":
         fix_weight_ranges(prepared, imported.weights)
         if imported.weights:
-            others = len(imported.other_weights)
-            say(f"--weight-calibrator mse: for {others} weights; {len(imported.weights)} keep the checkpoint's ranges")
+            changed = f"sets {len(imported.other_weights)} ranges" if imported.other_weights else "changes nothing"
+            say(f"--weight-calibrator mse {changed}: {len(imported.weights)} weights keep the checkpoint's")
     return prepared
 
 

@@ -102,9 +102,9 @@ class ImportedRanges:
 
     def lines(self) -> list[str]:
         """How many ranges are the checkpoint's, what was calibrated here, and what was not used."""
-        tensors = f"{len(self.tensors)} of {len(self.tensors) + len(self.other_tensors)} tensors"
-        weights = f"{len(self.weights)} of {len(self.weights) + len(self.other_weights)} weights"
-        lines = [f"ranges of {tensors} and {weights} are the checkpoint's"]
+        tensors = f"{len(self.tensors)} of {len(self.tensors) + len(self.other_tensors)} ranges of activations"
+        weights = f"{len(self.weights)} of {len(self.weights) + len(self.other_weights)} of weights"
+        lines = [f"{tensors} and {weights} are the checkpoint's"]
         if others := (*self.other_tensors, *self.other_weights):
             why = "" if _UNKNOWN in self.not_used.values() else ", as the original does not quantize them"
             lines.append(f"not in the checkpoint{why}, so calibrated here: {_some(others)}")

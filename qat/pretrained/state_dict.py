@@ -55,7 +55,8 @@ class StateDict:
 
     def misfits(self, own: Collection[str]) -> int:
         """How many names are missing or unexpected in a model with the names ``own``."""
-        missing, unexpected = misfitting_names(own, [key for key in self.tensors if not is_quantizer_entry(key)])
+        found = dict.fromkeys(key for key in self.tensors if not is_quantizer_entry(key))
+        missing, unexpected = misfitting_names(own, found)
         return len(missing) + len(unexpected)
 
 
@@ -115,9 +116,9 @@ def _without_prefixes(found: StateDict) -> Iterator[StateDict]:
 
 
 def _without_ignored(found: StateDict, own: Collection[str], without: tuple[str, ...]) -> StateDict:
-    ignored = tuple(key for key in found.tensors if key not in own and _is_ignored(key, without))
+    ignored = {key for key in found.tensors if key not in own and _is_ignored(key, without)}
     tensors = {key: tensor for key, tensor in found.tensors.items() if key not in ignored}
-    return StateDict(tensors, found.entry, found.prefix, ignored)
+    return StateDict(tensors, found.entry, found.prefix, tuple(key for key in found.tensors if key in ignored))
 
 
 def _is_ignored(key: str, without: tuple[str, ...]) -> bool:

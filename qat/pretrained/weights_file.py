@@ -98,9 +98,16 @@ def _flaw(path: Path, start: bytes) -> str:
         return "is empty"
     if start.startswith(_LFS_POINTER):
         return "is a pointer of Git LFS, not the weights themselves (git lfs pull)"
-    if start.startswith(_ZIP) and not zipfile.is_zipfile(path):
+    if start.startswith(_ZIP) and not _has_end_record(path):
         return "is truncated: it begins as a zip archive, and has no end record"
     return _cut_off(path, start) if _is_safetensors(path, start) else ""
+
+
+def _has_end_record(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it has one, which is damaged
+        return True
 
 
 def _cut_off(path: Path, start: bytes) -> str:

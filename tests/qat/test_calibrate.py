@@ -160,7 +160,7 @@ def test_ranges_of_a_checkpoint_of_pytorch_quantization(
     sidecar = calibrate(trained, tmp_path / "old.pth", photos, tmp_path / "o.qat")
     assert sidecar.details["amax"]["relu"] == 7.0
     said = capsys.readouterr().out
-    assert "ranges of 1 of 4 tensors and 0 of 3 weights are the checkpoint's" in said
+    assert "1 of 4 ranges of activations and 0 of 3 of weights are the checkpoint's" in said
     assert "not in the checkpoint, as the original does not quantize them, so calibrated here: x," in said
     recorded = sidecar.details["ranges"]
     assert recorded["from_checkpoint"] == {"tensors": ["relu"], "weights": []}
@@ -175,7 +175,7 @@ def test_weights_that_the_checkpoint_has_no_range_for_follow_the_option(
     amax = old["conv1.weight"].abs().amax((1, 2, 3), keepdim=True)
     torch.save(old | {"conv1._weight_quantizer._amax": amax}, tmp_path / "old.pth")
     calibrate(trained, tmp_path / "old.pth", photos, tmp_path / "o.qat", weight_calibrator="mse")
-    assert "--weight-calibrator mse: for 2 weights; 1 keep the checkpoint's ranges" in capsys.readouterr().out
+    assert "--weight-calibrator mse sets 2 ranges: 1 weights keep the checkpoint's" in capsys.readouterr().out
     saved = load_file(tmp_path / "o.qat")
     assert "conv1.weight_quantizer.amax" not in saved  # it is the largest magnitude, which the range follows
     assert "conv2.weight_quantizer.amax" in saved

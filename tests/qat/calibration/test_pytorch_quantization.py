@@ -60,7 +60,7 @@ def test_every_range_of_a_resnet_arrives() -> None:
     assert list(fixed) == ["layer1.0.conv2"]
     assert torch.equal(fixed["layer1.0.conv2"], ranges["layer1.0.conv2._weight_quantizer"].flatten())
     assert imported.lines() == [
-        f"ranges of {len(amax)} of {len(amax)} tensors and 21 of 21 weights are the checkpoint's",
+        f"{len(amax)} of {len(amax)} ranges of activations and 21 of 21 of weights are the checkpoint's",
         "1 in the checkpoint, but not used, because nothing is quantized there: maxpool._input_quantizer",
     ]
     assert list(imported.record()["from_checkpoint"]["tensors"]) == list(amax)
@@ -194,7 +194,7 @@ def test_a_run_takes_them_over(
     with pytest.raises(UserError, match="give --float-epochs 0"):
         run(TrainOptions(**tiny.options(trained, **given)))
     run(TrainOptions(**tiny.options(trained, **given, float_epochs=0)))
-    assert "tensors and 3 of 3 weights are the checkpoint's" in capsys.readouterr().out
+    assert "ranges of activations and 3 of 3 of weights are the checkpoint's" in capsys.readouterr().out
     saved = load_file(tmp_path / "new.qat")
     assert saved["activation_quantizers.relu.amax"] == state["conv2._input_quantizer._amax"]
     assert torch.equal(saved["conv1.weight"], state["conv1.weight"])

@@ -156,3 +156,20 @@ def test_a_tensor_beyond_the_end_of_a_safetensors_file_is_told_by_its_reader(tmp
     content = (tmp_path / "w.safetensors").read_bytes()
     (tmp_path / "w.safetensors").write_bytes(content.replace(b"F32", b"F99"))
     refused(tmp_path / "w.safetensors", "F99")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_bytes_end_in_one_line(tmp_path: Path, zipped: bool) -> None:
+    path, random = tmp_path / "w.pth", np.random.default_rng(0)
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=zipped)
+    whole, refusals = path.read_bytes(), 0
+    for position in random.integers(len(whole), size=150):
+        damaged = bytearray(whole)
+        damaged[position] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_weights_file(path)
+        except UserError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+    assert refusals > 10
