@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,8 +38,8 @@ class ModelSpec:
     """A model by name.
 
     ``name``: a torchvision classification or segmentation model ('resnet50'), 'timm/NAME', or 'path/file.py:function',
-    which is called as function(num_classes=..., **kwargs). ``kwargs`` are passed to the constructor and must be
-    representable in JSON.
+    which is called as function(num_classes=..., **kwargs), or without num_classes if it does not take it. ``kwargs``
+    are passed to the constructor and must be representable in JSON.
     """
 
     name: str
@@ -87,6 +88,8 @@ def build_model(spec: ModelSpec, code: ModelCode | None = None, folder: Path | N
     make: Callable[..., Any]
     if ".py:" in name:
         make = _function(name, code, folder)
+        if not _takes_classes(make):
+            del options["num_classes"]
     elif name.startswith("timm/"):
         make = _timm_builder(name.removeprefix("timm/"))
     else:
@@ -95,7 +98,7 @@ def build_model(spec: ModelSpec, code: ModelCode | None = None, folder: Path | N
     try:
         model = make(**options)
     except Exception as error:
-        shown = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        shown = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no arguments"
         raise UserError(
             f"model {name} cannot be built with {shown} ({type(error).__name__}: {one_line(error)}): correct the model"
         ) from error
@@ -175,6 +178,18 @@ def model_file(name: str, code: ModelCode | None = None, folder: Path | None = N
         looked = ", ".join(dict.fromkeys(str(place.parent.resolve()) for place in places))
         raise UserError(f"no file {file} for the model {name}, in {looked}: check the path")
     return next((path for path in found if code is not None and sha256_of(path) == code.sha256), found[0])
+
+
+def _takes_classes(function: Callable[..., Any]) -> bool:
+    """Whether the user's function takes num_classes by name; true of one that does not tell its parameters."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    named = parameters.get("num_classes")
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()) or (
+        named is not None and named.kind in (named.POSITIONAL_OR_KEYWORD, named.KEYWORD_ONLY)
+    )
 
 
 def _function(name: str, code: ModelCode | None, folder: Path | None) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from qat.base.number_format import BITS
 from qat.base.text import decibels
 from qat.calibration.activation_ranges import observe, set_ranges
 from qat.calibration.adaround import adaround
-from qat.calibration.pytorch_quantization import set_imported_ranges
+from qat.calibration.pytorch_quantization import match_ranges, set_imported_ranges
 from qat.calibration.settings import CalibrationSettings
 from qat.checkpoint import save_checkpoint
 from qat.compute.device import Compute
@@ -42,7 +42,7 @@ from qat.models import check_channels
 from qat.rules.describe import say_placement
 from qat.rules.place import place
 from qat.rules.placement import Placement
-from qat.weights import Pretrained, build_pretrained, preset_of_weights
+from qat.weights import Pretrained, build_pretrained, preset_of_weights, with_classes_of_output
 
 _FEW_IMAGES = 16  # fewer do not represent what a network will see
 
@@ -85,8 +85,9 @@ def quantize_pretrained(
         raise UserError(f"--adaround {adaround_steps} is not a number of steps: it must be at least 0")
     check_writable(output)
     found = build_pretrained(model, weights, classes, images.channels)
-    say(f"weights: {weights}, {found.spec.num_classes} classes")
     data = _load_images(images, input_preset(model, weights, images))
+    found = with_classes_of_output(found, data.preprocessing.input_shape, classes)
+    say(", ".join([f"weights: {weights}, {found.spec.num_classes} classes", *found.notes]))
     say_data(data)
     class_names = _class_names(weights, found, data)
     _, placement = choose_placement(found.model, model, data, len(class_names), keep_float)
@@ -102,7 +103,11 @@ def quantize_pretrained(
         data.preprocessing,
         class_names,
         figures,
-        {**record_of_images(images, data, calibration), "adaround": adaround_steps},
+        {
+            **record_of_images(images, data, calibration),
+            **record_of_ranges(prepared, found.ranges),
+            "adaround": adaround_steps,
+        },
         images.seed,
     )
     _say_figures(figures)
@@ -198,10 +203,14 @@ def prepare_and_calibrate(
         warnings = set_ranges(prepared, observers, calibration.method, calibration.percentile)
     for line in warnings:
         warn(line)
-    for line in set_imported_ranges(prepared, ranges) if ranges else ():
+    imported = set_imported_ranges(prepared, ranges)
+    for line in imported.lines() if ranges else ():
         say(line)
-    if calibration.weight_method == "mse" and not ranges:
-        fix_weight_ranges(prepared)
+    if calibration.weight_method == "mse":
+        fix_weight_ranges(prepared, imported.weights)
+        if imported.weights:
+            changed = f"sets {len(imported.other_weights)} ranges" if imported.other_weights else "changes nothing"
+            say(f"--weight-calibrator mse {changed}: {len(imported.weights)} weights keep the checkpoint's")
     return prepared
 
 
@@ -230,6 +239,11 @@ def record_of_images(images: ImageRequest, data: Data, calibration: CalibrationS
         "calibrator": calibration.method,
         "weight_calibrator": calibration.weight_method,
     }
+
+
+def record_of_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a checkpoint records about ``ranges`` that came with the weights: which are in ``prepared``, by name."""
+    return {"ranges": match_ranges(prepared, ranges).record()} if ranges else {}
 
 
 def say_next(output: Path) -> None:

@@ -42,6 +42,7 @@ from qat.post_training import (
     input_preset,
     prepare_and_calibrate,
     record_of_images,
+    record_of_ranges,
     say_data,
     say_next,
 )
@@ -202,6 +203,7 @@ class _Run:
             return
         details = {
             **record_of_images(images, self.data, calibration),
+            **record_of_ranges(prepared, ranges),
             "bits": bits,
             "recipes": {"float": vars(float_recipe), "qat": vars(qat_recipe)},
             "processes": compute.processes.world_size,

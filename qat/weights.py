@@ -1,7 +1,7 @@
 """Loads the weights of a float model, from a file or from torchvision, and tells which preprocessing they expect.
 
 Weights must fit the model key by key. The one exception is a classifier with another number of classes, which then
-keeps its random weights. Only tensors are unpickled.
+keeps its random weights. No code of a file is run.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qat.base.errors import UserError, one_line
 from qat.calibration.pytorch_quantization import split_ranges
 from qat.data.preprocessing import ImagePreset, Interpolation, three_floats
 from qat.models import ModelSpec, build_model, name_of, spec_for, torchvision_names
+from qat.pretrained.state_dict import StateDict, find_state_dict, misfitting_names
+from qat.pretrained.weights_file import SUFFIXES, read_weights_file
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
 _MOST_COMMON = 1000  # classes: ImageNet's
@@ -33,24 +31,24 @@ _MOST_COMMON = 1000  # classes: ImageNet's
 def load_weights(model: nn.Module, weights: str) -> tuple[str, dict[str, Tensor]]:
     """Loads ``weights`` into ``model``, which ``build_model`` built.
 
-    Returns a line that says what was loaded, and the activation ranges if ``weights`` is a checkpoint of
-    pytorch-quantization.
+    Returns a line that says what was loaded and what was not, and the activation ranges if ``weights`` is a checkpoint
+    of pytorch-quantization.
 
     Args:
         model: the model, which is changed.
-        weights: a .safetensors file, a .pth or .pt file that holds a state dict (nothing else is unpickled), or
-            torchvision's name of weights for the model, such as 'IMAGENET1K_V2' or 'DEFAULT'.
+        weights: a .safetensors file, a .pth or .pt file that holds a state dict (qat/pretrained/weights_file.py says
+            what else it may hold), or torchvision's name of weights for the model, such as 'IMAGENET1K_V2' or
+            'DEFAULT'.
 
     Raises:
         UserError: no such weights, a damaged file, a failed download, or keys that do not fit the model.
     """
-    found, ranges = split_ranges(_tensors(name_of(model), weights))
-    head = _load(model, weights, found)
-    if not head:
-        return f"weights: {weights}", ranges
-    then, now = (len(tensors[f"{head}.weight"]) for tensors in (found, model.state_dict()))
-    line = f"weights: {weights}, except {head}: it has {then} classes there and {now} here, so it starts at random"
-    return line, ranges
+    found = _find(model, weights)
+    notes = list(found.notes)
+    if head := _load(model, weights, found.tensors):
+        then, now = (len(tensors[f"{head}.weight"]) for tensors in (found.tensors, model.state_dict()))
+        notes.append(f"except {head}: it has {then} classes there and {now} here, so it starts at random")
+    return ", ".join([f"weights: {weights}", *notes]), found.ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +56,14 @@ class Pretrained:
     """A float model all of whose weights were loaded.
 
     ``ranges``: activation ranges from a checkpoint of pytorch-quantization. ``class_names``: () if the weights do not
-    come with any.
+    come with any. ``notes``: what was taken of the weights file, and what was not.
     """
 
     spec: ModelSpec
     model: nn.Module
     ranges: Mapping[str, Tensor]
     class_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def build_pretrained(name: str, weights: str, classes: int | None = None, channels: int = 3) -> Pretrained:
@@ -76,50 +75,131 @@ def build_pretrained(name: str, weights: str, classes: int | None = None, channe
     Raises:
         UserError: as ``build_model`` and ``load_weights`` do, and when the weights have another number of classes.
     """
-    found, ranges = split_ranges(_tensors(name, weights))
     spec = spec_for(name, classes or _MOST_COMMON, channels)
     model = build_model(spec)
+    found = _find(model, weights)
     remedy = "" if classes else f", or their --classes if they are not {_MOST_COMMON}"
-    if head := _other_classifier(model.state_dict(), found):
-        rows = len(found[f"{head}.weight"])
-        if classes:
+    if head := _other_classifier(model.state_dict(), found.tensors):
+        rows, built = len(found.tensors[f"{head}.weight"]), len(model.state_dict()[f"{head}.weight"])
+        if classes == built:
             raise UserError(f"weights {weights} have {rows} classes ({head}), not {classes}: leave out --classes")
         spec, remedy = spec_for(name, rows, channels), ""
         model = build_model(spec)
-    if _load(model, weights, found, remedy):
+    if _load(model, weights, found.tensors, remedy):
         raise UserError(
-            f"weights {weights} have {rows} classes, but {name} has another number when it is built for {rows}: "
-            "correct the model"
+            f"weights {weights} have {rows} classes, but {name} has {built} ({head}) when it is built for {rows}: "
+            "give weights of this model, or let its function honour num_classes"
         )
-    return Pretrained(spec, model, ranges, () if _is_file(weights) else _categories(name, weights))
+    class_names = () if _is_file(weights) else _categories(name, weights)
+    return Pretrained(spec, model, found.ranges, class_names, found.notes)
+
+
+def with_classes_of_output(found: Pretrained, input_shape: tuple[int, ...], classes: int | None = None) -> Pretrained:
+    """``found`` with the number of classes that its model answers, which a user's function may have chosen itself.
+
+    Args:
+        found: a model and its weights.
+        input_shape: [C, H, W] of one image.
+        classes: the number that the user gave.
+
+    Raises:
+        UserError: the user gave another number.
+    """
+    answered = _classes_of_output(found.model, input_shape) if ".py:" in found.spec.name else None
+    if answered is None or answered == found.spec.num_classes:
+        return found
+    if classes:
+        raise UserError(f"model {found.spec.name} answers {answered} classes, not {classes}: leave out --classes")
+    return dataclasses.replace(found, spec=dataclasses.replace(found.spec, num_classes=answered))
+
+
+def _classes_of_output(model: nn.Module, input_shape: tuple[int, ...]) -> int | None:
+    """The number of logits for one image; None if the model answers something else, or fails, as tracing will tell."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            logits = model.eval()(torch.zeros(1, *input_shape))
+    except Exception:
+        return None
+    finally:
+        model.train(training)
+    return int(logits.shape[1]) if isinstance(logits, Tensor) and logits.ndim == 2 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Tensors for a model, the ranges that came with them, and what was taken and what was not."""
+
+    tensors: dict[str, Tensor]
+    ranges: dict[str, Tensor]
+    notes: tuple[str, ...] = ()
+
+
+def _find(model: nn.Module, weights: str) -> _Found:
+    """What ``weights`` hold for ``model``, from a file or from torchvision."""
+    if not _is_file(weights):
+        return _Found(_without_auxiliary(model, _torchvision_weights(name_of(model), weights)), {})
+    path = Path(weights).expanduser()
+    content = read_weights_file(path)
+    found = find_state_dict(content, model.state_dict().keys(), _AUXILIARY if _lacks_auxiliary(model) else ())
+    if found is None:
+        raise UserError(f"{path} does not hold a state dict (found: {_shown(content)}): save model.state_dict()")
+    taken, others = found
+    return _Found(*split_ranges(taken.tensors), _notes(taken, others))
+
+
+def _shown(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    return ", ".join(f"{key} ({type(value).__name__})" for key, value in list(content.items())[:5]) or "nothing"
+
+
+def _notes(taken: StateDict, others: tuple[str, ...]) -> tuple[str, ...]:
+    """What was taken of a file and what was not, one phrase each."""
+    notes = []
+    if taken.entry:
+        kind = "a moving average of the weights" if taken.is_average else ""
+        left = f"{' and '.join(map(repr, others))} not taken" if others else ""
+        explained = "; ".join(filter(None, (kind, left)))
+        notes.append(f"entry {taken.entry!r}" + (f" ({explained})" if explained else ""))
+    if taken.prefix:
+        notes.append(f"prefix {taken.prefix!r} removed")
+    if taken.ignored:
+        more = ", ..." if len(taken.ignored) > 2 else ""
+        notes.append(f"{len(taken.ignored)} entries ignored ({', '.join(taken.ignored[:2])}{more})")
+    return tuple(notes)
+
+
+def _lacks_auxiliary(model: nn.Module) -> bool:
+    return getattr(model, "aux_logits", None) is False
+
+
+def _without_auxiliary(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    left_out = _AUXILIARY if _lacks_auxiliary(model) else ()
+    return {key: tensor for key, tensor in found.items() if not key.startswith(left_out)}
 
 
 def _load(model: nn.Module, weights: str, found: Mapping[str, Tensor], remedy: str = "") -> str:
     """Loads the tensors ``found``; returns the path of a classifier with other classes, which is not loaded, or ''."""
-    if getattr(model, "aux_logits", None) is False:
-        found = {key: tensor for key, tensor in found.items() if not key.startswith(_AUXILIARY)}
     own = model.state_dict()
     head = _other_classifier(own, found)
-    misfits = _misfits(own, {key: tensor for key, tensor in found.items() if not _belongs(key, head)}, head)
-    if misfits:
+    fitting = {key: tensor for key, tensor in found.items() if not _belongs(key, head)}
+    if misfits := _misfits(own, fitting, head):
         if not all("with another shape" in misfit for misfit in misfits):
             remedy = ""  # another number of classes would not help
         raise UserError(
             f"weights {weights} do not fit the model: {'; '.join(misfits)}; give weights of this model{remedy}"
         )
-    fitting = {key: tensor for key, tensor in found.items() if not _belongs(key, head)}
-    model.load_state_dict(own | fitting)
+    try:
+        model.load_state_dict(own | fitting)
+    except RuntimeError as error:  # for example quantized or sparse tensors
+        raise UserError(f"weights {weights} cannot be loaded ({one_line(error)}): save float tensors") from error
     return head
 
 
 def _is_file(weights: str) -> bool:
     path = Path(weights).expanduser()
-    return path.exists() or path.suffix in (".safetensors", ".pth", ".pt")
-
-
-def _tensors(name: str, weights: str) -> dict[str, Tensor]:
-    """The state dict of ``weights`` of model ``name``, from a file or from torchvision."""
-    return _state_dict(Path(weights).expanduser()) if _is_file(weights) else _torchvision_weights(name, weights)
+    return path.exists() or path.suffix in SUFFIXES
 
 
 def preset_of_weights(name: str, weights: str | None) -> ImagePreset:
@@ -179,41 +259,6 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
     return state
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file; it may be nested in 'state_dict' or 'model', and a prefix 'module.' is removed."""
-    found = _read(path)
-    while isinstance(found, Mapping):
-        inner = next((key for key in ("state_dict", "model") if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
-            break
-        found = found[inner]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        content = ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
-        raise UserError(f"{path} does not hold a state dict (found: {content or 'nothing'}): save model.state_dict()")
-    prefix = "module." if all(key.startswith("module.") for key in found) else ""
-    return {key.removeprefix(prefix): tensor for key, tensor in found.items()}
-
-
-def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read safely is refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is not a weights file, or holds Python objects; unpickling those can run any code and is refused: "
-            "save only the tensors, torch.save(model.state_dict(), file)"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read weights file {path}: {error.strerror or one_line(error)}; check the path"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"weights file {path} is truncated or damaged ({one_line(error)}): get it again") from error
-
-
 def _other_classifier(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
     """The only module whose tensors differ in shape, if they differ only in the first dimension; else ''.
 
@@ -231,16 +276,14 @@ def _belongs(key: str, module: str) -> bool:
 
 
 def _misfits(own: Mapping[str, Tensor], found: Mapping[str, Tensor], head: str) -> list[str]:
-    """What does not fit, one phrase for each kind of misfit. num_batches_tracked may be missing, as in old files."""
-    missing = [
-        key for key in own if key not in found and not key.endswith("num_batches_tracked") and not _belongs(key, head)
-    ]
-    unexpected = [key for key in found if key not in own]
+    """What does not fit, one phrase for each kind of misfit."""
+    missing, unexpected = misfitting_names(own.keys(), found.keys())
     shapes = [
         f"{key} {list(found[key].shape)} for {list(own[key].shape)}"
         for key in found
         if key in own and own[key].shape != found[key].shape
     ]
+    missing = [key for key in missing if not _belongs(key, head)]
     kinds = (("missing", missing), ("unexpected", unexpected), ("with another shape", shapes))
     return [
         f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def missing_weights(place: Workplace) -> tuple[object, ...]:
 
 def pickled_weights(place: Workplace) -> tuple[object, ...]:
     place.train["weights"] = place.folder / "weights.pth"
-    torch.save({"epoch": 3, "state_dict": {}, "options": Path("x")}, place.train["weights"])
-    return place.folder / "weights.pth", "unpickling", "torch.save(model.state_dict(), file)"
+    torch.save({"epoch": 3, "state_dict": {}, "options": Fraction(1)}, place.train["weights"])
+    return place.folder / "weights.pth", "(fractions.Fraction); unpickling", "torch.save(model.state_dict(), file)"
 
 
 def weights_of_another_model(place: Workplace) -> tuple[object, ...]:

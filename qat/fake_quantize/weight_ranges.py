@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -37,10 +37,10 @@ def fix_saved_ranges(prepared: fx.GraphModule, tensors: Mapping[str, Tensor]) ->
             quantizer.fix(amax.to(weight.device))
 
 
-def fix_weight_ranges(prepared: fx.GraphModule) -> None:
-    """Fixes all ranges that follow their weights at the least squared quantization error."""
-    for _, weight, quantizer in weights_and_quantizers(prepared):
-        if quantizer.amax is None:
+def fix_weight_ranges(prepared: fx.GraphModule, keep: Collection[str] = ()) -> None:
+    """Fixes all ranges that follow their weights at the least squared error, except of the quantizers in ``keep``."""
+    for path, weight, quantizer in weights_and_quantizers(prepared):
+        if quantizer.amax is None and path not in keep:
             quantizer.fix(weight_amax_mse(weight, quantizer.axis, quantizer.format))
 
 

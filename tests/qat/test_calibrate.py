@@ -162,8 +162,41 @@ def test_ranges_of_a_checkpoint_of_pytorch_quantization(
     sidecar = calibrate(trained, tmp_path / "old.pth", photos, tmp_path / "o.qat")
     assert sidecar.details["amax"]["relu"] == 7.0
     said = capsys.readouterr().out
-    assert "ranges of 1 of" in said
-    assert "not in the checkpoint, so calibrated here: x," in said
+    assert "1 of 4 ranges of activations and 0 of 3 of weights are the checkpoint's" in said
+    assert "not in the checkpoint, as the original does not quantize them, so calibrated here: x," in said
+    recorded = sidecar.details["ranges"]
+    assert recorded["from_checkpoint"] == {"tensors": ["relu"], "weights": []}
+    assert "x" in recorded["calibrated_here"]["tensors"]
+    assert "--weight-calibrator" not in said
+
+
+def test_weights_that_the_checkpoint_has_no_range_for_follow_the_option(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = load_file(weights)
+    amax = old["conv1.weight"].abs().amax((1, 2, 3), keepdim=True)
+    torch.save(old | {"conv1._weight_quantizer._amax": amax}, tmp_path / "old.pth")
+    calibrate(trained, tmp_path / "old.pth", photos, tmp_path / "o.qat", weight_calibrator="mse")
+    assert "--weight-calibrator mse sets 2 ranges: 1 weights keep the checkpoint's" in capsys.readouterr().out
+    saved = load_file(tmp_path / "o.qat")
+    assert "conv1.weight_quantizer.amax" not in saved  # it is the largest magnitude, which the range follows
+    assert "conv2.weight_quantizer.amax" in saved
+
+
+def test_the_output_tells_the_number_of_classes_where_the_function_decides_it(
+    trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "seven.py"
+    head = "nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7))"
+    file.write_text(f"from torch import nn\ndef ignores(num_classes): return {head}\ndef takes_none(): return {head}\n")
+    for function in ("ignores", "takes_none"):
+        name = f"{file}:{function}"
+        torch.save(build_model(ModelSpec(name, 1)).state_dict(), tmp_path / "w.pth")
+        sidecar = calibrate(trained, tmp_path / "w.pth", photos, tmp_path / "o.qat", model=name)
+        assert (sidecar.details["model"]["num_classes"], len(sidecar.class_names)) == (7, 7)
+        assert "w.pth, 7 classes\n" in capsys.readouterr().out
+        with pytest.raises(UserError, match="answers 7 classes, not 5: leave out --classes"):
+            calibrate(trained, tmp_path / "w.pth", photos, tmp_path / "o.qat", model=name, classes=5)
 
 
 # --- without labels

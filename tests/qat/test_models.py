@@ -224,7 +224,8 @@ def test_a_model_that_ignores_the_number_of_classes(tmp_path: Path) -> None:
     file.write_text("from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Linear(4, 5))")
     torch.save(torch.nn.Sequential(torch.nn.Linear(4, 7)).state_dict(), weights)
     with pytest.raises(
-        UserError, match=r"have 7 classes, but .* has another number when it is built for 7: correct the model"
+        UserError,
+        match=r"have 7 classes, but .* has 5 \(0\) when it is built for 7: give weights of this model",
     ):
         build_pretrained(f"{file}:net", weights)
 
@@ -241,27 +242,46 @@ def test_weights_that_do_not_fit(net_file: Path, tmp_path: Path) -> None:
     refused_weights(build_model(ModelSpec("resnet18", 4)), path, "keys missing (conv1.weight, ", "keys unexpected")
 
 
-def test_bad_weight_files(net_file: Path, tmp_path: Path) -> None:
+def test_a_function_that_takes_no_number_of_classes(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from torch import nn\ndef none(): return nn.Sequential(nn.Linear(4, 7))\n"
+        "def width(*, width=3): return nn.Sequential(nn.Linear(4, width))\n"
+        "def passes(**options): return nn.Sequential(nn.Linear(4, options['num_classes']))\n"
+        "def other(classes): return nn.Linear(4, classes)\n"
+    )
+    for function, kwargs, rows in (("none", {}, 7), ("width", {"width": 5}, 5), ("passes", {}, 2)):
+        model = build_model(ModelSpec(f"{file}:{function}", 2, kwargs))
+        assert len(model.get_parameter("0.weight")) == rows
+    refused_model(f"{file}:other", "cannot be built with no arguments", "'classes'")
+    torch.save(nn.Sequential(nn.Linear(4, 7)).state_dict(), tmp_path / "w.pth")
+    assert build_pretrained(f"{file}:passes", str(tmp_path / "w.pth")).spec.num_classes == 7
+    with pytest.raises(UserError, match=r"have 7 classes, but .*:width has 3 \(0\) when it is built for 7"):
+        build_pretrained(f"{file}:width", str(tmp_path / "w.pth"))
+
+
+def test_weights_files_without_weights(net_file: Path, tmp_path: Path) -> None:
     model = build_net(net_file)
     refused_weights(model, tmp_path / "absent.pth", "cannot read weights file", "No such file")
-    path = tmp_path / "w.pth"
-    torch.save(model, path)
-    refused_weights(model, path, "unpickling", "torch.save(model.state_dict(), file)")
-    torch.save({"epoch": 3}, path)
-    refused_weights(model, path, "does not hold a state dict (found: epoch)")
-    torch.save(model.state_dict(), path)
-    whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"nonsense"):
-        path.write_bytes(content)
-        refused_weights(model, path, str(path))
-    tensors = tmp_path / "w.safetensors"
-    save_file(model.state_dict(), tensors)
-    for content in (tensors.read_bytes()[:-9], b"", b"nonsense" * 4):
-        tensors.write_bytes(content)
-        refused_weights(model, tensors, "truncated or damaged")
-    tensors.unlink()
-    refused_weights(model, tensors, "No such file")
     refused_weights(model, tmp_path, "cannot read", "directory")
+    torch.save({"epoch": 3, "args": {}}, tmp_path / "w.pth")
+    refused_weights(model, tmp_path / "w.pth", "does not hold a state dict (found: epoch (int), args (dict))")
+    torch.save([1, 2], tmp_path / "w.pth")
+    refused_weights(model, tmp_path / "w.pth", "(found: list)")
+
+
+def test_one_line_says_what_was_taken_and_what_was_not(net_file: Path, tmp_path: Path) -> None:
+    given, model, path = build_net(net_file, 10), build_net(net_file, 4), tmp_path / "w.pth"
+    average = {f"module.{key}": tensor for key, tensor in given.state_dict().items()}
+    average |= {"n_averaged": torch.tensor(3), "module.0.total_ops": torch.zeros(1)}
+    torch.save({"model": model.state_dict(), "model_ema": average, "epoch": 3}, path)
+    line, _ = load_weights(model, str(path))
+    assert line == (
+        f"weights: {path}, entry 'model_ema' (a moving average of the weights; 'model' not taken), "
+        "prefix 'module.' removed, 2 entries ignored (n_averaged, 0.total_ops), "
+        "except 3: it has 10 classes there and 4 here, so it starts at random"
+    )
+    assert torch.equal(model.get_parameter("0.weight"), given.get_parameter("0.weight"))
 
 
 def test_unknown_weight_names(net_file: Path) -> None:

@@ -1,0 +1,1 @@
+"""Weights files as people have them: read without running any code, and searched for the model's state dict."""
