@@ -189,7 +189,7 @@ class _Run:
             reached.phase, reached.fit = "qat", FitState()
             self.save(prepared, FitState(), {})
         else:
-            prepared = prepare(model, placement, input_shape=self.input_shape, training=True)
+            prepared = prepare(model, placement, input_shape=self.data.preprocessing.input_shape, training=True)
             simulate_bits(prepared, bits)
             fix_saved_ranges(prepared, reached.model)
             if learn_ranges:
@@ -246,7 +246,7 @@ class _Run:
         teacher.load_state_dict(self.reached.teacher)
         batches = batch_count(self.data.train, recipe.batch_size, training=True, processes=processes)
         return Distillation(
-            trace(self.compute.place(teacher), self.input_shape),
+            trace(self.compute.place(teacher), self.data.preprocessing.input_shape),
             self.compute,
             recipe.label_smoothing,
             settings,
@@ -254,11 +254,6 @@ class _Run:
             images=processes.share_of(recipe.batch_size),
             steps=recipe.epochs * batches,
         )
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """[C, H, W] of the network's input."""
-        return self.data.preprocessing.input_shape
 
     def fit(self, phase: str, model: nn.Module, recipe: Recipe, loss: CrossEntropy | None = None) -> nn.Module:
         """Trains ``model``; continues where the run was stopped, if that was in this phase."""
