@@ -283,7 +283,8 @@ def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
         node.name = unique
         for index, value in enumerate(node.outputs):
             if value not in outputs:
-                value.name = unique if len(node.outputs) == 1 else f"{unique}_{index}"
+                value.name = unique if len(node.outputs) == 1 else unused_name(f"{unique}_{index}", taken)
+                taken.add(value.name)
 
 
 def _layers(network: nn.Module) -> set[str]:

@@ -84,7 +84,7 @@ def unknown_function(place: Workplace) -> tuple[object, ...]:
 
 def untraceable_model(place: Workplace) -> tuple[object, ...]:
     place.train |= {"model": place.train["model"].replace(":net", ":branching"), "float_epochs": 0}
-    return "torch.fx cannot trace this model", "net.py:", "if x.sum() > 0"
+    return "the model cannot be traced", "net.py:", "if x.sum() > 0"
 
 
 def unknown_data(place: Workplace) -> tuple[object, ...]:
@@ -213,6 +213,7 @@ def checkpoint_of_another_format(place: Workplace) -> tuple[object, ...]:
 def checkpoint_of_a_model_that_is_gone(place: Workplace) -> tuple[object, ...]:
     path = sidecar_path(place.copy("model.qat"))
     rewrite(path, lambda content: content["details"]["model"].update(name="gone.py:net"))
+    rewrite(path, lambda content: content["details"].update(code=None))
     return "no file gone.py", "check the path"
 
 

@@ -139,9 +139,14 @@ def layer_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module:
             inputs, outputs = weight.shape[0], inputs
         name = "".join(part.capitalize() for part in function.split("_"))  # conv_transpose2d -> ConvTranspose2d
         layer = getattr(nn, name)(inputs, outputs, weight.shape[2:], bias=bias is not None, **options, device="meta")
-    layer.weight, layer.bias = weight, bias
+    layer.weight, layer.bias = _parameter(weight), _parameter(bias)
     module: nn.Module = layer
     return module
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    """``tensor``, which may be a buffer, as a parameter."""
+    return tensor if tensor is None or isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

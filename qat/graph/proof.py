@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs = copy.deepcopy(model), inputs
-        _wake(self.model)
+        wake(self.model)
         device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
         self.given = inputs.random(_BATCH, device)
         self.answer = self._evaluate()
@@ -70,12 +71,19 @@ class Reference:
             try:
                 answer = self.inputs.call(self.model.eval(), given)
             except Exception as error:  # a model may raise anything
-                raise UserError(f"the model fails in evaluation: {raised_where(error)}") from error
+                raise UserError(
+                    f"the model does not take {self._images()}: it was stopped by {raised_where(error)}: "
+                    "give another --image-size (input_shape), or correct the model"
+                ) from error
             drew = not torch.equal(state, torch.random.get_rng_state())
         for name, tensor in self.given.items():
             if not _same(tensor, given[name]):
                 raise UserError(f"the model changes its input {name} in place: let it work on a copy")
         return answer, drew
+
+    def _images(self) -> str:
+        shown = [f"{name} {'x'.join(map(str, shape))}" for name, shape in self.inputs.shapes.items()]
+        return f"one image of {shown[0].partition(' ')[2]}" if len(shown) == 1 else " and ".join(shown)
 
     def prove_evaluation(self, traced: nn.Module) -> None:
         """Raises NotProvedError when ``traced`` answers something else in evaluation."""
@@ -150,7 +158,7 @@ def _check_answer(answer: Any) -> None:
 
 def _difference(expected: Any, found: Any) -> str:
     """Where two nested answers differ; '' if nowhere."""
-    if type(expected) is not type(found):
+    if type(expected) is not type(found) and not isinstance(expected, OrderedDict):  # a graph makes dicts
         return f"a {type(found).__name__} for a {type(expected).__name__}"
     theirs, ours = dict(leaves(expected)), dict(leaves(found))
     if list(theirs) != list(ours):
@@ -211,7 +219,7 @@ def _cuda(given: Mapping[str, Tensor]) -> list[int]:
     return sorted({tensor.get_device() for tensor in given.values() if tensor.is_cuda})
 
 
-def _wake(model: nn.Module) -> None:
+def wake(model: nn.Module) -> None:
     """Gives parameters that are zero, and hide the branch behind them, random values; equal ones for equal names."""
     for name, parameter in model.named_parameters():
         if parameter.numel() and parameter.is_floating_point() and parameter.detach().abs().max() < 1e-2:
@@ -223,7 +231,7 @@ def _wake(model: nn.Module) -> None:
 @contextmanager
 def _woken(model: nn.Module) -> Iterator[None]:
     before = {name: parameter.data for name, parameter in model.named_parameters()}
-    _wake(model)
+    wake(model)
     try:
         yield
     finally:

@@ -221,7 +221,8 @@ _ARITHMETIC = tuple(
 
 def why_untraceable(error: Exception) -> str:
     """One line: what stopped the trace, and at which line of the model's code."""
-    return f"the model cannot be traced: {raised_where(error)}"
+    remedy = "make that line independent of it, or quantize a submodule without it"
+    return f"the model cannot be traced; it was stopped by {raised_where(error)}: {remedy}"
 
 
 def raised_where(error: Exception) -> str:

@@ -504,7 +504,7 @@ def test_a_network_of_one_channel_goes_through_to_onnx(trained: Path, photos: Pa
     calibrate(tmp_path, tmp_path / "net.pth", photos, output, channels=1)
     checkpoint = load_checkpoint(output)
     assert checkpoint.preprocessing.color == "grey"
-    assert (len(checkpoint.preprocessing.mean), checkpoint.input_shape) == (1, (1, 16, 16))
+    assert (len(checkpoint.preprocessing.mean), checkpoint.preprocessing.input_shape) == (1, (1, 16, 16))
     assert training_data(checkpoint).preprocessing == checkpoint.preprocessing
     sidecar = export_onnx(output, tmp_path / "bytes.onnx", input="uint8-nhwc")
     assert sidecar.inputs[0].shape == (-1, 16, 16, 1)

@@ -318,7 +318,7 @@ def test_images_that_the_model_does_not_take_are_refused_before_training(trained
     net.write_text(
         "from torch import nn\ndef net(num_classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(9, 3))"
     )
-    with pytest.raises(UserError, match=r"does not take one image of 3x16x16 \(RuntimeError: .*another --image-size"):
+    with pytest.raises(UserError, match=r"does not take one image of 3x16x16: .*RuntimeError: .*another --image-size"):
         train(trained, output, model=f"{net}:net")
 
 

@@ -152,7 +152,9 @@ def test_arguments_with_defaults_are_bound_to_them():
     ],
 )
 def test_what_is_not_known_is_refused_with_its_line(between, what):
-    with pytest.raises(UserError, match=rf"cannot be traced: .*test_tracing\.py:\d+: .*{what}") as error:
+    with pytest.raises(
+        UserError, match=rf"cannot be traced; it was stopped by .*test_tracing\.py:\d+: .*{what}"
+    ) as error:
         trace(Body(between), SHAPE)
     assert "\n" not in str(error.value)
 
@@ -366,9 +368,12 @@ class Counts(Body):
             r"answers a tensor of shape \[5\]: its first dimension must be the batch",
         ),
         (Body(end=lambda model, y: y.mean()), r"answers a tensor of shape \[\]"),
-        (Body(end=lambda model, y: 1 / 0), r"fails in evaluation: .*test_tracing\.py:\d+: .*ZeroDivisionError"),
-        (Body(lambda model, x: x + torch.zeros(1, device="meta")), "fails in evaluation: .*test_tracing"),
-        (Body(lambda model, x: x[:, :3]), r"fails in evaluation: .*expected input.* to have 8 channels"),
+        (
+            Body(end=lambda model, y: 1 / 0),
+            r"does not take one image of 3x8x12: .*test_tracing\.py:\d+: .*ZeroDivisionError",
+        ),
+        (Body(lambda model, x: x + torch.zeros(1, device="meta")), "does not take one image of 3x8x12: .*test_tracing"),
+        (Body(lambda model, x: x[:, :3]), r"expected input.* to have 8 channels"),
     ],
 )
 def test_one_line_for_what_is_no_network(model, message):

@@ -249,13 +249,36 @@ def test_stochastic_depth_does_not_hide_the_convolution_from_the_addition():
     ("layer", "rule"),
     [
         (nn.ConvTranspose2d(16, 16, 3), "transposed_convolution"),
-        (nn.utils.parametrizations.weight_norm(nn.Conv1d(16, 16, 1)), "computed_weight"),
     ],
 )
 def test_layers_that_cannot_be_quantized_stay_float(layer, rule):
     found = placement(nn.Sequential(layer))
     assert [(d.quantized, d.rule) for d in found.weights] == [(False, rule)]
     assert found.tensors == ()
+
+
+class Standardized(nn.Conv2d):
+    """A convolution whose weight is standardized at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.weight.mean((1, 2, 3), True), self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / deviation, self.bias, self.stride, self.padding)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 24, 3)),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(16, 24, 3)),
+        Standardized(16, 24, 3),
+    ],
+)
+def test_a_weight_that_is_computed_from_parameters_is_quantized(layer):
+    (decision,) = placement(nn.Sequential(layer, nn.ReLU())).weights
+    assert (decision.quantized, decision.rule) == (True, "weighted_input")
+    network = network_from_fx(traced(nn.Sequential(layer)))
+    (weight,) = (op.weight for op in network if op.weight is not None)
+    assert (weight.in_channels, weight.out_channels, weight.kernel) == (16, 24, (3, 3))
 
 
 class Gated(nn.Module):
