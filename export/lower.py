@@ -7,6 +7,7 @@ TensorRT has better kernels for the whole operation, and people can find it in t
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -75,6 +76,31 @@ class BatchNorm(nn.Module):
         return normalized
 
 
+class GroupNorm(nn.Module):
+    """A group normalization: [N, C, ...] -> the same shape. TensorRT 8.6 has InstanceNormalization for it."""
+
+    ones: Tensor
+    zeros: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, groups: int, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> None:
+        super().__init__()
+        self.groups, self.epsilon = groups, epsilon
+        self.register_buffer("ones", torch.ones(groups))
+        self.register_buffer("zeros", torch.zeros(groups))
+        for name, value in (("weight", weight), ("bias", bias)):
+            self.register_buffer(name, None if value is None else value.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` normalized over each group of channels, scaled and shifted."""
+        normalized = ops.instance_norm(x.reshape(x.shape[0], self.groups, -1), self.ones, self.zeros, self.epsilon)
+        y: Tensor = normalized.reshape(x.shape)
+        channels = (-1, *(1,) * (x.ndim - 2))
+        y = y if self.weight is None else y * self.weight.reshape(channels)
+        return y if self.bias is None else y + self.bias.reshape(channels)
+
+
 def lower(folded: fx.GraphModule) -> None:
     """Replaces in ``folded`` the operations that the exporter would decompose."""
     called = [str(node.target) for node in folded.graph.nodes if node.op == "call_module"]
@@ -82,6 +108,9 @@ def lower(folded: fx.GraphModule) -> None:
         module = folded.get_submodule(path)
         if isinstance(module, PLAIN_NORMS) and module.running_mean is not None:
             folded.set_submodule(path, _copy_children(module, BatchNorm(module)))
+        elif isinstance(module, nn.GroupNorm):
+            norm = GroupNorm(module.num_groups, module.weight, module.bias, module.eps)
+            folded.set_submodule(path, norm)
         elif isinstance(module, nn.Hardtanh):  # and ReLU6
             folded.set_submodule(path, Clip(module.min_val, module.max_val))
         elif isinstance(module, nn.modules.conv._ConvNd) and module.bias is None:
@@ -91,7 +120,9 @@ def lower(folded: fx.GraphModule) -> None:
     for node in list(folded.graph.nodes):
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        if node.target is F.scaled_dot_product_attention:
+        if node.target is F.group_norm:
+            _replace_group_norm(folded, node)
+        elif node.target is F.scaled_dot_product_attention:
             node.target = attention_of_products
         elif _flattens_all_but_batch(node, modules):
             node.op, node.target, node.args, node.kwargs = "call_function", FLATTEN, (node.args[0],), {}
@@ -130,6 +161,18 @@ def attention_of_products(
     elif attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(-1) @ value
+
+
+def _replace_group_norm(folded: fx.GraphModule, node: fx.Node) -> None:
+    """Replaces a functional group normalization whose weight and bias are constant by a module."""
+    given = arguments(node)
+    sources = [given.get("weight"), given.get("bias")]
+    if any(isinstance(source, fx.Node) and source.op != "get_attr" for source in sources):
+        return
+    weight, bias = (None if source is None else attrgetter(str(source.target))(folded) for source in sources)
+    path = unused_path(folded, node.name)
+    folded.add_submodule(path, GroupNorm(given["num_groups"], weight, bias, given.get("eps", 1e-5)))
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
 
 
 def _copy_children(source: nn.Module, target: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ constant, and so are weights behind their Q/DQ. What is computed from sizes only
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -130,6 +130,13 @@ class _Reader:
         if kind == "shape" or all(value in self._sizes for value in live):
             self._sizes.update(node.outputs)
             return
+        if self._joins_bias(node, live):
+            return
+        if (rolled := _rolled(node)) is not None:
+            kind, live = "data_movement", [rolled]
+            for part in node.inputs:
+                if part is not None and len(part.uses()) == 1:
+                    self.ops.pop(part.name or "", None)
         weight, dequantize = self._weight(node, kind)
         kind = exact_kind(kind, weight, node.inputs[0] not in live)
         if node.op_type == "Gemm" and weight is None:
@@ -147,6 +154,26 @@ class _Reader:
         for value in outputs[1:]:
             other = value.name or ""
             self._put(Op(other, "other", self._read(other, live), node.name or other, shape=_shape(value)), node)
+
+    def _joins_bias(self, node: ir.Node, live: list[ir.Value]) -> bool:
+        """Makes a MatMul and the Add of its bias one linear layer, named after the Add's output; False if none is."""
+        made, (product, *others) = node.outputs[0].name or "", live
+        layer = self.ops.get(product.name or "")
+        biases = [value for value in node.inputs if value is not None and value in self.constants]
+        if node.op_type != "Add" or others or len(biases) != 1 or layer is None or len(product.uses()) != 1:
+            return False
+        weight, matrix = layer.weight, self.nodes.get(layer.name)
+        if weight is None or matrix is None or matrix.op_type != "MatMul":
+            return False
+        if _weight_shape(biases[0]) != (weight.out_channels,):
+            return False
+        del self.ops[layer.name]
+        self._put(replace(layer, name=made), self.nodes.pop(layer.name))
+        for reader, tensor in [read for read in self.reads if read[0] == layer.name]:
+            self.reads[made, tensor] = self.reads.pop((reader, tensor))
+        if layer.name in self.weights:
+            self.weights[made] = self.weights.pop(layer.name)
+        return True
 
     def add_activation(self, composed: ComposedActivation) -> None:
         """Adds several nodes as one operation."""
@@ -193,6 +220,15 @@ class _Reader:
             return ConstantWeight(name, shape[0], shape[1] * groups, groups, shape[2:]), dequantize
         inputs, outputs = shape[::-1] if node.attributes.get_int("transB", 0) else shape
         return ConstantWeight(name, inputs, outputs), dequantize
+
+
+def _rolled(node: ir.Node) -> ir.Value | None:
+    """The tensor of which ``node`` joins two slices, as torch.roll is exported; None for another node."""
+    producers = [value.producer() if value is not None else None for value in node.inputs]
+    if node.op_type != "Concat" or len(producers) != 2:
+        return None
+    given = {made.inputs[0] if made is not None and made.op_type == "Slice" else None for made in producers}
+    return given.pop() if len(given) == 1 else None
 
 
 def _source(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:

@@ -73,6 +73,12 @@ def batch_norm(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: T
     return F.batch_norm(x, mean, variance, scale, bias, eps=epsilon)
 
 
+@torch.library.custom_op("int8::instance_norm", mutates_args=())
+def instance_norm(x: Tensor, scale: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """InstanceNormalization of x [N, C, L], each channel of each image by itself; scale and bias [C]."""
+    return F.instance_norm(x, weight=scale, bias=bias, eps=epsilon)
+
+
 @quantize_dequantize.register_fake
 def _(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return torch.empty_like(x)
@@ -108,6 +114,11 @@ def _(x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, ep
     return torch.empty_like(x)
 
 
+@instance_norm.register_fake
+def _(x: Tensor, scale: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _onnx_quantize_dequantize(x: Any, scale: Any, zero_point: Any) -> Any:
     return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
 
@@ -136,6 +147,10 @@ def _onnx_batch_norm(x: Any, scale: Any, bias: Any, mean: Any, variance: Any, ep
     return op.BatchNormalization(x, scale, bias, mean, variance, epsilon=epsilon)
 
 
+def _onnx_instance_norm(x: Any, scale: Any, bias: Any, epsilon: float) -> Any:
+    return op.InstanceNormalization(x, scale, bias, epsilon=epsilon)
+
+
 def _onnx_gelu(x: Any, approximate: str = "none") -> Any:
     """In operators that every operator set has: TensorRT 8.6 does not know Gelu."""
 
@@ -159,6 +174,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.int8.flatten.default: _onnx_flatten,
     torch.ops.int8.clip.default: _onnx_clip,
     torch.ops.int8.batch_norm.default: _onnx_batch_norm,
+    torch.ops.int8.instance_norm.default: _onnx_instance_norm,
     torch.ops.aten.gelu.default: _onnx_gelu,
 }
 """PyTorch operator -> the function that writes its ONNX nodes."""

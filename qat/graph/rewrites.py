@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from qat.base.errors import UserError
 from qat.graph.fx_network import function_name, kind_of, label
-from qat.graph.set_item import set_item
+from qat.graph.set_item import set_item, with_item
 
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _VIEWS = (
@@ -39,6 +39,7 @@ def rewrite(traced: fx.GraphModule) -> None:
     Raises UserError when a tensor that was changed in place is read through another view of its memory.
     """
     _order_arguments(traced)
+    _write_through_parts(traced)
     _read_what_in_place_operations_leave(traced)
     _part_fused_norms(traced)
     _drop_identities(traced)
@@ -85,6 +86,32 @@ def _order_arguments(traced: fx.GraphModule) -> None:
             node.args, node.kwargs = bound.args, bound.kwargs
         elif node.op == "call_function" and not node.args and "input" in node.kwargs:
             node.args, node.kwargs = (node.kwargs["input"],), {k: v for k, v in node.kwargs.items() if k != "input"}
+
+
+def _write_through_parts(traced: fx.GraphModule) -> None:
+    """Where an operation changes ``x[index]`` in place, makes later readers of x read a copy with that change."""
+    order = {node: position for position, node in enumerate(traced.graph.nodes)}
+    for node in list(traced.graph.nodes):
+        part = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if part is None or part.target is not operator.getitem or not _is_in_place(node, traced):
+            continue
+        whole = part.args[0]
+        if not isinstance(whole, fx.Node) or not whole.meta.get("tensor"):
+            continue
+        later = [user for user in whole.users if order[user] > order[node]]
+        if not later:
+            continue
+        with traced.graph.inserting_before(node):
+            copy = traced.graph.call_method("clone", (part,))
+        with traced.graph.inserting_after(node):
+            changed = traced.graph.call_function(with_item, (whole, part.args[1], node))
+        for made in (copy, changed):
+            made.meta, order[made] = dict(node.meta), order[node]
+        for reader in [user for user in part.users if order[user] > order[node]]:
+            reader.replace_input_with(part, node)
+        node.replace_input_with(part, copy)
+        for reader in later:
+            reader.replace_input_with(whole, changed)
 
 
 def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:

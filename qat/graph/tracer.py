@@ -125,6 +125,7 @@ class Tracer(fx.Tracer):
         if kind == "call_method" and target in _NEW and not any_traced((args[1:], kwargs)):
             sample: Tensor = args[0].samples[0]
             return getattr(torch.empty(0, dtype=sample.dtype, device=sample.device), target)(*args[1:], **kwargs)
+        args, kwargs = _positive_axes(target, args, kwargs)
         node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
         if not torch.is_grad_enabled():
             node.meta["no_grad"] = True
@@ -173,6 +174,7 @@ class Tracer(fx.Tracer):
     def _known(self, node: fx.Node, one: Any, two: Any) -> Any:
         """What the model's code gets for the result of ``node``."""
         if isinstance(one, Tensor):
+            node.meta["tensor"] = True
             return Traced(node, self, (one, two))
         if isinstance(one, (tuple, list)) and not are_equal(one, two):
             parts = [self._part(node, index, one[index], two[index]) for index in range(len(one))]
@@ -203,6 +205,20 @@ def _in_evaluation(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for each, training in modes:
             each.training = training
+
+
+def _positive_axes(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Counts the axes of a mean from the front: so a mean over height and width is known as one."""
+    if target not in ("mean", torch.mean) or not args or not is_traced(args[0]):
+        return args, kwargs
+    axes = args[1] if len(args) > 1 else kwargs.get("dim")
+    if not isinstance(axes, (tuple, list)):
+        return args, kwargs
+    rank = args[0].samples[0].ndim
+    positive = tuple(axis % rank for axis in axes)
+    return ((args[0], positive, *args[2:]), kwargs) if len(args) > 1 else (args, kwargs | {"dim": positive})
 
 
 def _drop_unused(graph: fx.Graph) -> None:
