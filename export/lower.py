@@ -120,7 +120,9 @@ def lower(folded: fx.GraphModule) -> None:
     for node in list(folded.graph.nodes):
         if node.op in ("placeholder", "output", "get_attr"):
             continue
-        if node.target is F.group_norm:
+        if node.target in (torch.roll, "roll"):
+            node.op, node.target = "call_function", roll_of_slices
+        elif node.target is F.group_norm:
             _replace_group_norm(folded, node)
         elif node.target is F.scaled_dot_product_attention:
             node.target = attention_of_products
@@ -161,6 +163,17 @@ def attention_of_products(
     elif attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(-1) @ value
+
+
+def roll_of_slices(x: Tensor, shifts: int | tuple[int, ...], dims: int | tuple[int, ...]) -> Tensor:
+    """torch.roll along ``dims`` of known extent: the exporter's own computes them in the graph."""
+    pairs: Any = ((shifts, dims),) if isinstance(shifts, int) else zip(shifts, dims, strict=True)  # type: ignore[arg-type]
+    for shift, dim in pairs:
+        extent = x.shape[dim]
+        first = shift % extent
+        if first:
+            x = torch.cat([x.narrow(dim, extent - first, first), x.narrow(dim, 0, extent - first)], dim)
+    return x
 
 
 def _replace_group_norm(folded: fx.GraphModule, node: fx.Node) -> None:
