@@ -154,6 +154,8 @@ def _stages(model: Any, shape: tuple[int, ...], result: Result, with_engine: boo
     result.fake_quantized_db = distance_db(reference, quantized)
     with tempfile.TemporaryDirectory() as folder:
         for stage, precision in (("export float32", "float32"), ("export INT8", "int8")):
+            if precision == "float32" and bytes_of_weights(model) >= 2**31:
+                continue  # no ONNX file can hold them
             yield stage
             path = Path(folder) / f"{precision}.onnx"
             export.export_onnx(prepared, path, precision=precision, images=x)
@@ -175,6 +177,11 @@ def _stages(model: Any, shape: tuple[int, ...], result: Result, with_engine: boo
             import deploy
 
             deploy.build_engine(path, profiles=[deploy.Profile(1, 2, 4)])
+
+
+def bytes_of_weights(model: Any) -> int:
+    """Bytes of the parameters of ``model``."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _move_statistics(model: Any, shape: tuple[int, ...]) -> None:

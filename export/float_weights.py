@@ -16,7 +16,9 @@ from onnx import AttributeProto, GraphProto, NodeProto, helper, numpy_helper
 
 from export.names import unused_name
 from qat.base.choices import WeightStorage
+from qat.base.errors import UserError
 from qat.base.number_format import EXPORTED
+from qat.base.text import megabytes
 
 
 def with_float_weights(path: Path) -> bytes:
@@ -26,10 +28,23 @@ def with_float_weights(path: Path) -> bytes:
     return bytes(model.SerializeToString())
 
 
+_LARGEST_FILE = 2**31
+"""Bytes of a file that protobuf can write."""
+
+
 def save_onnx(model: onnx.ModelProto, path: Path, weights: WeightStorage) -> None:
-    """Writes ``model``, whose weights are codes, as it is or, where ``weights`` is float, with float weights."""
+    """Writes ``model``, whose weights are codes, as it is or, where ``weights`` is float, with float weights.
+
+    Raises UserError when the file would be larger than an ONNX file can be, 2 GB.
+    """
     if weights == "float":
         make_weights_float(model)
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size >= _LARGEST_FILE:
+        raise UserError(
+            f"the file would hold {megabytes(size)} of weights, and an ONNX file holds less than 2 GB: export INT8 or "
+            "float16"
+        )
     onnx.save(model, path)
 
 

@@ -304,3 +304,10 @@ def test_findings_are_objects_and_a_float_file_has_none_to_give(tmp_path: Path) 
         lint_onnx(str(float_network(tmp_path / "f.onnx")))
     with pytest.raises(UserError, match="no file"):
         lint_onnx(tmp_path / "no.onnx")
+
+
+def test_a_file_that_no_onnx_file_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.float_weights._LARGEST_FILE", 1000)
+    with pytest.raises(UserError, match=r"the file would hold .* of weights, and an ONNX file holds less than 2 GB"):
+        export_onnx(prepared(net(CLASSES)), tmp_path / "m.onnx", precision="float32")
+    assert list(tmp_path.iterdir()) == []
