@@ -7,6 +7,7 @@ placement it was trained with, preprocessing, class names, data source and measu
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,11 +91,18 @@ def save_checkpoint(
         details: further facts such as the data source and the recipe; recorded as given.
         seed: recorded with the program versions.
 
-    Returns the sidecar. Raises UserError when the files cannot be written, or ``preprocessing`` does not fit the model.
+    Returns the sidecar. Raises UserError when the files cannot be written, ``preprocessing`` does not fit the model, or
+    the model is not calibrated.
     """
     names, inputs = tuple(class_names), model.meta["inputs"]
     if preprocessing is not None:
         _check_fits(preprocessing, inputs)
+    ranges = {name: float(quantizer.amax.detach()) for name, quantizer in activation_quantizers(model).items()}
+    if unknown := [name for name, amax in ranges.items() if math.isnan(amax)]:
+        raise UserError(
+            f"the model has no range for {len(unknown)} of {len(ranges)} tensors, first {unknown[0]}: calibrate it "
+            "(qat.calibrate_ranges) before it is saved"
+        )
     sidecar = Sidecar(
         kind="checkpoint",
         inputs=tuple(TensorSpec(name, (-1, *shape), "float32") for name, shape in inputs.shapes.items()),
@@ -106,7 +114,7 @@ def save_checkpoint(
             "model": None if spec is None else asdict(spec),
             "placement": placement_of(model).to_json(),
             "rules": {name: rule.sentence for name, rule in RULES.items()},
-            "amax": {name: float(quantizer.amax.detach()) for name, quantizer in activation_quantizers(model).items()},
+            "amax": ranges,
             **(details or {}),
             "code": asdict(code) if spec is not None and (code := code_of(spec.name)) else None,
             "answers": answers_of(model),

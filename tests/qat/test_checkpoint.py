@@ -161,6 +161,8 @@ def test_several_inputs_without_preprocessing(tmp_path: Path) -> None:
     save_checkpoint(path, prepared)
     loaded = load_checkpoint(path, Two())
     assert all(map(torch.equal, loaded.model(*x), prepared.eval()(*x)))
+    with pytest.raises(UserError, match=r"has no range for 1 of 1 tensors, first x: calibrate it"):
+        save_checkpoint(path, prepare(model, input_shape={"x": (3, 4, 4), "scale": (1, 1, 1)}))
     with pytest.raises(UserError, match="was saved without preprocessing"):
         _ = loaded.preprocessing
     with pytest.raises(UserError, match="does not record how to build its model"):
