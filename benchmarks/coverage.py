@@ -15,6 +15,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import time
@@ -117,9 +118,14 @@ def run(name: str, with_engine: bool) -> Result:
         while (reached := next(stages, None)) is not None:
             stage = reached
     except BaseException as error:  # whatever a network raises is a row of the table
-        result.failed, result.error = stage, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        result.failed, result.error = stage, f"{type(error).__name__}: {_one_line(error)}"
     signal.alarm(0)
     return result
+
+
+def _one_line(error: BaseException) -> str:
+    """What was raised, without folders of this machine."""
+    return re.sub(r"\S*/site-packages/", "", " ".join(str(error).split()))[:300]
 
 
 def _stages(model: Any, shape: tuple[int, ...], result: Result, with_engine: bool) -> Iterator[str]:

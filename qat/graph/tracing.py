@@ -57,7 +57,8 @@ def trace(model: nn.Module, inputs: Shapes, *, training: bool | None = None) -> 
     """
     given = inputs_of(model, inputs)
     reference = Reference(model, given)
-    evaluated = _traced(copy.deepcopy(model).eval(), given)
+    # Some models drop in train() what they keep for evaluation, which was computed from weights that training changes.
+    evaluated = _traced(copy.deepcopy(model).train().eval(), given)
     result, reason = evaluated, "it was traced for evaluation alone"
     if training is not False:
         try:

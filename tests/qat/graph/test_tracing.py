@@ -349,6 +349,44 @@ def test_what_is_made_once_and_kept_is_right():
     same(model, trace(model, SHAPE), images())
 
 
+class KeepsForEvaluation(Body):
+    """Keeps what it computed from a parameter until it is trained again, as attention biases are kept."""
+
+    kept: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.indices = nn.Parameter(torch.randn(8, 4)), torch.arange(8) % 4
+
+    def train(self, mode: bool = True) -> KeepsForEvaluation:
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def bias(self) -> Tensor:
+        if self.training:
+            return self.table[:, self.indices].mean(1)
+        if self.kept is None:
+            self.kept = self.table[:, self.indices].mean(1)
+        return self.kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) + self.bias()[:, None, None]
+        return self.head(self.second(x).mean((2, 3)))
+
+
+def test_what_is_kept_for_evaluation_is_computed_from_the_weights():
+    torch.manual_seed(0)
+    model = KeepsForEvaluation().eval()
+    with torch.no_grad():
+        model(images())  # keeps it
+    traced = trace(model, SHAPE)
+    same(model, traced, images())
+    with torch.no_grad():
+        for each in (model, traced):
+            each.get_parameter("table").add_(1)
+    same(model.train(), traced, images())
+
+
 class Counts(Body):
     calls = 0
 
