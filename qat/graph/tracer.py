@@ -141,7 +141,10 @@ class Tracer(fx.Tracer):
         samples: Any = obj.samples
         one, two = samples
         compares = obj.node.target in (operator.eq, operator.ne) and not isinstance(one, Tensor)
-        if compares and one is two is (obj.node.target is operator.eq):  # two numbers equal for every batch size
+        # Two extents grow with the batch on a line: equal for two batch sizes, they are equal for all. What is computed
+        # from extents, such as a remainder, is not.
+        extents = all(node.target in (operator.getitem, "size") for node in obj.node.all_input_nodes)
+        if compares and extents and one is two is (obj.node.target is operator.eq):
             return bool(one)
         what = "the values of a tensor" if isinstance(one, Tensor) else "the batch size"
         raise UntraceableError(f"it branches on {what}")

@@ -146,6 +146,8 @@ def test_arguments_with_defaults_are_bound_to_them():
         (lambda model, x: x if x.sum() > 0 else -x, "branches on the values of a tensor"),
         (lambda model, x: x if x.shape[0] > 4 else -x, "branches on the batch size"),
         (lambda model, x: -x if x.shape[0] == 9 else x, "branches on the batch size"),
+        (lambda model, x: -x if x.shape[0] % 2 == 0 else x, "branches on the batch size"),
+        (lambda model, x: -x if x.shape[0] // 2 * 2 == x.shape[0] else x, "branches on the batch size"),
         (lambda model, x: torch.stack(list(x)), "asks for the batch size as a number"),
         (lambda model, x: x + sum(x[0] for _ in range(x.shape[0])), "asks for the batch size as a number"),
         (lambda model, x: x * float(x.mean()), "asks for the values of a tensor"),
@@ -443,6 +445,11 @@ def test_a_branch_behind_a_weight_that_is_zero_is_compared_too():
     with pytest.raises(UserError, match="answers something else than the model"):
         trace(model, SHAPE)
     assert not model.gate.any()
+
+
+def test_answers_that_cannot_be_compared_are_said(capsys: pytest.CaptureFixture[str]):
+    trace(Body(end=lambda model, y: y * torch.inf - torch.inf), SHAPE)
+    assert "its trace could not be compared" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_model_is_left_alone():
