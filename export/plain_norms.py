@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch.nn.functional as F
 import torchvision
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from export.names import unused_name
+from export.lower import unused_path
 from qat.graph.fx_network import arguments, shapes
 
 _BY_RANK: dict[int, type[nn.Module]] = {
@@ -43,17 +44,12 @@ def _replace_function(folded: fx.GraphModule, node: fx.Node, rank: int) -> None:
     if given.get("training", False) or not constant or sources[0] is None or sources[1] is None:
         return
     values = {
-        name: None if source is None else _attribute(folded, str(source.target))
+        name: None if source is None else attrgetter(str(source.target))(folded)
         for name, source in zip(names, sources, strict=True)
     }
-    path = unused_name(f"{node.name}_norm", dict(folded.named_modules()))
+    path = unused_path(folded, f"{node.name}_norm")
     folded.add_submodule(path, _norm(rank, values, values, float(given.get("eps", 1e-5))))
-    with folded.graph.inserting_before(node):
-        call = folded.graph.call_module(path, (node.args[0],))
-    call.meta = dict(node.meta)
-    node.replace_all_uses_with(call)
-    folded.graph.erase_node(node)
-    call.name = node.name
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
 
 
 def _norm(rank: int, statistics: Any, affine: Any, epsilon: float) -> nn.Module:
@@ -66,9 +62,3 @@ def _norm(rank: int, statistics: Any, affine: Any, epsilon: float) -> nn.Module:
         setattr(norm, name, None if value is None else nn.Parameter(value.detach().clone(), requires_grad=False))
     evaluated: nn.Module = norm.eval()
     return evaluated
-
-
-def _attribute(folded: fx.GraphModule, path: str) -> Tensor:
-    module, _, name = path.rpartition(".")
-    tensor: Tensor = getattr(folded.get_submodule(module), name)
-    return tensor

@@ -168,7 +168,7 @@ class Tracer(fx.Tracer):
                 called = self.root.get_submodule(target)
                 if isinstance(called, _SAME_SHAPE) and len(args) == 1:
                     return torch.empty_like(args[0])
-                with _in_evaluation(self.root.get_submodule(target)) as module:
+                with _in_evaluation(called) as module:
                     return module(*args, **kwargs)
             if kind == "call_method":
                 return getattr(args[0], target)(*args[1:], **kwargs)
