@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def layer_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module:
 
     def tensor(source: Any) -> Any:
         constant = source.all_input_nodes[0] if source.op == "call_module" else source
-        return _attribute(traced, str(constant.target))
+        return attrgetter(str(constant.target))(traced)
 
     weight = tensor(given.get("weight", given.get("other")))
     bias = None if given.get("bias") is None else tensor(given["bias"])
@@ -227,11 +228,6 @@ def _nodes_needed(traced: fx.GraphModule, modules: Mapping[str, nn.Module]) -> s
         if node in needed:
             needed.update(_tensors_read(node, modules))
     return needed
-
-
-def _attribute(traced: fx.GraphModule, path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(traced.get_submodule(module), name)
 
 
 class _ShapeRecorder(fx.Interpreter):
