@@ -155,12 +155,11 @@ class Rows:
     def distillation(self, recipe: Recipe) -> Distillation:
         """The float network's answers as nine tenths of the loss, at temperature 4."""
         side = self.data.preprocessing
-        network = network_of(build_model(self.spec), (3, side.height, side.width))
         teacher = trace(self.float_network(), (3, side.height, side.width))
         images = self.setting.batch
         steps = recipe.epochs * batch_count(self.data.train, images, training=True)
         smoothing = self.setting.label_smoothing
-        points = stage_ends(network)
+        points = stage_ends(network_of(teacher))
         return Distillation(teacher, self.compute, smoothing, DistillationSettings(0.9, 4.0), points, images, steps)
 
     @contextmanager

@@ -192,11 +192,6 @@ def _check_fits(preprocessing: Preprocessing, inputs: Inputs) -> None:
         )
 
 
-def float_model(checkpoint: Checkpoint) -> nn.Module:
-    """The float model a checkpoint was made from, with random weights. Raises UserError when none is recorded."""
-    return _build_recorded(checkpoint.path, checkpoint.sidecar)
-
-
 def _build_recorded(path: Path, sidecar: Sidecar) -> nn.Module:
     recorded = sidecar.details["model"]
     if recorded is None:

@@ -22,7 +22,7 @@ from qat.base.console import progress, say, table
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
 from qat.base.sqnr import sqnr_db
-from qat.checkpoint import float_model, has_labels, load_checkpoint, training_data
+from qat.checkpoint import has_labels, load_checkpoint, training_data
 from qat.compute.device import Compute
 from qat.compute.precision import exact_float32
 from qat.data.batches import first_batches
@@ -181,7 +181,7 @@ def measure_sensitivity(
         for x_NCHW, labels in first_batches(training_data(checkpoint).validation, images, _BATCH)
     ]
     compute.place(checkpoint.model)
-    network = network_of(float_model(checkpoint), checkpoint.inputs)
+    network = network_of(checkpoint.model)
     measured = PartlyQuantized(checkpoint.model, network, batches)
     with exact_float32(), progress("measuring operations", len(measured.ops)) as task:
         unquantized, quantized = measured.measure(frozenset()), measured.measure(measured.all)

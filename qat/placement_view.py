@@ -7,9 +7,9 @@ from pathlib import Path
 
 from qat.base.artifact import sidecar_path
 from qat.base.errors import UserError
-from qat.checkpoint import float_model, load_checkpoint
+from qat.checkpoint import load_checkpoint
 from qat.fake_quantize.prepare import placement_of
-from qat.graph.tracing import network_of
+from qat.graph.tracing import network_of, trace
 from qat.models import ModelSpec, build_model
 from qat.rules.describe import PlacementView, texts_of
 from qat.rules.place import place
@@ -41,7 +41,7 @@ def view_placement(
         return _of_checkpoint(path)
     size = _IMAGE_SIZE if image_size is None else image_size
     spec = ModelSpec(model, _CLASSES if num_classes is None else num_classes)
-    network = network_of(build_model(spec), (3, size, size))
+    network = network_of(trace(build_model(spec), (3, size, size)))
     placement = place(network, keep_float)
     return PlacementView(model, (3, size, size), network, placement, texts_of(placement))
 
@@ -49,7 +49,7 @@ def view_placement(
 def _of_checkpoint(path: Path) -> PlacementView:
     checkpoint = load_checkpoint(path)
     details, shape = checkpoint.sidecar.details, next(iter(checkpoint.inputs.shapes.values()))
-    network = network_of(float_model(checkpoint), checkpoint.inputs)
+    network = network_of(checkpoint.model)
     placement = placement_of(checkpoint.model)
     rules = texts_of(placement, details["rules"])
     return PlacementView(f"{path} ({details['model']['name']})", shape, network, placement, rules)

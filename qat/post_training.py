@@ -36,8 +36,7 @@ from qat.evaluate import compare, inputs
 from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import prepare, weights_and_quantizers
 from qat.fake_quantize.weight_ranges import fix_weight_ranges
-from qat.graph.network import Network
-from qat.graph.tracing import network_of
+from qat.graph.tracing import TracedModel, network_of, trace
 from qat.models import check_channels
 from qat.rules.describe import say_placement
 from qat.rules.place import place
@@ -90,9 +89,8 @@ def quantize_pretrained(
     say(", ".join([f"weights: {weights}, {found.spec.num_classes} classes", *found.notes]))
     say_data(data)
     class_names = _class_names(weights, found, data)
-    _, placement = choose_placement(found.model, model, data, len(class_names), keep_float)
-    compute.place(found.model)
-    prepared = prepare_and_calibrate(found.model, placement, found.ranges, data, images, calibration, compute)
+    traced, placement = choose_placement(compute.place(found.model), model, data, len(class_names), keep_float)
+    prepared = prepare_and_calibrate(traced, placement, found.ranges, data, images, calibration, compute)
     if adaround_steps:
         _round_weights(prepared, data, images, adaround_steps, compute)
     figures = _compare_on_test(found.model, prepared, data, images, compute)
@@ -154,8 +152,8 @@ def choose_placement(
     keep_float: Iterable[str],
     *,
     training: bool | None = None,
-) -> tuple[Network, Placement]:
-    """The neutral view of ``model``, and what will be quantized in it; the latter is printed too.
+) -> tuple[TracedModel, Placement]:
+    """The traced ``model``, and what will be quantized in it; the latter is printed too.
 
     ``training``: whether it must be trainable; see qat.graph.tracing.trace.
 
@@ -163,10 +161,11 @@ def choose_placement(
     [N, ``classes``].
     """
     try:
-        network = network_of(model, data.preprocessing.input_shape, training=training)
+        traced = trace(model, data.preprocessing.input_shape, training=training)
     except UserError:
         check_channels(model, name, data.preprocessing.channels)
         raise
+    network = network_of(traced)
     (output,) = (op for op in network if op.kind == "output")
     if output.shape != (1, classes):
         found = f"a tensor of shape {list(output.shape)}" if output.shape else "something other than one tensor"
@@ -178,7 +177,7 @@ def choose_placement(
     say_placement(placement)
     if not any(decision.quantized for decision in placement.decisions):
         warn("nothing in this network is quantized: python -m qat.placement shows why")
-    return network, placement
+    return traced, placement
 
 
 def prepare_and_calibrate(

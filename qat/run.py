@@ -34,8 +34,7 @@ from qat.fake_quantize.low_bit import check_bits, simulate_bits
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.weight_ranges import fix_saved_ranges
 from qat.fake_quantize.weight_ranges import learn_ranges as make_ranges_learn
-from qat.graph.network import Network
-from qat.graph.tracing import trace
+from qat.graph.tracing import network_of, trace
 from qat.models import ModelSpec, build_model, spec_for
 from qat.post_training import (
     choose_placement,
@@ -175,10 +174,12 @@ class _Run:
         spec = spec_for(name, len(self.data.class_names), images.channels)
         model, ranges = self._float_model(spec, weights, float_recipe)
         # A network that cannot be quantized as asked is refused now, not after hours of float training.
-        network, placement = choose_placement(model, name, self.data, spec.num_classes, keep_float, training=True)
+        model, placement = choose_placement(
+            compute.place(model), name, self.data, spec.num_classes, keep_float, training=True
+        )
         prepared: fx.GraphModule
         if reached.phase == "float":
-            model = self.fit("float", compute.place(model), float_recipe)
+            model = self.fit("float", model, float_recipe)
             reached.figures["float"] = self.test("float", model)
             if distillation.needs_teacher:
                 reached.teacher = copy.deepcopy(model).state_dict()
@@ -195,7 +196,7 @@ class _Run:
             if learn_ranges:
                 make_ranges_learn(prepared)
         compute.place(prepared)
-        self.fit("qat", prepared, qat_recipe, self._distillation(spec, network, qat_recipe, distillation))
+        self.fit("qat", prepared, qat_recipe, self._distillation(model, qat_recipe, distillation))
         if qat_recipe.epochs:
             reached.figures["qat"] = self.test("quantization-aware training", prepared)
         self.log.close()
@@ -236,21 +237,19 @@ class _Run:
             )
         return model, ranges
 
-    def _distillation(
-        self, spec: ModelSpec, network: Network, recipe: Recipe, settings: DistillationSettings
-    ) -> Distillation | None:
+    def _distillation(self, model: nn.Module, recipe: Recipe, settings: DistillationSettings) -> Distillation | None:
         """The loss that follows the float network; None without distillation."""
         if not self.reached.teacher:
             return None
-        teacher, processes = build_model(spec), self.compute.processes
+        teacher, processes = trace(model, self.data.preprocessing.input_shape), self.compute.processes
         teacher.load_state_dict(self.reached.teacher)
         batches = batch_count(self.data.train, recipe.batch_size, training=True, processes=processes)
         return Distillation(
-            trace(self.compute.place(teacher), self.data.preprocessing.input_shape),
+            teacher,
             self.compute,
             recipe.label_smoothing,
             settings,
-            stage_ends(network),
+            stage_ends(network_of(teacher)),
             images=processes.share_of(recipe.batch_size),
             steps=recipe.epochs * batches,
         )

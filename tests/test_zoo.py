@@ -20,8 +20,7 @@ from export.linter import lint_onnx
 from export.parity import measure
 from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
-from qat.graph.fx_network import network_from_fx
-from qat.graph.tracing import trace
+from qat.graph.tracing import network_of, trace
 from qat.rules.place import place
 
 # Four that differ: residual additions, concatenations, channel shuffles, transposed convolutions.
@@ -57,7 +56,7 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "calls"), [("resnet50", 60_000), ("efficientnet_v2_s", 500_000)])
 def test_placement_does_not_take_long(name: str, calls: int) -> None:
     """Counted in calls of Python functions, which do not depend on the machine: a million take about a second."""
-    network = network_from_fx(trace(zoo.build(name), (3, 224, 224)))
+    network = network_of(trace(zoo.build(name), (3, 224, 224)))
     profile = cProfile.Profile()
     profile.runcall(place, network)
     made = sum(entry.callcount for entry in profile.getstats())

@@ -17,8 +17,8 @@ from qat.base.errors import UserError
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.graph.constants import constant_value
-from qat.graph.fx_network import network_from_fx, weight_axis, weight_source
-from qat.graph.tracing import Shapes, TracedModel, trace
+from qat.graph.fx_network import weight_axis, weight_source
+from qat.graph.tracing import Shapes, TracedModel, network_of, trace
 from qat.rules.place import place
 from qat.rules.placement import Placement
 
@@ -48,12 +48,14 @@ def prepare(
             False: only what the model computes in evaluation is looked at.
 
     Raises:
-        UserError: the model does not take ``input_shape``, its copy would compute something else, ``placement`` was
-            made for another model, or a pattern matches nothing.
+        UserError: the model does not take ``input_shape``, its copy would compute something else, it has quantizers
+            already, ``placement`` was made for another model, or a pattern matches nothing.
     """
+    if hasattr(model, ACTIVATION_QUANTIZERS):
+        raise UserError("the model has quantizers already: give the float model that it was prepared from")
     traced = trace(model, input_shape, training=training)
     if placement is None:
-        placement = place(network_from_fx(traced), keep_float)
+        placement = place(network_of(traced), keep_float)
     nodes = {node.name: node for node in traced.graph.nodes}
     _check_fits(placement, nodes)
 

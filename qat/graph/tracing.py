@@ -24,8 +24,8 @@ Shapes = Inputs | Sequence[int] | Mapping[str, Sequence[int]] | Sequence[Sequenc
 class TracedModel(fx.GraphModule):
     """A model whose operations are known.
 
-    ``meta`` holds "inputs" (qat.graph.inputs.Inputs); "evaluation_only", why it cannot be trained, '' if it can; and
-    "frozen", the modules that training leaves in evaluation.
+    ``meta`` holds "inputs" (qat.graph.inputs.Inputs); "evaluation_only", why it cannot be trained, '' if it can;
+    "frozen", the modules that training leaves in evaluation; and "network", its neutral view.
     """
 
     def train(self, mode: bool = True) -> TracedModel:
@@ -46,7 +46,7 @@ def trace(model: nn.Module, inputs: Shapes, *, training: bool | None = None) -> 
     """A traced copy of ``model``, in the same mode and usable in both modes; proved to compute the same.
 
     Args:
-        model: a float model, which is not changed.
+        model: a float model, which is not changed. What this function returned is copied, with its present weights.
         inputs: the shapes of its inputs without the batch; a trace is valid for these and for any batch size.
         training: whether the result must be trainable. None: if it can be; otherwise it stays in evaluation, and its
             ``train()`` raises UserError that says why. False: only what evaluation computes.
@@ -56,6 +56,8 @@ def trace(model: nn.Module, inputs: Shapes, *, training: bool | None = None) -> 
             same random inputs, answers something else.
     """
     given = inputs_of(model, inputs)
+    if isinstance(model, TracedModel) and model.meta["inputs"].shapes == given.shapes:
+        return _again(model, training)
     reference = Reference(model, given)
     # Some models drop in train() what they keep for evaluation, which was computed from weights that training changes.
     evaluated = _traced(copy.deepcopy(model).train().eval(), given)
@@ -71,7 +73,15 @@ def trace(model: nn.Module, inputs: Shapes, *, training: bool | None = None) -> 
         reason = f"this model cannot be trained: {reason}; it can be calibrated and exported"
     result.meta["evaluation_only"] = reason
     _prove(lambda: reference.prove_evaluation(result))
+    result.meta["network"] = network_from_fx(result)
     return result.train(model.training and not reason)
+
+
+def _again(traced: TracedModel, training: bool | None) -> TracedModel:
+    """A copy of what was traced and proved before."""
+    if training and (reason := traced.meta["evaluation_only"]):
+        raise UserError(reason)
+    return copy.deepcopy(traced)
 
 
 def _trainable(model: nn.Module, given: Inputs, evaluated: TracedModel, reference: Reference) -> TracedModel:
@@ -108,6 +118,7 @@ def _prove(check: Any) -> None:
         ) from error
 
 
-def network_of(model: nn.Module, inputs: Shapes, *, training: bool | None = None) -> Network:
-    """The neutral view of ``model`` in evaluation; arguments and errors are those of ``trace``."""
-    return network_from_fx(trace(model, inputs, training=training))
+def network_of(traced: fx.GraphModule) -> Network:
+    """The neutral view, in evaluation, of what ``trace`` returned, or of the float network of a prepared model."""
+    network: Network = traced.meta["network"]
+    return network

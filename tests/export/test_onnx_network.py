@@ -21,9 +21,8 @@ from torch import nn
 
 from export.onnx_network import OnnxNetwork, constant, network_from_onnx
 from export.read import read_onnx
-from qat.graph.fx_network import network_from_fx
 from qat.graph.network import ConstantWeight, Network
-from qat.graph.tracing import trace
+from qat.graph.tracing import network_of, trace
 from qat.rules.place import place
 
 
@@ -318,7 +317,7 @@ def exported(model: nn.Module, path: Path, side: int) -> Path:
 def test_onnx_is_placed_as_torch_fx_is(name, tmp_path):
     options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     model, side = torchvision.models.get_model(name, weights=None, **options).eval(), 64
-    from_fx = network_from_fx(trace(model, (3, side, side)))
+    from_fx = network_of(trace(model, (3, side, side)))
     from_onnx = network_from_onnx(read_onnx(exported(model, tmp_path / "m.onnx", side))).network
     assert decided(from_onnx) == decided(from_fx)
 

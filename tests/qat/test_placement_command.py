@@ -16,7 +16,7 @@ from qat.base.artifact import sidecar_path
 from qat.checkpoint import load_checkpoint
 from qat.fake_quantize.prepare import placement_of
 from qat.graph.network import Network
-from qat.graph.tracing import network_of
+from qat.graph.tracing import network_of, trace
 from qat.models import ModelSpec, build_model
 from qat.placement import PlacementOptions, main
 from qat.placement_view import view_placement
@@ -67,7 +67,7 @@ def printed(capsys: pytest.CaptureFixture[str], model: object, **options: Any) -
 
 
 def network(model: str, size: int = 224) -> Network:
-    return network_of(build_model(ModelSpec(model, 1000)), (3, size, size))
+    return network_of(trace(build_model(ModelSpec(model, 1000)), (3, size, size)))
 
 
 def as_read(placement: Placement) -> Any:

@@ -52,7 +52,7 @@ def network(images: list[tuple[Tensor, Tensor]]) -> PartlyQuantized:
         calibrate_ranges(prepared, [images[0][0]], "max")
     for quantizer in activation_quantizers(prepared).values():
         quantizer.amax.mul_(0.5)  # clips, so that quantization is worth noticing
-    return PartlyQuantized(prepared, network_of(model, (3, 8, 8)), images)
+    return PartlyQuantized(prepared, network_of(prepared), images)
 
 
 def logits(found: PartlyQuantized, quantized: set[str], x: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ from first_layer import input_of
 from torch import Tensor, nn
 
 from qat.base.errors import UserError
-from qat.graph.fx_network import network_from_fx
-from qat.graph.tracing import TracedModel, trace
+from qat.graph.tracing import TracedModel, network_of, trace
 from qat.rules.place import place
 from qat.rules.placement import Placement
 
@@ -19,7 +18,7 @@ def traced(model: nn.Module) -> TracedModel:
 
 
 def placement(model: nn.Module) -> Placement:
-    return place(network_from_fx(traced(model)))
+    return place(network_of(traced(model)))
 
 
 def reads(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
@@ -276,7 +275,7 @@ class Standardized(nn.Conv2d):
 def test_a_weight_that_is_computed_from_parameters_is_quantized(layer):
     (decision,) = placement(nn.Sequential(layer, nn.ReLU())).weights
     assert (decision.quantized, decision.rule) == (True, "weighted_input")
-    network = network_from_fx(traced(nn.Sequential(layer)))
+    network = network_of(traced(nn.Sequential(layer)))
     (weight,) = (op.weight for op in network if op.weight is not None)
     assert (weight.in_channels, weight.out_channels, weight.kernel) == (16, 24, (3, 3))
 
@@ -424,13 +423,13 @@ def test_a_weight_that_two_calls_share_is_quantized_for_both_or_neither():
             return self.conv(F.relu(self.conv(x)))
 
     assert [d.quantized for d in placement(Shared()).weights] == [True, True]
-    found = place(network_from_fx(traced(Shared())), ["conv_1"])
+    found = place(network_of(traced(Shared())), ["conv_1"])
     assert [(d.quantized, d.rule) for d in found.weights] == [(False, "shared_weight"), (False, "kept_float")]
 
 
 def test_keep_float_takes_modules_functions_and_tensors():
     model = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
-    network = network_from_fx(traced(model))
+    network = network_of(traced(model))
     assert [d.quantized for d in place(network, ["2"]).weights] == [True, False, True]
     assert [d.quantized for d in place(network, ["[02].*"]).weights] == [False, False, True]
     found = place(network, ["_3"])  # the tensor that the second ReLU makes
@@ -450,7 +449,7 @@ def test_additions_that_broadcast_or_double_take_no_convolution():
             y = self.first(x)
             return y + self.pooled(F.adaptive_avg_pool2d(x, 1))
 
-    found = place(network_from_fx(trace(Broadcast(), (16, 8, 8))))
+    found = place(network_of(trace(Broadcast(), (16, 8, 8))))
     assert [(d.quantized, d.rule) for d in found.decisions_about("add")] == [(False, "unfused_add")]
 
     class Double(nn.Module):
@@ -506,7 +505,7 @@ def test_a_normalization_beside_convolutions_reads_their_codes():
     assert reads(ReadInFloat())["relu"] == [("body_0", "weighted_input"), ("norm", "norm_of_codes")]
     (decision,) = placement(ReadInFloat()).decisions_about("batch_norm")
     assert (decision.op, decision.quantized, decision.rule) == ("norm", True, "norm_of_codes")
-    kept = place(network_from_fx(traced(ReadInFloat())), keep_float=["norm"])
+    kept = place(network_of(traced(ReadInFloat())), keep_float=["norm"])
     assert all(read.reader != "norm" for tensor in kept.tensors for read in tensor.reads)
 
 
@@ -526,7 +525,7 @@ def test_a_normalization_that_stands_alone_reads_codes_where_it_writes_them():
     folded = nn.Sequential(conv(), nn.ReLU(), conv())  # conv() ends in a normalization
     assert not placement(folded).decisions_about("batch_norm")
     for name in ("_1", "_2", "2"):  # its input, itself, its module
-        (decision,) = place(network_from_fx(traced(alone)), keep_float=[name]).decisions_about("batch_norm")
+        (decision,) = place(network_of(traced(alone)), keep_float=[name]).decisions_about("batch_norm")
         assert (decision.quantized, decision.rule) == (False, "kept_float")
     behind_dropout = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Dropout(), nn.BatchNorm2d(16), nn.ReLU(), conv())
     assert not placement(behind_dropout).decisions_about("batch_norm")  # dropout is not exported, so it folds
@@ -569,7 +568,7 @@ def test_conversion_between_floats_moves_data(move, rule):
         def forward(self, x: Tensor) -> Tensor:
             return self.next(self.conv(x) + move(x))
 
-    found = place(network_from_fx(trace(Converted(), (16, 8, 8))))
+    found = place(network_of(trace(Converted(), (16, 8, 8))))
     (add,) = found.decisions_about("add")
     assert (add.quantized, add.rule) == (rule == "residual_add", rule)
     assert [tensor.tensor for tensor in found.tensors] == ["x", "add"]
@@ -585,5 +584,5 @@ def test_looking_up_in_a_table_moves_no_data():
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.table[x.argmax(1)])
 
-    found = place(network_from_fx(trace(Lookup(), (10,))))
+    found = place(network_of(trace(Lookup(), (10,))))
     assert [tensor.tensor for tensor in found.tensors] == ["getitem"]

@@ -27,7 +27,7 @@ CPU = Compute(torch.device("cpu"))
 
 
 def test_stages_end_before_the_resolution_changes() -> None:
-    network = network_of(torchvision.models.resnet18(num_classes=10), (3, 64, 64))
+    network = network_of(trace(torchvision.models.resnet18(num_classes=10), (3, 64, 64)))
     assert stage_ends(network) == ("relu", "layer1_1_relu_1", "layer2_1_relu_1", "layer3_1_relu_1", "layer4_1_relu_1")
 
 
