@@ -3,7 +3,8 @@
     python -m benchmarks.coverage --workers 2 [--build] [--output benchmarks/coverage] [NAME ...]
 
 Each network has random weights and the statistics of random images. It is traced and proved against the model, placed,
-calibrated, exported in float32 and in INT8, linted, and run in ONNX Runtime, whose answers are compared with those of
+calibrated, exported in float32 and in INT8, linted, and run in ONNX Runtime. Placement must find the same layers in the
+float32 file. The answers are compared with those of
 the original float model: float32 within 1e-4 of their norm, INT8 as far from it as fake quantization in PyTorch is.
 ``--build`` also builds an engine with TensorRT-RTX. The table names what fails; the JSON beside it has all.
 """
@@ -134,9 +135,12 @@ def _stages(model: Any, shape: tuple[int, ...], result: Result, with_engine: boo
 
     import export
     import qat
+    from export.onnx_network import network_from_onnx
+    from export.read import read_onnx
     from export.session import session
-    from qat.fake_quantize.answers import without_quantizers
+    from qat.fake_quantize.prepare import copy_for_evaluation
     from qat.graph.outputs import leaves
+    from qat.rules.place import place
 
     _move_statistics(model, shape)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(7))
@@ -154,8 +158,8 @@ def _stages(model: Any, shape: tuple[int, ...], result: Result, with_engine: boo
     qat.calibrate_ranges(prepared, [x])
     with torch.no_grad():
         quantized = [value for _, value in leaves(prepared.eval()(x.clone())) if isinstance(value, torch.Tensor)]
-        with without_quantizers(prepared):
-            plain = [value for _, value in leaves(prepared(x.clone())) if isinstance(value, torch.Tensor)]
+        in_float = copy_for_evaluation(prepared, quantized=False)
+        plain = [value for _, value in leaves(in_float(x.clone())) if isinstance(value, torch.Tensor)]
     assert distance_db(reference, plain) > 60, "the prepared model without quantizers is not the model"
     result.fake_quantized_db = distance_db(reference, quantized)
     with tempfile.TemporaryDirectory() as folder:
@@ -170,6 +174,12 @@ def _stages(model: Any, shape: tuple[int, ...], result: Result, with_engine: boo
             if precision == "float32":
                 result.float_error = 10 ** (-decibels / 20)
                 assert result.float_error < FLOAT_TOLERANCE, f"float32 differs by {result.float_error:.2g} of the norm"
+                found = place(network_from_onnx(read_onnx(path)).network).weights
+                placed = (sum(decision.quantized for decision in found), len(found))
+                assert placed == (result.quantized, result.layers), (
+                    f"{placed[0]} of {placed[1]} layers of the ONNX file would be INT8, and {result.quantized} of "
+                    f"{result.layers} of the model"
+                )
             else:
                 result.int8_db = decibels
                 least = result.fake_quantized_db - EXPLAINED_DB

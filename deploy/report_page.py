@@ -231,6 +231,9 @@ def _result_rows(lineage: Lineage) -> list[tuple[str, str]]:
         if parity["other_top1"] is not None:
             different = f"{parity['other_top1']} of {parity['images']} images"
             rows.append(("PyTorch and ONNX Runtime differ in top-1", different))
+        if (given := onnx.figures.get("against_float")) and given["other_top1"] is not None:
+            different = f"{given['other_top1']} of {given['images']} images"
+            rows.append(("the float network's own code and ONNX Runtime differ in top-1", different))
     return [
         *rows,
         (f"convolutions in {INT8.name}", f"{figures['convolutions_int8']} of {figures['convolutions']}"),

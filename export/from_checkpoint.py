@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from export import ops
+from export.against_float import against_float, against_recorded
 from export.emit import emit, example_input, input_quantizer, input_scale, with_ends
 from export.float_weights import save_onnx
 from export.fold import DeadChannel, fold, fold_float
@@ -151,7 +152,8 @@ def export_onnx(
         say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {megabytes(figures['bytes'])}")
         compared = network.sample(parity_images)
         # A float16 file is compared with float32 PyTorch too, so that the loss of precision shows.
-        parity, answers = measure(folded, path, _pairs(network, folded, compared, input, inputs), layer_images)
+        pairs = list(_pairs(network, folded, compared, input, inputs))
+        parity, answers, found = measure(folded, path, pairs, layer_images)
         say(f"PyTorch against ONNX Runtime on {compared.source}: {parity}")
         if parity.smallest_logit_cosine is not None and parity.smallest_logit_cosine < _ALIKE:
             warn(
@@ -159,9 +161,18 @@ def export_onnx(
                 "use, and report it if they are"
             )
         figures["parity"] = {"source": compared.source} | parity.to_json()
+        logits = parity.other_top1 is not None
+        given, named = (x for x, _ in pairs), list(zip(outputs, found, strict=True))
+        agreement = against_float(network, folded.meta["outputs"], given, named, logits=logits)
+        say(f"{agreement.name} in float against ONNX Runtime: {agreement}")
+        figures["against_float"] = asdict(agreement)
+        recorded = against_recorded(network.recorded_figures, precision, compared, found[0]) if logits else None
+        if recorded is not None:
+            (say if recorded.explained else warn)(str(recorded))
+            figures["against_recorded"] = asdict(recorded)
         if trained is not None:
             figures["merging"] = _compare_with_trained(trained, network, compared, answers[0])
-        checked = network.preprocessing is not None and parity.other_top1 is not None
+        checked = network.preprocessing is not None and logits
         details["reference"] = write_reference(reference, compared, answers[0]) if checked else None
 
     sidecar = Sidecar(

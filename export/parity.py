@@ -81,7 +81,7 @@ def measure(
     model: Path,
     batches: Iterable[tuple[Given, Tensor | Mapping[str, Tensor]]],
     layer_images: int,
-) -> tuple[Parity, tuple[Tensor, ...]]:
+) -> tuple[Parity, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Compares ``folded`` with the ONNX file made from it.
 
     Args:
@@ -91,7 +91,7 @@ def measure(
         layer_images: how many images of the first batch are compared layer by layer.
 
     Returns:
-        How well the two agree, and the outputs of ``folded`` on all images, float32 [N, ...] each.
+        How well the two agree, and the outputs of ``folded`` and of the file on all images, [N, ...] each.
 
     Raises:
         UserError: the file computes values that are not finite.
@@ -122,7 +122,7 @@ def measure(
         for name, mine, other in zip(names, answers, found, strict=True)
     )
     other_top1, cosine = _compare_classes(answers[0], found[0]) if _are_logits(answers) else (None, None)
-    return Parity(len(answers[0]), other_top1, cosine, layers, outputs), answers
+    return Parity(len(answers[0]), other_top1, cosine, layers, outputs), answers, found
 
 
 def _several(given: Given) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,13 @@ from qat.base.number_format import BITS
 from qat.checkpoint import Checkpoint, load_checkpoint
 from qat.data.parts import NO_LABEL
 from qat.data.preprocessing import Preprocessing
-from qat.fake_quantize.prepare import ACTIVATION_QUANTIZERS, activation_quantizers, placement_of, weights_and_quantizers
+from qat.fake_quantize.prepare import (
+    ACTIVATION_QUANTIZERS,
+    activation_quantizers,
+    copy_for_evaluation,
+    placement_of,
+    weights_and_quantizers,
+)
 from qat.graph.inputs import Inputs
 
 Images = Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray]
@@ -109,6 +115,18 @@ class TrainedNetwork:
                 "calibrate it"
             )
 
+    def float_network(self) -> tuple[str, Callable[..., Any]]:
+        """The network without quantizers: what the user calls it, and what maps its inputs to its answer.
+
+        Of a checkpoint it is what the model's own code builds, not a trace.
+        """
+        own = None if self.checkpoint is None else self.checkpoint.float_network()
+        if self.checkpoint is None or own is None:
+            return "the model", copy_for_evaluation(self.model, quantized=False).cpu()
+        given = own
+        name = self.checkpoint.sidecar.details["model"]["name"]
+        return name, lambda *x: self.inputs.call(given, dict(zip(self.inputs.shapes, x, strict=True)))
+
     def parent(self, child: Path) -> Parent | None:
         """What the file ``child`` records of the checkpoint."""
         if self.checkpoint is None:
@@ -119,6 +137,11 @@ class TrainedNetwork:
     def metadata(self) -> dict[str, str]:
         """What the ONNX file says about where it comes from."""
         return {} if self.checkpoint is None else {"checkpoint_sha256": self.checkpoint.sidecar.sha256}
+
+    @property
+    def recorded_figures(self) -> Mapping[str, Any]:
+        """What was measured when the checkpoint was made."""
+        return {} if self.checkpoint is None else self.checkpoint.sidecar.figures
 
     @property
     def details(self) -> dict[str, Any]:

@@ -67,6 +67,14 @@ class Checkpoint:
         found: Inputs = self.model.meta["inputs"]
         return found
 
+    def float_network(self) -> nn.Module | None:
+        """The model that its own code builds, with the weights of the checkpoint, in evaluation; None without code."""
+        if self.sidecar.details["model"] is None:
+            return None
+        network = _build_recorded(self.path, self.sidecar).eval()
+        network.load_state_dict(self.model.state_dict(), strict=False)  # it has no quantizers
+        return network
+
 
 def save_checkpoint(
     path: str | Path,

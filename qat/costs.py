@@ -154,7 +154,14 @@ def multiply_adds(op: Op) -> int:
 
 
 def measure_sensitivity(
-    path: Path, *, images: int, target_drop: float, show: int, output: Path | None, compute: Compute
+    path: Path,
+    *,
+    images: int,
+    target_drop: float,
+    show: int,
+    output: Path | None,
+    allow_changed_model: bool = False,
+    compute: Compute,
 ) -> None:
     """Measures all operations of a checkpoint on its validation split, prints them, and suggests what to keep in float.
 
@@ -164,12 +171,13 @@ def measure_sensitivity(
         target_drop: how many percentage points below the float network the quantized one may be.
         show: number of operations to print, the costliest first.
         output: a JSON file for all figures; None writes none.
+        allow_changed_model: go on when the code of the checkpoint's model has changed since it was saved.
         compute: the device.
 
     Raises:
         UserError: there are no labels, or the checkpoint or its images cannot be read.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model)
     if not has_labels(checkpoint):
         raise UserError(
             f"{path} was calibrated on images without labels, but losses need labels: run python -m qat.calibrate "

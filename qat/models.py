@@ -26,8 +26,11 @@ import torchvision
 from torch import nn
 
 from qat.base.artifact import sha256_of
+from qat.base.console import say
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
+from qat.graph.reparameterization import advice
+from qat.graph.tracing import TracedModel, trace
 
 _NO_AUXILIARY = {"aux_logits": False, "init_weights": False, "transform_input": True}
 _NAME = "model_name"  # attribute of a built model; qat/weights.py finds torchvision's weights by it
@@ -68,7 +71,24 @@ def spec_for(name: str, num_classes: int, channels: int) -> ModelSpec:
     return ModelSpec(name, num_classes, {"in_chans": channels} if name.startswith("timm/") and channels != 3 else {})
 
 
-def check_channels(model: nn.Module, name: str, channels: int) -> None:
+def trace_on_images(
+    model: nn.Module, name: str, shape: tuple[int, int, int], *, training: bool | None = None
+) -> TracedModel:
+    """Traces the model ``name`` for images [C, H, W], and prints advice on it; see qat.graph.tracing.trace.
+
+    Raises UserError when it cannot be traced; when it takes images of other channels, the message says so.
+    """
+    try:
+        traced = trace(model, shape, training=training)
+    except UserError:
+        _check_channels(model, name, shape[0])
+        raise
+    if line := advice(model):
+        say(line)
+    return traced
+
+
+def _check_channels(model: nn.Module, name: str, channels: int) -> None:
     """Raises UserError when the first convolution of a model that failed takes another number of channels."""
     first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
     if first is None or first.in_channels == channels:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -32,6 +32,10 @@ class PlacementOptions(Command):
     """Height and width of the input in pixels; 224 by default."""
     num_classes: int | None = None
     """Number of classes of the model; 1000 by default."""
+    channels: Literal[1, 3] | None = None
+    """Channels of the images; 3 by default."""
+    allow_changed_model: bool = False
+    """Go on when the code of the checkpoint's model has changed since, so that the network answers something else."""
     json: Path | None = None
     """File for the placement, the scale groups and the rules, as JSON."""
     svg: Path | None = None
@@ -47,7 +51,14 @@ def main(options: PlacementOptions) -> None:
     for path in (options.json, options.svg):
         if path is not None:
             check_writable(path)
-    view = view_placement(options.model, options.keep_float, options.image_size, options.num_classes)
+    view = view_placement(
+        options.model,
+        options.keep_float,
+        options.image_size,
+        options.num_classes,
+        options.channels,
+        options.allow_changed_model,
+    )
     print_placement(view)
     if options.json is not None:
         write_json(options.json, placement_json(view))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 from qat.base.artifact import sidecar_path
 from qat.base.errors import UserError
 from qat.checkpoint import load_checkpoint
 from qat.fake_quantize.prepare import placement_of
-from qat.graph.tracing import network_of, trace
-from qat.models import ModelSpec, build_model
+from qat.graph.tracing import network_of
+from qat.models import build_model, spec_for, trace_on_images
 from qat.rules.describe import PlacementView, texts_of
 from qat.rules.place import place
 
@@ -18,36 +19,49 @@ _IMAGE_SIZE, _CLASSES = 224, 1000
 
 
 def view_placement(
-    model: str, keep_float: Iterable[str] = (), image_size: int | None = None, num_classes: int | None = None
+    model: str,
+    keep_float: Iterable[str] = (),
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    allow_changed_model: bool = False,
 ) -> PlacementView:
     """What is quantized in ``model``, and why.
 
     Args:
         model: the name of a model, as qat.train takes it, or the path of a checkpoint, which keeps the placement it was
             trained with.
-        keep_float: patterns of what stays in float. This and the next two arguments cannot be given for a checkpoint.
+        keep_float: patterns of what stays in float. This and the next three arguments cannot be given for a checkpoint.
         image_size: height and width of the input in pixels; None: 224.
         num_classes: number of classes of the model; None: 1000.
+        channels: of the images; None: 3.
+        allow_changed_model: go on when the code of a checkpoint's model has changed since it was saved.
 
     Raises:
         UserError: there is no such model or file, it cannot be traced, or a pattern matches nothing.
     """
     path = Path(model)
     if path.suffix == ".qat" or path.is_file() or sidecar_path(path).is_file():
-        given = {"--keep-float": keep_float, "--image-size": image_size, "--num-classes": num_classes}
+        given = {
+            "--keep-float": keep_float,
+            "--image-size": image_size,
+            "--num-classes": num_classes,
+            "--channels": channels,
+        }
         for option, value in given.items():
             if value not in (None, ()):
                 raise UserError(f"{option} was fixed when {path} was trained: leave it out, or give the model's name")
-        return _of_checkpoint(path)
+        return _of_checkpoint(path, allow_changed_model)
     size = _IMAGE_SIZE if image_size is None else image_size
-    spec = ModelSpec(model, _CLASSES if num_classes is None else num_classes)
-    network = network_of(trace(build_model(spec), (3, size, size)))
+    shape = (3 if channels is None else channels, size, size)
+    spec = spec_for(model, _CLASSES if num_classes is None else num_classes, shape[0])
+    network = network_of(trace_on_images(build_model(spec), model, shape))
     placement = place(network, keep_float)
-    return PlacementView(model, (3, size, size), network, placement, texts_of(placement))
+    return PlacementView(model, shape, network, placement, texts_of(placement))
 
 
-def _of_checkpoint(path: Path) -> PlacementView:
-    checkpoint = load_checkpoint(path)
+def _of_checkpoint(path: Path, allow_changed_model: bool) -> PlacementView:
+    checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model)
     details, shape = checkpoint.sidecar.details, next(iter(checkpoint.inputs.shapes.values()))
     network = network_of(checkpoint.model)
     placement = placement_of(checkpoint.model)

@@ -36,8 +36,8 @@ from qat.evaluate import compare, inputs
 from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import prepare, weights_and_quantizers
 from qat.fake_quantize.weight_ranges import fix_weight_ranges
-from qat.graph.tracing import TracedModel, network_of, trace
-from qat.models import check_channels
+from qat.graph.tracing import TracedModel, network_of
+from qat.models import trace_on_images
 from qat.rules.describe import say_placement
 from qat.rules.place import place
 from qat.rules.placement import Placement
@@ -160,11 +160,7 @@ def choose_placement(
     Raises UserError when it cannot be quantized, or not as ``keep_float`` asks, or when its output is not logits
     [N, ``classes``].
     """
-    try:
-        traced = trace(model, data.preprocessing.input_shape, training=training)
-    except UserError:
-        check_channels(model, name, data.preprocessing.channels)
-        raise
+    traced = trace_on_images(model, name, data.preprocessing.input_shape, training=training)
     network = network_of(traced)
     (output,) = (op for op in network if op.kind == "output")
     if output.shape != (1, classes):

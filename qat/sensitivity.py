@@ -35,6 +35,8 @@ class SensitivityOptions(Command):
     """cpu, cuda, or cuda:1 and so on; auto takes a GPU if there is one."""
     json: Path | None = None
     """File for all figures, as JSON."""
+    allow_changed_model: bool = False
+    """Go on when the code of the checkpoint's model has changed since, so that the network answers something else."""
     show: int = 20
     """Number of operations to print, the costliest first; the file of --json has all."""
 
@@ -58,6 +60,7 @@ def main(options: SensitivityOptions) -> None:
         target_drop=options.target_drop,
         show=options.show,
         output=options.json,
+        allow_changed_model=options.allow_changed_model,
         compute=Compute.from_options(options.device, "float32", compiled=False),
     )
 

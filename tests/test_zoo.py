@@ -42,7 +42,7 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
     ir.save(emit(folded, x, {}), path)
 
     assert lint_onnx(path) == []  # TensorRT takes it, and the ONNX file is placed as the torch.fx graph was
-    parity, _ = measure(folded, path, [(x, x)], 4)
+    parity, *_ = measure(folded, path, [(x, x)], 4)
     assert min(layer.sqnr_db for layer in parity.layers if layer.sqnr_db is not None) > LARGEST_ERROR_DB
 
     settings = BuildSettings(profiles=(Profile(2, 2, 2),), capabilities=("8.9",))

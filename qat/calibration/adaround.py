@@ -21,7 +21,6 @@ result at 8 bits, within the spread of seeds.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,10 +31,8 @@ from torch import Tensor, fx, nn
 from qat.base.errors import UserError
 from qat.base.number_format import NumberFormat
 from qat.compute.precision import exact_float32
-from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, weights_and_quantizers
+from qat.fake_quantize.prepare import WEIGHT_QUANTIZERS, copy_for_evaluation, weights_and_quantizers
 from qat.fake_quantize.quantizer import (
-    ActivationQuantizer,
-    WeightQuantizer,
     per_channel,
     quantize,
     weight_amax,
@@ -155,7 +152,9 @@ class _Rounding:
         self, prepared: fx.GraphModule, images: Sequence[Tensor], steps: int, generator: torch.Generator
     ) -> None:
         self.steps, self.generator, self.batches = steps, generator, range(len(images))
-        in_float, self._fake_quantize = (_copy_for_evaluation(prepared, enabled) for enabled in (False, True))
+        in_float, self._fake_quantize = (
+            copy_for_evaluation(prepared, quantized=quantized) for quantized in (False, True)
+        )
         self._steppers = [Stepper(model, prepared.graph, images) for model in (in_float, self._fake_quantize)]
         self._weights = {
             path: (weight, quantizer) for path, weight, quantizer in weights_and_quantizers(self._fake_quantize)
@@ -265,15 +264,6 @@ def _beta(done: float) -> float | None:
     if done < _WARM_START:
         return None
     return last + (first - last) * (1 - (done - _WARM_START) / (1 - _WARM_START))
-
-
-def _copy_for_evaluation(prepared: fx.GraphModule, enabled: bool) -> fx.GraphModule:
-    """A copy in eval mode without gradients, with all quantizers ``enabled`` or not."""
-    model = copy.deepcopy(prepared).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
-            module.enabled = enabled
-    return model
 
 
 def _mean_square(differences: Iterator[Tensor], channels: int) -> Tensor:

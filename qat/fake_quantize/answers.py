@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
 
-from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from qat.fake_quantize.prepare import copy_for_evaluation
 from qat.graph.inputs import Inputs
 from qat.graph.outputs import leaves
 
 _BATCH, _VALUES = 2, 64  # recorded of each output
 _TOLERANCE = 0.02  # of what differs between the inputs: other machines and versions compute slightly other answers
-
-
-@contextmanager
-def without_quantizers(prepared: fx.GraphModule) -> Iterator[None]:
-    """``prepared`` as a float network, for as long as this lasts."""
-    quantizers = [one for one in prepared.modules() if isinstance(one, (ActivationQuantizer, WeightQuantizer))]
-    before = [one.enabled for one in quantizers]
-    for one in quantizers:
-        one.enabled = False
-    try:
-        yield
-    finally:
-        for one, enabled in zip(quantizers, before, strict=True):
-            one.enabled = enabled
 
 
 @torch.no_grad()
@@ -36,12 +21,10 @@ def answers_of(prepared: fx.GraphModule) -> dict[str, list[list[float]]]:
 
     An output that is not finite, and one that holds no floating-point numbers, is left out.
     """
-    training, inputs = prepared.training, prepared.meta["inputs"]
+    inputs = prepared.meta["inputs"]
     assert isinstance(inputs, Inputs)
     device = next((tensor.device for tensor in (*prepared.parameters(), *prepared.buffers())), None)
-    with without_quantizers(prepared):
-        answer = prepared.eval()(*inputs.random(_BATCH, device).values())
-    prepared.train(training)
+    answer = copy_for_evaluation(prepared, quantized=False)(*inputs.random(_BATCH, device).values())
     found = {path: value.detach().float().cpu() for path, value in leaves(answer) if isinstance(value, Tensor)}
     return {path: _some(value).tolist() for path, value in found.items() if value.isfinite().all()}
 

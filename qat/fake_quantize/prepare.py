@@ -7,17 +7,20 @@ quantizers have no state unless their range is fixed or learned.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 
 import torch
 from torch import Tensor, fx, nn
 
+from qat.base.console import say
 from qat.base.errors import UserError
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.graph.constants import constant_value
 from qat.graph.fx_network import weight_axis, weight_source
+from qat.graph.reparameterization import advice
 from qat.graph.tracing import Shapes, TracedModel, network_of, trace
 from qat.rules.place import place
 from qat.rules.placement import Placement
@@ -55,6 +58,8 @@ def prepare(
         raise UserError("the model has quantizers already: give the float model that it was prepared from")
     traced = trace(model, input_shape, training=training)
     if placement is None:
+        if line := advice(model):
+            say(line)
         placement = place(network_of(traced), keep_float)
     nodes = {node.name: node for node in traced.graph.nodes}
     _check_fits(placement, nodes)
@@ -119,6 +124,15 @@ def activation_quantizers(prepared: nn.Module) -> dict[str, ActivationQuantizer]
     """The activation quantizers of a prepared model, by name (the name of a tensor that each quantizes)."""
     quantizers = prepared.get_submodule(ACTIVATION_QUANTIZERS)
     return {name: module for name, module in quantizers.named_children() if isinstance(module, ActivationQuantizer)}
+
+
+def copy_for_evaluation(prepared: fx.GraphModule, *, quantized: bool) -> fx.GraphModule:
+    """A copy in evaluation mode without gradients; with all quantizers, or as the float network."""
+    model = copy.deepcopy(prepared).eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
+            module.enabled = quantized
+    return model
 
 
 def _device(model: nn.Module) -> torch.device:

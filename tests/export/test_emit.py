@@ -126,7 +126,7 @@ def test_float_input_agrees_with_onnx_runtime_layer_by_layer(folded, model, imag
     path = tmp_path / "model.onnx"
     ir.save(model, path)
     x = preprocessing().normalize(images)
-    found, (logits,) = parity.measure(folded, path, [(x[:3], x[:3]), (x[3:], x[3:])], layer_images=4)
+    found, (logits,), _ = parity.measure(folded, path, [(x[:3], x[:3]), (x[3:], x[3:])], layer_images=4)
     assert found.images == len(logits) == 4
     torch.testing.assert_close(logits, folded(x))
     assert len(found.layers) == len(nodes(model, "QuantizeLinear")) + 1
@@ -153,7 +153,7 @@ def test_uint8_input_does_the_preprocessing(folded, images, tmp_path):
     assert model.graph.inputs[0].dtype == ir.DataType.UINT8
     given = images.permute(0, 2, 3, 1).contiguous()
     normalized = preprocessing().normalize(images)
-    found, _ = parity.measure(folded, path, [(normalized, given)], layer_images=4)
+    found, *_ = parity.measure(folded, path, [(normalized, given)], layer_images=4)
     worst_inside = min(layer.sqnr_db or 999 for layer in found.layers[1:])
     assert worst_inside > 100
     assert (found.layers[0].sqnr_db or 999) > 100  # the normalized image itself
@@ -170,7 +170,7 @@ def test_the_float32_file_has_the_same_nodes_without_q_and_dq(prepared, model, i
     path = tmp_path / "model.onnx"
     ir.save(plain, path)
     x = preprocessing().normalize(images)
-    found, _ = parity.measure(network, path, [(x, x)], layer_images=4)
+    found, *_ = parity.measure(network, path, [(x, x)], layer_images=4)
     assert [layer.tensor for layer in found.layers] == ["logits"]
     assert found.to_json()["worst_layer"]["sqnr_db"] > 100
     assert str(found).endswith("dB at logits")
@@ -190,7 +190,7 @@ def test_the_float16_file_is_float16_between_two_casts(prepared, model, images, 
     assert next(network.parameters()).dtype == torch.float32
     path = tmp_path / "model.onnx"
     ir.save(half, path)
-    found, (logits,) = parity.measure(network, path, pairs, layer_images=4)
+    found, (logits,), _ = parity.measure(network, path, pairs, layer_images=4)
     assert logits.dtype == torch.float32
     assert 40 < found.worst.sqnr_db < 100
     assert found.smallest_logit_cosine > 0.9999
@@ -211,7 +211,7 @@ def test_parity_sees_a_wrong_scale(folded, model, images, tmp_path):
     scale.raw_data = (onnx.numpy_helper.to_array(scale) * np.float32(1.05)).tobytes()
     onnx.save(proto, path)
     x = preprocessing().normalize(images)
-    found, _ = parity.measure(folded, path, [(x, x)], layer_images=4)
+    found, *_ = parity.measure(folded, path, [(x, x)], layer_images=4)
     assert found.worst.tensor == "layer2_0_relu"
     assert found.worst.sqnr_db < 40
 
