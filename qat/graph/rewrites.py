@@ -17,6 +17,7 @@ from torch import fx, nn
 from qat.base.errors import UserError
 from qat.graph.fx_network import function_name, kind_of, label
 from qat.graph.set_item import set_item, with_item
+from qat.graph.tracer import parts_of_norm
 
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _VIEWS = (
@@ -41,7 +42,8 @@ def rewrite(traced: fx.GraphModule) -> None:
     _order_arguments(traced)
     _write_through_parts(traced)
     _read_what_in_place_operations_leave(traced)
-    _part_fused_norms(traced)
+    _plain_norms(traced)
+    _stacks_as_concats(traced)
     _drop_identities(traced)
     _follow_device(traced)
     for node in traced.graph.nodes:
@@ -164,29 +166,36 @@ def _is_view(node: fx.Node, traced: fx.GraphModule) -> bool:
     return node.op in ("call_function", "call_method") and function_name(node) in _VIEWS
 
 
-def _part_fused_norms(traced: fx.GraphModule) -> None:
-    """Splits timm's batch normalization with dropout and activation inside into one module for each operation.
+def _plain_norms(traced: fx.GraphModule) -> None:
+    """Makes timm's batch normalizations, whose dropout and activation were traced as operations of their own, plain.
 
-    The modules keep their places in the hierarchy, so the keys of the state dict do not change.
+    Their parts keep their places in the hierarchy, so the keys of the state dict do not change.
     """
-    for node in list(traced.graph.nodes):
-        module = traced.get_submodule(node.target) if node.op == "call_module" else None
-        parts = [name for name in ("drop", "act") if isinstance(getattr(module, name, None), nn.Module)]
-        if type(module) in PLAIN_NORMS or not isinstance(module, nn.modules.batchnorm._BatchNorm) or len(parts) < 2:
+    for node in traced.graph.find_nodes(op="call_module"):
+        module = traced.get_submodule(node.target)
+        if type(module) in PLAIN_NORMS or not (parts := parts_of_norm(module)):
             continue
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
         plain_type = next(plain for plain in PLAIN_NORMS if isinstance(module, plain))
         plain = plain_type(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
         plain._parameters, plain._buffers = module._parameters, module._buffers
-        for name in parts:
-            plain.add_module(name, module.get_submodule(name))
+        for name, part in parts.items():
+            plain.add_module(name, part)
         traced.set_submodule(node.target, plain.train(module.training))
-        last, readers = node, tuple(node.users)
-        for name in parts:
-            with traced.graph.inserting_after(last):
-                last = traced.graph.call_module(f"{node.target}.{name}", (last,))
-                last.meta = dict(node.meta)
-        for reader in readers:
-            reader.replace_input_with(node, last)
+
+
+def _stacks_as_concats(traced: fx.GraphModule) -> None:
+    """Makes torch.stack what ONNX files have for it: a concatenation along an axis that each tensor gets."""
+    for node in traced.graph.find_nodes(op="call_function", target=torch.stack):
+        given = dict(zip(("tensors", "dim"), node.args, strict=False)) | dict(node.kwargs)
+        axis = given.get("dim", 0)
+        with traced.graph.inserting_before(node):
+            parts = [traced.graph.call_method("unsqueeze", (one, axis)) for one in given["tensors"]]
+            joined = traced.graph.call_function(torch.cat, (parts, axis))
+        for made in (*parts, joined):
+            made.meta = dict(node.meta)
+        node.replace_all_uses_with(joined)
+        traced.graph.erase_node(node)
 
 
 def _drop_identities(traced: fx.GraphModule) -> None:

@@ -33,6 +33,7 @@ from qat.graph.stand_in import Shape, Traced, UntraceableError, any_traced, are_
 from qat.graph.torch_patches import tracing_patches
 
 _BATCHES = (5040, 7560)  # they stand for all sizes; both can be divided by 1 to 10
+_VIEWS = ("view", "view_as", "reshape", "reshape_as", "flatten", "squeeze", "expand", "expand_as", "narrow")
 _NEW = ("new_zeros", "new_ones", "new_full", "new_tensor", "new_empty")
 # Modules of which only the shape is asked; running them on tensors without data takes long.
 _SAME_SHAPE = (nn.modules.batchnorm._BatchNorm, nn.ReLU, nn.SiLU, nn.GELU, nn.LayerNorm, nn.modules.dropout._DropoutNd)
@@ -99,7 +100,12 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Called for every call of a module."""
-        return forward(*args, **kwargs) if self.busy else super().call_module(m, forward, args, kwargs)
+        if self.busy:
+            return forward(*args, **kwargs)
+        answer = super().call_module(m, forward, args, kwargs)
+        for part in parts_of_norm(m).values():
+            answer = part(answer)
+        return answer
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Called for every access to a parameter or buffer of a module."""
@@ -134,6 +140,9 @@ class Tracer(fx.Tracer):
                 tensor = operator.attrgetter(target)(self.root)
             return Traced(node, self, (tensor, tensor))
         one, two = (self._sample(kind, target, args, kwargs, which) for which in (0, 1))
+        if _takes_all(target, args, one, two):
+            self.graph.erase_node(node)
+            return args[0]
         return self._known(node, one, two)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -197,6 +206,29 @@ class Tracer(fx.Tracer):
         made = self.create_node("call_function", operator.getitem, (node, index), {})
         made.meta |= {key: node.meta[key] for key in ("no_grad",) if key in node.meta}
         return self._known(made, one, two)
+
+
+def parts_of_norm(module: nn.Module) -> dict[str, nn.Module]:
+    """What timm's batch normalizations apply to what they normalized, in order; {} for another module."""
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return {}
+    return {name: part for name, part in module.named_children() if name in ("drop", "act")}
+
+
+def _takes_all(target: Any, args: Sequence[Any], one: Any, two: Any) -> bool:
+    """Whether an operation gives its whole input as it is: x[:, :h] of h rows, or a view with the same shape."""
+    if not args or not is_traced(args[0]) or not isinstance(one, Tensor):
+        return False
+    if target is operator.getitem:
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        views = all(part is Ellipsis or isinstance(part, slice) for part in index)
+    else:
+        views = getattr(target, "__name__", target) in _VIEWS
+    given = args[0].samples
+    return views and all(
+        isinstance(before, Tensor) and before.shape == after.shape and before.dtype == after.dtype
+        for before, after in zip(given, (one, two), strict=True)
+    )
 
 
 @contextmanager

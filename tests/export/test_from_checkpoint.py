@@ -100,8 +100,8 @@ def test_answers_that_differ_are_warned_of(
     real = export.from_checkpoint.measure
 
     def negated(*given: Any) -> Any:
-        parity, logits = real(*given)
-        return dataclasses.replace(parity, smallest_logit_cosine=-parity.smallest_logit_cosine), logits
+        parity, *answers = real(*given)
+        return dataclasses.replace(parity, smallest_logit_cosine=-parity.smallest_logit_cosine), *answers
 
     monkeypatch.setattr(export.from_checkpoint, "measure", negated)
     export_onnx(*files)

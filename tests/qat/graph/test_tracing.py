@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm.layers
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -116,7 +117,18 @@ def swaps(model: Body, x: Tensor) -> Tensor:
     return x + values + torch.stack([*rest, first], 1) + (indices * 0 if isinstance(indices, Tensor) else 1)
 
 
-@pytest.mark.parametrize("between", [odd_sides, types, numbers, batch, writes, swaps], ids=lambda one: one.__name__)
+def crops(model: Body, x: Tensor) -> Tensor:
+    """Views of all of a tensor, which a change in place goes through, and one that reverses it."""
+    x = torch.nn.functional.pad(x, (0, 1))
+    height, width = x.shape[2:]
+    x[..., :height, :width].view(x.shape).add_(1)
+    y = x[:][:, :, 0:].reshape(-1, 8, height, width).flatten(1, 1).expand_as(x)
+    return y + x[:, [*range(7, -1, -1)]] + torch.stack((x, y * 2), dim=-1).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "between", [odd_sides, types, numbers, batch, writes, swaps, crops], ids=lambda one: one.__name__
+)
 def test_everything_but_the_batch_size_is_known(between):
     torch.manual_seed(0)
     model = Body(between)
@@ -473,6 +485,33 @@ def test_hooks_of_the_model_are_part_of_it():
 def test_a_traced_model_is_not_pickled():
     with pytest.raises(UserError, match=r"cannot be pickled: save it with qat\.save_checkpoint"):
         pickle.dumps(trace(Body(), SHAPE))
+
+
+def test_views_of_a_whole_tensor_hide_nothing_from_the_rules():
+    def whole(model: Body, x: Tensor) -> Tensor:
+        return x[..., : x.shape[2], :].view(x.shape).squeeze(1)
+
+    graph = trace(Body(whole), SHAPE).graph
+    assert not [node for node in graph.nodes if "getitem" in node.name or node.name in ("view", "squeeze")]
+
+
+class Twice(nn.Module):
+    """An activation that is no module of torch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(2 * x)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, Twice])
+def test_the_activation_inside_a_normalization_of_timm_is_an_operation_of_its_own(activation):
+    torch.manual_seed(0)
+    model = Body(lambda model, x: model.norm(x))
+    model.norm = timm.layers.BatchNormAct2d(8, act_layer=activation, drop_layer=nn.Dropout)
+    traced = trace(model, SHAPE)
+    same(model, traced, images())
+    assert type(traced.get_submodule("norm")) is nn.BatchNorm2d
+    (after,) = (node for node in traced.graph.nodes if node.target in (F.gelu, "norm.act"))
+    assert after.target == (F.gelu if activation is Twice else "norm.act")
 
 
 # --- attention
