@@ -21,6 +21,10 @@ Shapes = Inputs | Sequence[int] | Mapping[str, Sequence[int]] | Sequence[Sequenc
 """Shapes of inputs without the batch: of the only one, of several by argument name, or of several in their order."""
 
 
+class NotPickledError(UserError, TypeError):
+    """A TypeError too, as Python's own error is: libraries that ask whether something can be pickled expect it."""
+
+
 class TracedModel(fx.GraphModule):
     """A model whose operations are known.
 
@@ -39,7 +43,7 @@ class TracedModel(fx.GraphModule):
 
     def __reduce__(self) -> NoReturn:
         """Unpickling code is a risk, and pickling leaves out what placement knows."""
-        raise UserError("a traced model cannot be pickled: save it with qat.save_checkpoint, or its state_dict()")
+        raise NotPickledError("a traced model cannot be pickled: save it with qat.save_checkpoint, or its state_dict()")
 
 
 def trace(model: nn.Module, inputs: Shapes, *, training: bool | None = None) -> TracedModel:
