@@ -39,11 +39,13 @@ from qat.base.errors import UserError
 from qat.base.text import megabytes
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.quantizer import quantize
+from qat.graph.torch_patches import without_autocast
 
 _PARITY_BATCH = 32
 _ALIKE = 0.95  # cosine of the logits; rounding does not bring a useful network below it
 
 
+@without_autocast()
 def export_onnx(
     source: Path | str | fx.GraphModule,
     output: Path | str | None = None,

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.graph.inputs import Inputs
 from qat.graph.outputs import leaves
+from qat.graph.torch_patches import without_autocast
 
 _BATCH, _VALUES = 2, 64  # recorded of each output
 _TOLERANCE = 0.02  # of what differs between the inputs: other machines and versions compute slightly other answers
@@ -31,6 +32,7 @@ def without_quantizers(prepared: fx.GraphModule) -> Iterator[None]:
 
 
 @torch.no_grad()
+@without_autocast()
 def answers_of(prepared: fx.GraphModule) -> dict[str, list[list[float]]]:
     """By output: up to 64 values for each of two fixed random inputs, in evaluation and without quantizers.
 
@@ -40,7 +42,8 @@ def answers_of(prepared: fx.GraphModule) -> dict[str, list[list[float]]]:
     assert isinstance(inputs, Inputs)
     device = next((tensor.device for tensor in (*prepared.parameters(), *prepared.buffers())), None)
     with without_quantizers(prepared):
-        answer = prepared.eval()(*inputs.random(_BATCH, device).values())
+        # Not prepared(...): accelerate replaces the forward of a model that it trains by one with an autocast.
+        answer = type(prepared.eval()).forward(prepared, *inputs.random(_BATCH, device).values())
     prepared.train(training)
     found = {path: value.detach().float().cpu() for path, value in leaves(answer) if isinstance(value, Tensor)}
     return {path: _some(value).tolist() for path, value in found.items() if value.isfinite().all()}

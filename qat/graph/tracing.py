@@ -15,6 +15,7 @@ from qat.graph.modes import ModesDifferError, merge_modes
 from qat.graph.network import Network
 from qat.graph.proof import NotProvedError, Reference
 from qat.graph.rewrites import rewrite, stop_gradients
+from qat.graph.torch_patches import without_autocast
 from qat.graph.tracer import Tracer
 
 Shapes = Inputs | Sequence[int] | Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
@@ -46,6 +47,7 @@ class TracedModel(fx.GraphModule):
         raise NotPickledError("a traced model cannot be pickled: save it with qat.save_checkpoint, or its state_dict()")
 
 
+@without_autocast()
 def trace(model: nn.Module, inputs: Shapes, *, training: bool | None = None) -> TracedModel:
     """A traced copy of ``model``, in the same mode and usable in both modes; proved to compute the same.
 
