@@ -9,6 +9,7 @@ codes are those of W, with the sign of g. Folding changes no magnitude of a code
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ from torch import Tensor, fx, nn
 from export import ops
 from export.lower import lower, unused_path
 from export.plain_norms import plain_norms
+from qat.base.console import warn
 from qat.base.number_format import NumberFormat
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import (
@@ -137,6 +139,21 @@ def fold_float(prepared: fx.GraphModule) -> fx.GraphModule:
     _remove_quantizers(folded)
     _fold_batch_norms(folded, [])
     return _finish(folded)
+
+
+def remaining_dead_channels(folded: nn.Module, dead: list[DeadChannel]) -> list[DeadChannel]:
+    """The channels among ``dead`` that still exist and are zero: merging removes layers and changes weights."""
+    layers: dict[str, Any] = dict(folded.named_modules())
+    there = [(channel, layers[channel.layer]) for channel in dead if channel.layer in layers]
+    return [one for one, layer in there if not layer.weight.select(layer.weight_quantizer.axis, one.channel).any()]
+
+
+def warn_of_dead_channels(dead: list[DeadChannel]) -> None:
+    """Names them, a line for each layer."""
+    for layer, channels in itertools.groupby(dead, lambda channel: channel.layer):
+        numbers = [channel.channel for channel in channels]
+        listed = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        warn(f"{layer}: dead channels {listed}, {len(numbers)} in all: their weights are zero; the scales were floored")
 
 
 def _finish(folded: fx.GraphModule) -> fx.GraphModule:

@@ -6,7 +6,6 @@ Steps: fold, rewrite what was asked for, emit, check TensorRT's rules, measure p
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from export import ops
 from export.against_float import against_float, against_recorded
 from export.emit import emit, example_input, input_quantizer, input_scale, with_ends
 from export.float_weights import save_onnx
-from export.fold import DeadChannel, fold, fold_float
+from export.fold import fold, fold_float, remaining_dead_channels, warn_of_dead_channels
 from export.hard_rules import hard_findings
 from export.merge_shortcuts import VECTOR
 from export.merge_shortcuts import merge_shortcuts as merge
@@ -40,11 +39,13 @@ from qat.base.errors import UserError
 from qat.base.text import megabytes
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.quantizer import quantize
+from qat.graph.torch_patches import without_autocast
 
 _PARITY_BATCH = 32
 _ALIKE = 0.95  # cosine of the logits; rounding does not bring a useful network below it
 
 
+@without_autocast()
 def export_onnx(
     source: Path | str | fx.GraphModule,
     output: Path | str | None = None,
@@ -120,8 +121,8 @@ def export_onnx(
     trained = copy.deepcopy(folded) if merge_shortcuts else None
     merged = _merge_or_refuse(folded) if merge_shortcuts else []
     padded = _pad_or_refuse(folded) if pad_channels else []
-    dead = _remaining_dead_channels(folded, dead)
-    _warn_of_dead_channels(dead)
+    dead = remaining_dead_channels(folded, dead)
+    warn_of_dead_channels(dead)
     stated = dict(network.stated_preprocessing)
     if input == "int8-nchw":
         stated["input_scale"] = input_scale(folded)
@@ -278,20 +279,6 @@ def _pad_or_refuse(folded: fx.GraphModule) -> list[str]:
         raise UserError("no convolution of this network can be padded with zero channels: leave out --pad-channels")
     say(f"zero channels up to {CHANNELS} before {', '.join(padded)}")
     return padded
-
-
-def _remaining_dead_channels(folded: nn.Module, dead: list[DeadChannel]) -> list[DeadChannel]:
-    """The channels among ``dead`` that still exist and are zero: merging removes layers and changes weights."""
-    layers: dict[str, Any] = dict(folded.named_modules())
-    there = [(channel, layers[channel.layer]) for channel in dead if channel.layer in layers]
-    return [one for one, layer in there if not layer.weight.select(layer.weight_quantizer.axis, one.channel).any()]
-
-
-def _warn_of_dead_channels(dead: list[DeadChannel]) -> None:
-    for layer, channels in itertools.groupby(dead, lambda channel: channel.layer):
-        numbers = [channel.channel for channel in channels]
-        listed = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-        warn(f"{layer}: dead channels {listed}, {len(numbers)} in all: their weights are zero; the scales were floored")
 
 
 def _check_classes(network: TrainedNetwork, shapes: Sequence[Sequence[int]]) -> None:

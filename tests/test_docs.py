@@ -17,6 +17,7 @@ from commands import ONE_THREAD, ROOT, Run
 from documents import PAGES, Block, blocks, environment, make_folder, shortened, table_below, tables
 from own_network import CLASSES, PREPROCESSING, Net
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import deploy
 import export
@@ -97,6 +98,7 @@ def python_names() -> dict[str, Any]:
         "loader": [(images, labels)],
         "optimizer": torch.optim.SGD(model.parameters(), 1e-3),
         "images": images,
+        "dataset": TensorDataset(images, labels),
         "preprocessing": preprocessing,
         "class_names": CLASSES,
         "YourModel": Net,

@@ -10,12 +10,14 @@ from torch import Tensor, fx
 from qat.fake_quantize.prepare import copy_for_evaluation
 from qat.graph.inputs import Inputs
 from qat.graph.outputs import leaves
+from qat.graph.torch_patches import without_autocast
 
 _BATCH, _VALUES = 2, 64  # recorded of each output
 _TOLERANCE = 0.02  # of what differs between the inputs: other machines and versions compute slightly other answers
 
 
 @torch.no_grad()
+@without_autocast()
 def answers_of(prepared: fx.GraphModule) -> dict[str, list[list[float]]]:
     """By output: up to 64 values for each of two fixed random inputs, in evaluation and without quantizers.
 
@@ -24,6 +26,7 @@ def answers_of(prepared: fx.GraphModule) -> dict[str, list[list[float]]]:
     inputs = prepared.meta["inputs"]
     assert isinstance(inputs, Inputs)
     device = next((tensor.device for tensor in (*prepared.parameters(), *prepared.buffers())), None)
+    # A copy has its own forward: accelerate replaces that of a model that it trains by one with an autocast.
     answer = copy_for_evaluation(prepared, quantized=False)(*inputs.random(_BATCH, device).values())
     found = {path: value.detach().float().cpu() for path, value in leaves(answer) if isinstance(value, Tensor)}
     return {path: _some(value).tolist() for path, value in found.items() if value.isfinite().all()}

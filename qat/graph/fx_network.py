@@ -20,6 +20,7 @@ from qat.graph.constants import is_constant
 from qat.graph.inputs import Inputs
 from qat.graph.network import ConstantWeight, Network, Op, exact_kind
 from qat.graph.operations import WEIGHTED, OpKind, kind_of_function, kind_of_module
+from qat.graph.torch_patches import without_autocast
 
 # Names of the positional arguments of builtins and methods, which inspect.signature does not know.
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -245,6 +246,7 @@ class _ShapeRecorder(fx.Interpreter):
         return result
 
 
+@without_autocast()
 def shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...]]:
     """The shape of every floating-point tensor for a batch of one, by the name of its node, in evaluation."""
     training, recorder = traced.training, _ShapeRecorder(traced.eval())

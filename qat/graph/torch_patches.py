@@ -91,6 +91,16 @@ def tracing_patches(tracer: Recorder) -> Iterator[None]:
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """Everything is computed in its own type, also inside of an autocast of the caller.
+
+    An autocast also keeps casts of weights for later; those of tensors without data would be of no use.
+    """
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
 def without_checkpoints() -> Iterator[None]:
     """Activation checkpoints, which hide the operations inside from tracing and from autograd, only call."""
 

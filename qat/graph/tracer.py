@@ -15,6 +15,7 @@ import operator
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,12 @@ class Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """What stands for ``a`` in the graph."""
-        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, dict) and is_dataclass(a):  # transformers answers such; torch.fx makes a plain dict of it
+            parts = {field.name: self.create_arg(getattr(a, field.name)) for field in fields(a)}
+            return self.create_node("call_function", type(a), (), parts)
+        return super().create_arg(a)
 
     def create_proxy(
         self,

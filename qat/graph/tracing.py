@@ -15,10 +15,15 @@ from qat.graph.modes import ModesDifferError, merge_modes
 from qat.graph.network import Network
 from qat.graph.proof import NotProvedError, Reference
 from qat.graph.rewrites import rewrite, stop_gradients
+from qat.graph.torch_patches import without_autocast
 from qat.graph.tracer import Tracer
 
 Shapes = Inputs | Sequence[int] | Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
 """Shapes of inputs without the batch: of the only one, of several by argument name, or of several in their order."""
+
+
+class NotPickledError(UserError, TypeError):
+    """A TypeError too, as Python's own error is: libraries that ask whether something can be pickled expect it."""
 
 
 class TracedModel(fx.GraphModule):
@@ -39,9 +44,10 @@ class TracedModel(fx.GraphModule):
 
     def __reduce__(self) -> NoReturn:
         """Unpickling code is a risk, and pickling leaves out what placement knows."""
-        raise UserError("a traced model cannot be pickled: save it with qat.save_checkpoint, or its state_dict()")
+        raise NotPickledError("a traced model cannot be pickled: save it with qat.save_checkpoint, or its state_dict()")
 
 
+@without_autocast()
 def trace(model: nn.Module, inputs: Shapes, *, training: bool | None = None) -> TracedModel:
     """A traced copy of ``model``, in the same mode and usable in both modes; proved to compute the same.
 

@@ -138,6 +138,15 @@ def test_a_model_without_preprocessing(tmp_path: Path) -> None:
     assert export_onnx(grey, path).figures["parity"]["source"] == "random inputs"
 
 
+def test_the_file_knows_no_autocast(model: fx.GraphModule, tmp_path: Path) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = export_onnx(model, tmp_path / "inside.onnx")
+    assert inside.figures["parity"]["smallest_logit_cosine"] > 0.999
+    export_onnx(model, tmp_path / "outside.onnx")
+    files = [onnx.load(tmp_path / name).graph for name in ("inside.onnx", "outside.onnx")]
+    assert files[0] == files[1]
+
+
 def test_a_checkpoint_and_its_model_become_the_same_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     checkpoint = checkpoint_of(tmp_path, f"{__file__}:net")

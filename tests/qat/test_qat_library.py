@@ -62,6 +62,16 @@ def test_prepare_calibrate_train_save_and_load(model: nn.Module, images: Tensor,
         qat.load_checkpoint(path, nn.Sequential(nn.Conv2d(3, 8, 3)))
 
 
+def test_a_checkpoint_knows_no_autocast(model: nn.Module, images: Tensor, tmp_path: Path) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        prepared = quantized(model, images)
+        qat.save_checkpoint(tmp_path / "model.qat", prepared)
+    qat.load_checkpoint(tmp_path / "model.qat", Net())
+    prepared.forward = torch.autocast("cpu", torch.bfloat16)(prepared.forward)  # as accelerate does
+    qat.save_checkpoint(tmp_path / "model.qat", prepared)
+    qat.load_checkpoint(tmp_path / "model.qat", Net())
+
+
 def test_a_model_by_name_is_built_again(images: Tensor, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(tiny.NET)
     spec = qat.ModelSpec(f"{tmp_path / 'net.py'}:net", 3)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -300,6 +302,18 @@ class Answer:
     maps: tuple[Tensor, Tensor]
 
 
+@dataclasses.dataclass
+class Mapped(OrderedDict):
+    """Like an answer of transformers: a dataclass, and a dict of the fields that are not None."""
+
+    loss: Tensor | None = None
+    classes: Tensor | None = None
+    maps: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self |= {key: value for key, value in vars(self).items() if value is not None}
+
+
 class Two(Body):
     def __init__(self, make: Callable[..., Any]) -> None:
         super().__init__()
@@ -311,7 +325,9 @@ class Two(Body):
 
 
 @pytest.mark.parametrize(
-    "make", [dict, Answer, lambda classes, maps: [classes, list(maps)]], ids=["dict", "class", "list"]
+    "make",
+    [dict, Answer, partial(Mapped, None), lambda classes, maps: [classes, list(maps)]],
+    ids=["dict", "class", "mapped", "list"],
 )
 def test_several_inputs_and_nested_answers(make):
     torch.manual_seed(0)
@@ -484,6 +500,8 @@ def test_hooks_of_the_model_are_part_of_it():
 
 def test_a_traced_model_is_not_pickled():
     with pytest.raises(UserError, match=r"cannot be pickled: save it with qat\.save_checkpoint"):
+        pickle.dumps(trace(Body(), SHAPE))
+    with pytest.raises(TypeError):  # what Python raises for anything else that cannot be pickled
         pickle.dumps(trace(Body(), SHAPE))
 
 
