@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import onnxscript.rewriter
 import torch
 from onnxscript.rewriter.rules import common as rewrites
 
-from export.calibration_cache import read_calibration_cache
+from export.calibration_cache import placement_from_cache
 from export.float_weights import save_onnx
 from export.hard_rules import hard_findings
 from export.insert import insert
 from export.network_inputs import Channels, NetworkInputs, load_inputs
-from export.onnx_network import OnnxNetwork, network_from_onnx
+from export.onnx_network import network_from_onnx
 from export.read import is_quantized, read_onnx
 from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
@@ -33,7 +33,7 @@ from qat.base.errors import UserError
 from qat.base.text import decibels, megabytes
 from qat.calibration.activation_ranges import choose_ranges
 from qat.calibration.histogram import HistogramObserver, check_finite
-from qat.fake_quantize.quantizer import ACTIVATION, SCALE_FLOOR, scale_from_amax
+from qat.fake_quantize.quantizer import ACTIVATION, scale_from_amax
 from qat.rules.describe import say_placement
 from qat.rules.place import place
 from qat.rules.placement import Placement
@@ -76,7 +76,8 @@ def quantize_onnx(
             file, torchvision:NAME; or an .npy file of float32 inputs as the network takes them, [N, ...].
         inputs: float32 [N, ...]: what the network takes, instead of ``data``.
         calibration_cache: one that TensorRT 10 or older wrote for this network. Its scales are taken bit by bit.
-            Tensors that it lacks stay in float, or are calibrated if there are ``data`` or ``inputs``.
+            Tensors that it lacks, or for which it has 0, stay in float, or are calibrated if there are ``data`` or
+            ``inputs``.
         calibrator: how activation ranges are chosen: max, percentile, mse or entropy.
         weight_calibrator: how weight ranges are chosen: max, or mse for the least squared quantization error.
         percentile: the share of the values, in percent, that the percentile calibrator does not clip.
@@ -129,7 +130,7 @@ def quantize_onnx(
 
     scales: dict[str, float] = {}
     if cache is not None:
-        placement, scales = _scales_from_cache(view, cache, keep_float, calibrated=fed is not None)
+        placement, scales = placement_from_cache(view.network, cache, keep_float, calibrated=fed is not None)
     else:
         placement = place(view.network, keep_float)
     if fed is not None:
@@ -196,50 +197,6 @@ def _read_float_network(path: Path) -> ir.Model:
     model = onnxscript.rewriter.rewrite(model, norms)
     reuse_concats(model.graph)
     return model
-
-
-def _scales_from_cache(
-    view: OnnxNetwork, cache: Path, keep_float: Collection[str], *, calibrated: bool
-) -> tuple[Placement, dict[str, float]]:
-    """The placement of the tensors that the cache knows, and the scales of its quantizers.
-
-    A scale keeps its bits; one below the normal float32 numbers is floored. Tensors that share a scale get the largest
-    of theirs. Tensors that the cache lacks stay in float, unless they will be ``calibrated``.
-    """
-    scales = read_calibration_cache(cache)
-    unknown: set[str] = set()
-    while True:  # without a tensor the placement is another one, which may want other tensors
-        placement = place(view.network, keep_float, unknown)
-        found: dict[str, float] = {}
-        for tensor in placement.tensors:
-            if tensor.tensor in scales:
-                found[tensor.quantizer] = max(found.get(tensor.quantizer, SCALE_FLOOR), scales[tensor.tensor])
-        missing = {tensor.tensor for tensor in placement.tensors if tensor.quantizer not in found}
-        if not unknown:
-            _say_missing(placement, found, scales, cache, calibrated)
-        if calibrated or not missing:
-            return placement, found
-        unknown |= missing
-
-
-def _say_missing(
-    placement: Placement, found: Mapping[str, float], scales: Mapping[str, float], cache: Path, calibrated: bool
-) -> None:
-    """Names the tensors that the cache lacks. Raises UserError when it lacks most of them."""
-    wanted = [tensor.tensor for tensor in placement.tensors]
-    known = [tensor for tensor in wanted if tensor in scales]
-    if 2 * len(known) < len(wanted):
-        raise UserError(
-            f"{cache} is a cache for another network: it knows {len(known)} of the {len(wanted)} tensors to quantize "
-            f"({', '.join(wanted[:3])}, ...), and others ({', '.join(list(scales)[:3])}, ...): give its own cache"
-        )
-    say(f"calibration cache: {len(known)} of {len(wanted)} tensors found")
-    for tensor in placement.tensors:
-        if tensor.tensor not in scales:
-            then = "calibrated on the data" if calibrated else "what reads it stays in float"
-            if tensor.quantizer in found:
-                then = "it shares the scale of one that is there"
-            warn(f"not in the cache, or renamed by fusion: {tensor.tensor} ({then})")
 
 
 def _calibrate(

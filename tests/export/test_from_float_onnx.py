@@ -235,11 +235,42 @@ def test_scales_of_a_cache_keep_all_their_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.view(np.uint32), bits)
 
 
-def test_a_scale_of_a_cache_below_the_normal_numbers_is_floored(model: Path, tmp_path: Path) -> None:
-    scales = dict.fromkeys(tensors_of(model), 0.02) | {"input": 1e-42}
-    quantize_onnx(model, tmp_path / "q.onnx", calibration_cache=write_cache(tmp_path / "c.cache", scales))
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-42])
+def test_a_tensor_whose_scale_is_0_or_denormal_stays_float_with_a_warning(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], scale: float
+) -> None:
+    scales = dict.fromkeys(tensors_of(model), 0.02) | {"input": scale}
+    sidecar = quantize_onnx(model, tmp_path / "q.onnx", calibration_cache=write_cache(tmp_path / "c.cache", scales))
+    warnings = capfd.readouterr().err.splitlines()
+    said = f"its scale in the cache is {np.float32(scale):.3g}, by which nothing can be quantized: input"
+    assert warnings == [f"warning: {said} (what reads it stays in float)"]
     values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
-    assert values["input.scale"] == np.finfo(np.float32).tiny
+    quantized = {t["tensor"] for t in sidecar.details["placement"]["tensors"]}
+    assert len(quantized) == 3
+    assert all(values[f"{name}.scale"] == np.float32(0.02) for name in quantized)
+    assert "input" not in quantized
+    assert [finding.rule for finding in lint_onnx(tmp_path / "q.onnx")] == ["weighted_input"]  # the stem, in float
+
+
+def test_with_data_a_tensor_whose_scale_is_0_is_calibrated(
+    model: Path, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = write_cache(tmp_path / "c.cache", dict.fromkeys(tensors_of(model), 0.02) | {"input": 0.0})
+    quantize_onnx(model, tmp_path / "q.onnx", calibration_cache=cache, data=str(inputs), calibrator="max")
+    assert "by which nothing can be quantized: input (calibrated on the data)" in capfd.readouterr().err
+    values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    assert values["input.scale"] == pytest.approx(np.abs(np.load(inputs)).max() / 127)
+
+
+def test_a_scale_of_0_in_a_group_gives_way_to_that_of_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = to_onnx(Joined(), tmp_path / "j.onnx")
+    relu = next(node.output[0] for node in onnx.load(model).graph.node if node.op_type == "Relu")
+    cache = write_cache(tmp_path / "c.cache", dict.fromkeys(tensors_of(model), 0.02) | {relu: 0.0})
+    sidecar = quantize_onnx(model, calibration_cache=cache)
+    assert len(sidecar.details["placement"]["tensors"]) == 4
+    assert f"{relu} (it shares the scale of one that is there)" in capfd.readouterr().err
 
 
 def test_tensors_that_a_cache_lacks_are_named_and_stay_float(
@@ -277,9 +308,10 @@ def test_a_cache_of_another_network_is_refused(model: Path, tmp_path: Path) -> N
         ("TRT-8601-EntropyCalibration2\n", "does not hold any tensor"),
         ("TRT-8601-EntropyCalibration2\nx 3c010a14\n", "line 2"),
         ("TRT-8601-EntropyCalibration2\nx: zz\n", "line 2"),
-        ("TRT-8601-EntropyCalibration2\nx: 00000000\n", "line 2"),
-        ("TRT-8601-EntropyCalibration2\nx: 7fc00000\n", "line 2"),
-        ("TRT-8601-EntropyCalibration2\nx: bc010a14\n", "line 2"),
+        ("TRT-8601-EntropyCalibration2\nx: 7fc00000\n", "line 2: the scale of x is nan, and must be finite"),
+        ("TRT-8601-EntropyCalibration2\ny: 0\nx: 7f800000\n", "line 3: the scale of x is inf"),
+        ("TRT-8601-EntropyCalibration2\nx: bc010a14\n", "line 2: the scale of x is -0.00787"),
+        ("TRT-8601-EntropyCalibration2\nx: 80000001\n", "line 2: the scale of x is -1.4013e-45"),
     ],
 )
 def test_a_damaged_cache_says_where(tmp_path: Path, text: str, says: str) -> None:
