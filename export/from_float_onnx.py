@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 import onnxscript.rewriter
 import torch
@@ -25,7 +26,7 @@ from export.onnx_network import network_from_onnx
 from export.read import is_quantized, read_onnx
 from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
-from export.session import run, session, session_with_tensors, sqnr_db
+from export.session import run, runs_in_onnx_runtime, session, session_with_tensors, sqnr_db
 from qat.base.artifact import Parent, Sidecar, TensorSpec, check_writable, sha256_of, write_artifact
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import progress, say, warn
@@ -134,13 +135,14 @@ def quantize_onnx(
     else:
         placement = place(view.network, keep_float)
     if fed is not None:
-        scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)
+        with runs_in_onnx_runtime(model):
+            scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)
     say_placement(placement)
     plain = ir.to_proto(network).SerializeToString()
     dead = insert(network, view, placement, scales, ACTIVATION, weight_calibrator)
     if dead:
         warn(f"{dead} weight channels are zero; their scales were floored")
-    if findings := hard_findings(network, ACTIVATION):
+    if findings := [one for one in hard_findings(network, ACTIVATION) if one.severity == "error"]:
         raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
 
     figures: dict[str, Any] = {"nodes": len(list(network.graph))}
@@ -179,6 +181,11 @@ def _read_float_network(path: Path) -> ir.Model:
     model = read_onnx(path)
     if is_quantized(model):
         raise UserError(f"{path} is quantized already: give the float network (python -m export.lint checks this one)")
+    passes.InlinePass()(model)  # also functions of a name that TensorRT would take for an operator
+    for finding in hard_findings(model):
+        if finding.severity == "error":
+            raise UserError(f"TensorRT cannot run {path}: {finding}")
+        warn(str(finding))
     for value in list(model.graph.inputs):
         if value.name in model.graph.initializers:  # old files list their weights as inputs
             model.graph.inputs.remove(value)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from export.onnx_network import constant
+from export.operator_rules import onnx_operators
 from qat.base.errors import UserError, one_line
 
 OPSETS = range(7, min(25, onnx.defs.onnx_opset_version()) + 1)
@@ -20,6 +21,9 @@ OPSETS = range(7, min(25, onnx.defs.onnx_opset_version()) + 1)
 
 def read_onnx(path: Path) -> ir.Model:
     """The model of ``path``, its functions inlined, with all shapes that can be inferred.
+
+    A function with the name of an operator of ONNX is not inlined: TensorRT computes that operator instead
+    (export/operator_rules.py).
 
     Raises UserError when the file is missing or is not ONNX, when external data are missing, when its operator set is
     not in ``OPSETS``, or when a node reads a tensor that no node makes.
@@ -30,7 +34,7 @@ def read_onnx(path: Path) -> ir.Model:
         model = _load(path)
         _check_opset(path, model)
         _load_data(path, model)
-        passes.InlinePass()(model)
+        passes.InlinePass(lambda function: function.name not in onnx_operators())(model)
         _check_tensors(path, model)
         # Not strict: a shape that cannot be inferred stays unknown.
         passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)

@@ -356,6 +356,44 @@ def test_bad_input_is_one_line(model: Path, inputs: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out.onnx").exists()
 
 
+def with_operator(path: Path, op: str, domain: str) -> Path:
+    """A float convolution 3x3 of images of 16 px, and ``op`` of ``domain`` behind it."""
+    graph = Graph()
+    x = graph.node("Conv", ["x", graph.random("w", (16, 3, 3, 3))], "conv")
+    graph.node(op, [x], "odd", domain=domain)
+    model = graph.model(("N", 3, 16, 16), opset=17)
+    model.opset_import.append(helper.make_opsetid("my.own", 1))
+    return save(model, path)
+
+
+@pytest.mark.parametrize(("op", "domain"), [("QuickGelu", "com.microsoft"), ("Frobnicate", "my.own")])
+def test_an_operator_that_tensorrt_refuses_is_refused(tmp_path: Path, inputs: Path, op: str, domain: str) -> None:
+    source = with_operator(tmp_path / "float.onnx", op, domain)
+    with pytest.raises(UserError, match=rf"TensorRT cannot run .*float.onnx: odd: {domain}.{op} is "):
+        quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs))
+    assert not (tmp_path / "q.onnx").exists()
+
+
+def test_a_plugin_is_warned_of_and_needs_a_cache_because_onnx_runtime_has_none(
+    tmp_path: Path, inputs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = with_operator(tmp_path / "float.onnx", "Own_TRT", "")
+    with pytest.raises(UserError, match=r"ONNX Runtime cannot run .*float.onnx: .*Own_TRT"):
+        quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs))
+    quantize_onnx(source, tmp_path / "q.onnx", calibration_cache=write_cache(tmp_path / "c.cache", {"x": 0.02}))
+    assert "warning: odd: TensorRT needs the plugin Own_TRT" in capfd.readouterr().err
+    assert operators(tmp_path / "q.onnx").count("DequantizeLinear") == 2
+
+
+def test_a_function_with_the_name_of_an_operator_is_computed_as_the_file_says(tmp_path: Path, inputs: Path) -> None:
+    model = onnx.load(with_operator(tmp_path / "float.onnx", "Relu", "my.own"))
+    body = [helper.make_node("Add", ["given", "given"], ["twice"])]
+    opsets = [helper.make_opsetid("", 17)]
+    model.functions.append(helper.make_function("my.own", "Relu", ["given"], ["twice"], body, opsets))
+    quantize_onnx(save(model, tmp_path / "float.onnx"), tmp_path / "q.onnx", data=str(inputs))
+    assert operators(tmp_path / "q.onnx")[-1] == "Add"
+
+
 def test_a_network_of_two_inputs_is_refused(tmp_path: Path, inputs: Path) -> None:
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4]) for n in ("a", "b", "sum")]
     graph = helper.make_graph([helper.make_node("Add", ["a", "b"], ["sum"])], "two", ends[:2], ends[2:])

@@ -299,11 +299,21 @@ def test_options_that_cannot_be_met(command: Run, tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_an_operator_that_nobody_knows_is_no_fault(command: Run, tmp_path: Path) -> None:
+def test_layers_around_an_operator_that_nobody_knows_are_not_blamed(command: Run, tmp_path: Path) -> None:
     graph = Graph()
     y = graph.node("Frobnicate", [graph.conv(graph.qdq("x"), "conv", 16, 16)], "own", domain="my.own")
     graph.conv(graph.qdq(y), "behind", 16, 16)
     model = graph.model()
     model.opset_import.append(helper.make_opsetid("my.own", 1))
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("behind", TensorProto.FLOAT, None))
-    assert command("export.lint", save(model, tmp_path / "m.onnx"), "--strict").returncode == 0
+    found = report(command, save(model, tmp_path / "m.onnx"), code=1)
+    assert rules(found) == {"unknown_operator": ["own"]}
+
+
+def test_a_float_network_with_an_operator_that_tensorrt_refuses(command: Run, tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.node("FusedConv", ["x", graph.random("w", (16, 16, 3, 3))], "fused", domain="com.microsoft")
+    graph.conv(x, "behind", 16, 16, quantized=False)
+    found = report(command, save(graph.model(opset=17), tmp_path / "m.onnx"), code=1)
+    assert rules(found) == {"unknown_operator": ["fused"]}
+    assert found["findings"][0]["message"].startswith("com.microsoft.FusedConv is ONNX Runtime's own operator")
