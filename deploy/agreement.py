@@ -212,9 +212,11 @@ def _collect_answers(
     """The answers of all, and the first few images as the network takes them."""
     session = None
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+        from export.session import runs_in_onnx_runtime
         from export.session import session as make_session
 
-        session = make_session(reference_model)
+        with runs_in_onnx_runtime(reference_model):
+            session = make_session(reference_model)
     else:
         warn("onnx and onnxruntime are not installed: agreement with ONNX Runtime is not measured")
     logits: dict[str, list[np.ndarray]] = {}

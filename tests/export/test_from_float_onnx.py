@@ -346,7 +346,7 @@ def test_bad_input_is_one_line(model: Path, inputs: Path, tmp_path: Path) -> Non
         ({"model": model, "data": str(inputs), "output": model}, "would overwrite the float model"),
         ({"model": model, "data": str(inputs), "keep_float": ("nothing*",)}, "--keep-float nothing.* matches none"),
         ({"model": tmp_path / "no.onnx", "data": str(inputs)}, "no file"),
-        ({"model": text, "data": str(inputs)}, "is not an ONNX model"),
+        ({"model": text, "data": str(inputs)}, "is not an ONNX file"),
         ({"model": model, "data": str(tmp_path / "no.npy")}, "cannot read inputs"),
         ({"model": model, "data": str(inputs), "images": 0}, "must be at least 1"),
     ]
