@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,25 @@ from export.hard_rules import hard_findings
 from export.insert import insert
 from export.network_inputs import Channels, NetworkInputs, load_inputs
 from export.onnx_network import network_from_onnx
+from export.output_agreement import OutputSums
 from export.read import is_quantized, read_onnx
 from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
-from export.session import run, runs_in_onnx_runtime, session, session_with_tensors, sqnr_db
-from qat.base.artifact import Parent, Sidecar, TensorSpec, check_writable, sha256_of, write_artifact
+from export.session import run, runs_in_onnx_runtime, session, session_with_tensors
+from qat.base.artifact import (
+    Parent,
+    Sidecar,
+    TensorSpec,
+    check_writable,
+    read_sidecar,
+    sha256_of,
+    sidecar_path,
+    write_artifact,
+)
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
-from qat.base.text import decibels, megabytes
+from qat.base.text import megabytes
 from qat.calibration.activation_ranges import choose_ranges
 from qat.calibration.histogram import HistogramObserver, check_finite
 from qat.fake_quantize.quantizer import ACTIVATION, scale_from_amax
@@ -91,7 +101,8 @@ def quantize_onnx(
         seed: decides which images are calibrated on.
         data_root: where torchvision's data sets are, or are downloaded to.
 
-    Returns the sidecar of the new file: ``figures["parity"]["sqnr_db"]`` says how far it is from the float network.
+    Returns the sidecar of the new file: ``figures["parity"]["sqnr_db"]`` says how far it is from the float network, in
+    dB, at the floating-point output that is farthest; ``figures["parity"]["outputs"]`` says it of every output.
 
     Raises UserError when a file cannot be read or written, is quantized already, or does not fit ``data``; when nothing
     tells the ranges; when a pattern matches nothing.
@@ -160,13 +171,18 @@ def quantize_onnx(
         save_onnx(ir.to_proto(network), path, weights)
         figures["bytes"] = path.stat().st_size
         if fed is not None:
-            figures["parity"], details["reference"] = _compare(plain, path, fed, parity_images, reference)
+            figures["parity"], details["reference"] = _compare(
+                plain, path, fed, parity_images, reference, logits=bool(class_names)
+            )
 
+    outputs = tuple(map(_spec, network.graph.outputs))
+    class_names = _class_names(model, fed, outputs)
     sidecar = Sidecar(
         kind="onnx",
         parent=Parent.from_file(output, model, sha256_of(model)),
         inputs=tuple(map(_spec, network.graph.inputs)),
-        outputs=tuple(map(_spec, network.graph.outputs)),
+        outputs=outputs,
+        class_names=class_names,
         preprocessing=asdict(fed.preprocessing) if fed and fed.preprocessing else {},
         figures=figures,
         details=details,
@@ -231,26 +247,61 @@ def _calibrate(
     return dict(zip(observers, scales, strict=True))
 
 
+def _class_names(model: Path, inputs: NetworkInputs | None, outputs: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """The names of the classes whose logits the network answers; () if nothing says that it answers logits.
+
+    They are those of the float file's sidecar, or of the data set, if it has as many classes as the only output values.
+    """
+    answers = [(spec.dtype, spec.shape[1:]) for spec in outputs]
+    if sidecar_path(model).exists():
+        try:
+            names = read_sidecar(model, "onnx").class_names
+        except UserError as error:
+            warn(f"no class names are taken from the sidecar of {model}: {error}")
+        else:
+            if names and answers == [("float32", (len(names),))]:
+                return names
+    names = inputs.class_names if inputs is not None else ()
+    if not names or answers != [("float32", (len(names),))]:
+        return ()
+    say(f"{outputs[0].name} is taken for logits of the data's classes, because both are {len(names)}")
+    return names
+
+
 def _compare(
-    plain: bytes, quantized: Path, inputs: NetworkInputs, count: int, reference: Path
+    plain: bytes, quantized: Path, inputs: NetworkInputs, count: int, reference: Path, *, logits: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """How far the quantized network is from the float one, and the record of the reference file, if one was written."""
+    """How far the quantized network is from the float one, and the record of the reference file, if one was written.
+
+    ``logits``: whether the only output is known to be logits [N, classes].
+    """
     given, images = inputs.comparison(count)
     networks = session(plain), session(quantized)
-    answers: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    sums = {output.name: OutputSums(output.name) for output in networks[0].get_outputs()}
+    vectors: list[list[np.ndarray]] = []  # of an only output that is [N, values]
+    compared = 0
     for batch in given:
-        for network, found in zip(networks, answers, strict=True):
-            found.append(next(iter(run(network, batch).values())))
-    exact, rounded = (np.concatenate(found) for found in answers)
-    figures: dict[str, Any] = {"inputs": len(exact), "sqnr_db": sqnr_db(exact, rounded)}
-    line = f"float against INT8 on {len(exact)} inputs: {decibels(figures['sqnr_db'])}"
+        exact, rounded = (run(network, batch) for network in networks)
+        for name, of_output in sums.items():
+            of_output.add(exact[name], rounded[name])
+        compared += len(batch)
+        one, *others = exact.values()
+        if not others and one.ndim == 2 and one.dtype == np.float32:
+            vectors.append([one, *rounded.values()])
+    outputs = [of_output.agreement() for of_output in sums.values()]
+    figures: dict[str, Any] = {"inputs": compared, "outputs": [asdict(output) for output in outputs]}
+    if ratios := [output.sqnr_db for output in outputs if output.equal_percent is None]:
+        figures["sqnr_db"] = min(ratios, key=lambda ratio: math.inf if ratio is None else ratio)
+    line = f"float against INT8 on {compared} inputs: {', '.join(map(str, outputs))}"
     record = None
-    if exact.ndim == 2:
-        same = exact.argmax(1) == rounded.argmax(1)
-        figures["same_top1"] = 100 * float(same.mean())
-        line += f", the same class on {same.sum()} of {len(same)}"
-        if images is not None and len(exact) == len(images.labels):
-            record = write_reference(reference, images, torch.from_numpy(exact))
+    if vectors:
+        float_answers, answers = (np.concatenate(found) for found in zip(*vectors, strict=True))
+        if logits:
+            same = float_answers.argmax(1) == answers.argmax(1)
+            figures["same_top1"] = 100 * float(same.mean())
+            line += f", the same class on {same.sum()} of {len(same)}"
+        if images is not None and len(answers) == len(images.labels):
+            record = write_reference(reference, images, torch.from_numpy(float_answers), logits=logits)
     say(line)
     return figures, record
 

@@ -23,7 +23,7 @@ from export.calibration_cache import read_calibration_cache
 from export.from_float_onnx import quantize_onnx
 from export.linter import lint_onnx
 from export.session import run, session, sqnr_db
-from qat.base.artifact import read_sidecar
+from qat.base.artifact import Sidecar, read_sidecar, write_artifact
 from qat.base.errors import UserError
 
 
@@ -188,6 +188,103 @@ def test_keep_float_leaves_a_layer_alone(model: Path, inputs: Path, tmp_path: Pa
     kept = [d for d in sidecar.details["placement"]["decisions"] if d["rule"] == "kept_float"]
     assert [d["label"] for d in kept] == ["/fc/Gemm"]
     assert "fc.weight" in {t.name for t in onnx.load(output).graph.initializer}
+
+
+# --- what it says of the outputs
+
+
+def two_convolutions(path: Path, *heads: tuple[str, dict[str, int]]) -> Path:
+    """Two convolutions of [N, 3, 16, 16], called maps; ``heads`` read them, and come first among the outputs."""
+    graph = Graph()
+    x = graph.node("Relu", [graph.conv("x", "first", 3, 16, quantized=False)], "relu")
+    graph.conv(x, "maps", 16, 8, quantized=False)
+    for op, attributes in heads:
+        graph.node(op, ["maps"], op.lower(), **attributes)
+    model = graph.model(("N", 3, 16, 16), [*(op.lower() for op, _ in heads), "maps"], opset=17)
+    for output, (op, _) in zip(model.graph.output, heads, strict=False):
+        output.type.tensor_type.elem_type = TensorProto.INT64 if op == "ArgMax" else TensorProto.FLOAT
+    return save(model, path)
+
+
+def test_every_output_is_reported_integers_by_equality(
+    tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = two_convolutions(tmp_path / "f.onnx", ("ArgMax", {"axis": 1, "keepdims": 0}), ("Sigmoid", {}))
+    sidecar = quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs))
+    both = [run(session(path), np.load(inputs)) for path in (source, tmp_path / "q.onnx")]
+    exact, rounded = both
+    equal = 100 * (exact["argmax"] == rounded["argmax"]).mean()
+    assert 80 < equal < 100
+    ratios = [sqnr_db(exact[name], rounded[name]) for name in ("sigmoid", "maps")]
+    found = sidecar.figures["parity"]
+    assert found["outputs"] == [
+        {"tensor": "argmax", "sqnr_db": None, "equal_percent": pytest.approx(equal)},
+        {"tensor": "sigmoid", "sqnr_db": pytest.approx(ratios[0]), "equal_percent": None},
+        {"tensor": "maps", "sqnr_db": pytest.approx(ratios[1]), "equal_percent": None},
+    ]
+    assert found["sqnr_db"] == pytest.approx(min(filter(None, ratios)))
+    said = (
+        f"on 40 inputs: argmax {equal:.2f} % of the values equal, sigmoid {ratios[0]:.1f} dB, maps {ratios[1]:.1f} dB"
+    )
+    out = capsys.readouterr().out
+    assert said in " ".join(out.split())
+    assert "the same class" not in out
+    assert {spec.name: spec.dtype for spec in sidecar.outputs} == {
+        "argmax": "int64",
+        "sigmoid": "float32",
+        "maps": "float32",
+    }
+
+
+def test_an_only_output_of_integers_has_no_ratio(tmp_path: Path, inputs: Path) -> None:
+    source = two_convolutions(tmp_path / "f.onnx", ("ArgMax", {"axis": 1, "keepdims": 0}))
+    model = onnx.load(source)
+    del model.graph.output[1]
+    found = quantize_onnx(save(model, source), tmp_path / "q.onnx", data=str(inputs)).figures["parity"]
+    assert found.keys() == {"inputs", "outputs"}
+    assert 80 < found["outputs"][0]["equal_percent"] < 100
+
+
+def test_no_class_is_counted_of_a_network_that_may_answer_anything(
+    model: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = quantize_onnx(model, tmp_path / "q.onnx", data=str(inputs))
+    images = quantize_onnx(model, tmp_path / "q.onnx", data="digits", images=16)  # of ten classes, and it answers four
+    for sidecar in (arrays, images):
+        assert "same_top1" not in sidecar.figures["parity"]
+        assert sidecar.class_names == ()
+    assert images.details["reference"]["top1"] is None
+    assert "the same class" not in capsys.readouterr().out
+
+
+def test_classes_are_counted_where_the_data_set_has_as_many(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (64, 16, 16, 3), dtype=np.uint8), np.arange(64) % 4
+    names = np.array(["a", "b", "c", "d"])
+    arrays = {"train_images": images[:32], "train_labels": labels[:32], "class_names": names}
+    np.savez(tmp_path / "four.npz", **arrays, test_images=images[32:], test_labels=labels[32:])
+    sidecar = quantize_onnx(model, tmp_path / "q.onnx", data=tmp_path / "four.npz", images=8)
+    out = capsys.readouterr().out
+    assert "logits is taken for logits of the data's classes, because both are 4" in out
+    assert f"the same class on {round(32 * sidecar.figures['parity']['same_top1'] / 100)} of 32" in out
+    assert sidecar.class_names == ("a", "b", "c", "d")
+    assert sidecar.details["reference"]["top1"] is not None
+
+
+def test_classes_are_counted_where_the_sidecar_of_the_float_file_names_them(
+    model: Path, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content, names = model.read_bytes(), ("a", "b", "c", "d")
+    source = tmp_path / "float.onnx"
+    write_artifact(source, Sidecar("onnx", class_names=names), lambda path: path.write_bytes(content) and None)
+    sidecar = quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs))
+    assert sidecar.class_names == names
+    assert sidecar.figures["parity"]["same_top1"] > 80
+    to_onnx(Net(), source)
+    assert quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs)).class_names == ()
+    assert "warning: no class names are taken from the sidecar of " in capfd.readouterr().err
 
 
 # --- calibration caches
@@ -441,6 +538,7 @@ def test_a_folder_without_labels_is_calibrated_on(tmp_path: Path) -> None:
         (tmp_path / "images" / "some").mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / "some" / f"{index}.png")
+    torch.manual_seed(0)
     model = to_onnx(Net(), tmp_path / "net.onnx")
     largest = quantize_onnx(model, data=tmp_path / "images", images=8, weight_calibrator="max")
     assert largest.figures["parity"]["inputs"] == 12
