@@ -6,6 +6,7 @@ set.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from deploy.installed import find_toolkit
 from deploy.reference import network_input, read_reference
 from deploy.runtime import Engine
 from deploy.settings import BuildSettings
+from export.output_agreement import OutputAgreement
 from qat.base.artifact import Sidecar, read_parent, read_sidecar
 from qat.base.console import say, table, warn
 from qat.base.errors import UserError
@@ -29,7 +31,7 @@ BATCH = 256
 ENGINE, ONNX_RUNTIME, PYTORCH = "engine", "ONNX Runtime", "PyTorch"
 
 ImageBatch = tuple[np.ndarray, np.ndarray, np.ndarray | None]
-"""Images uint8 [N, H, W, 3], labels int64 [N], and PyTorch's logits float32 [N, classes] if they are known."""
+"""Images uint8 [N, H, W, 3], labels int64 [N], and PyTorch's answers float32 [N, values] if they are known."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,18 @@ class Answers:
         source: where the images come from.
         labels: int64 [N], -1 for an image without a label.
         logits: float32 [N, classes] by who answered: the engine, ONNX Runtime, PyTorch.
+        classes: whether they are known to be logits; if not, they are any output [N, ...], and no class is counted.
     """
 
     source: str
     labels: np.ndarray
     logits: dict[str, np.ndarray]
+    classes: bool = True
 
     def accuracy(self, who: str) -> float | None:
-        """Top-1 accuracy in percent of the labelled images; None if there are none."""
+        """Top-1 accuracy in percent of the labelled images; None if there are none, or no classes."""
         labelled = self.labels >= 0
-        if not labelled.any():
+        if not labelled.any() or not self.classes:
             return None
         return float(100 * (self.logits[who].argmax(1) == self.labels)[labelled].mean())
 
@@ -58,8 +62,34 @@ class Answers:
         return float(100 * (self.logits[one].argmax(1) == self.logits[other].argmax(1)).mean())
 
     def agreements(self) -> dict[str, float]:
-        """Agreement of the engine with each other one, in percent."""
-        return {f"{ENGINE}, {who}": self.agreement(ENGINE, who) for who in self.logits if who != ENGINE}
+        """Agreement of the engine with each other one, in percent; {} if there are no classes."""
+        others = [who for who in self.logits if who != ENGINE and self.classes]
+        return {f"{ENGINE}, {who}": self.agreement(ENGINE, who) for who in others}
+
+    def distances(self) -> dict[str, OutputAgreement]:
+        """How far the engine's output is from that of each other one."""
+        mine = self.logits[ENGINE]
+        others = {who: answers for who, answers in self.logits.items() if who != ENGINE}
+        return {f"{ENGINE}, {who}": OutputAgreement.measure("output", answers, mine) for who, answers in others.items()}
+
+    def disagreements(self, least_agreement: float, least_sqnr: float) -> dict[str, str]:
+        """The pairs that agree too little, each with what was measured and what is demanded.
+
+        ``least_agreement``: in percent, of classes and of integers. ``least_sqnr``: in dB, of other values.
+        """
+        if self.classes:
+            demand = f"must be at least {least_agreement:g} %"
+            return {
+                pair: f"choose the same class on {share:.2f} % of the images: {demand}"
+                for pair, share in self.agreements().items()
+                if share < least_agreement
+            }
+        demand = f"must be at least {least_sqnr:g} dB, or {least_agreement:g} % of integers"
+        return {
+            pair: f"agree too little ({found.measured}): {demand}"
+            for pair, found in self.distances().items()
+            if not found.reaches(least_sqnr, least_agreement)
+        }
 
 
 @dataclass(frozen=True)
@@ -72,6 +102,7 @@ class Evaluation:
         least_agreement: share of images, in percent, on which the others must choose the same class.
         searched: whether the first difference from ONNX Runtime was searched.
         first_difference: the first tensor that differs, if it was searched and found.
+        least_sqnr: of a network without classes, what the others' output must agree to, in dB.
     """
 
     engine: str
@@ -79,11 +110,12 @@ class Evaluation:
     least_agreement: float
     searched: bool = False
     first_difference: Difference | None = None
+    least_sqnr: float = 20.0
 
     @property
     def agrees(self) -> bool:
         """Whether the engine agrees with all others well enough."""
-        return all(share >= self.least_agreement for share in self.answers.agreements().values())
+        return not self.answers.disagreements(self.least_agreement, self.least_sqnr)
 
     def to_json(self) -> dict[str, Any]:
         """As the file of ``python -m deploy.evaluate --json`` has it."""
@@ -95,6 +127,11 @@ class Evaluation:
             "top1": {who: answers.accuracy(who) for who in answers.logits},
             "agreement": answers.agreements(),
         }
+        if not answers.classes:
+            result["outputs"] = {
+                pair: {"sqnr_db": found.sqnr_db, "equal_percent": found.equal_percent}
+                for pair, found in answers.distances().items()
+            }
         if self.searched:
             difference = found and {"node": found.node, "tensor": found.tensor, "sqnr_db": found.sqnr_db}
             result["first_difference"] = difference
@@ -124,7 +161,8 @@ def evaluate_engine(
         images: the largest number of images to use.
         onnx: the ONNX file that ONNX Runtime runs; by default the one that the engine was built from.
         least_agreement: share of images, in percent, on which the engine must choose the class that the others choose.
-        least_sqnr: in the search, a tensor differs if its signal-to-noise ratio is below this, in dB.
+        least_sqnr: in the search, a tensor differs if its signal-to-noise ratio is below this, in dB. So does the
+            output of a network that is not known to answer classes, because its sidecar has no class names.
         trust: load the engine even if it is not the file that its sidecar was written for.
 
     Raises UserError when a file is missing or does not belong to the engine, and when the engine cannot be run here.
@@ -133,6 +171,12 @@ def evaluate_engine(
         raise UserError(f"--images {images}: must be at least 1")
     sidecar = read_sidecar(engine, "engine", trust=trust)
     model, onnx_sidecar = read_parent(engine, sidecar, "onnx")
+    if len(sidecar.outputs) > 1:
+        names = ", ".join(spec.name for spec in sidecar.outputs)
+        raise UserError(
+            f"{engine} has {len(sidecar.outputs)} outputs ({names}), and only networks with one are evaluated: run it "
+            "by deploy.Engine, and compare them there"
+        )
     reference_model = onnx or model
     if not reference_model.is_file():
         raise UserError(f"no file {reference_model}: check the path of --onnx")
@@ -142,17 +186,19 @@ def evaluate_engine(
         source, batches = data_set_batches(model, onnx_sidecar, data, data_root, images)
     with Engine.load(engine, trust=trust) as loaded:
         answers, first_inputs = _collect_answers(loaded, source, batches, onnx_sidecar, reference_model)
-    _print_answers(answers, least_agreement)
-    if answers.agreements().get(f"{ENGINE}, {ONNX_RUNTIME}", 100.0) >= least_agreement:
-        return Evaluation(sidecar.sha256, answers, least_agreement)
+    disagreements = answers.disagreements(least_agreement, least_sqnr)
+    _print_answers(answers, disagreements)
+    evaluation = Evaluation(sidecar.sha256, answers, least_agreement, least_sqnr=least_sqnr)
+    if f"{ENGINE}, {ONNX_RUNTIME}" not in disagreements:
+        return evaluation
     difference = _find_difference(sidecar, model, reference_model, first_inputs, least_sqnr)
-    return Evaluation(sidecar.sha256, answers, least_agreement, True, difference)
+    return dataclasses.replace(evaluation, searched=True, first_difference=difference)
 
 
 def engine_logits(engine: Engine, inputs: np.ndarray) -> np.ndarray:
     """Runs any number of images, in the largest batches that the engine takes. The last batch is padded if necessary.
 
-    ``inputs``: [N, ...] as the engine takes them. Returns [N, classes].
+    ``inputs``: [N, ...] as the engine takes them. Returns its only output, [N, ...].
     """
     size = engine.max_batch
     pieces = [inputs[start : start + size] for start in range(0, len(inputs), size)]
@@ -212,9 +258,11 @@ def _collect_answers(
     """The answers of all, and the first few images as the network takes them."""
     session = None
     if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+        from export.session import runs_in_onnx_runtime
         from export.session import session as make_session
 
-        session = make_session(reference_model)
+        with runs_in_onnx_runtime(reference_model):
+            session = make_session(reference_model)
     else:
         warn("onnx and onnxruntime are not installed: agreement with ONNX Runtime is not measured")
     logits: dict[str, list[np.ndarray]] = {}
@@ -232,21 +280,23 @@ def _collect_answers(
             logits.setdefault(PYTORCH, []).append(pytorch)
     assert first_inputs is not None, "no image"
     by_who = {who: np.concatenate(parts) for who, parts in logits.items()}
-    return Answers(source, np.concatenate(labels), by_who), first_inputs
+    return Answers(source, np.concatenate(labels), by_who, bool(sidecar.class_names)), first_inputs
 
 
-def _print_answers(answers: Answers, least_agreement: float) -> None:
-    rows = []
-    for who in answers.logits:
-        accuracy = answers.accuracy(who)
-        same = "" if who == ENGINE else f"{answers.agreement(ENGINE, who):.2f} %"
-        rows.append((who, "no labels" if accuracy is None else f"{accuracy:.2f} %", same))
-    table(f"{len(answers.labels)} images: {answers.source}", ("who", "top-1", "same class as the engine"), rows)
-    agreements = answers.agreements()
-    for who, share in agreements.items():
-        if share < least_agreement:
-            warn(f"{who} choose the same class on {share:.2f} % of the images: must be at least {least_agreement:g} %")
-    if not agreements:
+def _print_answers(answers: Answers, disagreements: dict[str, str]) -> None:
+    title = f"{len(answers.labels)} images: {answers.source}"
+    if answers.classes:
+        rows = []
+        for who in answers.logits:
+            accuracy = answers.accuracy(who)
+            same = "" if who == ENGINE else f"{answers.agreement(ENGINE, who):.2f} %"
+            rows.append((who, "no labels" if accuracy is None else f"{accuracy:.2f} %", same))
+        table(title, ("who", "top-1", "same class as the engine"), rows)
+    else:
+        table(title, ("who", "output"), [(pair, found.measured) for pair, found in answers.distances().items()])
+    for pair, said in disagreements.items():
+        warn(f"{pair} {said}")
+    if len(answers.logits) == 1:
         warn("there is nothing to compare the engine with: neither ONNX Runtime nor answers of PyTorch")
 
 

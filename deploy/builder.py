@@ -21,6 +21,7 @@ from qat.base.artifact import TensorSpec
 from qat.base.console import progress, say
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
+from qat.base.onnx_file import flaw
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -173,14 +174,14 @@ def parse_onnx(
     parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
     if not (parser.parse(_model_with_float_weights(model)) if float_weights else parser.parse_from_file(str(model))):
         failures = builder_errors.parser_failures(parser, log)
-        raise UserError(f"{toolkit.title} cannot parse {model}: {builder_errors.explain(failures, log)}")
+        raise UserError(f"{toolkit.title} cannot parse {model}: {builder_errors.explain(model, failures, log)}")
     if nodes := builder_errors.uint8_nodes(log):
         raise UserError(
             f"{model} quantizes to UINT8 at {len(nodes)} nodes, the first {nodes[0]!r}. TensorRT would read them as "
             f"{INT8.name}, so that codes above {INT8.high} saturate: quantize again with {INT8.name} and zero point 0"
         )
     if network.num_outputs == 0:  # the parser reads an empty file, or text, as a network without nodes
-        raise UserError(f"there is no network in {model}: it is empty or not an ONNX file; make or copy it again")
+        raise UserError(f"{model} {flaw(model) or 'holds a network without outputs'}: make or copy it again")
     return network
 
 

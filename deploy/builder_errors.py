@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deploy.build_log import BuildLog, raise_if_out_of_memory
 from deploy.trt import failed_node
+from qat.base.onnx_file import flaw
 
 _Q_DQ = ("QuantizeLinear", "DequantizeLinear")
 # The parser logs this and no error when it reads UINT8 codes as INT8, so that 128..255 saturate at 127.
 _UINT8_TAKEN_AS_INT8 = "UINT8 zero_point"
 _PARSING = re.compile(r"^Parsing node: (?P<node>.*) \[(?P<op>\w+)\]$")
 _FAILED_AT = re.compile(r'While parsing node number (?P<index>\d+) \[(?P<op>\w+) -> "(?P<output>.*?)"')
+_INITIALIZER = re.compile(r"Failed to import initializer: (?!In node)(?P<name>.+?)\s*$")
+_NO_FILE = re.compile(r"Failed to open file: (?P<path>.+)")
+_SOURCE = re.compile(r"^\w+\.cpp:\d+: ")
 # Without a GPU each error is followed by one about the driver, which is never the cause.
 _NOISE = re.compile(r"cudaError|CUDA driver version|^--- (Begin|End) node|^Invalid Node - |^\s*$", re.IGNORECASE)
 
@@ -33,24 +38,24 @@ class ParserFailure:
 
 
 def parser_failures(parser: Any, log: BuildLog) -> list[ParserFailure]:
-    """The parser's errors. If its API does not name the node, the node is named by its output, from the log."""
+    """The parser's errors. A node without a name, or that the parser's API does not name, is named by its output."""
     failures = []
     named = [match.groupdict() for text in log.errors() if (match := _FAILED_AT.search(text))]
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         hint = named[index] if index < len(named) else {"op": "", "output": ""}
-        node, op = failed_node(error) or (hint["output"], hint["op"])
-        failures.append(ParserFailure(node, op, error.desc()))
+        node, op = failed_node(error) or ("", hint["op"])
+        failures.append(ParserFailure(node or hint["output"], op, error.desc()))
     return failures
 
 
-def explain(failures: list[ParserFailure], log: BuildLog) -> str:
-    """One line about the first failure, and how many others there are."""
+def explain(model: Path, failures: list[ParserFailure], log: BuildLog) -> str:
+    """One line about the first failure in the file ``model``, and how many others there are."""
     if not failures:
         return f"TensorRT refused it and gave no reason: {_condense(' '.join(log.errors()[-2:]))}"
     first, *others = failures
     if not first.node and not first.op:
-        return "it is truncated or not an ONNX file: make or copy it again"
+        return _explain_file(model, first, log)
     more = f" ({len(others)} more nodes are refused)" if others else ""
     return f"{first.op} node {first.node!r}: {_cause(first, log)}{more}"
 
@@ -88,6 +93,25 @@ def _cause(failure: ParserFailure, log: BuildLog) -> str:
     if "UNSUPPORTED" in reason or reason.strip() == "false" or "Plugin not found" in reason:
         return "TensorRT has no such operator: replace it in the model, or remove it"
     return f"TensorRT refuses it: {_condense(reason)}"
+
+
+def _explain_file(model: Path, failure: ParserFailure, log: BuildLog) -> str:
+    """Why the parser refuses the file before it comes to a node: the weights outside of it, or the file itself."""
+    errors = [_SOURCE.sub("", text) for text in log.errors() if "In function import" not in text]
+    said = "; ".join(condensed for text in errors if (condensed := _condense(text))) or _condense(failure.reason)
+    if "import initializer" not in failure.reason:
+        wrong = flaw(model)
+        return f"it {wrong}: make or copy it again" if wrong else f"TensorRT's parser says: {said}"
+    named = _INITIALIZER.search(failure.reason)
+    initializer = f"initializer {named['name']!r}" if named else "an initializer"
+    missing = _NO_FILE.search(said)
+    if missing and not Path(missing["path"]).is_file():
+        return (
+            f"the external data of {initializer} is missing: no file {missing['path']}, where the parser looks for it"
+        )
+    if "external" in said or "file" in said:
+        return f"the external data of {initializer} is refused ({said}): copy both files again, or export again"
+    return f"{initializer} is refused: {said}"
 
 
 def _scale_of(failure: ParserFailure, log: BuildLog) -> str:

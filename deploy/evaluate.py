@@ -37,9 +37,11 @@ class EvaluateOptions(Command):
     onnx: Path | None = None
     """The ONNX file to compare the engine with; by default the one that it was built from."""
     least_agreement: float = 99.0
-    """Share of images, in percent, on which the engine must choose the class that ONNX Runtime and PyTorch choose."""
+    """Share of images, in percent, on which the engine must choose the class that ONNX Runtime and PyTorch choose; of
+    integers, the share of equal ones."""
     least_sqnr: float = 20.0
-    """In the search for the first differing layer, a tensor differs below this signal-to-noise ratio, in dB."""
+    """In the search for the first differing layer, a tensor differs below this signal-to-noise ratio, in dB. So does
+    the output of a network without class names."""
     json: Path | None = None
     """File for the results, as JSON."""
     trust: bool = False

@@ -22,7 +22,7 @@ class Reference:
     Attributes:
         images: uint8 [N, H, W, C], RGB or grey, resized and cropped, before normalization.
         labels: int64 [N]; -1 for an image without a label, such as a random one.
-        logits: float32 [N, classes], of the folded network in PyTorch.
+        logits: float32 [N, classes], of the folded network in PyTorch; or [N, values] of a network without classes.
         source: where the images come from.
     """
 
@@ -37,9 +37,14 @@ def read_reference(onnx_path: Path, sidecar: Sidecar) -> Reference:
 
     Raises UserError when the sidecar records none, when the file is missing, and when it is another file.
     """
-    recorded = sidecar.details.get("reference")
-    if recorded is None:
+    if "reference" not in sidecar.details:
         raise UserError(f"{onnx_path} records no reference file: export it again with python -m export.onnx")
+    recorded = sidecar.details["reference"]
+    if recorded is None:
+        raise UserError(
+            f"{onnx_path} has no reference file, which is written of images for networks with one output, [N, values]: "
+            "give --data"
+        )
     path = onnx_path.with_name(recorded["file"])
     if not path.is_file():
         raise UserError(

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.parity import LayerParity
+from export.output_agreement import OutputAgreement
 from export.reference import Sample
-from export.session import sqnr_db
 from export.trained_network import TrainedNetwork
 from qat.data.parts import NO_LABEL
 from qat.graph.outputs import leaves
@@ -36,7 +35,7 @@ class FloatAgreement:
     name: str
     images: int
     other_top1: int | None
-    outputs: tuple[LayerParity, ...]
+    outputs: tuple[OutputAgreement, ...]
 
     def __str__(self) -> str:
         classes = "" if self.other_top1 is None else f"{self.other_top1} of {self.images} images with another top-1, "
@@ -65,7 +64,7 @@ def against_float(
         answers = [dict(leaves(own(*inputs))) for inputs in batches]
     ours = [torch.cat([answer[path] for answer in answers]) for path in paths]
     outputs = tuple(
-        LayerParity(output, sqnr_db(mine.float().numpy(), other.float().numpy()))
+        OutputAgreement.measure(output, mine.numpy(), other.numpy())
         for mine, (output, other) in zip(ours, found, strict=True)
     )
     other_top1 = int((ours[0].argmax(1) != found[0][1].argmax(1)).sum()) if logits else None

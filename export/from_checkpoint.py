@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,10 @@ def export_onnx(
         export_onnx("runs/model.qat", "model.onnx")
         export_onnx(prepared, "model.onnx")  # a model that was prepared and calibrated
 
-    The file takes [N, ...] with any N, and its outputs are float32 [N, ...]. Beside it are written its sidecar and, for
-    a classifier whose preprocessing is known, model.reference.npz: images with PyTorch's answers, to check an engine
-    by.
+    The file takes [N, ...] with any N, and its outputs are [N, ...], float32 where they are floating-point. Beside it
+    are written its sidecar and, for a network with known preprocessing whose only output is [N, values],
+    model.reference.npz: images with PyTorch's answers, to check an engine by. Classes are counted where there are class
+    names.
 
     Args:
         source: the path of a checkpoint, or what ``prepare`` of qat made of a model, calibrated; it is not changed.
@@ -137,8 +139,10 @@ def export_onnx(
         "merged": merged,
         "opset": ops.OPSET,
         "dead_channels": [asdict(channel) for channel in dead],
+        "reference": None,
         **network.details,
     }
+    is_classifier = bool(network.class_names)
     dtype = torch.float16 if precision == "float16" else torch.float32
     ready = with_ends(folded, network.preprocessing, input, dtype)
     model = emit(ready, examples, _metadata(network, details), outputs)
@@ -153,8 +157,8 @@ def export_onnx(
         say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {megabytes(figures['bytes'])}")
         compared = network.sample(parity_images)
         # A float16 file is compared with float32 PyTorch too, so that the loss of precision shows.
-        pairs = list(_pairs(network, folded, compared, input, inputs))
-        parity, answers, found = measure(folded, path, pairs, layer_images)
+        pairs = partial(_pairs, network, folded, compared, input, inputs)
+        parity, answers, found = measure(folded, path, pairs(), layer_images, logits=is_classifier)
         say(f"PyTorch against ONNX Runtime on {compared.source}: {parity}")
         if parity.smallest_logit_cosine is not None and parity.smallest_logit_cosine < _ALIKE:
             warn(
@@ -162,19 +166,19 @@ def export_onnx(
                 "use, and report it if they are"
             )
         figures["parity"] = {"source": compared.source} | parity.to_json()
-        logits = parity.other_top1 is not None
-        given, named = (x for x, _ in pairs), list(zip(outputs, found, strict=True))
-        agreement = against_float(network, folded.meta["outputs"], given, named, logits=logits)
+        given, named = (x for x, _ in pairs()), list(zip(outputs, found, strict=True))
+        agreement = against_float(network, folded.meta["outputs"], given, named, logits=is_classifier)
         say(f"{agreement.name} in float against ONNX Runtime: {agreement}")
         figures["against_float"] = asdict(agreement)
-        recorded = against_recorded(network.recorded_figures, precision, compared, found[0]) if logits else None
+        recorded = against_recorded(network.recorded_figures, precision, compared, found[0]) if is_classifier else None
         if recorded is not None:
             (say if recorded.explained else warn)(str(recorded))
             figures["against_recorded"] = asdict(recorded)
         if trained is not None:
             figures["merging"] = _compare_with_trained(trained, network, compared, answers[0])
-        checked = network.preprocessing is not None and logits
-        details["reference"] = write_reference(reference, compared, answers[0]) if checked else None
+        checked = network.preprocessing is not None and len(answers) == 1 and answers[0].ndim == 2
+        if checked and answers[0].is_floating_point():
+            details["reference"] = write_reference(reference, compared, answers[0], logits=is_classifier)
 
     sidecar = Sidecar(
         kind="onnx",
@@ -184,7 +188,10 @@ def export_onnx(
             for name, one in examples.items()
         ),
         outputs=tuple(
-            TensorSpec(name, (-1, *shape[1:]), "float32") for name, shape in zip(outputs, shapes, strict=True)
+            TensorSpec(
+                value.name or "", (-1, *shape[1:]), "float32" if value.dtype is None else str(value.dtype.numpy())
+            )
+            for value, shape in zip(model.graph.outputs, shapes, strict=True)
         ),
         preprocessing=stated,
         class_names=network.class_names,
@@ -294,16 +301,19 @@ def _check_classes(network: TrainedNetwork, shapes: Sequence[Sequence[int]]) -> 
 
 @torch.no_grad()
 def _compare_with_trained(
-    trained: nn.Module, network: TrainedNetwork, images: Sample, logits: Tensor
+    trained: nn.Module, network: TrainedNetwork, images: Sample, answers: Tensor
 ) -> dict[str, Any]:
-    """How far merging has moved the ``logits`` of ``images``, [N, classes], from those of the ``trained`` network."""
+    """How far merging has moved the ``answers`` to ``images``, [N, ...], from those of the ``trained`` network."""
     batches = torch.split(images.images_NCHW, _PARITY_BATCH)
     before = torch.cat([trained(network.normalize(batch)) for batch in batches])
-    other = int((before.argmax(1) != logits.argmax(1)).sum())
-    decibels = sqnr_db(before.numpy(), logits.numpy())
-    distance = "no logit changed" if decibels is None else f"logits at {decibels:.1f} dB"
-    say(f"merged against trained: {other} of {len(logits)} images with another top-1, {distance}")
-    return {"images": len(logits), "other_top1": other, "sqnr_db": decibels}
+    distance = sqnr_db(before.numpy(), answers.numpy())
+    what, other = ("logit" if network.class_names else "answer"), None
+    said = f"no {what} changed" if distance is None else f"{what}s at {distance:.1f} dB"
+    if network.class_names:
+        other = int((before.argmax(1) != answers.argmax(1)).sum())
+        said = f"{other} of {len(answers)} images with another top-1, {said}"
+    say(f"merged against trained: {said}")
+    return {"images": len(answers), "other_top1": other, "sqnr_db": distance}
 
 
 def _metadata(network: TrainedNetwork, details: Mapping[str, Any]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,29 +11,40 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import onnxscript.optimizer
 import onnxscript.rewriter
 import torch
 from onnxscript.rewriter.rules import common as rewrites
 
-from export.calibration_cache import read_calibration_cache
+from export.calibration_cache import placement_from_cache
 from export.float_weights import save_onnx
 from export.hard_rules import hard_findings
 from export.insert import insert
 from export.network_inputs import Channels, NetworkInputs, load_inputs
-from export.onnx_network import OnnxNetwork, network_from_onnx
+from export.onnx_network import network_from_onnx
+from export.output_agreement import OutputSums
 from export.read import is_quantized, read_onnx
 from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
-from export.session import run, session, session_with_tensors, sqnr_db
-from qat.base.artifact import Parent, Sidecar, TensorSpec, check_writable, sha256_of, write_artifact
+from export.session import run, runs_in_onnx_runtime, session, session_with_tensors
+from qat.base.artifact import (
+    Parent,
+    Sidecar,
+    TensorSpec,
+    check_writable,
+    read_sidecar,
+    sha256_of,
+    sidecar_path,
+    write_artifact,
+)
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
-from qat.base.text import decibels, megabytes
+from qat.base.text import megabytes
 from qat.calibration.activation_ranges import choose_ranges
 from qat.calibration.histogram import HistogramObserver, check_finite
-from qat.fake_quantize.quantizer import ACTIVATION, SCALE_FLOOR, scale_from_amax
+from qat.fake_quantize.quantizer import ACTIVATION, scale_from_amax
 from qat.rules.describe import say_placement
 from qat.rules.place import place
 from qat.rules.placement import Placement
@@ -76,7 +87,8 @@ def quantize_onnx(
             file, torchvision:NAME; or an .npy file of float32 inputs as the network takes them, [N, ...].
         inputs: float32 [N, ...]: what the network takes, instead of ``data``.
         calibration_cache: one that TensorRT 10 or older wrote for this network. Its scales are taken bit by bit.
-            Tensors that it lacks stay in float, or are calibrated if there are ``data`` or ``inputs``.
+            Tensors that it lacks, or for which it has 0, stay in float, or are calibrated if there are ``data`` or
+            ``inputs``.
         calibrator: how activation ranges are chosen: max, percentile, mse or entropy.
         weight_calibrator: how weight ranges are chosen: max, or mse for the least squared quantization error.
         percentile: the share of the values, in percent, that the percentile calibrator does not clip.
@@ -89,7 +101,8 @@ def quantize_onnx(
         seed: decides which images are calibrated on.
         data_root: where torchvision's data sets are, or are downloaded to.
 
-    Returns the sidecar of the new file: ``figures["parity"]["sqnr_db"]`` says how far it is from the float network.
+    Returns the sidecar of the new file: ``figures["parity"]["sqnr_db"]`` says how far it is from the float network, in
+    dB, at the floating-point output that is farthest; ``figures["parity"]["outputs"]`` says it of every output.
 
     Raises UserError when a file cannot be read or written, is quantized already, or does not fit ``data``; when nothing
     tells the ranges; when a pattern matches nothing.
@@ -129,17 +142,18 @@ def quantize_onnx(
 
     scales: dict[str, float] = {}
     if cache is not None:
-        placement, scales = _scales_from_cache(view, cache, keep_float, calibrated=fed is not None)
+        placement, scales = placement_from_cache(view.network, cache, keep_float, calibrated=fed is not None)
     else:
         placement = place(view.network, keep_float)
     if fed is not None:
-        scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)
+        with runs_in_onnx_runtime(model):
+            scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)
     say_placement(placement)
     plain = ir.to_proto(network).SerializeToString()
     dead = insert(network, view, placement, scales, ACTIVATION, weight_calibrator)
     if dead:
         warn(f"{dead} weight channels are zero; their scales were floored")
-    if findings := hard_findings(network, ACTIVATION):
+    if findings := [one for one in hard_findings(network, ACTIVATION) if one.severity == "error"]:
         raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
 
     figures: dict[str, Any] = {"nodes": len(list(network.graph))}
@@ -157,13 +171,18 @@ def quantize_onnx(
         save_onnx(ir.to_proto(network), path, weights)
         figures["bytes"] = path.stat().st_size
         if fed is not None:
-            figures["parity"], details["reference"] = _compare(plain, path, fed, parity_images, reference)
+            figures["parity"], details["reference"] = _compare(
+                plain, path, fed, parity_images, reference, logits=bool(class_names)
+            )
 
+    outputs = tuple(map(_spec, network.graph.outputs))
+    class_names = _class_names(model, fed, outputs)
     sidecar = Sidecar(
         kind="onnx",
         parent=Parent.from_file(output, model, sha256_of(model)),
         inputs=tuple(map(_spec, network.graph.inputs)),
-        outputs=tuple(map(_spec, network.graph.outputs)),
+        outputs=outputs,
+        class_names=class_names,
         preprocessing=asdict(fed.preprocessing) if fed and fed.preprocessing else {},
         figures=figures,
         details=details,
@@ -178,6 +197,11 @@ def _read_float_network(path: Path) -> ir.Model:
     model = read_onnx(path)
     if is_quantized(model):
         raise UserError(f"{path} is quantized already: give the float network (python -m export.lint checks this one)")
+    passes.InlinePass()(model)  # also functions of a name that TensorRT would take for an operator
+    for finding in hard_findings(model):
+        if finding.severity == "error":
+            raise UserError(f"TensorRT cannot run {path}: {finding}")
+        warn(str(finding))
     for value in list(model.graph.inputs):
         if value.name in model.graph.initializers:  # old files list their weights as inputs
             model.graph.inputs.remove(value)
@@ -196,50 +220,6 @@ def _read_float_network(path: Path) -> ir.Model:
     model = onnxscript.rewriter.rewrite(model, norms)
     reuse_concats(model.graph)
     return model
-
-
-def _scales_from_cache(
-    view: OnnxNetwork, cache: Path, keep_float: Collection[str], *, calibrated: bool
-) -> tuple[Placement, dict[str, float]]:
-    """The placement of the tensors that the cache knows, and the scales of its quantizers.
-
-    A scale keeps its bits; one below the normal float32 numbers is floored. Tensors that share a scale get the largest
-    of theirs. Tensors that the cache lacks stay in float, unless they will be ``calibrated``.
-    """
-    scales = read_calibration_cache(cache)
-    unknown: set[str] = set()
-    while True:  # without a tensor the placement is another one, which may want other tensors
-        placement = place(view.network, keep_float, unknown)
-        found: dict[str, float] = {}
-        for tensor in placement.tensors:
-            if tensor.tensor in scales:
-                found[tensor.quantizer] = max(found.get(tensor.quantizer, SCALE_FLOOR), scales[tensor.tensor])
-        missing = {tensor.tensor for tensor in placement.tensors if tensor.quantizer not in found}
-        if not unknown:
-            _say_missing(placement, found, scales, cache, calibrated)
-        if calibrated or not missing:
-            return placement, found
-        unknown |= missing
-
-
-def _say_missing(
-    placement: Placement, found: Mapping[str, float], scales: Mapping[str, float], cache: Path, calibrated: bool
-) -> None:
-    """Names the tensors that the cache lacks. Raises UserError when it lacks most of them."""
-    wanted = [tensor.tensor for tensor in placement.tensors]
-    known = [tensor for tensor in wanted if tensor in scales]
-    if 2 * len(known) < len(wanted):
-        raise UserError(
-            f"{cache} is a cache for another network: it knows {len(known)} of the {len(wanted)} tensors to quantize "
-            f"({', '.join(wanted[:3])}, ...), and others ({', '.join(list(scales)[:3])}, ...): give its own cache"
-        )
-    say(f"calibration cache: {len(known)} of {len(wanted)} tensors found")
-    for tensor in placement.tensors:
-        if tensor.tensor not in scales:
-            then = "calibrated on the data" if calibrated else "what reads it stays in float"
-            if tensor.quantizer in found:
-                then = "it shares the scale of one that is there"
-            warn(f"not in the cache, or renamed by fusion: {tensor.tensor} ({then})")
 
 
 def _calibrate(
@@ -267,26 +247,61 @@ def _calibrate(
     return dict(zip(observers, scales, strict=True))
 
 
+def _class_names(model: Path, inputs: NetworkInputs | None, outputs: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """The names of the classes whose logits the network answers; () if nothing says that it answers logits.
+
+    They are those of the float file's sidecar, or of the data set, if it has as many classes as the only output values.
+    """
+    answers = [(spec.dtype, spec.shape[1:]) for spec in outputs]
+    if sidecar_path(model).exists():
+        try:
+            names = read_sidecar(model, "onnx").class_names
+        except UserError as error:
+            warn(f"no class names are taken from the sidecar of {model}: {error}")
+        else:
+            if names and answers == [("float32", (len(names),))]:
+                return names
+    names = inputs.class_names if inputs is not None else ()
+    if not names or answers != [("float32", (len(names),))]:
+        return ()
+    say(f"{outputs[0].name} is taken for logits of the data's classes, because both are {len(names)}")
+    return names
+
+
 def _compare(
-    plain: bytes, quantized: Path, inputs: NetworkInputs, count: int, reference: Path
+    plain: bytes, quantized: Path, inputs: NetworkInputs, count: int, reference: Path, *, logits: bool
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """How far the quantized network is from the float one, and the record of the reference file, if one was written."""
+    """How far the quantized network is from the float one, and the record of the reference file, if one was written.
+
+    ``logits``: whether the only output is known to be logits [N, classes].
+    """
     given, images = inputs.comparison(count)
     networks = session(plain), session(quantized)
-    answers: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    sums = {output.name: OutputSums(output.name) for output in networks[0].get_outputs()}
+    vectors: list[list[np.ndarray]] = []  # of an only output that is [N, values]
+    compared = 0
     for batch in given:
-        for network, found in zip(networks, answers, strict=True):
-            found.append(next(iter(run(network, batch).values())))
-    exact, rounded = (np.concatenate(found) for found in answers)
-    figures: dict[str, Any] = {"inputs": len(exact), "sqnr_db": sqnr_db(exact, rounded)}
-    line = f"float against INT8 on {len(exact)} inputs: {decibels(figures['sqnr_db'])}"
+        exact, rounded = (run(network, batch) for network in networks)
+        for name, of_output in sums.items():
+            of_output.add(exact[name], rounded[name])
+        compared += len(batch)
+        one, *others = exact.values()
+        if not others and one.ndim == 2 and one.dtype == np.float32:
+            vectors.append([one, *rounded.values()])
+    outputs = [of_output.agreement() for of_output in sums.values()]
+    figures: dict[str, Any] = {"inputs": compared, "outputs": [asdict(output) for output in outputs]}
+    if ratios := [output.sqnr_db for output in outputs if output.equal_percent is None]:
+        figures["sqnr_db"] = min(ratios, key=lambda ratio: math.inf if ratio is None else ratio)
+    line = f"float against INT8 on {compared} inputs: {', '.join(map(str, outputs))}"
     record = None
-    if exact.ndim == 2:
-        same = exact.argmax(1) == rounded.argmax(1)
-        figures["same_top1"] = 100 * float(same.mean())
-        line += f", the same class on {same.sum()} of {len(same)}"
-        if images is not None and len(exact) == len(images.labels):
-            record = write_reference(reference, images, torch.from_numpy(exact))
+    if vectors:
+        float_answers, answers = (np.concatenate(found) for found in zip(*vectors, strict=True))
+        if logits:
+            same = float_answers.argmax(1) == answers.argmax(1)
+            figures["same_top1"] = 100 * float(same.mean())
+            line += f", the same class on {same.sum()} of {len(same)}"
+        if images is not None and len(answers) == len(images.labels):
+            record = write_reference(reference, images, torch.from_numpy(float_answers), logits=logits)
     say(line)
     return figures, record
 

@@ -1,4 +1,4 @@
-"""Hard rules about where scales lie, where Q and DQ stand, and which operators there are."""
+"""Hard rules about where scales lie, and where Q and DQ stand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from export.qdq import (
     axis_of,
     code_readers,
     is_checked_at_quantizer,
-    is_integer_operator,
     name_of,
     output_axis,
     quantizes_weight,
@@ -163,24 +162,6 @@ class DirectWeight(HardRule):
                 yield f"it stands {where} {name_of(reader)}, which TensorRT refuses: compute it now, store the result"
 
 
-class ForbiddenOp(HardRule):
-    """TensorRT's own TRT_ operators are for FP8 and INT4."""
-
-    name = "forbidden_op"
-    sentence = "TensorRT does not have operators on integers"
-    source = f"{GUIDE}; {RTX}"
-
-    def check(self, model: QdqModel, node: ir.Node) -> Iterator[str]:
-        """An operator on integers, or one of TensorRT's own for another format."""
-        if is_integer_operator(node):
-            yield (
-                f"TensorRT does not have {node.op_type}: put QuantizeLinear and DequantizeLinear around the float "
-                "operator"
-            )
-        elif node.op_type.startswith("TRT_") and "uantize" in node.op_type:
-            yield f"{node.op_type} is not {model.format.name}: quantize by QuantizeLinear and DequantizeLinear"
-
-
 GRAPH_RULES = (
     PerTensorActivation(),
     ChannelAxis(),
@@ -188,5 +169,4 @@ GRAPH_RULES = (
     Pair(),
     SharedScale(),
     DirectWeight(),
-    ForbiddenOp(),
 )

@@ -2,7 +2,8 @@
 
 TensorRT refuses a network that breaks one, or computes it otherwise than the file says. Each rule is one object:
 export/scale_rules.py has those about scales, export/code_rules.py those about codes and zero points,
-export/graph_rules.py those about where scales lie and where Q and DQ stand.
+export/graph_rules.py those about where scales lie and where Q and DQ stand, export/operator_rules.py those about which
+operators there are.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import onnx_ir as ir
 from export.code_rules import CODE_RULES
 from export.findings import LintFinding
 from export.graph_rules import GRAPH_RULES
+from export.operator_rules import OPERATOR_RULES
 from export.qdq import QdqModel
 from export.rule import HardRule
 from export.scale_rules import SCALE_RULES
 from qat.base.number_format import INT8, NumberFormat
 
-HARD_RULES: dict[str, HardRule] = {rule.name: rule for rule in (*SCALE_RULES, *CODE_RULES, *GRAPH_RULES)}
+HARD_RULES: dict[str, HardRule] = {
+    rule.name: rule for rule in (*SCALE_RULES, *CODE_RULES, *GRAPH_RULES, *OPERATOR_RULES)
+}
 """All hard rules by their names, in the order in which a node is checked."""
 
 

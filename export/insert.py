@@ -7,7 +7,6 @@ initializers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -47,13 +46,14 @@ def insert(
         How many weight channels are zero; their scales were floored.
     """
     values = {value.name: value for value in (*model.graph.inputs, *_outputs(model.graph))}
+    writer = _Writer(model.graph)
     stored = {
-        name: _store_scale(model.graph, name, scales[name], number_format)
+        name: _store_scale(writer, name, scales[name], number_format)
         for name in dict.fromkeys(tensor.quantizer for tensor in placement.tensors)
     }
     for tensor in placement.tensors:
         value = values[tensor.tensor]
-        dequantized = _add_pair(model.graph, value, *stored[tensor.quantizer], number_format)
+        dequantized = _add_pair(writer, value, *stored[tensor.quantizer], number_format)
         for read in tensor.reads:
             _reroute(view.nodes[read.reader], value, dequantized)
     dead = 0
@@ -66,7 +66,7 @@ def insert(
             key = (weight.name or "", axis)
             if key not in weights:
                 narrow = number_format.narrow()
-                weights[key], zeros = _quantize_weight(model.graph, weight, axis, narrow, weight_calibrator)
+                weights[key], zeros = _quantize_weight(writer, weight, axis, narrow, weight_calibrator)
                 dead += zeros
             node.replace_input_with(WEIGHT, weights[key])
     model.graph.sort()
@@ -78,26 +78,65 @@ def _outputs(graph: ir.Graph) -> list[ir.Value]:
     return [value for node in graph for value in node.outputs]
 
 
-def _store_scale(graph: ir.Graph, name: str, scale: float, number_format: NumberFormat) -> tuple[ir.Value, ir.Value]:
+class _Writer:
+    """Adds nodes and initializers to a graph, under names that nothing in it has."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph, self._taken = graph, _names(graph)
+
+    def node(
+        self, operator: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, like: ir.Value, **attributes: int
+    ) -> ir.Value:
+        """The output of a new node, which has its name, and the shape of ``like``. Nodes are sorted at the end."""
+        given = [ir.AttrInt64(key, value) for key, value in attributes.items()]
+        node = ir.Node("", operator, inputs, given, name=self._unused(name))
+        output = node.outputs[0]
+        output.name, output.type, output.shape = node.name, ir.TensorType(dtype), like.shape
+        self._graph.append(node)
+        return output
+
+    def initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        """A new constant."""
+        unique = self._unused(name)
+        value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique))
+        value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape(array.shape)
+        self._graph.register_initializer(value)
+        return value
+
+    def _unused(self, name: str) -> str:
+        unique = unused_name(name, self._taken)
+        self._taken.add(unique)
+        return unique
+
+
+def _names(graph: ir.Graph) -> set[str]:
+    """The names of all nodes and tensors, with those of the graphs inside nodes."""
+    nodes = list(graph.all_nodes())
+    values = [value for inner in (graph, *graph.subgraphs()) for value in (*inner.inputs, *inner.initializers.values())]
+    values += [value for node in nodes for value in node.outputs]
+    return {node.name or "" for node in nodes} | {value.name or "" for value in values}
+
+
+def _store_scale(writer: _Writer, name: str, scale: float, number_format: NumberFormat) -> tuple[ir.Value, ir.Value]:
     """Initializers of the scale and of its zero point."""
     zero_point = np.zeros((), number_format.dtype)
     return (
-        _initializer(graph, f"{name}.scale", np.array(scale, np.float32)),
-        _initializer(graph, f"{name}.zero_point", zero_point),
+        writer.initializer(f"{name}.scale", np.array(scale, np.float32)),
+        writer.initializer(f"{name}.zero_point", zero_point),
     )
 
 
 def _add_pair(
-    graph: ir.Graph, value: ir.Value, scale: ir.Value, zero_point: ir.Value, number_format: NumberFormat
+    writer: _Writer, value: ir.Value, scale: ir.Value, zero_point: ir.Value, number_format: NumberFormat
 ) -> ir.Value:
     """``value`` through QuantizeLinear and DequantizeLinear."""
     codes_type = ir.DataType[number_format.onnx_type]
-    codes = _append(graph, QUANTIZE, [value, scale, zero_point], f"{value.name}/quantize", codes_type, value)
-    return _append(graph, DEQUANTIZE, [codes, scale, zero_point], f"{value.name}/dequantize", ir.DataType.FLOAT, value)
+    codes = writer.node(QUANTIZE, [value, scale, zero_point], f"{value.name}/quantize", codes_type, value)
+    return writer.node(DEQUANTIZE, [codes, scale, zero_point], f"{value.name}/dequantize", ir.DataType.FLOAT, value)
 
 
 def _quantize_weight(
-    graph: ir.Graph, weight: ir.Value, axis: int, number_format: NumberFormat, calibrator: WeightCalibrator
+    writer: _Writer, weight: ir.Value, axis: int, number_format: NumberFormat, calibrator: WeightCalibrator
 ) -> tuple[ir.Value, int]:
     """``weight`` as codes behind DequantizeLinear, and how many of its channels are zero."""
     assert weight.const_value is not None
@@ -107,11 +146,11 @@ def _quantize_weight(
     codes = quantize(given, per_channel(scale, given.ndim, axis), number_format)
     name = weight.name or ""
     constants = [
-        _initializer(graph, f"{name}.codes", codes.numpy().astype(number_format.dtype)),
-        _initializer(graph, f"{name}.scale", scale.numpy()),
-        _initializer(graph, f"{name}.zero_point", np.zeros(len(scale), number_format.dtype)),
+        writer.initializer(f"{name}.codes", codes.numpy().astype(number_format.dtype)),
+        writer.initializer(f"{name}.scale", scale.numpy()),
+        writer.initializer(f"{name}.zero_point", np.zeros(len(scale), number_format.dtype)),
     ]
-    dequantized = _append(graph, DEQUANTIZE, constants, f"{name}/dequantize", ir.DataType.FLOAT, weight, axis=axis)
+    dequantized = writer.node(DEQUANTIZE, constants, f"{name}/dequantize", ir.DataType.FLOAT, weight, axis=axis)
     return dequantized, int((scale <= SCALE_FLOOR).sum())
 
 
@@ -119,27 +158,3 @@ def _reroute(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
     for index, value in enumerate(node.inputs):
         if value is old:
             node.replace_input_with(index, new)
-
-
-def _append(
-    graph: ir.Graph,
-    operator: str,
-    inputs: list[ir.Value],
-    name: str,
-    dtype: ir.DataType,
-    like: ir.Value,
-    **attributes: Any,
-) -> ir.Value:
-    node = ir.Node("", operator, inputs, [ir.AttrInt64(key, value) for key, value in attributes.items()], name=name)
-    output = node.outputs[0]
-    output.name, output.type, output.shape = name, ir.TensorType(dtype), like.shape
-    graph.append(node)  # sorted at the end
-    return output
-
-
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    unique = unused_name(name, graph.initializers)
-    value = ir.Value(name=unique, const_value=ir.tensor(array, name=unique))
-    value.type, value.shape = ir.TensorType(ir.DataType.from_numpy(array.dtype)), ir.Shape(array.shape)
-    graph.register_initializer(value)
-    return value

@@ -3,8 +3,9 @@
     python -m export.lint runs/model.onnx
     python -m export.lint other_tool.onnx --json findings.json
 
-An error is something that TensorRT refuses or computes differently; a warning costs speed. Exit codes: 0 no error,
-1 errors (with --strict also warnings), 2 a file that cannot be checked.
+An error is something that TensorRT refuses or computes differently; a warning costs speed. In a float network only
+operators that TensorRT refuses are sought. Exit codes: 0 no error, 1 errors (with --strict also warnings), 2 a file
+that cannot be checked.
 """
 
 from __future__ import annotations

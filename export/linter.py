@@ -28,18 +28,21 @@ def lint_onnx(path: Path | str) -> list[LintFinding]:
             print(finding.severity, finding)
 
     Returns what TensorRT refuses or computes differently (errors), then what it runs slowly (warnings); [] when
-    everything is right.
+    everything is right. Of a float network only what TensorRT refuses.
 
-    Raises UserError when the file is missing or is not ONNX, or has no Q/DQ node to check.
+    Raises UserError when the file is missing or is not ONNX, or is a float network with nothing that TensorRT refuses.
     """
     path = Path(path)
     model = read_onnx(path)
-    if not is_quantized(model):
-        raise UserError(
-            f"{path} is a float network, with no Q/DQ node to check: quantize it first "
-            "(python -m export.quantize, or python -m qat.train)"
-        )
-    return lint_model(model)
+    if is_quantized(model):
+        return lint_model(model)
+    findings = hard_findings(model)
+    if any(finding.severity == "error" for finding in findings):
+        return findings
+    raise UserError(
+        f"{path} is a float network, with no Q/DQ node to check: quantize it first (python -m export.quantize, or "
+        "python -m qat.train)"
+    )
 
 
 def lint_model(model: ir.Model) -> list[LintFinding]:

@@ -29,11 +29,19 @@ class NetworkInputs(ABC):
         count: how many inputs there are to calibrate on.
         batch: inputs of one batch; the network's own number, if it takes a fixed one.
         preprocessing: how images become inputs; None if the inputs are not made from images.
+        class_names: of the data set that the inputs are made from; () if it has no labels.
     """
 
-    def __init__(self, name: str, shape: Sequence[int], count: int, preprocessing: Preprocessing | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: Sequence[int],
+        count: int,
+        preprocessing: Preprocessing | None,
+        class_names: tuple[str, ...] = (),
+    ) -> None:
         """``shape`` is the network's, -1 for a dynamic extent. Raises UserError when there is less than one batch."""
-        self.name, self.count, self.preprocessing = name, count, preprocessing
+        self.name, self.count, self.preprocessing, self.class_names = name, count, preprocessing, class_names
         self._is_fixed = bool(shape) and shape[0] > 0
         self.batch = shape[0] if self._is_fixed else _BATCH
         if self._is_fixed and count < self.batch:
@@ -87,7 +95,7 @@ class ImageInputs(NetworkInputs):
 
     def __init__(self, name: str, shape: Sequence[int], data: Data) -> None:
         """Calibrates on the calibration split of ``data``."""
-        super().__init__(name, shape, len(data.calibration), data.preprocessing)
+        super().__init__(name, shape, len(data.calibration), data.preprocessing, data.class_names)
         self._data, self._normalize = data, data.preprocessing.normalize
 
     def calibration(self) -> Iterator[np.ndarray]:

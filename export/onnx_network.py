@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export.composed_activations import ComposedActivation, composed_activations
+from export.names import unused_name
 from qat.base.number_format import EXPORTED
 from qat.graph.network import ConstantWeight, Network, Op, exact_kind
 from qat.graph.operations import OpKind, kind_of_onnx
@@ -117,7 +118,7 @@ class _Reader:
             self.ops[value.name] = Op(value.name, "input", (), value.name, None, _shape(value), _floating(value))
 
     def add_output(self, value: ir.Value) -> None:
-        name = f"output {value.name}"
+        name = unused_name(f"output {value.name}", self.ops)
         if inputs := self._read(name, [value]):
             self.ops[name] = Op(name, "output", inputs, name)
 
@@ -185,7 +186,7 @@ class _Reader:
 
     def _add_split(self, node: ir.Node, live: list[ir.Value], outputs: list[ir.Value]) -> None:
         label = node.name or outputs[0].name or ""
-        whole = f"{label} (all parts)"
+        whole = unused_name(f"{label} (all parts)", self.ops)
         self._put(Op(whole, "split", self._read(whole, live), label, floating=False), node)
         for part in outputs:
             self._put(Op(part.name or "", "data_movement", (whole,), label, shape=_shape(part)), node)

@@ -2,7 +2,7 @@
 
 A comparison of the logits alone says little: one code that rounds the other way changes everything behind it. So each
 stretch between two quantizers is compared on the same inputs: PyTorch gets ONNX Runtime's quantized tensors, and what
-it computes from them is compared with what ONNX Runtime computed. For a file without quantizers only the logits are
+it computes from them is compared with what ONNX Runtime computed. For a file without quantizers only the outputs are
 compared.
 """
 
@@ -21,6 +21,7 @@ from onnxruntime import InferenceSession
 from torch import Tensor, fx, nn
 
 from export.fold import QuantizeDequantize
+from export.output_agreement import OutputAgreement
 from export.session import run, session, session_with_tensors, sqnr_db
 from qat.base.errors import UserError
 from qat.fake_quantize.prepare import ACTIVATION_QUANTIZERS
@@ -41,27 +42,26 @@ class LayerParity:
 class Parity:
     """``images`` were run through both. ``outputs`` were compared on all of them.
 
-    ``layers`` were compared on the first few; the outputs come last. The classes and the cosine of the logits are those
-    of a network whose only output is [N, classes], and None for another.
+    ``layers`` were compared on the first few; outputs of floating-point values come last. The classes and the cosine of
+    the logits are those of a network that is known to answer logits [N, classes], and None for another.
     """
 
     images: int
     other_top1: int | None
     smallest_logit_cosine: float | None
     layers: tuple[LayerParity, ...]
-    outputs: tuple[LayerParity, ...]
+    outputs: tuple[OutputAgreement, ...]
 
     @property
-    def worst(self) -> LayerParity:
-        """The layer that agrees least."""
-        return min(self.layers, key=lambda layer: math.inf if layer.sqnr_db is None else layer.sqnr_db)
+    def worst(self) -> LayerParity | None:
+        """The layer that agrees least; None of a network that has only outputs of integers."""
+        return min(self.layers, key=lambda layer: math.inf if layer.sqnr_db is None else layer.sqnr_db, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """For the sidecar."""
-        return asdict(self) | {"worst_layer": asdict(self.worst)}
+        return asdict(self) | {"worst_layer": None if self.worst is None else asdict(self.worst)}
 
     def __str__(self) -> str:
-        compared = f"worst of {len(self.layers)} layers: " if len(self.layers) > 1 else ""
         if self.other_top1 is None:
             answers = f"on {self.images} inputs, {', '.join(map(str, self.outputs))}"
         else:
@@ -69,6 +69,9 @@ class Parity:
                 f"{self.other_top1} of {self.images} images with another top-1, smallest logit cosine "
                 f"{self.smallest_logit_cosine:.6f}"
             )
+        if self.worst is None:
+            return answers
+        compared = f"worst of {len(self.layers)} layers: " if len(self.layers) > 1 else ""
         return f"{answers}; {compared}{self.worst}"
 
 
@@ -81,6 +84,8 @@ def measure(
     model: Path,
     batches: Iterable[tuple[Given, Tensor | Mapping[str, Tensor]]],
     layer_images: int,
+    *,
+    logits: bool = False,
 ) -> tuple[Parity, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Compares ``folded`` with the ONNX file made from it.
 
@@ -89,6 +94,7 @@ def measure(
         model: the ONNX file.
         batches: (inputs of ``folded``, the same as the file takes them: its only input, or all by name).
         layer_images: how many images of the first batch are compared layer by layer.
+        logits: whether the only output is known to be logits [N, classes].
 
     Returns:
         How well the two agree, and the outputs of ``folded`` and of the file on all images, [N, ...] each.
@@ -100,11 +106,11 @@ def measure(
     names = [output.name for output in whole.get_outputs()]
     ours: list[tuple[Tensor, ...]] = []
     theirs: list[tuple[Tensor, ...]] = []
-    layers: tuple[LayerParity, ...] = ()
+    layers: tuple[LayerParity, ...] | None = None
     for inputs, given in batches:
         x = _several(inputs)
         feed = _feed(whole, given)
-        if not layers:
+        if layers is None:
             first = {name: value[:layer_images] for name, value in feed.items()}
             layers = _layers(folded, model, tuple(one[:layer_images] for one in x), first)
         with torch.no_grad():
@@ -115,13 +121,13 @@ def measure(
                 "the exported network answers NaN or infinity: a value in it exceeds what its type holds "
                 "(float16: 65504); export with another --precision, or train again"
             )
-    assert layers, "no image to compare on"
+    assert layers is not None, "no image to compare on"
     answers, found = (tuple(map(torch.cat, zip(*parts, strict=True))) for parts in (ours, theirs))
     outputs = tuple(
-        LayerParity(name, sqnr_db(mine.numpy(), other.numpy()))
+        OutputAgreement.measure(name, mine.numpy(), other.numpy())
         for name, mine, other in zip(names, answers, found, strict=True)
     )
-    other_top1, cosine = _compare_classes(answers[0], found[0]) if _are_logits(answers) else (None, None)
+    other_top1, cosine = _compare_classes(answers[0], found[0]) if logits else (None, None)
     return Parity(len(answers[0]), other_top1, cosine, layers, outputs), answers, found
 
 
@@ -133,10 +139,6 @@ def _feed(model: InferenceSession, given: Tensor | Mapping[str, Tensor]) -> dict
     named = {model.get_inputs()[0].name: given} if isinstance(given, Tensor) else given
     taken = {one.name for one in model.get_inputs()}
     return {name: tensor.numpy() for name, tensor in named.items() if name in taken}
-
-
-def _are_logits(answers: Sequence[Tensor]) -> bool:
-    return len(answers) == 1 and answers[0].ndim == 2
 
 
 def _compare_classes(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
@@ -163,7 +165,9 @@ def _layers(
     with torch.no_grad():
         answers = _several(compared.run(*x))
     last = [
-        LayerParity(name, sqnr_db(values[name], answer.numpy())) for name, answer in zip(names, answers, strict=True)
+        LayerParity(name, sqnr_db(values[name], answer.numpy()))
+        for name, answer in zip(names, answers, strict=True)
+        if answer.is_floating_point()
     ]
     return (*compared.layers, *last)
 

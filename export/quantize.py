@@ -4,7 +4,8 @@
     python -m export.quantize model.onnx --calibration-cache calibration.cache
 
 This is for networks that cannot be trained again. The second form takes over the scales that an older TensorRT
-calibrated. Tensors that the cache lacks are named and stay in float; with --data they are calibrated.
+calibrated. Tensors that the cache lacks, or for which it has a scale of 0, are named and stay in float; with --data
+they are calibrated.
 Next: python -m deploy.build model.int8.onnx
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from export.onnx_network import constant
+from export.operator_rules import onnx_operators
 from qat.base.errors import UserError, one_line
+from qat.base.onnx_file import flaw
 
 OPSETS = range(7, min(25, onnx.defs.onnx_opset_version()) + 1)
 """The versions of the default operator set that can be read."""
@@ -20,6 +23,9 @@ OPSETS = range(7, min(25, onnx.defs.onnx_opset_version()) + 1)
 
 def read_onnx(path: Path) -> ir.Model:
     """The model of ``path``, its functions inlined, with all shapes that can be inferred.
+
+    A function with the name of an operator of ONNX is not inlined: TensorRT computes that operator instead
+    (export/operator_rules.py).
 
     Raises UserError when the file is missing or is not ONNX, when external data are missing, when its operator set is
     not in ``OPSETS``, or when a node reads a tensor that no node makes.
@@ -30,7 +36,7 @@ def read_onnx(path: Path) -> ir.Model:
         model = _load(path)
         _check_opset(path, model)
         _load_data(path, model)
-        passes.InlinePass()(model)
+        passes.InlinePass(lambda function: function.name not in onnx_operators())(model)
         _check_tensors(path, model)
         # Not strict: a shape that cannot be inferred stays unknown.
         passes.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
@@ -51,10 +57,17 @@ def _load(path: Path) -> ir.Model:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path") from error
     except Exception as error:  # protobuf's DecodeError has no stable place
-        raise UserError(f"{path} is not an ONNX model, or is truncated ({one_line(error)}): get it again") from error
+        wrong = flaw(path) or f"cannot be read as ONNX ({one_line(_first_cause(error))})"
+        raise UserError(f"{path} {wrong}: get it again") from error
     if not len(model.graph):
-        raise UserError(f"{path} holds no network (an empty graph): is it an ONNX model?")
+        raise UserError(f"{path} {flaw(path) or 'holds a network without nodes'}: get it again")
     return model
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def _check_opset(path: Path, model: ir.Model) -> None:
@@ -67,16 +80,37 @@ def _check_opset(path: Path, model: ir.Model) -> None:
 
 
 def _load_data(path: Path, model: ir.Model) -> None:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                _check_data(path, value.const_value)
     try:
         ir.external_data.load_to_model(model)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path} keeps weights in {error.filename}, which is missing: put it beside the model"
-        ) from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} keeps weights in another file that cannot be read ({one_line(error)}): get it again"
         ) from error
+
+
+def _check_data(path: Path, tensor: ir.ExternalTensor) -> None:
+    """Checks that a tensor outside the model's file lies in its folder, whole, as TensorRT demands too."""
+    file, start, length = path.parent / tensor.location, tensor.offset or 0, tensor.length
+    if Path(tensor.location).is_absolute() or os.path.normpath(tensor.location).startswith(".."):
+        raise UserError(
+            f"{path} keeps {tensor.name} in {tensor.location}, which is not a path inside the model's folder: save "
+            "it again with external data beside the model"
+        )
+    if not file.is_file():
+        raise UserError(f"{path} keeps weights in {file}, which is missing: put it beside the model")
+    if length is not None and length != tensor.nbytes:
+        raise UserError(
+            f"{path} keeps {tensor.name} in {length} bytes of {file}, and it has {tensor.nbytes}: get it again"
+        )
+    if start + tensor.nbytes > (size := file.stat().st_size):
+        raise UserError(
+            f"{path} keeps {tensor.name} in bytes {start} to {start + tensor.nbytes} of {file}, which is too short: it "
+            f"has {size}; get it again"
+        )
 
 
 def _check_tensors(path: Path, model: ir.Model) -> None:

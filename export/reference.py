@@ -72,8 +72,10 @@ def reference_path(onnx: Path) -> Path:
     return onnx.with_name(onnx.name.removesuffix(".onnx") + ".reference.npz")
 
 
-def write_reference(path: Path, images: Sample, logits: Tensor) -> dict[str, Any]:
-    """Writes ``images`` and the ``logits``, float32 [N, classes], that an engine is compared with.
+def write_reference(path: Path, images: Sample, answers: Tensor, *, logits: bool) -> dict[str, Any]:
+    """Writes ``images`` and the ``answers``, float32 [N, ...], that an engine is compared with.
+
+    ``logits``: whether the answers are known to be logits [N, classes], so that labels say which are right.
 
     Returns what the ONNX file's sidecar records of the file. Raises UserError when it cannot be written.
     """
@@ -83,14 +85,14 @@ def write_reference(path: Path, images: Sample, logits: Tensor) -> dict[str, Any
                 file,
                 images=images.images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(),
                 labels=images.labels.numpy(),
-                logits=logits.numpy(),
+                logits=answers.numpy(),
             )
         digest = sha256_of(temporary)
-    labelled = bool((images.labels != NO_LABEL).all())
+    labelled = logits and bool((images.labels != NO_LABEL).all())
     return {
         "file": path.name,
         "sha256": digest,
         "images": len(images.labels),
         "source": images.source,
-        "top1": 100 * float((logits.argmax(1) == images.labels).double().mean()) if labelled else None,
+        "top1": 100 * float((answers.argmax(1) == images.labels).double().mean()) if labelled else None,
     }

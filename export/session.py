@@ -6,13 +6,15 @@ dequantized codes is what TensorRT computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 
+from qat.base.errors import UserError, one_line
 from qat.base.sqnr import sqnr_db as ratio
 
 # It merges a zero padding into the max pool behind it, which then pads with minus infinity.
@@ -28,6 +30,17 @@ def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(
         source, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(_WRONG_OPTIMIZERS)
     )
+
+
+@contextmanager
+def runs_in_onnx_runtime(model: Path) -> Iterator[None]:
+    """Turns ONNX Runtime's errors about the user's file ``model`` while the block runs into UserError."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise UserError(f"ONNX Runtime cannot run {model}: {one_line(error)}") from error
 
 
 def session_with_tensors(model: Path | onnx.ModelProto, names: Iterable[str]) -> onnxruntime.InferenceSession:

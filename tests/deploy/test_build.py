@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from qdq_models import (
     bottleneck,
@@ -169,16 +170,79 @@ def test_missing_file(tmp_path):
     assert f"no file {tmp_path / 'no.onnx'}" in refused(tmp_path / "no.onnx")
 
 
-@pytest.mark.parametrize("kept", [0, 100, 900])
+@pytest.mark.parametrize("kept", [1, 100, 900, -1])
 def test_truncated_file(kept, model):
-    model.write_bytes(model.read_bytes()[:kept])
-    assert "ONNX file" in refused(model)
+    content = model.read_bytes()[:kept]
+    model.write_bytes(content)
+    assert f"is truncated: it has {len(content)} bytes, and its fields tell of " in refused(model)
 
 
-def test_text_file(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "is empty"),
+        (b"I am not a model\n" * 50, "is not an ONNX file"),
+        (b"<!DOCTYPE html><html></html>", "is not an ONNX file"),
+        (bytes(100), "is not an ONNX file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        (b"\x08\x0a", "holds no network"),
+    ],
+)
+def test_what_is_no_model(content, says, tmp_path):
     path = tmp_path / "m.onnx"
-    path.write_text("I am not a model\n" * 50)
-    assert "not an ONNX file" in refused(path)
+    path.write_bytes(content)
+    message = refused(path)
+    assert says in message
+    assert "truncated" not in message
+
+
+def test_a_damaged_file_is_refused_in_the_words_of_the_parser(model):
+    content = bytearray(model.read_bytes())
+    content[content.index(b"\x04Relu")] = 0x7F  # the length of that text, inside the graph
+    model.write_bytes(content)
+    message = refused(model)
+    assert "Failed to parse the ONNX model" in message
+    assert "truncated" not in message
+
+
+def with_external_data(model: Path, location: str = "weights.bin", **changed: object) -> Path:
+    """``model`` with its initializers in weights.bin; it says that they are in ``location``."""
+    onnx.save(onnx.load(model), model, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    proto = onnx.load(model, load_external_data=False)
+    for entry in (entry for tensor in proto.graph.initializer for entry in tensor.external_data):
+        entry.value = str({"location": location, **changed}.get(entry.key, entry.value))
+    onnx.save(proto, model)
+    return model.with_name("weights.bin")
+
+
+def test_external_data_that_are_missing(model):
+    data = with_external_data(model)
+    data.unlink()
+    message = refused(model)
+    assert f"the external data of initializer 'x_scale' is missing: no file {data}" in message
+    assert "truncated" not in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "size", "says"),
+    [
+        ({}, 2, "offset/length out of range"),
+        ({"length": 3}, 10_000, "Unexpected size for the external weights"),
+        ({"location": "../weights.bin"}, 10_000, "Relative paths to parent (../) are not allowed"),
+    ],
+)
+def test_external_data_that_do_not_fit_are_refused_in_the_words_of_the_parser(changed, size, says, model):
+    data = with_external_data(model, **changed)
+    data.write_bytes(data.read_bytes()[:size])
+    message = refused(model)
+    assert "the external data of initializer 'x_scale' is refused (" in message
+    assert says in message
+    assert "truncated" not in message
+
+
+def test_external_data_beside_the_model_are_read(model):
+    with_external_data(model)
+    assert build(model, compute_capabilities=("8.9",)) == 0
 
 
 def test_sidecar_of_another_file(model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +94,39 @@ def test_data_gives_the_test_split_that_was_held_out_of_training(chain: Path):
     ((images, labels, logits),) = reference_batches(chain / "model.onnx", onnx, 7)[1]
     assert (len(images), len(labels)) == (7, 7)
     np.testing.assert_array_equal(logits, reference.logits[:7])
+
+
+def test_a_network_without_classes_agrees_by_its_output():
+    mine = np.random.default_rng(0).random((6, 4))
+    near, far = mine + 0.001, mine[::-1]
+    answers = Answers("images", np.zeros(6, np.int64), {"engine": mine, "PyTorch": near, "ONNX Runtime": far}, False)
+    assert answers.accuracy("engine") is None
+    assert answers.agreements() == {}
+    said = answers.disagreements(99.0, 20.0)
+    assert said.keys() == {"engine, ONNX Runtime"}
+    assert said["engine, ONNX Runtime"].endswith(" dB): must be at least 20 dB, or 99 % of integers")
+    assert answers.disagreements(99.0, -20.0) == {}
+    found = Evaluation("digest", answers, 99.0).to_json()
+    assert not Evaluation("digest", answers, 99.0).agrees
+    assert (found["top1"], found["agreement"]) == ({"engine": None, "PyTorch": None, "ONNX Runtime": None}, {})
+    expected = 10 * np.log10((near**2).sum() / ((near - mine) ** 2).sum())
+    assert found["outputs"]["engine, PyTorch"] == {"sqnr_db": pytest.approx(expected), "equal_percent": None}
+
+    labels = {"engine": np.array([1, 2, 3, 4]), "PyTorch": np.array([1, 2, 3, 3])}
+    integers = Answers("images", np.full(4, -1), labels, False)
+    assert integers.disagreements(75.0, 20.0) == {}
+    assert integers.disagreements(76.0, 20.0).keys() == {"engine, PyTorch"}
+
+
+def test_an_engine_with_several_outputs_is_refused(chain: Path, tmp_path: Path):
+    for name in ("model.onnx", "model.onnx.json", "model.engine", "model.engine.json"):
+        shutil.copy(chain / name, tmp_path)
+    path = tmp_path / "model.engine.json"
+    content = json.loads(path.read_text())
+    content["outputs"] += [{**content["outputs"][0], "name": "more"}]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"has 2 outputs \(logits, more\), and only networks with one are evaluated"):
+        main(EvaluateOptions(engine=tmp_path / "model.engine"))
 
 
 def test_the_file_of_results_and_whether_the_engine_agrees():

@@ -76,6 +76,9 @@ def test_an_onnx_file_of_an_older_version(copied: Path, sidecar: Sidecar) -> Non
     details = {name: value for name, value in sidecar.details.items() if name != "reference"}
     message = refused(copied, dataclasses.replace(sidecar, details=details))
     assert message == f"{copied} records no reference file: export it again with python -m export.onnx"
+    message = refused(copied, dataclasses.replace(sidecar, details={**details, "reference": None}))
+    assert message.startswith(f"{copied} has no reference file")
+    assert message.endswith(": give --data")
 
 
 @pytest.mark.parametrize("statistics", [((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.305,) * 3, (0.376,) * 3)])

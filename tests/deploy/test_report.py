@@ -274,6 +274,13 @@ def test_evaluation_and_speed_are_on_the_page(family: Path) -> None:
     evaluation.write_text(json.dumps(evaluated))
     assert "first layer that differs" not in render_page(family / "model.engine", evaluation)
 
+    outputs = {"engine, PyTorch": {"sqnr_db": 31.25, "equal_percent": None}}
+    unknown = {**evaluated, "top1": {"engine": None, "PyTorch": None}, "agreement": {}, "outputs": outputs}
+    evaluation.write_text(json.dumps(unknown))  # a network without classes
+    page = html.unescape(render_page(family / "model.engine", evaluation))
+    assert "PyTorch<b>31.2 dB</b>" in page
+    assert "no labels" not in page
+
     evaluation.write_text(json.dumps({**evaluated, "engine": "0"}))
     with pytest.raises(UserError, match="is about another engine"):
         render_page(family / "model.engine", evaluation)

@@ -126,7 +126,7 @@ def test_float_input_agrees_with_onnx_runtime_layer_by_layer(folded, model, imag
     path = tmp_path / "model.onnx"
     ir.save(model, path)
     x = preprocessing().normalize(images)
-    found, (logits,), _ = parity.measure(folded, path, [(x[:3], x[:3]), (x[3:], x[3:])], layer_images=4)
+    found, (logits,), _ = parity.measure(folded, path, [(x[:3], x[:3]), (x[3:], x[3:])], layer_images=4, logits=True)
     assert found.images == len(logits) == 4
     torch.testing.assert_close(logits, folded(x))
     assert len(found.layers) == len(nodes(model, "QuantizeLinear")) + 1
@@ -190,7 +190,7 @@ def test_the_float16_file_is_float16_between_two_casts(prepared, model, images, 
     assert next(network.parameters()).dtype == torch.float32
     path = tmp_path / "model.onnx"
     ir.save(half, path)
-    found, (logits,), _ = parity.measure(network, path, pairs, layer_images=4)
+    found, (logits,), _ = parity.measure(network, path, pairs, layer_images=4, logits=True)
     assert logits.dtype == torch.float32
     assert 40 < found.worst.sqnr_db < 100
     assert found.smallest_logit_cosine > 0.9999

@@ -118,7 +118,7 @@ def test_a_model_with_another_input_is_compared_on_random_images(
     sidecar = export_onnx(model, tmp_path / "m.onnx", input=kind, preprocessing=PREPROCESSING)
     assert sidecar.inputs[0].dtype == kind.partition("-")[0]
     assert sidecar.class_names == ()
-    assert (sidecar.figures["parity"]["source"], sidecar.figures["parity"]["other_top1"]) == ("random images", 0)
+    assert (sidecar.figures["parity"]["source"], sidecar.figures["parity"]["images"]) == ("random images", 8)
 
 
 def test_a_model_without_preprocessing(tmp_path: Path) -> None:
@@ -261,6 +261,40 @@ def test_a_network_without_classes_is_compared_by_its_output(tmp_path: Path) -> 
     assert (sidecar.outputs[0].name, sidecar.outputs[0].shape) == ("output", (-1, 16, 16, 16))
     assert sidecar.figures["parity"]["other_top1"] is None
     assert sidecar.details["reference"] is None
+
+
+def test_no_class_is_counted_without_class_names(
+    model: fx.GraphModule, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sidecar = export_onnx(model, tmp_path / "m.onnx", preprocessing=PREPROCESSING, images=images())
+    parity, (output,) = sidecar.figures["parity"], sidecar.figures["parity"]["outputs"]
+    assert (parity["other_top1"], parity["smallest_logit_cosine"]) == (None, None)
+    assert output["sqnr_db"] is None or output["sqnr_db"] > 50
+    assert "top-1" not in capsys.readouterr().out
+    assert sidecar.details["reference"]["images"] == 5
+    assert sidecar.details["reference"]["top1"] is None
+
+
+class Labels(nn.Module):
+    """The class of every pixel, and the scores that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        scores = self.head(self.stem(x).relu())
+        return {"label": scores.argmax(1), "scores": scores}
+
+
+def test_outputs_of_integers_are_compared_by_equality(tmp_path: Path) -> None:
+    sidecar = export_onnx(prepared(Labels()), tmp_path / "m.onnx")
+    assert [(spec.name, spec.dtype) for spec in sidecar.outputs] == [("label", "int64"), ("scores", "float32")]
+    label, scores = sidecar.figures["parity"]["outputs"]
+    assert (label["tensor"], label["sqnr_db"]) == ("label", None)
+    assert label["equal_percent"] > 99
+    assert scores["equal_percent"] is None
+    assert "label" not in [layer["tensor"] for layer in sidecar.figures["parity"]["layers"]]
 
 
 # --- quantize_onnx and lint_onnx

@@ -99,8 +99,8 @@ def test_answers_that_differ_are_warned_of(
     assert "other answers" not in capsys.readouterr().err
     real = export.from_checkpoint.measure
 
-    def negated(*given: Any) -> Any:
-        parity, *answers = real(*given)
+    def negated(*given: Any, **options: Any) -> Any:
+        parity, *answers = real(*given, **options)
         return dataclasses.replace(parity, smallest_logit_cosine=-parity.smallest_logit_cosine), *answers
 
     monkeypatch.setattr(export.from_checkpoint, "measure", negated)

@@ -23,7 +23,7 @@ from export.calibration_cache import read_calibration_cache
 from export.from_float_onnx import quantize_onnx
 from export.linter import lint_onnx
 from export.session import run, session, sqnr_db
-from qat.base.artifact import read_sidecar
+from qat.base.artifact import Sidecar, read_sidecar, write_artifact
 from qat.base.errors import UserError
 
 
@@ -190,6 +190,103 @@ def test_keep_float_leaves_a_layer_alone(model: Path, inputs: Path, tmp_path: Pa
     assert "fc.weight" in {t.name for t in onnx.load(output).graph.initializer}
 
 
+# --- what it says of the outputs
+
+
+def two_convolutions(path: Path, *heads: tuple[str, dict[str, int]]) -> Path:
+    """Two convolutions of [N, 3, 16, 16], called maps; ``heads`` read them, and come first among the outputs."""
+    graph = Graph()
+    x = graph.node("Relu", [graph.conv("x", "first", 3, 16, quantized=False)], "relu")
+    graph.conv(x, "maps", 16, 8, quantized=False)
+    for op, attributes in heads:
+        graph.node(op, ["maps"], op.lower(), **attributes)
+    model = graph.model(("N", 3, 16, 16), [*(op.lower() for op, _ in heads), "maps"], opset=17)
+    for output, (op, _) in zip(model.graph.output, heads, strict=False):
+        output.type.tensor_type.elem_type = TensorProto.INT64 if op == "ArgMax" else TensorProto.FLOAT
+    return save(model, path)
+
+
+def test_every_output_is_reported_integers_by_equality(
+    tmp_path: Path, inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = two_convolutions(tmp_path / "f.onnx", ("ArgMax", {"axis": 1, "keepdims": 0}), ("Sigmoid", {}))
+    sidecar = quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs))
+    both = [run(session(path), np.load(inputs)) for path in (source, tmp_path / "q.onnx")]
+    exact, rounded = both
+    equal = 100 * (exact["argmax"] == rounded["argmax"]).mean()
+    assert 80 < equal < 100
+    ratios = [sqnr_db(exact[name], rounded[name]) for name in ("sigmoid", "maps")]
+    found = sidecar.figures["parity"]
+    assert found["outputs"] == [
+        {"tensor": "argmax", "sqnr_db": None, "equal_percent": pytest.approx(equal)},
+        {"tensor": "sigmoid", "sqnr_db": pytest.approx(ratios[0]), "equal_percent": None},
+        {"tensor": "maps", "sqnr_db": pytest.approx(ratios[1]), "equal_percent": None},
+    ]
+    assert found["sqnr_db"] == pytest.approx(min(filter(None, ratios)))
+    said = (
+        f"on 40 inputs: argmax {equal:.2f} % of the values equal, sigmoid {ratios[0]:.1f} dB, maps {ratios[1]:.1f} dB"
+    )
+    out = capsys.readouterr().out
+    assert said in " ".join(out.split())
+    assert "the same class" not in out
+    assert {spec.name: spec.dtype for spec in sidecar.outputs} == {
+        "argmax": "int64",
+        "sigmoid": "float32",
+        "maps": "float32",
+    }
+
+
+def test_an_only_output_of_integers_has_no_ratio(tmp_path: Path, inputs: Path) -> None:
+    source = two_convolutions(tmp_path / "f.onnx", ("ArgMax", {"axis": 1, "keepdims": 0}))
+    model = onnx.load(source)
+    del model.graph.output[1]
+    found = quantize_onnx(save(model, source), tmp_path / "q.onnx", data=str(inputs)).figures["parity"]
+    assert found.keys() == {"inputs", "outputs"}
+    assert 80 < found["outputs"][0]["equal_percent"] < 100
+
+
+def test_no_class_is_counted_of_a_network_that_may_answer_anything(
+    model: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = quantize_onnx(model, tmp_path / "q.onnx", data=str(inputs))
+    images = quantize_onnx(model, tmp_path / "q.onnx", data="digits", images=16)  # of ten classes, and it answers four
+    for sidecar in (arrays, images):
+        assert "same_top1" not in sidecar.figures["parity"]
+        assert sidecar.class_names == ()
+    assert images.details["reference"]["top1"] is None
+    assert "the same class" not in capsys.readouterr().out
+
+
+def test_classes_are_counted_where_the_data_set_has_as_many(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (64, 16, 16, 3), dtype=np.uint8), np.arange(64) % 4
+    names = np.array(["a", "b", "c", "d"])
+    arrays = {"train_images": images[:32], "train_labels": labels[:32], "class_names": names}
+    np.savez(tmp_path / "four.npz", **arrays, test_images=images[32:], test_labels=labels[32:])
+    sidecar = quantize_onnx(model, tmp_path / "q.onnx", data=tmp_path / "four.npz", images=8)
+    out = capsys.readouterr().out
+    assert "logits is taken for logits of the data's classes, because both are 4" in out
+    assert f"the same class on {round(32 * sidecar.figures['parity']['same_top1'] / 100)} of 32" in out
+    assert sidecar.class_names == ("a", "b", "c", "d")
+    assert sidecar.details["reference"]["top1"] is not None
+
+
+def test_classes_are_counted_where_the_sidecar_of_the_float_file_names_them(
+    model: Path, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content, names = model.read_bytes(), ("a", "b", "c", "d")
+    source = tmp_path / "float.onnx"
+    write_artifact(source, Sidecar("onnx", class_names=names), lambda path: path.write_bytes(content) and None)
+    sidecar = quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs))
+    assert sidecar.class_names == names
+    assert sidecar.figures["parity"]["same_top1"] > 80
+    to_onnx(Net(), source)
+    assert quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs)).class_names == ()
+    assert "warning: no class names are taken from the sidecar of " in capfd.readouterr().err
+
+
 # --- calibration caches
 
 
@@ -235,11 +332,42 @@ def test_scales_of_a_cache_keep_all_their_bits(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.view(np.uint32), bits)
 
 
-def test_a_scale_of_a_cache_below_the_normal_numbers_is_floored(model: Path, tmp_path: Path) -> None:
-    scales = dict.fromkeys(tensors_of(model), 0.02) | {"input": 1e-42}
-    quantize_onnx(model, tmp_path / "q.onnx", calibration_cache=write_cache(tmp_path / "c.cache", scales))
+@pytest.mark.parametrize("scale", [0.0, -0.0, 1e-42])
+def test_a_tensor_whose_scale_is_0_or_denormal_stays_float_with_a_warning(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], scale: float
+) -> None:
+    scales = dict.fromkeys(tensors_of(model), 0.02) | {"input": scale}
+    sidecar = quantize_onnx(model, tmp_path / "q.onnx", calibration_cache=write_cache(tmp_path / "c.cache", scales))
+    warnings = capfd.readouterr().err.splitlines()
+    said = f"its scale in the cache is {np.float32(scale):.3g}, by which nothing can be quantized: input"
+    assert warnings == [f"warning: {said} (what reads it stays in float)"]
     values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
-    assert values["input.scale"] == np.finfo(np.float32).tiny
+    quantized = {t["tensor"] for t in sidecar.details["placement"]["tensors"]}
+    assert len(quantized) == 3
+    assert all(values[f"{name}.scale"] == np.float32(0.02) for name in quantized)
+    assert "input" not in quantized
+    assert [finding.rule for finding in lint_onnx(tmp_path / "q.onnx")] == ["weighted_input"]  # the stem, in float
+
+
+def test_with_data_a_tensor_whose_scale_is_0_is_calibrated(
+    model: Path, inputs: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache = write_cache(tmp_path / "c.cache", dict.fromkeys(tensors_of(model), 0.02) | {"input": 0.0})
+    quantize_onnx(model, tmp_path / "q.onnx", calibration_cache=cache, data=str(inputs), calibrator="max")
+    assert "by which nothing can be quantized: input (calibrated on the data)" in capfd.readouterr().err
+    values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
+    assert values["input.scale"] == pytest.approx(np.abs(np.load(inputs)).max() / 127)
+
+
+def test_a_scale_of_0_in_a_group_gives_way_to_that_of_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = to_onnx(Joined(), tmp_path / "j.onnx")
+    relu = next(node.output[0] for node in onnx.load(model).graph.node if node.op_type == "Relu")
+    cache = write_cache(tmp_path / "c.cache", dict.fromkeys(tensors_of(model), 0.02) | {relu: 0.0})
+    sidecar = quantize_onnx(model, calibration_cache=cache)
+    assert len(sidecar.details["placement"]["tensors"]) == 4
+    assert f"{relu} (it shares the scale of one that is there)" in capfd.readouterr().err
 
 
 def test_tensors_that_a_cache_lacks_are_named_and_stay_float(
@@ -277,9 +405,10 @@ def test_a_cache_of_another_network_is_refused(model: Path, tmp_path: Path) -> N
         ("TRT-8601-EntropyCalibration2\n", "does not hold any tensor"),
         ("TRT-8601-EntropyCalibration2\nx 3c010a14\n", "line 2"),
         ("TRT-8601-EntropyCalibration2\nx: zz\n", "line 2"),
-        ("TRT-8601-EntropyCalibration2\nx: 00000000\n", "line 2"),
-        ("TRT-8601-EntropyCalibration2\nx: 7fc00000\n", "line 2"),
-        ("TRT-8601-EntropyCalibration2\nx: bc010a14\n", "line 2"),
+        ("TRT-8601-EntropyCalibration2\nx: 7fc00000\n", "line 2: the scale of x is nan, and must be finite"),
+        ("TRT-8601-EntropyCalibration2\ny: 0\nx: 7f800000\n", "line 3: the scale of x is inf"),
+        ("TRT-8601-EntropyCalibration2\nx: bc010a14\n", "line 2: the scale of x is -0.00787"),
+        ("TRT-8601-EntropyCalibration2\nx: 80000001\n", "line 2: the scale of x is -1.4013e-45"),
     ],
 )
 def test_a_damaged_cache_says_where(tmp_path: Path, text: str, says: str) -> None:
@@ -314,7 +443,7 @@ def test_bad_input_is_one_line(model: Path, inputs: Path, tmp_path: Path) -> Non
         ({"model": model, "data": str(inputs), "output": model}, "would overwrite the float model"),
         ({"model": model, "data": str(inputs), "keep_float": ("nothing*",)}, "--keep-float nothing.* matches none"),
         ({"model": tmp_path / "no.onnx", "data": str(inputs)}, "no file"),
-        ({"model": text, "data": str(inputs)}, "is not an ONNX model"),
+        ({"model": text, "data": str(inputs)}, "is not an ONNX file"),
         ({"model": model, "data": str(tmp_path / "no.npy")}, "cannot read inputs"),
         ({"model": model, "data": str(inputs), "images": 0}, "must be at least 1"),
     ]
@@ -322,6 +451,44 @@ def test_bad_input_is_one_line(model: Path, inputs: Path, tmp_path: Path) -> Non
         with pytest.raises(UserError, match=says):
             quantize_onnx(**{"output": tmp_path / "out.onnx"} | options)
     assert not (tmp_path / "out.onnx").exists()
+
+
+def with_operator(path: Path, op: str, domain: str) -> Path:
+    """A float convolution 3x3 of images of 16 px, and ``op`` of ``domain`` behind it."""
+    graph = Graph()
+    x = graph.node("Conv", ["x", graph.random("w", (16, 3, 3, 3))], "conv")
+    graph.node(op, [x], "odd", domain=domain)
+    model = graph.model(("N", 3, 16, 16), opset=17)
+    model.opset_import.append(helper.make_opsetid("my.own", 1))
+    return save(model, path)
+
+
+@pytest.mark.parametrize(("op", "domain"), [("QuickGelu", "com.microsoft"), ("Frobnicate", "my.own")])
+def test_an_operator_that_tensorrt_refuses_is_refused(tmp_path: Path, inputs: Path, op: str, domain: str) -> None:
+    source = with_operator(tmp_path / "float.onnx", op, domain)
+    with pytest.raises(UserError, match=rf"TensorRT cannot run .*float.onnx: odd: {domain}.{op} is "):
+        quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs))
+    assert not (tmp_path / "q.onnx").exists()
+
+
+def test_a_plugin_is_warned_of_and_needs_a_cache_because_onnx_runtime_has_none(
+    tmp_path: Path, inputs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = with_operator(tmp_path / "float.onnx", "Own_TRT", "")
+    with pytest.raises(UserError, match=r"ONNX Runtime cannot run .*float.onnx: .*Own_TRT"):
+        quantize_onnx(source, tmp_path / "q.onnx", data=str(inputs))
+    quantize_onnx(source, tmp_path / "q.onnx", calibration_cache=write_cache(tmp_path / "c.cache", {"x": 0.02}))
+    assert "warning: odd: TensorRT needs the plugin Own_TRT" in capfd.readouterr().err
+    assert operators(tmp_path / "q.onnx").count("DequantizeLinear") == 2
+
+
+def test_a_function_with_the_name_of_an_operator_is_computed_as_the_file_says(tmp_path: Path, inputs: Path) -> None:
+    model = onnx.load(with_operator(tmp_path / "float.onnx", "Relu", "my.own"))
+    body = [helper.make_node("Add", ["given", "given"], ["twice"])]
+    opsets = [helper.make_opsetid("", 17)]
+    model.functions.append(helper.make_function("my.own", "Relu", ["given"], ["twice"], body, opsets))
+    quantize_onnx(save(model, tmp_path / "float.onnx"), tmp_path / "q.onnx", data=str(inputs))
+    assert operators(tmp_path / "q.onnx")[-1] == "Add"
 
 
 def test_a_network_of_two_inputs_is_refused(tmp_path: Path, inputs: Path) -> None:
@@ -371,6 +538,7 @@ def test_a_folder_without_labels_is_calibrated_on(tmp_path: Path) -> None:
         (tmp_path / "images" / "some").mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / "some" / f"{index}.png")
+    torch.manual_seed(0)
     model = to_onnx(Net(), tmp_path / "net.onnx")
     largest = quantize_onnx(model, data=tmp_path / "images", images=8, weight_calibrator="max")
     assert largest.figures["parity"]["inputs"] == 12

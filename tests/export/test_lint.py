@@ -16,12 +16,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_graphs import Graph, save
 
+from deploy.build_log import BuildLog
 from deploy.builder import build
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
 from export.findings import LintFinding
 from export.hard_rules import HARD_RULES, hard_findings
 from export.linter import lint_model
+from export.operator_rules import _TAKEN_OF_MICROSOFT
 from export.read import read_onnx
 from qat.base.errors import UserError
 
@@ -235,6 +237,34 @@ def of_microsoft() -> onnx.ModelProto:
     return model
 
 
+def with_operator(op: str, domain: str, *functions: onnx.FunctionProto) -> onnx.ModelProto:
+    """A quantized convolution, and ``op`` of ``domain`` behind it; ``functions`` of the file."""
+    graph = Graph()
+    graph.node(op, [graph.conv(graph.qdq("x"), "conv", 16, 16)], "odd", domain=domain)
+    model = graph.model()
+    model.functions.extend(functions)
+    if domain not in ("", "com.microsoft"):
+        model.opset_import.append(helper.make_opsetid(domain, 1))
+    return model
+
+
+def twice(name: str) -> onnx.FunctionProto:
+    """A function that adds what it is given to itself."""
+    body = [helper.make_node("Add", ["given", "given"], ["twice"])]
+    return helper.make_function("my.own", name, ["given"], ["twice"], body, [helper.make_opsetid("", 20)])
+
+
+def in_a_branch(op: str, domain: str) -> onnx.ModelProto:
+    """As ``with_operator``, inside both branches of an If."""
+    graph = Graph()
+    conv = graph.conv(graph.qdq("x"), "conv", 16, 16)
+    made = helper.make_tensor_value_info("odd", TensorProto.FLOAT, None)
+    branch = helper.make_graph([helper.make_node(op, [conv], ["odd"], "odd", domain=domain)], "branch", [], [made])
+    condition = graph.constant("condition", np.bool_(True))
+    graph.node("If", [condition], "y", then_branch=branch, else_branch=branch)
+    return graph.model()
+
+
 def unread_codes() -> onnx.ModelProto:
     graph = Graph()
     graph.node("QuantizeLinear", ["x", *_scale(graph, "a", 0.05)], "x/quantize")
@@ -279,6 +309,9 @@ CLEAN: dict[str, Callable[[], onnx.ModelProto]] = {
     "MatMul behind Transpose": lambda: product("MatMul", 0, (24, 16), turned=True),
     "a computed constant that is no weight": computed_summand,
     "operators of com.microsoft": of_microsoft,
+    "an activation of com.microsoft": lambda: with_operator("Gelu", "com.microsoft"),
+    "an operator of ONNX by its full name": lambda: with_operator("Relu", "ai.onnx"),
+    "a function of the file": lambda: with_operator("Twice", "my.own", twice("Twice")),
 }
 
 
@@ -433,6 +466,22 @@ FAULTS: dict[str, tuple[Callable[[], onnx.ModelProto], str, str, Verdict]] = {
     "QLinearConv": (lambda: integer("QLinearConv"), "odd", "forbidden_op", "refused"),
     "ConvInteger": (lambda: integer("ConvInteger"), "odd", "forbidden_op", "refused"),
     "DynamicQuantizeLinear": (lambda: integer("DynamicQuantizeLinear"), "odd", "forbidden_op", "refused"),
+    "ONNX Runtime's own operator": (
+        lambda: with_operator("QuickGelu", "com.microsoft"),
+        *("odd", "unknown_operator", "refused"),
+    ),
+    "an operator of nobody's": (
+        lambda: with_operator("Frobnicate", "my.own"),
+        *("odd", "unknown_operator", "refused"),
+    ),
+    "an operator that ONNX does not have": (
+        lambda: with_operator("FusedConv", ""),
+        *("odd", "unknown_operator", "refused"),
+    ),
+    "a function with the name of an operator": (
+        lambda: with_operator("Relu", "my.own", twice("Relu")),
+        *("odd", "unknown_operator", "INT8"),  # TensorRT-RTX computes a Relu
+    ),
 }
 
 
@@ -466,7 +515,7 @@ def test_every_hard_rule_has_a_name_a_sentence_a_source_and_a_fault_that_breaks_
         assert rule.sentence
         assert rule.source
     broken = {rule for _, _, rule, _ in FAULTS.values()}
-    assert HARD_RULES.keys() - broken == {"constant_scale", "shared_scale"}  # each has a test of its own
+    assert HARD_RULES.keys() - broken == {"constant_scale", "shared_scale", "plugin"}  # each has a test of its own
 
 
 @pytest.mark.parametrize("name", CLEAN)
@@ -510,6 +559,30 @@ def test_operators_for_other_types_than_int8(tmp_path):
     assert [(finding.node, finding.rule) for finding in found(path)] == [("odd", "forbidden_op"), ("y", "forbidden_op")]
 
 
+@pytest.mark.parametrize(("op", "domain"), [("EfficientNMS_TRT", ""), ("Own", "trt.plugins")])
+def test_a_plugin_is_warned_of(op, domain, tmp_path, toolkit):
+    path = save(with_operator(op, domain), tmp_path / "m.onnx")
+    (finding,) = found(path)
+    assert (finding.node, finding.rule, finding.severity) == ("odd", "plugin", "warning")
+    assert f"needs the plugin {op}" in finding.message
+    assert judged(toolkit, path) == "refused"
+
+
+def test_an_unknown_operator_in_a_branch_is_found(tmp_path, toolkit):
+    path = save(in_a_branch("QuickGelu", "com.microsoft"), tmp_path / "m.onnx")
+    assert [(finding.node, finding.rule) for finding in found(path)] == [("odd", "unknown_operator")] * 2
+    assert judged(toolkit, path) == "refused"
+
+
+def test_what_tensorrt_takes_of_com_microsoft_is_what_its_parser_has(toolkit):
+    log = BuildLog()
+    network = toolkit.create_network(toolkit.module.Builder(toolkit.logger(log)))
+    parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
+    assert [op for op in _TAKEN_OF_MICROSOFT if not parser.supports_operator(op)] == []
+    for op in ("FusedConv", "FusedMatMul", "BiasGelu", "FastGelu", "QuickGelu", "SkipLayerNormalization", "NhwcConv"):
+        assert not parser.supports_operator(op)
+
+
 def test_messages_say_where_and_what_to_do(tmp_path):
     def message(model: onnx.ModelProto) -> str:
         (finding,) = found(save(model, tmp_path / "m.onnx"))
@@ -526,6 +599,13 @@ def test_messages_say_where_and_what_to_do(tmp_path):
     assert "the bias of conv from INT32" in message(FAULTS["INT32 bias with one scale"][0]())
     assert "several scales: operator set 12 has none, export with 13 or later" in message(convolution(opset=12))
     assert "16-bit scales, here and at 2 more nodes" in message(half(np.float16(0.05), np.float16(0.01), opset=17))
+    assert message(with_operator("FusedConv", "com.microsoft")).startswith(
+        "odd: com.microsoft.FusedConv is ONNX Runtime's own operator, which TensorRT refuses: give the network as it"
+    )
+    assert "my.own.Frobnicate is no operator of ONNX, so TensorRT refuses it unless a plugin of that name" in message(
+        with_operator("Frobnicate", "my.own")
+    )
+    assert "computes ONNX's Relu instead of my.own.Relu" in message(with_operator("Relu", "my.own", twice("Relu")))
     assert "between a weight's codes and w/dequantize" in message(FAULTS["Clip of an INT8 weight"][0]())
 
 

@@ -235,30 +235,55 @@ def test_an_operator_set_that_is_too_old_or_too_new(command: Run, tmp_path: Path
     assert f"has operator set {opset}, which must be 7 to " in line
 
 
-def test_data_outside_the_file_that_is_missing_or_short(command: Run, tmp_path: Path) -> None:
-    path = tmp_path / "m.onnx"
-    model = onnx.load(clean(path))
-    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+def external(folder: Path, location: str = "weights.bin", **changed: int) -> Path:
+    """A clean model whose initializers lie in weights.bin; its file says ``location`` and what else is ``changed``."""
+    path = clean(folder / "m.onnx")
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    model = onnx.load(path, load_external_data=False)
+    for entry in (entry for tensor in model.graph.initializer for entry in tensor.external_data):
+        entry.value = str({"location": location, **changed}.get(entry.key, entry.value))
+    return save(model, path)
+
+
+def test_data_outside_the_file(command: Run, tmp_path: Path) -> None:
+    path, data = external(tmp_path), tmp_path / "weights.bin"
     assert command("export.lint", path).returncode == 0
-    data = tmp_path / "weights.bin"
     data.write_bytes(data.read_bytes()[:100])
-    assert "keeps weights in another file that cannot be read" in refused(command, path)
+    assert f"of {data}, which is too short: it has 100" in refused(command, path)
+    data.write_bytes(b"")
+    assert f"of {data}, which is too short: it has 0" in refused(command, path)
     data.unlink()
     assert f"keeps weights in {data}, which is missing: put it beside the model" in refused(command, path)
+    path = external(tmp_path, length=3)
+    assert f"in 3 bytes of {data}, and it has 4: get it again" in refused(command, path)
+    assert "cannot be read as ONNX (External data offset must be" in refused(command, external(tmp_path, offset=-8))
 
 
-@pytest.mark.parametrize("kept", [0, 1, 1000, -1000])
+def test_data_outside_the_folder(command: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for location in ("../weights.bin", "a/../../weights.bin", str(folder / "weights.bin"), str(tmp_path / "no.bin")):
+        path = external(folder, location)
+        (tmp_path / "weights.bin").write_bytes((folder / "weights.bin").read_bytes())
+        assert f" in {location}, which is not a path inside the model's folder" in refused(command, path)
+
+
+@pytest.mark.parametrize("kept", [1, 10, 1000, -1000, -1])
 def test_a_truncated_file(command: Run, tmp_path: Path, kept: int) -> None:
     path = clean(tmp_path / "m.onnx")
-    path.write_bytes(path.read_bytes()[:kept])
-    line = refused(command, path)
-    assert ("holds no network (an empty graph)" if kept == 0 else "is not an ONNX model, or is truncated") in line
+    content = path.read_bytes()[:kept]
+    path.write_bytes(content)
+    assert f"is truncated: it has {len(content)} bytes, and its fields tell of " in refused(command, path)
 
 
-def test_a_text_file_a_folder_and_nothing(command: Run, tmp_path: Path) -> None:
+def test_an_empty_file_a_text_file_a_folder_and_nothing(command: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.onnx"
+    text.write_text("")
+    assert f"{text} is empty" in refused(command, text)
     text.write_text("I am not a model\n" * 9)
-    assert "is not an ONNX model" in refused(command, text)
+    assert f"{text} is not an ONNX file" in refused(command, text)
+    text.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    assert f"{text} is a pointer of Git LFS, not the model itself" in refused(command, text)
     assert f"no file {tmp_path}" in refused(command, tmp_path)
     assert f"no file {tmp_path / 'no.onnx'}: check the path" in refused(command, tmp_path / "no.onnx")
 
@@ -299,11 +324,21 @@ def test_options_that_cannot_be_met(command: Run, tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-def test_an_operator_that_nobody_knows_is_no_fault(command: Run, tmp_path: Path) -> None:
+def test_layers_around_an_operator_that_nobody_knows_are_not_blamed(command: Run, tmp_path: Path) -> None:
     graph = Graph()
     y = graph.node("Frobnicate", [graph.conv(graph.qdq("x"), "conv", 16, 16)], "own", domain="my.own")
     graph.conv(graph.qdq(y), "behind", 16, 16)
     model = graph.model()
     model.opset_import.append(helper.make_opsetid("my.own", 1))
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("behind", TensorProto.FLOAT, None))
-    assert command("export.lint", save(model, tmp_path / "m.onnx"), "--strict").returncode == 0
+    found = report(command, save(model, tmp_path / "m.onnx"), code=1)
+    assert rules(found) == {"unknown_operator": ["own"]}
+
+
+def test_a_float_network_with_an_operator_that_tensorrt_refuses(command: Run, tmp_path: Path) -> None:
+    graph = Graph()
+    x = graph.node("FusedConv", ["x", graph.random("w", (16, 16, 3, 3))], "fused", domain="com.microsoft")
+    graph.conv(x, "behind", 16, 16, quantized=False)
+    found = report(command, save(graph.model(opset=17), tmp_path / "m.onnx"), code=1)
+    assert rules(found) == {"unknown_operator": ["fused"]}
+    assert found["findings"][0]["message"].startswith("com.microsoft.FusedConv is ONNX Runtime's own operator")

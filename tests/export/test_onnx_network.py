@@ -215,6 +215,29 @@ def test_every_part_of_a_split_is_a_tensor(view):
     assert list(found.reads) == [("split (all parts)", "x")]
 
 
+def test_operations_of_one_name_are_told_apart(view):
+    graph = Graph()
+    graph.node("Split", ["x"], "s", ["a", "b"], axis=1)
+    graph.node("Split", [graph.qdq("a")], "s", ["c", "d"], axis=1)
+    graph.node("Concat", ["b", "c"], "s", ["output e"], axis=1)
+    graph.node("Relu", ["output e"], "s", ["e"])
+    found = view(graph.model(outputs=["d", "e"]))
+    assert shown(found) == {
+        "x": ("input", ()),
+        "s (all parts)": ("split", ("x",)),
+        "a": ("data_movement", ("s (all parts)",)),
+        "b": ("data_movement", ("s (all parts)",)),
+        "s (all parts)_1": ("split", ("a",)),
+        "c": ("data_movement", ("s (all parts)_1",)),
+        "d": ("data_movement", ("s (all parts)_1",)),
+        "output e": ("concat", ("b", "c")),
+        "e": ("activation", ("output e",)),
+        "output d": ("output", ("d",)),
+        "output e_1": ("output", ("e",)),
+    }
+    assert list(found.reads) == [("s (all parts)_1", "a")]
+
+
 def test_further_outputs_are_tensors_of_unknown_kind(view):
     graph = Graph()
     graph.node("TopK", ["x", graph.constant("k", np.array([1]))], "top", ["values", "indices"])

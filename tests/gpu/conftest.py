@@ -116,6 +116,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
         inputs=(TensorSpec("input", (-1, 3, 32, 32), "float32"),),
         outputs=(TensorSpec("logits", (-1, 10), "float32"),),
         preprocessing={"height": 32, "width": 32, "mean": mean, "std": std},
+        class_names=tuple(map(str, range(10))),
         details={"reference": reference},
     )
     write_artifact(path, sidecar, lambda temporary: temporary.write_bytes(content) and None)
