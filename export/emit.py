@@ -26,6 +26,7 @@ from onnxscript.optimizer import fold_constants_ir
 from torch import Tensor, fx, nn
 
 from export import ops
+from export.equations import lower_equations
 from export.fold import DequantizeInput, QuantizeDequantize
 from export.names import unused_name
 from export.onnx_network import WEIGHTED
@@ -189,6 +190,7 @@ def emit(
     _simplify_shapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     reuse_concats(model.graph)
+    lower_equations(model.graph)
     _name_by_module(model.graph, _layers(network))
     _drop_exporter_notes(model)
     model.producer_name, model.producer_version = "int8-qat-pipeline", None

@@ -18,6 +18,7 @@ import torch
 from onnxscript.rewriter.rules import common as rewrites
 
 from export.calibration_cache import placement_from_cache
+from export.equations import lower_equations
 from export.float_weights import save_onnx
 from export.hard_rules import hard_findings
 from export.insert import insert
@@ -198,6 +199,7 @@ def _read_float_network(path: Path) -> ir.Model:
     if is_quantized(model):
         raise UserError(f"{path} is quantized already: give the float network (python -m export.lint checks this one)")
     passes.InlinePass()(model)  # also functions of a name that TensorRT would take for an operator
+    lower_equations(model.graph)
     for finding in hard_findings(model):
         if finding.severity == "error":
             raise UserError(f"TensorRT cannot run {path}: {finding}")

@@ -12,6 +12,7 @@ from functools import cache
 import onnx
 import onnx_ir as ir
 
+from export.equations import has_capitals
 from export.qdq import QdqModel, is_integer_operator
 from export.rule import GUIDE, RTX, HardRule
 
@@ -22,6 +23,18 @@ _TAKEN_OF_MICROSOFT = (
     *("QuantizeLinear", "DequantizeLinear", "Gelu"),
     *("MultiHeadAttention", "GroupQueryAttention", "MatMulNBits", "QMoE"),
     *("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
+)
+# Operators of ONNX that the parser of TensorRT-RTX 1.7 does not have; those on integers have a rule of their own.
+_LACKING = frozenset(
+    (
+        *("AffineGrid", "Bernoulli", "BitCast", "BitShift", "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"),
+        *("CenterCropPad", "Col2Im", "Compress", "ConcatFromSequence", "CumProd", "DFT", "DeformConv", "Det"),
+        *("ImageDecoder", "MaxRoiPool", "MaxUnpool", "MelWeightMatrix", "Multinomial", "NegativeLogLikelihoodLoss"),
+        *("Optional", "OptionalGetElement", "OptionalHasElement", "RegexFullMatch", "SequenceAt", "SequenceConstruct"),
+        *("SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceLength", "SequenceMap"),
+        *("SoftmaxCrossEntropyLoss", "SplitToSequence", "StringConcat", "StringNormalizer", "StringSplit", "SwiGLU"),
+        *("TfIdfVectorizer", "Unique"),
+    )
 )
 
 
@@ -53,11 +66,13 @@ class UnknownOperator(HardRule):
     """An operator of another domain than ONNX's is refused, or taken for ONNX's if that has one of the same name."""
 
     name = "unknown_operator"
-    sentence = "every operator must be one of ONNX, a function of the file, or a plugin"
+    sentence = "every operator must be one of ONNX that TensorRT has, a function of the file, or a plugin"
     source = IMPORTER
 
     def check(self, model: QdqModel, node: ir.Node) -> Iterator[str]:
         """An operator that ONNX does not have, or of another domain with a name that ONNX has."""
+        if not node.domain and node.op_type in _LACKING:
+            yield f"TensorRT does not have {node.op_type}: write it as other operators of ONNX"
         if _is_taken(node) or is_integer_operator(node) or _is_plugin(node):
             return
         whole = f"{node.domain or 'ai.onnx'}.{node.op_type}"
@@ -76,6 +91,19 @@ class UnknownOperator(HardRule):
                 f"{whole} is no operator of ONNX, so TensorRT refuses it unless a plugin of that name is loaded: "
                 "write it as operators of ONNX"
             )
+
+
+class EinsumLetters(HardRule):
+    """TensorRT's parser reads Einsum equations of small letters only."""
+
+    name = "einsum_letters"
+    sentence = "the equation of an Einsum must be in small letters"
+    source = IMPORTER
+
+    def check(self, model: QdqModel, node: ir.Node) -> Iterator[str]:
+        """An equation with a capital letter."""
+        if has_capitals(node):
+            yield "TensorRT refuses its equation, which has capital letters: write it in small ones"
 
 
 class Plugin(HardRule):
@@ -109,4 +137,4 @@ def _is_plugin(node: ir.Node) -> bool:
     return node.op_type not in onnx_operators() and (node.op_type.endswith("_TRT") or node.domain == "trt.plugins")
 
 
-OPERATOR_RULES = (ForbiddenOp(), UnknownOperator(), Plugin())
+OPERATOR_RULES = (ForbiddenOp(), UnknownOperator(), EinsumLetters(), Plugin())

@@ -23,7 +23,7 @@ from deploy.settings import BuildSettings
 from export.findings import LintFinding
 from export.hard_rules import HARD_RULES, hard_findings
 from export.linter import lint_model
-from export.operator_rules import _TAKEN_OF_MICROSOFT
+from export.operator_rules import _LACKING, _TAKEN_OF_MICROSOFT, onnx_operators
 from export.read import read_onnx
 from qat.base.errors import UserError
 
@@ -237,10 +237,10 @@ def of_microsoft() -> onnx.ModelProto:
     return model
 
 
-def with_operator(op: str, domain: str, *functions: onnx.FunctionProto) -> onnx.ModelProto:
+def with_operator(op: str, domain: str, *functions: onnx.FunctionProto, **attributes: str) -> onnx.ModelProto:
     """A quantized convolution, and ``op`` of ``domain`` behind it; ``functions`` of the file."""
     graph = Graph()
-    graph.node(op, [graph.conv(graph.qdq("x"), "conv", 16, 16)], "odd", domain=domain)
+    graph.node(op, [graph.conv(graph.qdq("x"), "conv", 16, 16)], "odd", domain=domain, **attributes)
     model = graph.model()
     model.functions.extend(functions)
     if domain not in ("", "com.microsoft"):
@@ -474,6 +474,14 @@ FAULTS: dict[str, tuple[Callable[[], onnx.ModelProto], str, str, Verdict]] = {
         lambda: with_operator("Frobnicate", "my.own"),
         *("odd", "unknown_operator", "refused"),
     ),
+    "an operator of ONNX that TensorRT does not have": (
+        lambda: with_operator("Det", ""),
+        *("odd", "unknown_operator", "refused"),
+    ),
+    "an equation in capitals": (
+        lambda: with_operator("Einsum", "", equation="NC H W->NHWC"),
+        *("odd", "einsum_letters", "refused"),
+    ),
     "an operator that ONNX does not have": (
         lambda: with_operator("FusedConv", ""),
         *("odd", "unknown_operator", "refused"),
@@ -581,6 +589,9 @@ def test_what_tensorrt_takes_of_com_microsoft_is_what_its_parser_has(toolkit):
     assert [op for op in _TAKEN_OF_MICROSOFT if not parser.supports_operator(op)] == []
     for op in ("FusedConv", "FusedMatMul", "BiasGelu", "FastGelu", "QuickGelu", "SkipLayerNormalization", "NhwcConv"):
         assert not parser.supports_operator(op)
+    assert [op for op in _LACKING if parser.supports_operator(op)] == []
+    newer = {"BitCast", "CumProd", "SwiGLU"}  # which not every version of onnx has
+    assert onnx_operators() >= _LACKING - newer
 
 
 def test_messages_say_where_and_what_to_do(tmp_path):

@@ -47,6 +47,17 @@ class Channels(nn.Module):
         return self.head(x.mean((-1, -2)))
 
 
+class Mixes(nn.Module):
+    """A convolution with kernel 1 as an equation in capitals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("N C H W, C D -> N D H W", x, self.weight)
+
+
 class Functional(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -66,6 +77,7 @@ NETWORKS = {
     "roll": Tokens(rolled),
     "roll once": Tokens(lambda x: x.roll(1, 1)),
     "crop of everything": Tokens(lambda x: x[:, :SIDE]),
+    "equation": Channels(Mixes()),
     "stack": Tokens(lambda x: torch.stack((x, x.relu()), 1).amax(1)),
     "timm's activation in a batch norm": Channels(timm.layers.BatchNormAct2d(WIDTH, act_layer=timm.layers.GELU)),
     "group norm": Channels(nn.GroupNorm(4, WIDTH)),
