@@ -8,6 +8,7 @@ because an engine layer has the names of its ONNX nodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,6 +77,8 @@ class DeclaredLayer:
     """Axis of the per-channel weight scale; None if there is one scale for all weights."""
     groups: int
     channels: int
+    weight_scales: int = 1
+    """Number of the weight's scales."""
     weight_path: tuple[str, ...] = ()
     """Names of the layers between the constant and the layer, the constant last."""
 
@@ -142,7 +145,7 @@ def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
     if len(sources) < 2:  # weights that are a plain constant are not an input of the layer
         missing.append("weights")
     weights = sources[1] if len(sources) == 2 else None
-    groups, channels = _groups_and_channels(layer, module) if convolution else (1, 0)
+    groups, channels = _groups_and_channels(layer, module) if convolution else (1, int(layer.get_output(0).shape[-1]))
     return DeclaredLayer(
         node=layer.name,
         operation="convolution" if convolution else "matrix product",
@@ -151,6 +154,7 @@ def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
         weight_axis=_scale_axis(weights, module),
         groups=groups,
         channels=channels,
+        weight_scales=math.prod(weights.get_input(1).shape) if weights is not None and weights.num_inputs > 1 else 1,
         weight_path=_path(layer.get_input(1), makers) if len(sources) == 2 else (),
     )
 
@@ -205,7 +209,13 @@ def _cause(layer: DeclaredLayer, found: EngineLayer | None) -> str:
     if layer.operation == "convolution" and layer.weight_axis not in (None, 0):
         return f"its weight scales are on axis {layer.weight_axis}; a convolution needs one per output channel (axis 0)"
     if found.dequantizes_first:
-        return "the kernel dequantizes and multiplies in float: the weight scales must be on the output axis"
+        if layer.weight_scales not in (1, layer.channels):
+            what = f"{layer.weight_scales} weight scales for {layer.channels} output channels"
+            return f"the kernel dequantizes and multiplies in float: {what}; they must be on the output axis"
+        return (
+            f"the builder chose to dequantize its weight and to multiply in float ({found.name}); nothing in the file "
+            "asks for that. TensorRT-RTX does so to layers that are cut into parts behind them, such as q, k and v"
+        )
     if layer.groups > 1 and layer.channels % 8:
         return f"grouped convolution with {layer.channels} output channels, which is not a multiple of 8"
     if INT8.name not in found.inputs[:1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 
 from qdq_models import classifier, matrix_product
 
@@ -77,9 +78,13 @@ def test_kernel_that_dequantizes_first_is_float_although_int8_goes_in():
     (layer,) = layers_from_log(RTX_DEQUANTIZED_PRODUCT)
     assert layer.inputs == ("INT8",)
     assert "INT8" in layer.constants
-    result = audit_precision([declared("/fc/MatMul", "matrix product", "MATRIX_MULTIPLY", axis=0)], [layer])
-    assert result.broken[0].precision == "FP32"
-    assert "output axis" in result.broken[0].cause
+    product = declared("/fc/MatMul", "matrix product", "MATRIX_MULTIPLY", axis=0)
+    (finding,) = audit_precision([replace(product, weight_scales=16)], [layer]).broken
+    assert finding.precision == "FP32"
+    assert "16 weight scales for 8 output channels; they must be on the output axis" in finding.cause
+    for scales in (1, 8):
+        (finding,) = audit_precision([replace(product, weight_scales=scales)], [layer]).broken
+        assert "the builder chose to dequantize its weight and to multiply in float" in finding.cause
 
 
 def test_causes_of_float_layers():
