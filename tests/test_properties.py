@@ -211,7 +211,7 @@ DROPOUT_BEFORE_TWO_BRANCHES: list[Step] = [
 ]
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(steps)
 @example([("norm", 0, 0, 0), ("norm", 1, 0, 0)])
 @example(GELU_OF_A_GROUPED_CONVOLUTION)

@@ -23,8 +23,8 @@ from qat.fake_quantize.prepare import placement_of, prepare
 from qat.graph.tracing import network_of, trace
 from qat.rules.place import place
 
-# Four that differ: residual additions, concatenations, channel shuffles, transposed convolutions.
-DIFFERENT = ("resnet18", "squeezenet1_1", "shufflenet_v2_x1_0", "unet")
+# Three that differ: residual additions, concatenations, transposed convolutions.
+DIFFERENT = ("resnet18", "squeezenet1_1", "unet")
 LARGEST_ERROR_DB = 60  # of a layer that gets the same codes in PyTorch and in ONNX Runtime
 
 
@@ -53,7 +53,9 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
     assert sum(declared) == sum(weights)
 
 
-@pytest.mark.parametrize(("name", "calls"), [("resnet50", 60_000), ("efficientnet_v2_s", 500_000)])
+@pytest.mark.parametrize(
+    ("name", "calls"), [("resnet50", 60_000), pytest.param("efficientnet_v2_s", 500_000, marks=pytest.mark.slow)]
+)
 def test_placement_does_not_take_long(name: str, calls: int) -> None:
     """Counted in calls of Python functions, which do not depend on the machine: a million take about a second."""
     network = network_of(trace(zoo.build(name), (3, 224, 224)))

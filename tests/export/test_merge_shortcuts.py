@@ -176,6 +176,7 @@ def test_the_file_is_clean_and_onnx_runtime_computes_the_same(stride, tmp_path):
     assert figures["convolutions_int8"] == figures["convolutions"] == 3
 
 
+@pytest.mark.slow
 def test_the_stages_of_resnet50():
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     model = torchvision.models.resnet50(num_classes=10)

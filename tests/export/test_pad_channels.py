@@ -85,6 +85,7 @@ def test_the_channels_between_are_zero_and_the_answers_are_as_before(between):
     assert plain(x).std() > 0.05
 
 
+@pytest.mark.slow
 def test_the_last_convolutions_of_the_first_stage_of_resnet50():
     model = torchvision.models.resnet50(num_classes=10)
     plain, network = folded(model), folded(model)

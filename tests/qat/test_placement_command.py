@@ -195,7 +195,14 @@ def picture(view: Network, placement: Placement) -> ElementTree.Element:
     return ElementTree.fromstring(draw(PlacementView("title", (3, 224, 224), view, placement, texts_of(placement))))
 
 
-@pytest.mark.parametrize("model", ["googlenet", "shufflenet_v2_x0_5", "densenet121", "efficientnet_b0", "vit_b_16"])
+def slow(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["googlenet", "shufflenet_v2_x0_5", "efficientnet_b0", *(slow(name) for name in ("densenet121", "vit_b_16"))],
+)
 def test_a_box_for_every_operation_and_a_dot_for_every_quantizer(model: str) -> None:
     view = network(model)
     placement = place(view)
@@ -295,7 +302,7 @@ def test_branches_do_not_cross() -> None:
     assert [boxes[name][0] for name in "abc"] == pytest.approx([boxes[name.upper()][0] for name in "abc"])
 
 
-@pytest.mark.parametrize("model", ["googlenet", "densenet121", "vit_b_16"])
+@pytest.mark.parametrize("model", ["googlenet", slow("densenet121"), slow("vit_b_16")])
 def test_boxes_stand_clear_of_each_other(model: str) -> None:
     view = network(model)
     root = picture(view, place(view))

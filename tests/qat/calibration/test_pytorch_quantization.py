@@ -143,7 +143,7 @@ def test_scaled_inputs_are_refused() -> None:
         split_ranges({"fc._input_quantizer._pre_quant_scale": torch.ones(4)})
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v2", "vgg11"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", pytest.param("vgg11", marks=pytest.mark.slow)])
 def test_a_range_behind_a_dropout_arrives(name: str) -> None:
     model = torchvision.models.get_model(name, num_classes=4)
     state = old_checkpoint(model)

@@ -92,7 +92,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(folder: Path) -> None:
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
-@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
 def test_when_one_dies_all_stop(folder: Path, rank: str) -> None:
     run = train(folder, 2, {"FAILS": rank}, model=f"{folder / 'plain.py'}:net", output=folder / "dies.qat")
     assert run.returncode != 0
