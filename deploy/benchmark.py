@@ -38,7 +38,7 @@ class BenchmarkOptions(Command):
     batch sizes."""
     ptq: Path | None = None
     """The model quantized without training, as ONNX."""
-    precisions: tuple[Literal["fp32", "tf32", "fp16", "implicit"], ...] = ("fp32", "tf32", "fp16", "implicit")
+    precisions: tuple[Literal["fp32", "tf32", "fp16", "int8"], ...] = ("fp32", "tf32", "fp16", "int8")
     """Float engines to compare with."""
     batches: tuple[int, ...] = (1, 32, 128)
     """Batch sizes at which the model is compared with FP16 and implicit INT8."""

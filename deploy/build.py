@@ -38,6 +38,9 @@ class BuildOptions(Command, BuilderOptions):
     repeat: int = 1
     """Build this often and keep the engine that is fastest at the OPT batch, because the choice of kernels varies from
     build to build. Needs a GPU."""
+    ranges: Path | None = None
+    """For --precision int8: the ranges of the tensors; a CSV file with the columns tensor,min,max, JSON like
+    {"conv1": [-2.5, 2.5]}, or a calibration cache of TensorRT."""
     timing_cache: Path | None = None
     """File that keeps measured kernel times. The first build makes it, later builds are shorter."""
 
@@ -54,6 +57,7 @@ def main(options: BuildOptions) -> int:
         compute_capabilities=options.compute_capabilities,
         repeat=options.repeat,
         timing_cache=options.timing_cache,
+        ranges=options.ranges,
         settings=options,
     )
     print_engine_file(engine)

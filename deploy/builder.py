@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy import builder_errors, implicit_int8
+from deploy import builder_errors
 from deploy.build_log import BuildLog
+from deploy.dynamic_ranges import RangeTable
 from deploy.engine_layers import layers_from_inspector, layers_from_log
 from deploy.parsed_network import ParsedNetwork
 from deploy.precision_audit import PrecisionAudit, audit_precision, declared_layers
-from deploy.settings import BuildSettings, Profile
+from deploy.settings import BuilderOptions, BuildSettings, Profile
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
 from qat.base.artifact import TensorSpec
 from qat.base.console import progress, say
@@ -65,6 +66,8 @@ class BuiltEngine:
     """Whether the builder got float weights, because it refused the INT8 weights of the file."""
     repetition: Repetition | None = None
     """All builds, if this is the fastest of several."""
+    without_range: tuple[str, ...] = ()
+    """With the precision int8: tensors that have no range, so that no layer reads or writes them in INT8."""
 
     @property
     def bytes(self) -> int:
@@ -80,6 +83,7 @@ def build(
     extra_outputs: tuple[str, ...] = (),
     *,
     float_weights: bool = False,
+    ranges: RangeTable | None = None,
 ) -> BuiltEngine:
     """Parses an ONNX file, builds its engine and audits it. Nothing is written.
 
@@ -93,16 +97,26 @@ def build(
             no cache.
         extra_outputs: names of tensors inside the network that become outputs.
         float_weights: gives the builder float weights at once.
+        ranges: of the tensors, for the precision int8.
 
     Raises UserError when the parser or the builder refuses the model, naming the node, and when this version of
     TensorRT does not have something that ``settings`` ask for.
     """
-    built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, float_weights)
+    check_ranges(settings, given=ranges is not None)
+    built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, float_weights, ranges)
     if built is None:
         say(f"{toolkit.title} refuses {INT8.name} weights in this network: it gets the same codes as float weights")
-        built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, float_weights=True)
+        built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, True, ranges)
     assert built is not None
     return built
+
+
+def check_ranges(settings: BuilderOptions, *, given: bool) -> None:
+    """Raises UserError when implicit INT8 has no ranges, or another precision has some."""
+    if settings.precision == "int8" and not given:
+        raise UserError("--precision int8 needs the ranges of the tensors: give --ranges")
+    if settings.precision != "int8" and given:
+        raise UserError(f"--ranges are for --precision int8, not {settings.precision}: leave them out")
 
 
 def _try_build(
@@ -112,6 +126,7 @@ def _try_build(
     timing_cache: bytes | None,
     extra_outputs: tuple[str, ...],
     float_weights: bool,
+    ranges: RangeTable | None,
 ) -> BuiltEngine | None:
     """Does what ``build`` does, but returns None if the builder refuses the INT8 weights."""
     log = BuildLog()
@@ -121,8 +136,7 @@ def _try_build(
     network = parse_onnx(toolkit, builder, model, log, settings, float_weights=float_weights)
     for name in extra_outputs:
         network.mark_output(_find_tensor(network, name))
-    if settings.precision == "implicit":
-        implicit_int8.set_dynamic_ranges(network)
+    without_range = ranges.apply(network) if ranges is not None else []
     declared = declared_layers(network, toolkit.module)
     profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
 
@@ -154,6 +168,7 @@ def _try_build(
         timing_cache=outcome,
         timing_cache_content=bytes(config.get_timing_cache().serialize()) if outcome else b"",
         float_weights=float_weights,
+        without_range=tuple(without_range),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from deploy.builder import Repetition, build
 from deploy.candidates import Candidate
+from deploy.dynamic_ranges import RangeTable
 from deploy.engine_file import write_engine
 from deploy.engine_layers import EngineLayer
 from deploy.repeat import build_fastest
@@ -27,6 +28,8 @@ from qat.base.artifact import Parent, Sidecar, disk_errors, read_sidecar, sha256
 from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
+
+_SOME_AMAX = 4.0
 
 
 class CandidateEngines:
@@ -65,7 +68,9 @@ class CandidateEngines:
         say(f"building {candidate.name} for batch {batch}")
         if self.repeat == 1:
             timings = TimingCacheFile(path.with_suffix(".timings"), self.toolkit, settings, replace_unknown=True)
-            built = build(self.toolkit, candidate.model, settings, timings.content or self._timings)
+            # The same range for all tensors shows how fast implicit INT8 is.
+            ranges = RangeTable.constant(_SOME_AMAX) if candidate.precision == "int8" else None
+            built = build(self.toolkit, candidate.model, settings, timings.content or self._timings, ranges=ranges)
             built = dataclasses.replace(built, timing_cache=timings.save(built))
             self._timings = built.timing_cache_content
         else:

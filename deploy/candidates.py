@@ -19,7 +19,7 @@ MODEL = f"{INT8.name} (QAT)"
 POST_TRAINING = f"{INT8.name} (post-training)"
 FP16, IMPLICIT = "FP16", f"implicit {INT8.name}"
 # The float engines, and implicit INT8, by the precision that they are built with.
-BASELINE_NAMES: Mapping[EnginePrecision, str] = {"fp32": "FP32", "tf32": "TF32", "fp16": FP16, "implicit": IMPLICIT}
+BASELINE_NAMES: Mapping[EnginePrecision, str] = {"fp32": "FP32", "tf32": "TF32", "fp16": FP16, "int8": IMPLICIT}
 
 NamedFile = tuple[str, Path]
 """The name of a candidate, and its ONNX file."""
@@ -77,7 +77,7 @@ class CandidateSet:
             toolkit: the builder. What it cannot build is left out with a warning.
             model: the Q/DQ file.
             float32, float16: the model in float; by default MODEL.float32.onnx and MODEL.float16.onnx.
-            precisions: the float engines to compare with: ``fp32``, ``tf32``, ``fp16``, ``implicit``.
+            precisions: the float engines to compare with: ``fp32``, ``tf32``, ``fp16``, ``int8`` (implicit).
             post_training: the model quantized without training.
             variants, peers, inputs: name and file of each of these candidates.
 

@@ -6,12 +6,14 @@ The engine in memory is made by deploy/builder.py; what the engine file says abo
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from deploy.builder import BuiltEngine, build
+from deploy.builder import BuiltEngine, build, check_ranges
+from deploy.dynamic_ranges import RangeTable
 from deploy.installed import find_toolkit
 from deploy.precision_audit import PrecisionAudit
 from deploy.repeat import build_fastest
@@ -55,6 +57,7 @@ def build_engine(
     compute_capabilities: Sequence[str] | None = None,
     repeat: int = 1,
     timing_cache: str | Path | None = None,
+    ranges: str | Path | None = None,
     settings: BuilderOptions | None = None,
 ) -> EngineFile:
     """Builds an engine from an ONNX file, audits it, and writes it with its sidecar.
@@ -70,6 +73,8 @@ def build_engine(
         compute_capabilities: the GPUs that TensorRT-RTX builds for; by default 8.6, 8.9 and 12.0.
         repeat: how often to build; the engine that is fastest at the OPT batch is kept. More than 1 needs a GPU.
         timing_cache: a file that keeps measured kernel times, so that later builds are shorter.
+        ranges: for the precision int8, the ranges of the tensors: a CSV or JSON file, or a calibration cache of
+            TensorRT (deploy/dynamic_ranges.py).
         settings: the options of the builder; by default TensorRT's own, without TF32.
 
     Returns what was written, with the audit. A layer that is declared INT8 but is not INT8 in the engine raises
@@ -94,18 +99,29 @@ def build_engine(
     _check_names(model, output, cache)
     if repeat < 1:
         raise UserError(f"--repeat {repeat}: must be at least 1")
+    check_ranges(options, given=ranges is not None)
     check_writable(output)
+    table_of_ranges = None if ranges is None else RangeTable.read(ranges)
     toolkit = find_toolkit(builder)
+    toolkit.typing(options.precision)
+    _say_tf32_override(options)
     capabilities = tuple(compute_capabilities or (DEFAULT_CAPABILITIES if toolkit.name == "tensorrt-rtx" else ()))
     target = toolkit.device.name if toolkit.device else "compute capabilities " + " ".join(capabilities)
-    say(f"{toolkit.title}, {toolkit.typing()}ly typed, for {target}")
+    say(f"{toolkit.title}, {toolkit.typing(options.precision)}ly typed, for {target}")
     build_settings = BuildSettings.from_options(options, profiles=tuple(profiles), capabilities=capabilities)
-    built = build_with_cache_or_repeat(toolkit, model, build_settings, repeat, cache)
+    built = build_with_cache_or_repeat(toolkit, model, build_settings, repeat, cache, table_of_ranges)
+    if table_of_ranges is not None:
+        _say_ranges(table_of_ranges, built.without_range, strict=options.strict)
     return EngineFile(output, write_engine(output, built, toolkit, build_settings, source, parent), built.audit)
 
 
 def build_with_cache_or_repeat(
-    toolkit: Toolkit, model: Path, settings: BuildSettings, repeat: int, timing_cache: Path | None
+    toolkit: Toolkit,
+    model: Path,
+    settings: BuildSettings,
+    repeat: int,
+    timing_cache: Path | None,
+    ranges: RangeTable | None = None,
 ) -> BuiltEngine:
     """Builds ``repeat`` times and keeps the fastest engine, or builds once, with the timing cache if there is one.
 
@@ -113,7 +129,7 @@ def build_with_cache_or_repeat(
     """
     if repeat == 1:
         cache = TimingCacheFile(timing_cache, toolkit, settings) if timing_cache else None
-        built = build(toolkit, model, settings, cache.content if cache else None)
+        built = build(toolkit, model, settings, cache.content if cache else None, ranges=ranges)
         return dataclasses.replace(built, timing_cache=cache.save(built)) if cache else built
     if toolkit.device is None:
         raise UserError("--repeat keeps the fastest engine, but engines cannot be timed without a GPU: leave it out")
@@ -121,7 +137,7 @@ def build_with_cache_or_repeat(
         raise UserError("an engine without weights cannot be timed: leave out --strip-weights or --repeat")
     if timing_cache is not None:
         raise UserError("--repeat times kernels again in each build, but --timing-cache avoids that: give one of them")
-    built = build_fastest(toolkit, model, settings, repeat)
+    built = build_fastest(toolkit, model, settings, repeat, ranges)
     say(str(built.repetition))
     return built
 
@@ -169,6 +185,30 @@ def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
     return None, Parent.from_file(output, model, sha256_of(model))
 
 
+def _say_tf32_override(options: BuilderOptions) -> None:
+    """The driver's libraries read a variable that switches TF32 off, whatever a builder was told."""
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0" and (options.tf32 or options.precision == "tf32"):
+        warn("NVIDIA_TF32_OVERRIDE=0 is set, which switches TF32 off: unset it, here and where the engine runs")
+
+
+def _say_ranges(table: RangeTable, missing: Sequence[str], *, strict: bool) -> None:
+    """What was done with the ranges, and what follows for tensors that have none."""
+    say(f"ranges from {table.source}: {len(table.amax)} tensors")
+    if table.lopsided:
+        say(f"  {table.lopsided} have a min and a max of different size: TensorRT's are symmetric, the larger counts")
+    if table.zero:
+        say(f"  {len(table.zero)} are 0, which tells nothing: {_some(table.zero)}")
+    if missing:
+        say(
+            f"  {len(missing)} tensors have none, so what reads or writes them runs in {'FP32' if strict else 'FP16'}: "
+            f"{_some(missing)}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+
+
 def _check_names(model: Path, output: Path, timing_cache: Path | None) -> None:
     """Raises UserError when one file would overwrite another."""
     if output.resolve() == model.resolve():
@@ -202,6 +242,7 @@ def _engine_sidecar(
         "settings": asdict(settings),
         "timing_cache": built.timing_cache,
         "float_weights": built.float_weights,
+        "without_range": list(built.without_range),
         "repetition": asdict(built.repetition) if built.repetition else None,
         "hardware_compatible": settings.hardware_compatible,
         "version_compatible": settings.version_compatible,

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 from deploy.builder import BuiltEngine, Repetition, build
 
 if TYPE_CHECKING:
+    from deploy.dynamic_ranges import RangeTable
     from deploy.settings import BuildSettings
     from deploy.trt import Toolkit
 
 
-def build_fastest(toolkit: Toolkit, model: Path, settings: BuildSettings, repeat: int) -> BuiltEngine:
+def build_fastest(
+    toolkit: Toolkit, model: Path, settings: BuildSettings, repeat: int, ranges: RangeTable | None = None
+) -> BuiltEngine:
     """Builds ``repeat`` times and times all kernels again each time. Needs the GPU that the engines are built for.
 
     Returns the engine that is fastest at the OPT batch of its first profile. Raises UserError as ``build`` does.
@@ -26,9 +29,9 @@ def build_fastest(toolkit: Toolkit, model: Path, settings: BuildSettings, repeat
     from deploy.measure import latencies
     from deploy.runtime import Engine
 
-    candidates = [build(toolkit, model, settings)]
+    candidates = [build(toolkit, model, settings, ranges=ranges)]
     while len(candidates) < repeat:
-        candidates.append(build(toolkit, model, settings, float_weights=candidates[0].float_weights))
+        candidates.append(build(toolkit, model, settings, float_weights=candidates[0].float_weights, ranges=ranges))
     with ExitStack() as stack:
         engines = {
             str(index): stack.enter_context(Engine.from_plan(built.plan, toolkit, settings))

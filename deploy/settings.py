@@ -68,6 +68,11 @@ class BuilderOptions:
     """Where kernels may come from, by the names of TensorRT's TacticSource. None: the builder decides."""
     aux_streams: int | None = None
     """How many auxiliary streams one inference may use to run branches in parallel. None: the builder decides."""
+    precision: EnginePrecision = "explicit"
+    """explicit: as the file says, INT8 where it has Q/DQ nodes. The others take a float32 file: fp32, tf32, fp16, bf16,
+    or int8, which needs --ranges. Newer versions have no fp16, bf16 and int8: there the file says it."""
+    strict: bool = False
+    """For int8: no FP16 beside it. A layer that cannot run in INT8 runs in FP32."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products may run on TF32 tensor cores."""
     hardware_compatible: bool = False
@@ -84,7 +89,6 @@ class BuilderOptions:
 class BuildSettings(BuilderOptions):
     """All settings of one build."""
 
-    precision: EnginePrecision = "explicit"
     profiles: tuple[Profile, ...] = DEFAULT_PROFILES
     """The batch sizes of a network with a dynamic batch. A single fixed one makes it static, which is fastest."""
     capabilities: tuple[str, ...] = ()
@@ -108,6 +112,8 @@ class BuildSettings(BuilderOptions):
             raise UserError("there is no profile: give at least one, such as 1,8,32")
         if len(self.profiles) > 1 and any(profile.fixed for profile in self.profiles):
             raise UserError("a fixed batch allows no other profile: give MIN,OPT,MAX for each profile, or build twice")
+        if self.strict and self.precision != "int8":
+            raise UserError(f"--strict is for --precision int8, not {self.precision}: leave it out")
         if not 0 <= self.optimization_level <= 5:
             raise UserError(f"optimization level {self.optimization_level}: must be 0 to 5")
         if self.workspace_gib is not None and self.workspace_gib <= 0:

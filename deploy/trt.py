@@ -7,7 +7,7 @@ that all these versions share. Which builder is installed is found by deploy/ins
 The differences, and how they are handled:
 
 - Typing. A strongly typed network takes every precision from the network itself. 8.6 has only weakly typed networks:
-  there the builder flags INT8 and FP16 allow what the Q/DQ nodes ask for, and the sidecar says "weak". FP16 and
+  there the builder flags INT8 and FP16 allow what the Q/DQ nodes ask for, and the sidecar says "weak". FP16, BF16 and
   implicit INT8 from a float32 network need weak typing, which 8.6 and 10.x have.
 - EXPLICIT_BATCH must be set in 8.6, is ignored in 10.x and does not exist later. It is set if it exists.
 - Sharing an optimization profile between execution contexts is a preview feature of 8.6 and always on from 10.x.
@@ -34,6 +34,7 @@ from deploy import cuda
 from deploy.build_log import BuildLog, progress_monitor, raise_if_out_of_memory, recording_logger
 from deploy.settings import BuildSettings
 from qat.base.choices import BuilderName, EnginePrecision
+from qat.base.console import warn
 from qat.base.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,9 +47,17 @@ _NUMPY_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 # The builder flags that allow each precision in a weakly typed network.
 _WEAK_FLAGS: dict[EnginePrecision, tuple[str, ...]] = {
     "explicit": ("INT8", "FP16"),
-    "implicit": ("INT8", "FP16"),
+    "int8": ("INT8", "FP16"),
     "fp16": ("FP16",),
+    "bf16": ("BF16",),
 }
+# What to do instead in a version that has only strongly typed networks.
+_EXPLICIT_REMEDY: dict[EnginePrecision, str] = {
+    "int8": "python -m export.quantize makes a Q/DQ file of it, from images or a --calibration-cache; build that",
+    "fp16": "python -m export.onnx --precision float16 writes the types into the file; build that",
+}
+# What the builder says of the GPU: whether it has units for a precision.
+_PLATFORM = {"FP16": "platform_has_fast_fp16", "INT8": "platform_has_fast_int8", "TF32": "platform_has_tf32"}
 
 
 @dataclass(frozen=True)
@@ -80,9 +89,10 @@ class Toolkit:
             return "strong"
         flags = _WEAK_FLAGS.get(precision, ())
         if missing := [flag for flag in flags if not hasattr(self.module.BuilderFlag, flag)]:
+            remedy = f": {_EXPLICIT_REMEDY[precision]}" if precision in _EXPLICIT_REMEDY else ""
             raise UserError(
-                f"{self.title} has only strongly typed networks: a float32 ONNX file cannot run there in {precision} "
-                f"(no {' and '.join(missing)} flag)"
+                f"{self.title} cannot run a float32 ONNX file in {precision} (it has no {' and '.join(missing)} "
+                f"flag){remedy}"
             )
         return "weak"
 
@@ -125,7 +135,9 @@ class Toolkit:
         config.builder_optimization_level = settings.optimization_level
         if self.typing(settings.precision) == "weak":
             for name in _WEAK_FLAGS.get(settings.precision, ()):
-                config.set_flag(getattr(self.module.BuilderFlag, name))
+                if not (settings.strict and name == "FP16"):
+                    config.set_flag(getattr(self.module.BuilderFlag, name))
+        self._check_platform(builder, settings)
         if not (settings.tf32 or settings.precision == "tf32"):
             config.clear_flag(self.module.BuilderFlag.TF32)
         for wanted, name in (
@@ -174,6 +186,16 @@ class Toolkit:
             outcome = "replaced"
             config.set_timing_cache(config.create_timing_cache(b""), False)
         return outcome
+
+    def _check_platform(self, builder: trt.Builder, settings: BuildSettings) -> None:
+        """Raises UserError for implicit INT8 on a GPU without it; says so of others, which then gain nothing."""
+        wanted = settings.precision.upper()
+        if getattr(builder, _PLATFORM.get(wanted, ""), True):
+            return
+        missing = f"this GPU has no units for {wanted}"
+        if wanted == "INT8":
+            raise UserError(f"{missing}: build it with --precision fp16 or fp32")
+        warn(f"{missing}: the engine will hardly be faster than FP32")
 
     def _check_ahead_of_time(self, settings: BuildSettings) -> None:
         """Raises UserError for options with which TensorRT-RTX was seen to fail without a useful message."""

@@ -30,6 +30,6 @@ the same codes."""
 BuilderName = Literal["tensorrt", "tensorrt-rtx"]
 """tensorrt needs a GPU to build; tensorrt-rtx builds ahead of time, without one."""
 
-EnginePrecision = Literal["explicit", "fp32", "tf32", "fp16", "implicit"]
-"""``explicit``: INT8 where the Q/DQ nodes ask for it. The others build a float network, for comparison: in FP32, with
-TF32 tensor cores, in FP16, or in ``implicit`` INT8, where the builder may choose INT8 or FP16 for any layer."""
+EnginePrecision = Literal["explicit", "fp32", "tf32", "fp16", "bf16", "int8"]
+"""``explicit``: INT8 where the Q/DQ nodes ask for it. The others are for a float network: FP32, TF32 tensor cores,
+FP16, BF16, or implicit INT8 (``int8``), where the builder chooses INT8 or FP16 for any layer by its tensors' ranges."""

@@ -119,7 +119,7 @@ def test_timings_of_kernels_outlive_the_engine(model, toolkit, monkeypatch, capf
     """A changed model is built with the timings that its last engine left, another candidate with those of this run."""
     given = []
 
-    def timed(toolkit, path, settings, timing_cache):
+    def timed(toolkit, path, settings, timing_cache, ranges):
         given.append(timing_cache)
         built = build(toolkit, path, dataclasses.replace(settings, capabilities=("8.9",)))
         outcome = "reused" if timing_cache else "created"

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from deploy.builder import build
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings, Profile
-from export.calibration_cache import read_calibration_cache
 from export.from_float_onnx import quantize_onnx
 from export.linter import lint_onnx
 from export.session import run, session, sqnr_db
 from qat.base.artifact import Sidecar, read_sidecar, write_artifact
+from qat.base.calibration_cache import read_calibration_cache
 from qat.base.errors import UserError
 
 

@@ -1,0 +1,143 @@
+"""The ranges of implicit INT8, which older versions have: each tensor gets one, and the builder chooses precisions.
+
+A range file is
+
+    CSV     tensor,min,max in the first line, then a line for each tensor
+    JSON    {"tensor": [min, max], ...}, or [{"tensor": ..., "min": ..., "max": ...}, ...]
+    cache   a calibration cache of TensorRT, whose scales are amax / 127
+
+TensorRT has symmetric ranges only, so of min and max the larger magnitude counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qat.base.calibration_cache import read_calibration_cache
+from qat.base.errors import UserError
+from qat.base.number_format import INT8
+from qat.base.text import did_you_mean
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+_REMEDY = 'give a CSV file with the columns tensor,min,max, or JSON like {"conv1": [-2.5, 2.5]}'
+
+
+@dataclass(frozen=True)
+class RangeTable:
+    """The amax of tensors by name, each above 0.
+
+    Attributes:
+        source: where it comes from, for messages.
+        amax: by tensor.
+        lopsided: how many tensors have a min and a max of different magnitudes.
+        zero: tensors whose range is 0, which tells nothing.
+        other: the amax of every tensor that is not named; None: it has none.
+    """
+
+    source: str
+    amax: Mapping[str, float]
+    lopsided: int = 0
+    zero: tuple[str, ...] = ()
+    other: float | None = None
+
+    @classmethod
+    def read(cls, path: str | Path) -> RangeTable:
+        """A range file. Raises UserError when it cannot be read, and for a range that is none, naming its tensor."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the ranges {path} ({error}): check the path") from error
+        if text.startswith("TRT-"):
+            scales = read_calibration_cache(path)
+            ranges = {tensor: (-INT8.high * scale, INT8.high * scale) for tensor, scale in scales.items()}
+        else:
+            ranges = dict(_rows_of_json(path, text) if text.lstrip()[:1] in ("{", "[") else _rows_of_csv(path, text))
+        if not ranges:
+            raise UserError(f"{path} holds no range: {_REMEDY}")
+        amax = {tensor: _amax(path, tensor, low, high) for tensor, (low, high) in ranges.items()}
+        lopsided = sum(abs(low) != abs(high) for low, high in ranges.values())
+        zero = tuple(tensor for tensor, largest in amax.items() if not largest)
+        return cls(str(path), {tensor: largest for tensor, largest in amax.items() if largest}, lopsided, zero)
+
+    @classmethod
+    def constant(cls, amax: float) -> RangeTable:
+        """The same range for every tensor: such an engine shows how fast implicit INT8 is, not how accurate."""
+        return cls(f"a constant of {amax:g}", {}, other=amax)
+
+    def apply(self, network: trt.INetworkDefinition) -> list[str]:
+        """Gives the floating-point tensors of a network, inputs included, their ranges; returns those without one.
+
+        Raises UserError when no tensor of the network is in the table.
+        """
+        tensors = dict(_floating_tensors(network))
+        if self.other is None and not self.amax.keys() & tensors.keys():
+            unknown = next(iter(self.amax))
+            raise UserError(
+                f"{self.source} is for another network: it has none of its {len(tensors)} tensors, but "
+                f"{unknown!r}{did_you_mean(unknown, list(tensors))}"
+            )
+        missing = []
+        for name, tensor in tensors.items():
+            amax = self.amax.get(name, self.other)
+            if amax is None:
+                missing.append(name)
+            else:
+                tensor.set_dynamic_range(-amax, amax)
+        return missing
+
+
+def _floating_tensors(network: trt.INetworkDefinition) -> Iterator[tuple[str, Any]]:
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        tensors += [layer.get_output(output) for output in range(layer.num_outputs)]
+    return ((tensor.name, tensor) for tensor in tensors if tensor.dtype.name in ("FLOAT", "HALF"))
+
+
+def _amax(path: Path, tensor: str, low: float, high: float) -> float:
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{path}: the range of {tensor} is {low:g} to {high:g}, and must be finite: measure it again")
+    if low > high:
+        raise UserError(f"{path}: the range of {tensor} is {low:g} to {high:g}: min must be at most max")
+    return max(abs(low), abs(high))
+
+
+def _rows_of_csv(path: Path, text: str) -> Iterator[tuple[str, tuple[float, float]]]:
+    rows = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    if missing := {"tensor", "min", "max"} - set(rows.fieldnames or ()):
+        raise UserError(f"{path} has no column {', '.join(sorted(missing))}: {_REMEDY}")
+    for row in rows:
+        yield _row(path, row["tensor"], row["min"], row["max"])
+
+
+def _rows_of_json(path: Path, text: str) -> Iterator[tuple[str, tuple[float, float]]]:
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): {_REMEDY}") from error
+    rows = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, entry in rows:
+        if isinstance(entry, dict) and isinstance(content, list):
+            yield _row(path, entry.get("tensor"), entry.get("min"), entry.get("max"))
+        elif isinstance(entry, list) and len(entry) == 2 and isinstance(key, str):
+            yield _row(path, key, *entry)
+        else:
+            raise UserError(f"{path}: the entry {str(key)[:60]} is no range: {_REMEDY}")
+
+
+def _row(path: Path, tensor: Any, low: Any, high: Any) -> tuple[str, tuple[float, float]]:
+    try:
+        return str(tensor), (float(low), float(high))
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(
+            f"{path}: the range of {tensor} is {low!r} to {high!r}, and must be two numbers: correct it"
+        ) from None
