@@ -43,10 +43,12 @@ def _flaw_of_fields(file: BinaryIO, size: int) -> str:
             found.add(tag >> 3)
             value = _varint(file)
             if tag & 7 == _BYTES:
-                file.seek(value, os.SEEK_CUR)  # perhaps beyond the end
+                file.seek(min(value, size), os.SEEK_CUR)  # perhaps beyond the end
         end = file.tell()
     except EOFError:
         end = size + 1
+    except ValueError:
+        return f"is damaged: the field at byte {start} has no length" if found else "is not an ONNX file"
     if end > size:
         cut = f"is truncated: it has {size} bytes, and its fields tell of {end} at least"
         return cut if _IR_VERSION in found else "is not an ONNX file"
@@ -54,9 +56,14 @@ def _flaw_of_fields(file: BinaryIO, size: int) -> str:
 
 
 def _varint(file: BinaryIO) -> int:
-    """A number of 7 bits a byte, the lowest first. Raises EOFError when the file ends in it."""
+    """A number of 7 bits a byte, the lowest first.
+
+    Raises EOFError when the file ends in it, and ValueError when it has no end.
+    """
     value = shift = 0
     while byte := file.read(1):
+        if shift > 63:
+            raise ValueError("more than 64 bits")
         value |= (byte[0] & 0x7F) << shift
         shift += 7
         if byte[0] < 0x80:

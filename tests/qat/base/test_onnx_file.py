@@ -48,3 +48,13 @@ def test_bytes_that_are_no_field_behind_fields_are_damage(model: Path) -> None:
     content = model.read_bytes()
     model.write_bytes(content + bytes(9))
     assert flaw(model) == f"is damaged: no field of a model begins at byte {len(content)}"
+
+
+def test_numbers_that_do_not_end_and_lengths_beyond_any_file(model: Path) -> None:
+    content = model.read_bytes()
+    model.write_bytes(content + b"\x3a" + b"\xff" * 10_000)
+    assert flaw(model) == f"is damaged: the field at byte {len(content)} has no length"
+    model.write_bytes(content + b"\x3a" + b"\xff" * 9 + b"\x01")
+    assert flaw(model).startswith(f"is truncated: it has {len(content) + 11} bytes")
+    model.write_bytes(b"\xff" * 10_000)
+    assert flaw(model) == "is not an ONNX file"
