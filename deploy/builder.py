@@ -134,6 +134,7 @@ def _try_build(
     config = toolkit.create_config(builder, settings)
     outcome = None if timing_cache is None else toolkit.use_timing_cache(config, timing_cache)
     network = parse_onnx(toolkit, builder, model, log, settings, float_weights=float_weights)
+    _check_float(network, model, settings)
     for name in extra_outputs:
         network.mark_output(_find_tensor(network, name))
     without_range = ranges.apply(network) if ranges is not None else []
@@ -198,6 +199,18 @@ def parse_onnx(
     if network.num_outputs == 0:  # the parser reads an empty file, or text, as a network without nodes
         raise UserError(f"{model} {flaw(model) or 'holds a network without outputs'}: make or copy it again")
     return network
+
+
+def _check_float(network: trt.INetworkDefinition, model: Path, settings: BuildSettings) -> None:
+    """Raises UserError when a precision is asked for and the Q/DQ nodes of the file ask for another."""
+    if settings.precision == "explicit":
+        return
+    for index in range(network.num_layers):
+        if network.get_layer(index).type.name == "QUANTIZE":
+            raise UserError(
+                f"{model} has Q/DQ nodes, which say its precision: leave out --precision {settings.precision}, or give "
+                "the float file (python -m export.onnx --precision float32 makes it)"
+            )
 
 
 def _model_with_float_weights(model: Path) -> bytes:

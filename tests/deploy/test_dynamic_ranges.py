@@ -108,6 +108,11 @@ def test_options_that_do_not_go_together(precision: str, ranges: bool, strict: b
         )
 
 
+def test_a_precision_for_a_file_with_qdq_nodes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has Q/DQ nodes, which say its precision: leave out --precision tf32"):
+        build_engine(residual(tmp_path / "m.onnx"), builder="tensorrt-rtx", settings=BuilderOptions(precision="tf32"))
+
+
 def test_a_variable_that_switches_tf32_off_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
