@@ -88,7 +88,7 @@ class UnknownOperator(HardRule):
             )
         else:
             yield (
-                f"{whole} is no operator of ONNX, so TensorRT refuses it unless a plugin of that name is loaded: "
+                f"{whole} is not an operator of ONNX, so TensorRT refuses it unless a plugin of that name is loaded: "
                 "write it as operators of ONNX"
             )
 

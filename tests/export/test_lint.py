@@ -613,8 +613,9 @@ def test_messages_say_where_and_what_to_do(tmp_path):
     assert message(with_operator("FusedConv", "com.microsoft")).startswith(
         "odd: com.microsoft.FusedConv is ONNX Runtime's own operator, which TensorRT refuses: give the network as it"
     )
-    assert "my.own.Frobnicate is no operator of ONNX, so TensorRT refuses it unless a plugin of that name" in message(
-        with_operator("Frobnicate", "my.own")
+    assert (
+        "my.own.Frobnicate is not an operator of ONNX, so TensorRT refuses it unless a plugin of that name"
+        in message(with_operator("Frobnicate", "my.own"))
     )
     assert "computes ONNX's Relu instead of my.own.Relu" in message(with_operator("Relu", "my.own", twice("Relu")))
     assert "between a weight's codes and w/dequantize" in message(FAULTS["Clip of an INT8 weight"][0]())
