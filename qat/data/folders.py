@@ -7,18 +7,15 @@ FOLDER/.../<image>              images without labels; the names of folders have
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
 import torch
 
 from qat.base.errors import UserError
-from qat.data.decode import IMAGE_EXTENSIONS
+from qat.base.image_files import image_files, instead_of_images, is_image, note_of_others
 from qat.data.parts import Part, Source
 from qat.data.pixels import FilePixels, decode_all
-
-_EXTENSIONS_SHOWN = 4
 
 
 def read_folder(folder: Path) -> Source:
@@ -46,7 +43,7 @@ def read_folder(folder: Path) -> Source:
         tuple(files["train"]),
         None,
         cropped=False,
-        notes=(test, *_note_of_others(others)),
+        notes=(test, *note_of_others(others)),
     )
 
 
@@ -55,18 +52,6 @@ def unlabelled_folder(source: str) -> Path | None:
     path = Path(source).expanduser()
     named = source == "digits" or source.startswith("torchvision:")
     return path if path.is_dir() and not _is_split(path) and not named else None
-
-
-def unlabelled_files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
-    """The image files in ``folder`` and its subfolders, sorted, and lines that say what was left out.
-
-    Raises UserError when there is no image.
-    """
-    others: Counter[str] = Counter()
-    files = _image_files(folder, others)
-    if not files:
-        raise UserError(f"{folder} has no image{_instead(others)}: add some, or give another folder")
-    return files, _note_of_others(others)
 
 
 def _is_split(folder: Path) -> bool:
@@ -83,10 +68,10 @@ def _read_classes(folder: Path) -> Source:
             "into it for every class; python -m qat.calibrate also takes images without labels"
         )
     (part,) = _parts([files])
-    loose = sum(_is_image(child.name) for child in folder.iterdir() if child.is_file())
+    loose = sum(is_image(child.name) for child in folder.iterdir() if child.is_file())
     notes = [f"{folder} has no train/ and no val/: its {len(files)} class folders are split here"]
     notes += [f"left out: {loose} images that are in no class folder"] if loose else []
-    return Source(part, None, None, tuple(files), None, cropped=False, notes=(*notes, *_note_of_others(others)))
+    return Source(part, None, None, tuple(files), None, cropped=False, notes=(*notes, *note_of_others(others)))
 
 
 def _parts(files: list[dict[str, list[str]]]) -> list[Part]:
@@ -111,46 +96,13 @@ def _class_files(split: Path, others: Counter[str]) -> dict[str, list[str]]:
     files = {}
     for name in classes:
         inside: Counter[str] = Counter()
-        files[name] = _image_files(split / name, inside)
+        files[name] = image_files(split / name, inside)
         if not files[name]:
             raise UserError(
-                f"class folder {split / name} has no image{_instead(inside)}: add some, or remove the folder"
+                f"class folder {split / name} has no image{instead_of_images(inside)}: add some, or remove the folder"
             )
         others += inside
     return files
-
-
-def _image_files(folder: Path, others: Counter[str]) -> list[str]:
-    """The image files in ``folder`` and its subfolders, sorted; ``others`` counts what else is there by extension."""
-    found = []
-    for inner, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if _is_image(name):
-                found.append(os.path.join(inner, name))
-            elif not name.startswith("."):
-                others[Path(name).suffix.lower() or "no extension"] += 1
-    return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
-
-
-def _note_of_others(others: Counter[str]) -> tuple[str, ...]:
-    if not others:
-        return ()
-    return (f"left out: {others.total()} files that are not images by their extension ({_listed(others)})",)
-
-
-def _instead(others: Counter[str]) -> str:
-    """What a folder without images has, and what it should have."""
-    found = f"found: {_listed(others)}; " if others else ""
-    return f" ({found}read: {' '.join(IMAGE_EXTENSIONS)})"
-
-
-def _listed(others: Counter[str]) -> str:
-    shown = [f"{count} {extension}" for extension, count in others.most_common(_EXTENSIONS_SHOWN)]
-    return ", ".join(shown) + (", ..." if len(others) > _EXTENSIONS_SHOWN else "")
 
 
 def _check_same_classes(folder: Path, files: dict[str, dict[str, list[str]]], split: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qat.base.console import progress
 from qat.base.errors import UserError, one_line
-from qat.data.decode import decode, image_size, rgb
+from qat.base.image_files import image_size, read_image, rgb
 
 MEMORY_LIMIT = 1 << 30  # largest number of bytes of decoded images that are kept
 _GREY_BATCH = 256  # images that are converted to grey at a time
@@ -79,7 +79,7 @@ class TorchvisionPixels:
 
     def __getitem__(self, index: int) -> Tensor:
         try:
-            return rgb(self.dataset[index][0])
+            return _chw(rgb(self.dataset[index][0]))
         except Exception as error:  # Pillow raises many types of exceptions
             name = f"image {index} of torchvision's {type(self.dataset).__name__}"
             raise UserError(f"{name} is corrupt ({one_line(error)}): download the data set again") from error
@@ -114,6 +114,11 @@ def grey(image: Tensor) -> Tensor:
     return ((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).to(torch.uint8)
 
 
+def decode(path: str) -> Tensor:
+    """An image file as uint8 [3, H, W]. Raises UserError as ``read_image`` does."""
+    return _chw(read_image(path))
+
+
 def decode_all(paths: Sequence[str]) -> list[Tensor] | None:
     """All images, decoded in threads; None if they do not fit in memory."""
     size = 0
@@ -128,3 +133,7 @@ def decode_all(paths: Sequence[str]) -> list[Tensor] | None:
             decoded.append(image)
             task.advance()
     return decoded
+
+
+def _chw(image_HWC: np.ndarray) -> Tensor:
+    return torch.from_numpy(image_HWC).permute(2, 0, 1)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from qat.base.errors import UserError
+from qat.base.image_files import all_image_files
 from qat.data.batches import ImageSet
-from qat.data.folders import unlabelled_files
 from qat.data.parts import NO_LABEL, Part, Source
 from qat.data.pixels import MEMORY_LIMIT, ArrayPixels, FilePixels, Pixels, decode_all, in_grey
 from qat.data.preprocessing import Augmentation, ImagePreset, Preprocessing
@@ -154,7 +154,7 @@ def load_unlabelled(
         UserError: there is no image, or a chosen image is corrupt.
     """
     _check_request(image_size, seed, calibration_images)
-    files, notes = unlabelled_files(folder)
+    files, notes = all_image_files(folder)
     total = len(files)
     test = min(_HELD_OUT_MOST, max(total - calibration_images, int(_TEST_SHARE * total)))
     counts = {"test": test, "calibration": min(calibration_images, total - test)}

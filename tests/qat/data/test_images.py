@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from qat.base.errors import UserError
-from qat.data.decode import decode
-from qat.data.pixels import ArrayPixels, grey
+from qat.data.pixels import ArrayPixels, decode, grey
 from qat.data.preprocessing import ImagePreset, Preprocessing
 from qat.data.splits import load_data, load_unlabelled
 

@@ -1,4 +1,4 @@
-"""An image file -> uint8 RGB, as a person sees the image, or one line that says why not.
+"""Image files: finding them in a folder, and reading one as a person sees it, or one line that says why not.
 
 - An EXIF orientation is applied: cameras store a photograph as the sensor lay, and note how to turn it.
 - Transparency is dropped. Of an image with several frames, the first is taken.
@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from qat.base.errors import UserError, one_line
 
@@ -22,6 +23,7 @@ _KNOWN = ".apng .avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .
 IMAGE_EXTENSIONS = tuple(known for known in _KNOWN.split() if known in Image.registered_extensions())
 """How the names of image files end, in lower case; .avif only where Pillow was built with it."""
 
+_EXTENSIONS_SHOWN = 4
 _QUARTER = 64  # of the 256 levels: an image that ends below is taken to have another range than its type
 _SCALED, _OF_65535 = "scaled to 16 bits", "I;16B"  # .pgm files state their range, which Pillow scales to 0..65535
 
@@ -36,8 +38,55 @@ _TOO_DARK = (
 )
 
 
-def decode(path: str) -> Tensor:
-    """An image file as uint8 [3, H, W].
+def all_image_files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
+    """The image files in ``folder`` and its subfolders, sorted, and lines that say what was left out.
+
+    Raises UserError when there is no image.
+    """
+    others: Counter[str] = Counter()
+    files = image_files(folder, others)
+    if not files:
+        raise UserError(f"{folder} has no image{instead_of_images(others)}: add some, or give another folder")
+    return files, note_of_others(others)
+
+
+def image_files(folder: Path, others: Counter[str]) -> list[str]:
+    """The image files in ``folder`` and its subfolders, sorted; ``others`` counts what else is there by extension."""
+    found = []
+    for inner, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if is_image(name):
+                found.append(os.path.join(inner, name))
+            elif not name.startswith("."):
+                others[Path(name).suffix.lower() or "no extension"] += 1
+    return sorted(found)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image by its name."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+
+
+def note_of_others(others: Counter[str]) -> tuple[str, ...]:
+    """A line about files that are not images, if there are any."""
+    if not others:
+        return ()
+    return (f"left out: {others.total()} files that are not images by their extension ({_listed(others)})",)
+
+
+def instead_of_images(others: Counter[str]) -> str:
+    """What a folder without images has, and what it should have."""
+    found = f"found: {_listed(others)}; " if others else ""
+    return f" ({found}read: {' '.join(IMAGE_EXTENSIONS)})"
+
+
+def _listed(others: Counter[str]) -> str:
+    shown = [f"{count} {extension}" for extension, count in others.most_common(_EXTENSIONS_SHOWN)]
+    return ", ".join(shown) + (", ..." if len(others) > _EXTENSIONS_SHOWN else "")
+
+
+def read_image(path: str) -> np.ndarray:
+    """An image file as uint8 RGB, [H, W, 3].
 
     Raises UserError naming the file when it is corrupt or truncated, or when the range of its values is not known.
     """
@@ -49,7 +98,7 @@ def decode(path: str) -> Tensor:
 
 
 def image_size(path: str) -> tuple[int, int]:
-    """(width, height) in pixels as stored, from the head of the file. Raises UserError as ``decode`` does."""
+    """(width, height) in pixels as stored, from the head of the file. Raises UserError as ``read_image`` does."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -58,8 +107,8 @@ def image_size(path: str) -> tuple[int, int]:
         raise _unreadable(path, error) from error
 
 
-def rgb(image: Image.Image) -> Tensor:
-    """A Pillow image as uint8 [3, H, W]. Raises ValueError when the range of its values is not known."""
+def rgb(image: Image.Image) -> np.ndarray:
+    """A Pillow image as uint8 [H, W, 3]. Raises ValueError when the range of its values is not known."""
     stored = _stored_as(image)  # loading forgets it
     upright = ImageOps.exif_transpose(image)
     if upright.mode[0] in "IF":
@@ -69,7 +118,7 @@ def rgb(image: Image.Image) -> Tensor:
     levels_HWC = np.array(upright.convert("RGB"))
     if ";16" in stored and upright.mode != "L" and levels_HWC.max() < _QUARTER:  # Pillow has dropped the low byte
         raise _RangeError(_TOO_DARK)
-    return torch.from_numpy(levels_HWC).permute(2, 0, 1)
+    return levels_HWC
 
 
 def _stored_as(image: Image.Image) -> str:
