@@ -5,17 +5,21 @@
 
 With a GPU and TensorRT the engine is built for that GPU. Without them TensorRT-RTX builds it ahead of time for a list
 of compute capabilities. Exit code 3 means that a layer which the ONNX file declares INT8 runs in another precision.
+
+Older versions of TensorRT also build a float file in any precision, and calibrate implicit INT8:
+
+    python -m deploy.build runs/float.onnx --precision int8 --data path/to/images --calibration-cache runs/float.cache
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from deploy.settings import BuilderOptions, Profile
+from deploy.settings import BuilderOptions, CalibrationSettings, Profile
 from qat.base.console import Command, run_command
 from qat.base.exit_codes import DONE, NOT_INT8
 
@@ -40,7 +44,9 @@ class BuildOptions(Command, BuilderOptions):
     build to build. Needs a GPU."""
     ranges: Path | None = None
     """For --precision int8: the ranges of the tensors; a CSV file with the columns tensor,min,max, JSON like
-    {"conv1": [-2.5, 2.5]}, or a calibration cache of TensorRT."""
+    {"conv1": [-2.5, 2.5]}, a calibration cache of TensorRT, a Q/DQ ONNX file or a checkpoint of qat.train. They come
+    before those of a calibrator."""
+    calibration: tyro.conf.OmitArgPrefixes[CalibrationSettings] = field(default_factory=CalibrationSettings)
     timing_cache: Path | None = None
     """File that keeps measured kernel times. The first build makes it, later builds are shorter."""
 
@@ -58,6 +64,7 @@ def main(options: BuildOptions) -> int:
         repeat=options.repeat,
         timing_cache=options.timing_cache,
         ranges=options.ranges,
+        calibration=options.calibration,
         settings=options,
     )
     print_engine_file(engine)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy import builder_errors
 from deploy.build_log import BuildLog
+from deploy.calibrator import Calibration
 from deploy.dynamic_ranges import RangeTable
 from deploy.engine_layers import layers_from_inspector, layers_from_log
+from deploy.layer_types import LayerType, layers_as_built, set_types, type_rules
 from deploy.parsed_network import ParsedNetwork
 from deploy.precision_audit import PrecisionAudit, audit_precision, declared_layers
 from deploy.settings import BuilderOptions, BuildSettings, Profile
@@ -67,7 +69,11 @@ class BuiltEngine:
     repetition: Repetition | None = None
     """All builds, if this is the fastest of several."""
     without_range: tuple[str, ...] = ()
-    """With the precision int8: tensors that have no range, so that no layer reads or writes them in INT8."""
+    """Of ranges by hand alone: tensors that have none, so that no layer reads or writes them in INT8."""
+    typed_layers: tuple[LayerType, ...] = ()
+    """What single layers were asked to compute in and to write, and what they do."""
+    units: Mapping[str, bool] = field(default_factory=dict)
+    """Whether the GPU has units for FP16, INT8 and TF32, as far as the builder says it."""
 
     @property
     def bytes(self) -> int:
@@ -84,6 +90,7 @@ def build(
     *,
     float_weights: bool = False,
     ranges: RangeTable | None = None,
+    calibration: Calibration | None = None,
 ) -> BuiltEngine:
     """Parses an ONNX file, builds its engine and audits it. Nothing is written.
 
@@ -97,16 +104,17 @@ def build(
             no cache.
         extra_outputs: names of tensors inside the network that become outputs.
         float_weights: gives the builder float weights at once.
-        ranges: of the tensors, for the precision int8.
+        ranges: of the tensors, for the precision int8. They come before those of the calibrator.
+        calibration: what a calibrator finds the ranges with. It is done once: further builds take its cache.
 
     Raises UserError when the parser or the builder refuses the model, naming the node, and when this version of
     TensorRT does not have something that ``settings`` ask for.
     """
-    check_ranges(settings, given=ranges is not None)
-    built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, float_weights, ranges)
+    check_ranges(settings, given=ranges is not None or calibration is not None)
+    built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, float_weights, ranges, calibration)
     if built is None:
         say(f"{toolkit.title} refuses {INT8.name} weights in this network: it gets the same codes as float weights")
-        built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, True, ranges)
+        built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, True, ranges, calibration)
     assert built is not None
     return built
 
@@ -114,9 +122,10 @@ def build(
 def check_ranges(settings: BuilderOptions, *, given: bool) -> None:
     """Raises UserError when implicit INT8 has no ranges, or another precision has some."""
     if settings.precision == "int8" and not given:
-        raise UserError("--precision int8 needs the ranges of the tensors: give --ranges")
+        raise UserError("--precision int8 needs ranges of the tensors: give --data, --calibration-cache or --ranges")
     if settings.precision != "int8" and given:
-        raise UserError(f"--ranges are for --precision int8, not {settings.precision}: leave them out")
+        refused = "--data, --calibration-cache and --ranges are for --precision int8"
+        raise UserError(f"{refused}, not {settings.precision}: leave them out")
 
 
 def _try_build(
@@ -127,6 +136,7 @@ def _try_build(
     extra_outputs: tuple[str, ...],
     float_weights: bool,
     ranges: RangeTable | None,
+    calibration: Calibration | None,
 ) -> BuiltEngine | None:
     """Does what ``build`` does, but returns None if the builder refuses the INT8 weights."""
     log = BuildLog()
@@ -137,13 +147,19 @@ def _try_build(
     _check_float(network, model, settings)
     for name in extra_outputs:
         network.mark_output(_find_tensor(network, name))
-    without_range = ranges.apply(network) if ranges is not None else []
+    without_range = ranges.apply(network, toolkit.module) if ranges is not None else []
+    asked = set_types(type_rules(settings), network, toolkit.module)
     declared = declared_layers(network, toolkit.module)
     profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
 
     start = time.perf_counter()
-    with _build_progress(toolkit, config):
-        plan = builder.build_serialized_network(network, config)
+    with _build_progress(toolkit, config) as note:
+        batch = sizes(network.get_input(0).shape)[0]
+        if calibration and batch < 0:
+            batch = calibration.batch
+            config.set_calibration_profile(_profile(toolkit, builder, network, Profile(batch, batch, batch)))
+        with calibration.during_build(toolkit, config, batch, note) if calibration else nullcontext():
+            plan = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - start
     if plan is None:
         if not float_weights and toolkit.refuses_int8_weights(log):
@@ -169,7 +185,9 @@ def _try_build(
         timing_cache=outcome,
         timing_cache_content=bytes(config.get_timing_cache().serialize()) if outcome else b"",
         float_weights=float_weights,
-        without_range=tuple(without_range),
+        without_range=() if calibration else tuple(without_range),
+        typed_layers=layers_as_built(asked, layers),
+        units=toolkit.units(builder),
     )
 
 
@@ -259,13 +277,21 @@ def _set_batch(
             tensor.shape = toolkit.module.Dims((profiles[0].opt, *image))
         return ()
     for profile in profiles:
-        shapes = builder.create_optimization_profile()
-        for name, (_, image) in dynamic.items():
-            shapes.set_shape(
-                name, *(toolkit.module.Dims((batch, *image)) for batch in (profile.min, profile.opt, profile.max))
-            )
-        config.add_optimization_profile(shapes)
+        config.add_optimization_profile(_profile(toolkit, builder, network, profile))
     return profiles
+
+
+def _profile(
+    toolkit: Toolkit, builder: trt.Builder, network: trt.INetworkDefinition, profile: Profile
+) -> trt.IOptimizationProfile:
+    """TensorRT's form of a profile: the shapes of all inputs with a dynamic batch."""
+    shapes = builder.create_optimization_profile()
+    for tensor in (network.get_input(index) for index in range(network.num_inputs)):
+        if -1 in sizes(tensor.shape):
+            image = sizes(tensor.shape)[1:]
+            dims = (toolkit.module.Dims((batch, *image)) for batch in (profile.min, profile.opt, profile.max))
+            shapes.set_shape(tensor.name, *dims)
+    return shapes
 
 
 def _find_tensor(network: trt.INetworkDefinition, name: str) -> trt.ITensor:
@@ -278,10 +304,19 @@ def _find_tensor(network: trt.INetworkDefinition, name: str) -> trt.ITensor:
 
 
 @contextmanager
-def _build_progress(toolkit: Toolkit, config: trt.IBuilderConfig) -> Iterator[None]:
-    """Shows the progress of the build, or the seconds that it has taken if the builder does not report progress."""
+def _build_progress(toolkit: Toolkit, config: trt.IBuilderConfig) -> Iterator[Callable[[int, int], None]]:
+    """Shows the progress of the build, or the seconds that it has taken if the builder does not report progress.
+
+    Yields what calibration reports to: how many images it has used, and of how many.
+    """
     start = time.monotonic()
     ended = threading.Event()
+    calibrating = ""
+
+    def note(images: int, count: int) -> None:
+        nonlocal calibrating
+        calibrating = f", calibrating on {images} of {count} images" if images < count else ""
+
     with progress("building the engine, percent", 100) as task:
 
         def report(fraction: float, phase: str) -> None:
@@ -289,14 +324,14 @@ def _build_progress(toolkit: Toolkit, config: trt.IBuilderConfig) -> Iterator[No
 
         def tick() -> None:
             while not ended.wait(1.0):
-                task.advance(0, f"{time.monotonic() - start:.0f} s")
+                task.advance(0, f"{time.monotonic() - start:.0f} s{calibrating}")
 
         clock = threading.Thread(target=tick, daemon=True)
         if not toolkit.reports_progress:
             clock.start()
         try:
             with toolkit.report_progress(config, report):
-                yield
+                yield note
         finally:
             ended.set()
 

@@ -5,6 +5,7 @@ A range file is
     CSV     tensor,min,max in the first line, then a line for each tensor
     JSON    {"tensor": [min, max], ...}, or [{"tensor": ..., "min": ..., "max": ...}, ...]
     cache   a calibration cache of TensorRT, whose scales are amax / 127
+    .onnx   a Q/DQ file, .qat: a checkpoint of qat, whose scales are amax / 127 too
 
 TensorRT has symmetric ranges only, so of min and max the larger magnitude counts.
 """
@@ -14,12 +15,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qat.base.calibration_cache import read_calibration_cache
+from deploy.parsed_network import kind_of
+from qat.base.calibration_cache import CalibrationCache, looks_like_calibration_cache
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
 from qat.base.text import did_you_mean
@@ -27,6 +30,8 @@ from qat.base.text import did_you_mean
 if TYPE_CHECKING:
     import tensorrt as trt
 
+# Kinds of layers whose output has the range of their input.
+_MOVING = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "MAX")
 _REMEDY = 'give a CSV file with the columns tensor,min,max, or JSON like {"conv1": [-2.5, 2.5]}'
 
 
@@ -52,12 +57,14 @@ class RangeTable:
     def read(cls, path: str | Path) -> RangeTable:
         """A range file. Raises UserError when it cannot be read, and for a range that is none, naming its tensor."""
         path = Path(path)
+        if path.suffix in (".onnx", ".qat"):
+            return cls(str(path), _quantized_ranges(path))
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the ranges {path} ({error}): check the path") from error
-        if text.startswith("TRT-"):
-            scales = read_calibration_cache(path)
+        if looks_like_calibration_cache(text):
+            scales = CalibrationCache.read(path).scales
             ranges = {tensor: (-INT8.high * scale, INT8.high * scale) for tensor, scale in scales.items()}
         else:
             ranges = dict(_rows_of_json(path, text) if text.lstrip()[:1] in ("{", "[") else _rows_of_csv(path, text))
@@ -73,8 +80,17 @@ class RangeTable:
         """The same range for every tensor: such an engine shows how fast implicit INT8 is, not how accurate."""
         return cls(f"a constant of {amax:g}", {}, other=amax)
 
-    def apply(self, network: trt.INetworkDefinition) -> list[str]:
+    def over(self, other: RangeTable) -> RangeTable:
+        """These ranges, and those of ``other`` for the tensors that have none here."""
+        source = f"{self.source}, then {other.source}"
+        zero = tuple(name for name in (*self.zero, *other.zero) if name not in self.amax)
+        return RangeTable(source, {**other.amax, **self.amax}, self.lopsided + other.lopsided, zero, other.other)
+
+    def apply(self, network: trt.INetworkDefinition, module: Any) -> list[str]:
         """Gives the floating-point tensors of a network, inputs included, their ranges; returns those without one.
+
+        Tensors that are not in the table take the range of what they only pass on (``_passed_on``). ``module`` is
+        TensorRT's Python module.
 
         Raises UserError when no tensor of the network is in the table.
         """
@@ -86,8 +102,9 @@ class RangeTable:
                 f"{unknown!r}{did_you_mean(unknown, list(tensors))}"
             )
         missing = []
+        known = _passed_on(network, {name: self.amax[name] for name in self.amax.keys() & tensors.keys()}, module)
         for name, tensor in tensors.items():
-            amax = self.amax.get(name, self.other)
+            amax = known.get(name, self.other)
             if amax is None:
                 missing.append(name)
             else:
@@ -101,6 +118,36 @@ def _floating_tensors(network: trt.INetworkDefinition) -> Iterator[tuple[str, An
         layer = network.get_layer(index)
         tensors += [layer.get_output(output) for output in range(layer.num_outputs)]
     return ((tensor.name, tensor) for tensor in tensors if tensor.dtype.name in ("FLOAT", "HALF"))
+
+
+def _passed_on(network: trt.INetworkDefinition, known: Mapping[str, float], module: Any) -> dict[str, float]:
+    """``known``, and the ranges that follow from it without a measurement.
+
+    A layer that only moves values has one range on both sides. What a ReLU alone reads is clipped at the ReLU's range
+    anyway, because it is computed together with what makes it.
+    """
+    found = dict(known)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    readers: Counter[str] = Counter()
+    for layer in layers:
+        given = (layer.get_input(index) for index in range(layer.num_inputs))
+        readers.update(tensor.name for tensor in given if tensor is not None)
+    ends = [(kind_of(layer, module), layer.get_input(0), layer.get_output(0)) for layer in layers if layer.num_inputs]
+    for kind, before, after in ends:  # towards the outputs
+        if kind in _MOVING and before.name in found:
+            found.setdefault(after.name, found[before.name])
+    for kind, before, after in reversed(ends):  # towards the inputs
+        if kind in (*_MOVING, "RELU") and after.name in found and readers[before.name] == 1:
+            found.setdefault(before.name, found[after.name])
+    return found
+
+
+def _quantized_ranges(path: Path) -> dict[str, float]:
+    try:
+        from export.quantized_ranges import quantized_ranges
+    except ImportError as error:
+        raise UserError(f"reading the ranges of {path} needs another package: pip install {error.name}") from error
+    return quantized_ranges(path)
 
 
 def _amax(path: Path, tensor: str, low: float, high: float) -> float:

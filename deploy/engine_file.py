@@ -6,18 +6,25 @@ The engine in memory is made by deploy/builder.py; what the engine file says abo
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from deploy.builder import BuiltEngine, build, check_ranges
-from deploy.dynamic_ranges import RangeTable
+from deploy.calibration import RangeSources, range_sources
 from deploy.installed import find_toolkit
+from deploy.layer_types import LayerType, type_rules
 from deploy.precision_audit import PrecisionAudit
 from deploy.repeat import build_fastest
-from deploy.settings import DEFAULT_PROFILES, BuilderOptions, BuildSettings, Profile
+from deploy.settings import (
+    DEFAULT_PROFILES,
+    BuilderOptions,
+    BuildSettings,
+    CalibrationSettings,
+    Profile,
+    warn_of_tf32_override,
+)
 from deploy.timing_cache import TimingCacheFile
 from deploy.trt import Toolkit
 from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
@@ -30,6 +37,7 @@ from qat.base.text import megabytes
 
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
 UNKNOWN_PROVENANCE = "unknown: the ONNX file has no sidecar"
+_NO_RANGES = RangeSources()
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def build_engine(
     repeat: int = 1,
     timing_cache: str | Path | None = None,
     ranges: str | Path | None = None,
+    calibration: CalibrationSettings | None = None,
     settings: BuilderOptions | None = None,
 ) -> EngineFile:
     """Builds an engine from an ONNX file, audits it, and writes it with its sidecar.
@@ -74,7 +83,8 @@ def build_engine(
         repeat: how often to build; the engine that is fastest at the OPT batch is kept. More than 1 needs a GPU.
         timing_cache: a file that keeps measured kernel times, so that later builds are shorter.
         ranges: for the precision int8, the ranges of the tensors: a CSV or JSON file, or a calibration cache of
-            TensorRT (deploy/dynamic_ranges.py).
+            TensorRT (deploy/dynamic_ranges.py). They come before those of the calibration.
+        calibration: for the precision int8, TensorRT's calibrator, what it is fed, and its cache.
         settings: the options of the builder; by default TensorRT's own, without TF32.
 
     Returns what was written, with the audit. A layer that is declared INT8 but is not INT8 in the engine raises
@@ -99,20 +109,23 @@ def build_engine(
     _check_names(model, output, cache)
     if repeat < 1:
         raise UserError(f"--repeat {repeat}: must be at least 1")
-    check_ranges(options, given=ranges is not None)
+    check_ranges(options, given=ranges is not None or (calibration is not None and calibration.asked_for))
+    type_rules(options)
     check_writable(output)
-    table_of_ranges = None if ranges is None else RangeTable.read(ranges)
     toolkit = find_toolkit(builder)
     toolkit.typing(options.precision)
-    _say_tf32_override(options)
+    warn_of_tf32_override(asdict(options))
     capabilities = tuple(compute_capabilities or (DEFAULT_CAPABILITIES if toolkit.name == "tensorrt-rtx" else ()))
     target = toolkit.device.name if toolkit.device else "compute capabilities " + " ".join(capabilities)
     say(f"{toolkit.title}, {toolkit.typing(options.precision)}ly typed, for {target}")
     build_settings = BuildSettings.from_options(options, profiles=tuple(profiles), capabilities=capabilities)
-    built = build_with_cache_or_repeat(toolkit, model, build_settings, repeat, cache, table_of_ranges)
-    if table_of_ranges is not None:
-        _say_ranges(table_of_ranges, built.without_range, strict=options.strict)
-    return EngineFile(output, write_engine(output, built, toolkit, build_settings, source, parent), built.audit)
+    path_of_ranges = None if ranges is None else Path(ranges)
+    sources = range_sources(toolkit, model, source, parent.sha256, build_settings, calibration, path_of_ranges)
+    built = build_with_cache_or_repeat(toolkit, model, build_settings, repeat, cache, sources)
+    sources.save()
+    _say_ranges(sources, built.without_range, strict=options.strict)
+    sidecar = write_engine(output, built, toolkit, build_settings, source, parent, sources)
+    return EngineFile(output, sidecar, built.audit)
 
 
 def build_with_cache_or_repeat(
@@ -121,7 +134,7 @@ def build_with_cache_or_repeat(
     settings: BuildSettings,
     repeat: int,
     timing_cache: Path | None,
-    ranges: RangeTable | None = None,
+    sources: RangeSources = _NO_RANGES,
 ) -> BuiltEngine:
     """Builds ``repeat`` times and keeps the fastest engine, or builds once, with the timing cache if there is one.
 
@@ -129,7 +142,8 @@ def build_with_cache_or_repeat(
     """
     if repeat == 1:
         cache = TimingCacheFile(timing_cache, toolkit, settings) if timing_cache else None
-        built = build(toolkit, model, settings, cache.content if cache else None, ranges=ranges)
+        content = cache.content if cache else None
+        built = build(toolkit, model, settings, content, ranges=sources.by_hand, calibration=sources.calibration)
         return dataclasses.replace(built, timing_cache=cache.save(built)) if cache else built
     if toolkit.device is None:
         raise UserError("--repeat keeps the fastest engine, but engines cannot be timed without a GPU: leave it out")
@@ -137,13 +151,19 @@ def build_with_cache_or_repeat(
         raise UserError("an engine without weights cannot be timed: leave out --strip-weights or --repeat")
     if timing_cache is not None:
         raise UserError("--repeat times kernels again in each build, but --timing-cache avoids that: give one of them")
-    built = build_fastest(toolkit, model, settings, repeat, ranges)
+    built = build_fastest(toolkit, model, settings, repeat, sources.by_hand, sources.calibration)
     say(str(built.repetition))
     return built
 
 
 def write_engine(
-    path: Path, built: BuiltEngine, toolkit: Toolkit, settings: BuildSettings, source: Sidecar | None, parent: Parent
+    path: Path,
+    built: BuiltEngine,
+    toolkit: Toolkit,
+    settings: BuildSettings,
+    source: Sidecar | None,
+    parent: Parent,
+    ranges: RangeSources = _NO_RANGES,
 ) -> Sidecar:
     """Writes an engine and its sidecar.
 
@@ -153,10 +173,11 @@ def write_engine(
         toolkit, settings: what it was built with.
         source: the sidecar of its ONNX file, if there is one.
         parent: the ONNX file.
+        ranges: where the ranges of implicit INT8 came from.
 
     Returns the sidecar as written. Raises UserError when the disk does not take it.
     """
-    sidecar = _engine_sidecar(built, toolkit, settings, source, parent)
+    sidecar = _engine_sidecar(built, toolkit, settings, source, parent, ranges)
     return write_artifact(path, sidecar, lambda temporary: temporary.write_bytes(memoryview(built.plan)))
 
 
@@ -185,14 +206,11 @@ def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
     return None, Parent.from_file(output, model, sha256_of(model))
 
 
-def _say_tf32_override(options: BuilderOptions) -> None:
-    """The driver's libraries read a variable that switches TF32 off, whatever a builder was told."""
-    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0" and (options.tf32 or options.precision == "tf32"):
-        warn("NVIDIA_TF32_OVERRIDE=0 is set, which switches TF32 off: unset it, here and where the engine runs")
-
-
-def _say_ranges(table: RangeTable, missing: Sequence[str], *, strict: bool) -> None:
-    """What was done with the ranges, and what follows for tensors that have none."""
+def _say_ranges(sources: RangeSources, missing: Sequence[str], *, strict: bool) -> None:
+    """What was done with ranges by hand, and what follows for tensors that have none."""
+    table = sources.by_hand
+    if table is None:
+        return
     say(f"ranges from {table.source}: {len(table.amax)} tensors")
     if table.lopsided:
         say(f"  {table.lopsided} have a min and a max of different size: TensorRT's are symmetric, the larger counts")
@@ -200,9 +218,19 @@ def _say_ranges(table: RangeTable, missing: Sequence[str], *, strict: bool) -> N
         say(f"  {len(table.zero)} are 0, which tells nothing: {_some(table.zero)}")
     if missing:
         say(
-            f"  {len(missing)} tensors have none, so what reads or writes them runs in {'FP32' if strict else 'FP16'}: "
-            f"{_some(missing)}"
+            f"  {len(missing)} tensors have none: those that fused layers keep inside need none, but what reads or "
+            f"writes the others runs in {'FP32' if strict else 'FP16'}: {_some(missing)}"
         )
+
+
+def _say_layer_types(layers: Sequence[LayerType]) -> None:
+    """Which single layers have the types that were asked for, and which have not."""
+    if not layers:
+        return
+    say(f"types of single layers: {sum(layer.obeyed is True for layer in layers)} of {len(layers)} are as asked")
+    for layer in layers:
+        if not layer.obeyed:
+            say(f"  {layer}")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -218,7 +246,12 @@ def _check_names(model: Path, output: Path, timing_cache: Path | None) -> None:
 
 
 def _engine_sidecar(
-    built: BuiltEngine, toolkit: Toolkit, settings: BuildSettings, source: Sidecar | None, parent: Parent
+    built: BuiltEngine,
+    toolkit: Toolkit,
+    settings: BuildSettings,
+    source: Sidecar | None,
+    parent: Parent,
+    ranges: RangeSources,
 ) -> Sidecar:
     convolutions, products = built.audit.count("convolution"), built.audit.count("matrix product")
     figures = {
@@ -243,6 +276,9 @@ def _engine_sidecar(
         "timing_cache": built.timing_cache,
         "float_weights": built.float_weights,
         "without_range": list(built.without_range),
+        "ranges": ranges.to_json(),
+        "layer_types": [asdict(layer) for layer in built.typed_layers],
+        "units": dict(built.units),
         "repetition": asdict(built.repetition) if built.repetition else None,
         "hardware_compatible": settings.hardware_compatible,
         "version_compatible": settings.version_compatible,
@@ -274,7 +310,11 @@ def _print_audit(sidecar: Sidecar, audit: PrecisionAudit) -> None:
         ("engine", megabytes(figures["engine_bytes"])),
         ("build", f"{figures['build_seconds']:.1f} s"),
     ]
+    if sidecar.details["precision"] != "explicit" and sidecar.details["units"]:
+        units = [name for name, has in sidecar.details["units"].items() if has]
+        rows.append(("units of this GPU", ", ".join(units) or "none of FP16, INT8 and TF32"))
     table("Audit", ("what", "found"), rows)
+    _say_layer_types([LayerType(**layer) for layer in sidecar.details["layer_types"]])
     others = [finding for finding in audit.findings if finding.precision != INT8.name]
     if len(others) > 1 and not any(finding.declared_int8 for finding in audit.findings):
         say(f"not {INT8.name}: all {len(others)} of them, which the ONNX file does not declare {INT8.name}")

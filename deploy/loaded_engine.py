@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from deploy import cuda
 from deploy.build_log import BuildLog
 from deploy.installed import find_toolkit
-from deploy.settings import Profile
+from deploy.settings import Profile, warn_of_tf32_override
 from deploy.trt import Toolkit, numpy_name, sizes
 from qat.base.artifact import Sidecar, TensorSpec, parent_paths, read_sidecar, sha256_of, sidecar_path
 from qat.base.choices import BuilderName
@@ -80,6 +80,7 @@ class LoadedEngine:
         if sidecar is None:
             return cls(plan, toolkit)
         settings = sidecar.details.get("settings", {})
+        warn_of_tf32_override(settings)
         stripped_of = _model_with_weights(path, sidecar) if settings.get("strip_weights") else None
         return cls(plan, toolkit, host_code=bool(settings.get("version_compatible")), stripped_of=stripped_of)
 

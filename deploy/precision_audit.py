@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from deploy.engine_layers import EngineLayer
-from deploy.parsed_network import ParsedNetwork
+from deploy.parsed_network import ParsedNetwork, kind_of
 from qat.base.number_format import INT8
 
 if TYPE_CHECKING:
@@ -173,9 +173,7 @@ def _source(tensor: Any, makers: dict[str, Any], module: Any) -> Any | None:
     while tensor is not None and (maker := makers.get(tensor.name)) is not None:
         if maker.type.name == "DEQUANTIZE":
             return maker
-        if maker.type.name == "POOLING":
-            maker.__class__ = module.IPoolingLayer  # its type is then the kind of pooling, such as MAX
-        if maker.type.name not in _MOVING_TYPES:
+        if kind_of(maker, module) not in _MOVING_TYPES:
             return None
         tensor = maker.get_input(0)
     return None

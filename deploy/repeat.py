@@ -14,13 +14,19 @@ from typing import TYPE_CHECKING
 from deploy.builder import BuiltEngine, Repetition, build
 
 if TYPE_CHECKING:
+    from deploy.calibrator import Calibration
     from deploy.dynamic_ranges import RangeTable
     from deploy.settings import BuildSettings
     from deploy.trt import Toolkit
 
 
 def build_fastest(
-    toolkit: Toolkit, model: Path, settings: BuildSettings, repeat: int, ranges: RangeTable | None = None
+    toolkit: Toolkit,
+    model: Path,
+    settings: BuildSettings,
+    repeat: int,
+    ranges: RangeTable | None = None,
+    calibration: Calibration | None = None,
 ) -> BuiltEngine:
     """Builds ``repeat`` times and times all kernels again each time. Needs the GPU that the engines are built for.
 
@@ -29,9 +35,18 @@ def build_fastest(
     from deploy.measure import latencies
     from deploy.runtime import Engine
 
-    candidates = [build(toolkit, model, settings, ranges=ranges)]
+    candidates = [build(toolkit, model, settings, ranges=ranges, calibration=calibration)]
     while len(candidates) < repeat:
-        candidates.append(build(toolkit, model, settings, float_weights=candidates[0].float_weights, ranges=ranges))
+        candidates.append(
+            build(
+                toolkit,
+                model,
+                settings,
+                float_weights=candidates[0].float_weights,
+                ranges=ranges,
+                calibration=calibration,
+            )
+        )
     with ExitStack() as stack:
         engines = {
             str(index): stack.enter_context(Engine.from_plan(built.plan, toolkit, settings))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from qat.base.choices import EnginePrecision
+from qat.base.choices import Constraints, EnginePrecision, ImplicitCalibrator
+from qat.base.console import warn
 from qat.base.errors import UserError
 
 
@@ -70,9 +73,18 @@ class BuilderOptions:
     """How many auxiliary streams one inference may use to run branches in parallel. None: the builder decides."""
     precision: EnginePrecision = "explicit"
     """explicit: as the file says, INT8 where it has Q/DQ nodes. The others take a float32 file: fp32, tf32, fp16, bf16,
-    or int8, which needs --ranges. Newer versions have no fp16, bf16 and int8: there the file says it."""
+    or int8, which needs --data, --calibration-cache or --ranges. Newer versions have no fp16, bf16 and int8: there the
+    file says it."""
     strict: bool = False
     """For int8: no FP16 beside it. A layer that cannot run in INT8 runs in FP32."""
+    layer: tuple[str, ...] = ()
+    """PATTERN=TYPE: the layers whose names match the pattern (* ? []) compute in this type: fp32, fp16, bf16 or int8.
+    Of several patterns that match a layer, the last counts."""
+    output_type: tuple[str, ...] = ()
+    """PATTERN=TYPE: likewise, the type in which layers write."""
+    constraints: Constraints = "obey"
+    """What the builder makes of --layer and --output-type. obey: it fails where it has no such kernel; prefer: it takes
+    another type there; none: it takes what is fastest, and these are only hints."""
     tf32: bool = False
     """Whether float32 convolutions and matrix products may run on TF32 tensor cores."""
     hardware_compatible: bool = False
@@ -83,6 +95,71 @@ class BuilderOptions:
     """Whether the weights of the built engine can be replaced."""
     strip_weights: bool = False
     """Whether the engine is built without weights. They are read from the ONNX file when the engine is loaded."""
+
+
+def warn_of_tf32_override(settings: Mapping[str, Any]) -> None:
+    """Warns if an engine with these settings, as JSON, is to use TF32, and a variable switches that off."""
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0" and (settings.get("tf32") or settings.get("precision") == "tf32"):
+        warn(
+            "NVIDIA_TF32_OVERRIDE=0 is set in the environment, which switches TF32 off whatever an engine was built "
+            "for: unset it where engines are built and where they run"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """How one of TensorRT's own calibrators finds the ranges of implicit INT8."""
+
+    data: str | None = None
+    """What to calibrate on. A folder of images (its train/, if it has one); a text file that
+    lists the paths of images, one a line; digits, an .npz file or torchvision:NAME, as for qat.calibrate, with torch;
+    or inputs as the network takes them, float32: an .npy file, or an .npz file with an array for each input."""
+    calibrator: ImplicitCalibrator = "entropy2"
+    """TensorRT's IInt8EntropyCalibrator2, IInt8MinMaxCalibrator, IInt8EntropyCalibrator or IInt8LegacyCalibrator."""
+    images: int = 500
+    """Images to calibrate on, at most."""
+    calibration_batch: int = 32
+    """Images in a batch of calibration, for a network with a dynamic batch."""
+    calibrate_before_fusion: bool = False
+    """For entropy and legacy: calibrate before layers are fused, so that tensors inside fused layers get ranges too.
+    entropy2 and minmax always do."""
+    quantile: float = 0.9999
+    """Of the legacy calibrator: the share of the values, 0 to 1, that it does not clip."""
+    regression_cutoff: float = 1.0
+    """Of the legacy calibrator: the share of the largest value, 0 to 1, from which on it extrapolates the values."""
+    mean: tuple[float, ...] | None = None
+    """Mean of the normalization for each channel, of pixels in 0 to 1; by default the sidecar's, else ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of the normalization, likewise."""
+    data_root: Path = Path("data")
+    """Where torchvision's data sets are."""
+    calibration_cache: Path | None = None
+    """TensorRT's calibration cache: read if it is there and was made of the same model, images, calibrator and version,
+    else written."""
+    trust_cache: bool = False
+    """Use the scales of the --calibration-cache whatever they were made of."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("--images", self.images), ("--calibration-batch", self.calibration_batch)):
+            if value < 1:
+                raise UserError(f"{name} {value}: must be at least 1")
+        for name, share in (("--quantile", self.quantile), ("--regression-cutoff", self.regression_cutoff)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{name} {share}: must be 0 to 1")
+        if self.trust_cache and self.calibration_cache is None:
+            raise UserError("--trust-cache is about a --calibration-cache: give one")
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether there is anything to calibrate with."""
+        return self.data is not None or self.calibration_cache is not None
+
+    @property
+    def method(self) -> str:
+        """What determines the scales besides the images, in words."""
+        of_legacy = f", quantile {self.quantile:g}, regression cutoff {self.regression_cutoff:g}"
+        before = ", before fusion" if self.calibrate_before_fusion and self.calibrator in ("entropy", "legacy") else ""
+        return self.calibrator + (of_legacy if self.calibrator == "legacy" else "") + before
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The only file that knows TensorRT's versions: 8.6, 10.x, 11.x and TensorRT-RTX 1.7.
+"""Knows TensorRT's versions, with deploy/weak_typing.py and nothing else: 8.6, 10.x, 11.x and TensorRT-RTX 1.7.
 
 It knows how a network is created and typed in each version, how a build is configured, where the builder lists the
 final layers, and how an engine is loaded. Everything else in deploy/ uses ``Toolkit`` and the part of the Python API
@@ -30,11 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from deploy import cuda
+from deploy import cuda, weak_typing
 from deploy.build_log import BuildLog, progress_monitor, raise_if_out_of_memory, recording_logger
 from deploy.settings import BuildSettings
-from qat.base.choices import BuilderName, EnginePrecision
-from qat.base.console import warn
+from qat.base.choices import BuilderName, EnginePrecision, ImplicitCalibrator
 from qat.base.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,20 +43,6 @@ TimingCache = Literal["created", "reused", "replaced"]
 
 # TensorRT's names of data types -> NumPy's.
 _NUMPY_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-# The builder flags that allow each precision in a weakly typed network.
-_WEAK_FLAGS: dict[EnginePrecision, tuple[str, ...]] = {
-    "explicit": ("INT8", "FP16"),
-    "int8": ("INT8", "FP16"),
-    "fp16": ("FP16",),
-    "bf16": ("BF16",),
-}
-# What to do instead in a version that has only strongly typed networks.
-_EXPLICIT_REMEDY: dict[EnginePrecision, str] = {
-    "int8": "python -m export.quantize makes a Q/DQ file of it, from images or a --calibration-cache; build that",
-    "fp16": "python -m export.onnx --precision float16 writes the types into the file; build that",
-}
-# What the builder says of the GPU: whether it has units for a precision.
-_PLATFORM = {"FP16": "platform_has_fast_fp16", "INT8": "platform_has_fast_int8", "TF32": "platform_has_tf32"}
 
 
 @dataclass(frozen=True)
@@ -87,13 +72,7 @@ class Toolkit:
         strong = hasattr(self.module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED") or self.name == "tensorrt-rtx"
         if strong and precision in ("explicit", "fp32", "tf32"):
             return "strong"
-        flags = _WEAK_FLAGS.get(precision, ())
-        if missing := [flag for flag in flags if not hasattr(self.module.BuilderFlag, flag)]:
-            remedy = f": {_EXPLICIT_REMEDY[precision]}" if precision in _EXPLICIT_REMEDY else ""
-            raise UserError(
-                f"{self.title} cannot run a float32 ONNX file in {precision} (it has no {' and '.join(missing)} "
-                f"flag){remedy}"
-            )
+        weak_typing.check_precision(self.module, self.title, precision)
         return "weak"
 
     @property
@@ -134,10 +113,11 @@ class Toolkit:
         config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED
         config.builder_optimization_level = settings.optimization_level
         if self.typing(settings.precision) == "weak":
-            for name in _WEAK_FLAGS.get(settings.precision, ()):
-                if not (settings.strict and name == "FP16"):
-                    config.set_flag(getattr(self.module.BuilderFlag, name))
-        self._check_platform(builder, settings)
+            weak_typing.allow_precision(self.module, config, settings)
+        weak_typing.check_platform(self.units(builder), settings.precision)
+        if settings.layer or settings.output_type:
+            strong = self.typing(settings.precision) == "strong"
+            weak_typing.constrain(self.module, self.title, config, settings.constraints, strongly_typed=strong)
         if not (settings.tf32 or settings.precision == "tf32"):
             config.clear_flag(self.module.BuilderFlag.TF32)
         for wanted, name in (
@@ -163,6 +143,18 @@ class Toolkit:
         self._set_capabilities(config, settings.capabilities)
         return config
 
+    def units(self, builder: trt.Builder) -> dict[str, bool]:
+        """Whether the GPU has units for FP16, INT8 and TF32, as far as this version says it."""
+        return weak_typing.units_of_platform(builder) if self.device else {}
+
+    def calibrator_class(self, calibrator: ImplicitCalibrator) -> type[Any]:
+        """TensorRT's class of a calibrator. Raises UserError when this version has none."""
+        return weak_typing.calibrator_class(self.module, self.title, calibrator)
+
+    def calibrate_before_fusion(self, config: trt.IBuilderConfig) -> None:
+        """Lets calibration see the tensors that layers are fused over. Raises UserError if this version cannot."""
+        weak_typing.calibrate_before_fusion(self.module, self.title, config)
+
     def refuses_int8_weights(self, log: BuildLog) -> bool:
         """Whether a build failed because of a bug of 8.6 with INT8 constants (export/float_weights.py).
 
@@ -186,16 +178,6 @@ class Toolkit:
             outcome = "replaced"
             config.set_timing_cache(config.create_timing_cache(b""), False)
         return outcome
-
-    def _check_platform(self, builder: trt.Builder, settings: BuildSettings) -> None:
-        """Raises UserError for implicit INT8 on a GPU without it; says so of others, which then gain nothing."""
-        wanted = settings.precision.upper()
-        if getattr(builder, _PLATFORM.get(wanted, ""), True):
-            return
-        missing = f"this GPU has no units for {wanted}"
-        if wanted == "INT8":
-            raise UserError(f"{missing}: build it with --precision fp16 or fp32")
-        warn(f"{missing}: the engine will hardly be faster than FP32")
 
     def _check_ahead_of_time(self, settings: BuildSettings) -> None:
         """Raises UserError for options with which TensorRT-RTX was seen to fail without a useful message."""

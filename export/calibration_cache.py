@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from qat.base.calibration_cache import read_calibration_cache
+from qat.base.calibration_cache import CalibrationCache
 from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.fake_quantize.quantizer import SCALE_FLOOR
@@ -23,9 +23,9 @@ def placement_from_cache(
     have a scale of 0 there or one below the normal float32 numbers, stay in float, unless they will be ``calibrated``;
     each is warned of.
 
-    Raises UserError as ``read_calibration_cache`` does, and when the cache is for another network.
+    Raises UserError as ``CalibrationCache.read`` does, and when the cache is for another network.
     """
-    scales = read_calibration_cache(cache)
+    scales = CalibrationCache.read(cache).scales
     usable = {tensor: scale for tensor, scale in scales.items() if scale >= SCALE_FLOOR}
     unknown: set[str] = set()
     warned: set[str] = set()

@@ -28,7 +28,7 @@ from qat.base.errors import UserError
 
 FORMAT_VERSION = 1
 
-ArtifactKind = Literal["checkpoint", "onnx", "engine", "timing-cache"]
+ArtifactKind = Literal["checkpoint", "onnx", "engine", "timing-cache", "calibration-cache"]
 
 _RECORDED_PACKAGES = ("int8-qat-pipeline", "torch", "torchvision", "timm", "onnx", "onnx-ir", "onnxruntime")
 

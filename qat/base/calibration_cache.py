@@ -1,67 +1,97 @@
 """Reads TensorRT's calibration cache: the scales that implicit INT8 is built with.
 
 TensorRT 10 and older write it as text: a header, then one line for each tensor, with its name and the bits of a float32
-in hexadecimal. The float is the scale of the tensor: amax / 127.
+in hexadecimal, without leading zeros. The float is the scale of the tensor: amax / 127. The legacy calibrator's header
+has three numbers instead: the last two are the bits of its regression cutoff and its quantile, both float64.
 
-    TRT-8601-EntropyCalibration2
-    input: 3caa1f6d
-    conv1_output: 3d0a2c51
+    TRT-8601-EntropyCalibration2            0 3ff0000000000000 3fefff2e48e8a71e
+    input: 3caa1f6d                         input: 3cfa15fa
+    conv1_output: 3d0a2c51                  conv1_output: 3cbfc202
 """
 
 from __future__ import annotations
 
 import math
+import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
+from qat.base.choices import ImplicitCalibrator
 from qat.base.errors import UserError
 
-_HEADER = "TRT-"
+_HEADER = re.compile(r"TRT-(?P<version>\d+)-(?P<algorithm>\w+)|\d+ [0-9a-f]{1,16} [0-9a-f]{1,16}")
+_ALGORITHMS: dict[str, ImplicitCalibrator] = {
+    "EntropyCalibration2": "entropy2",
+    "MinMaxCalibration": "minmax",
+    "EntropyCalibration": "entropy",
+}
 
 
-def read_calibration_cache(path: Path) -> dict[str, float]:
-    """The scale of every tensor in the cache: >= 0, in the unit of the tensor, exactly the float32 that it holds.
+@dataclass(frozen=True)
+class CalibrationCache:
+    """What a calibration cache holds.
 
-    A scale of 0, or below the normal numbers, is that of a tensor that was zero in calibration; nothing can be
-    quantized by it.
-
-    Raises UserError when the file cannot be read, is not a calibration cache, or holds a scale that is negative or not
-    finite.
+    Attributes:
+        scales: of every tensor: >= 0, in the unit of the tensor, exactly the float32 that the cache holds. A scale of
+            0, or below the normal numbers, is that of a tensor that was zero in calibration; nothing can be quantized
+            by it.
+        calibrator: which one wrote it; None if it is not known.
     """
-    try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the calibration cache {path} ({error}): check the path") from error
-    if not header.startswith(_HEADER):
-        raise UserError(
-            f"{path} is not a calibration cache of TensorRT: its first line is {header[:40]!r}, and should be "
-            f"{_HEADER}<version>-...: give the cache that a builder of TensorRT 10 or older wrote"
-        )
-    scales = {}
-    for number, line in enumerate(lines, 2):
-        if not line.strip():
-            continue
-        name, separator, digits = line.rpartition(": ")
-        scale = _float_from_hex(digits) if separator else None
-        if scale is None:
+
+    scales: dict[str, float]
+    calibrator: ImplicitCalibrator | None
+
+    @classmethod
+    def read(cls, path: Path) -> CalibrationCache:
+        """Raises UserError when the file cannot be read, is no calibration cache, or has a scale that is none."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the calibration cache {path} ({error}): check the path") from error
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, source: str) -> CalibrationCache:
+        """From the bytes of a cache, which messages call ``source``. Raises UserError as ``read`` does."""
+        try:
+            header, *lines = content.decode().splitlines() or [""]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source} is not a calibration cache of TensorRT, which is text ({error})") from error
+        if not (match := _HEADER.fullmatch(header)):
             raise UserError(
-                f"{path}, line {number}: {line[:60]!r} is not 'tensor: scale' with a scale in hexadecimal: "
-                "calibrate again"
+                f"{source} is not a calibration cache of TensorRT: its first line is {header[:40]!r}, and should be "
+                "TRT-<version>-<algorithm>: give the cache that a builder of TensorRT 10 or older wrote"
             )
-        if not (math.isfinite(scale) and scale >= 0):
-            raise UserError(
-                f"{path}, line {number}: the scale of {name} is {scale:g}, and must be finite and not negative: "
-                "calibrate again"
-            )
-        scales[name] = scale
-    if not scales:
-        raise UserError(f"{path} does not hold any tensor: calibrate again")
-    return scales
+        scales = {}
+        for number, line in enumerate(lines, 2):
+            if not line.strip():
+                continue
+            name, separator, digits = line.rpartition(": ")
+            scale = _float_from_hex(digits) if separator else None
+            if scale is None:
+                raise UserError(
+                    f"{source}, line {number}: {line[:60]!r} is not 'tensor: scale' with a scale in hexadecimal: "
+                    "calibrate again"
+                )
+            if not (math.isfinite(scale) and scale >= 0):
+                raise UserError(
+                    f"{source}, line {number}: the scale of {name} is {scale:g}, and must be finite and not negative: "
+                    "calibrate again"
+                )
+            scales[name] = scale
+        if not scales:
+            raise UserError(f"{source} does not hold any tensor: calibrate again")
+        return cls(scales, _ALGORITHMS.get(match["algorithm"]) if match["algorithm"] else "legacy")
+
+
+def looks_like_calibration_cache(text: str) -> bool:
+    """Whether a file that starts with ``text`` is meant to be a calibration cache."""
+    return _HEADER.match(text) is not None
 
 
 def _float_from_hex(digits: str) -> float | None:
     """``3caa1f6d`` -> 0.0207...; None for anything that is not hexadecimal."""
-    try:
-        return float(struct.unpack("!f", struct.pack("!I", int(digits, 16)))[0])
-    except (ValueError, struct.error):
+    if not re.fullmatch("[0-9a-fA-F]{1,8}", digits):
         return None
+    return float(struct.unpack("!f", struct.pack("!I", int(digits, 16)))[0])

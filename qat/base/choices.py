@@ -33,3 +33,9 @@ BuilderName = Literal["tensorrt", "tensorrt-rtx"]
 EnginePrecision = Literal["explicit", "fp32", "tf32", "fp16", "bf16", "int8"]
 """``explicit``: INT8 where the Q/DQ nodes ask for it. The others are for a float network: FP32, TF32 tensor cores,
 FP16, BF16, or implicit INT8 (``int8``), where the builder chooses INT8 or FP16 for any layer by its tensors' ranges."""
+
+ImplicitCalibrator = Literal["entropy2", "minmax", "entropy", "legacy"]
+"""TensorRT's calibrators for implicit INT8: IInt8EntropyCalibrator2 and its three siblings."""
+
+Constraints = Literal["obey", "prefer", "none"]
+"""What the builder makes of the precisions asked for single layers: it fails, warns, or may ignore them."""

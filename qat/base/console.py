@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Annotated, NoReturn, TypeVar, get_type_hints
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import docstring_parser
 import rich.console
@@ -76,10 +76,13 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
     sys.exit(code)
 
 
-def _with_flowing_help(options: type[Options]) -> type[Options]:
+def _with_flowing_help(options: type[Any]) -> type[Any]:
     """Makes each docstring of ``options`` one line, because tyro keeps the line breaks of indented text."""
     for base in options.__mro__[:-1]:
         hints = get_type_hints(base, include_extras=True)
+        for inner in get_type_hints(base).values():
+            if isinstance(inner, type) and is_dataclass(inner):
+                _with_flowing_help(inner)
         for attribute in docstring_parser.parse_from_object(base).params:
             flowing = " ".join((attribute.description or "").split())
             base.__annotations__[attribute.arg_name] = Annotated[hints[attribute.arg_name], tyro.conf.arg(help=flowing)]

@@ -23,7 +23,7 @@ from export.from_float_onnx import quantize_onnx
 from export.linter import lint_onnx
 from export.session import run, session, sqnr_db
 from qat.base.artifact import Sidecar, read_sidecar, write_artifact
-from qat.base.calibration_cache import read_calibration_cache
+from qat.base.calibration_cache import CalibrationCache
 from qat.base.errors import UserError
 
 
@@ -415,12 +415,12 @@ def test_a_damaged_cache_says_where(tmp_path: Path, text: str, says: str) -> Non
     path = tmp_path / "c.cache"
     path.write_text(text)
     with pytest.raises(UserError, match=says):
-        read_calibration_cache(path)
+        CalibrationCache.read(path)
 
 
 def test_a_cache_is_read_with_names_that_hold_colons_and_spaces(tmp_path: Path) -> None:
     scales = {"(Unnamed Layer* 3) [Convolution]_output": 0.5, "a:0": 0.25}
-    assert read_calibration_cache(write_cache(tmp_path / "c", scales, "TRT-100300-MinMaxCalibration")) == scales
+    assert CalibrationCache.read(write_cache(tmp_path / "c", scales, "TRT-100300-MinMaxCalibration")).scales == scales
 
 
 # --- bad input
