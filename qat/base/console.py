@@ -49,26 +49,28 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
     """
     module = sys.modules[main.__module__]
     name = module.__spec__.name if module.__spec__ else None
-    chosen = tyro.cli(
-        _with_flowing_help(options),
-        prog=f"python -m {name}" if name and module.__name__ == "__main__" else None,  # None: the console script's
-        description=module.__doc__,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    debug = "--debug" in sys.argv  # until the command line is parsed
     try:
+        chosen = tyro.cli(
+            _with_flowing_help(options),
+            prog=f"python -m {name}" if name and module.__name__ == "__main__" else None,  # None: the console script's
+            description=module.__doc__,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        debug = chosen.debug
         code = main(chosen) or DONE
-    except UserError as error:
-        if chosen.debug:
+    except UserError as error:  # of main, or of options that contradict each other
+        if debug:
             raise
         _one_line("error", str(error))
         code = USER_ERROR
     except KeyboardInterrupt as interrupt:
-        if chosen.debug:
+        if debug:
             raise
         _one_line("interrupted", str(interrupt) or "no half-written file was left behind")
         code = INTERRUPTED
     except Exception as error:
-        if chosen.debug:
+        if debug:
             raise
         first_line = (str(error).strip().splitlines() or [""])[0]
         _one_line("internal error", f"{type(error).__name__}: {first_line}; run again with --debug and report it")
