@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -43,8 +43,14 @@ class GpuBuffer:
     """GPU memory that is filled through pinned host memory, on a stream of its own."""
 
     def __init__(self, size: int) -> None:
-        self._memory, self._pinned, self._stream = cuda.DeviceMemory(size), cuda.PinnedMemory(size), cuda.Stream()
-        self.address = self._memory.address
+        with ExitStack() as made:  # what was made before a failure is freed
+            memory = cuda.DeviceMemory(size)
+            made.callback(memory.close)
+            self._pinned = cuda.PinnedMemory(size)
+            made.callback(self._pinned.close)
+            self._stream = cuda.Stream()
+            made.callback(self._stream.close)
+            self.address, self._owned = memory.address, made.pop_all()
 
     def write(self, batch: np.ndarray) -> None:
         """Copies ``batch`` and waits for the copy."""
@@ -54,14 +60,13 @@ class GpuBuffer:
 
     def close(self) -> None:
         """Frees all of it."""
-        for part in (self._stream, self._pinned, self._memory):
-            part.close()
+        self._owned.close()
 
 
 class BatchFeed:
     """Whole batches of ``inputs``, one after the other, in two buffers for each input.
 
-    The memory of a batch stays as it is until the batch after the next one is asked for.
+    The memory of a batch stays as it is until the next batch is asked for: TensorRT has used it by then.
     """
 
     def __init__(
@@ -74,7 +79,13 @@ class BatchFeed:
         """``buffer(size)`` makes memory of ``size`` bytes; ``on_thread`` is called first on the thread that fills."""
         self._inputs, self.batch, self._batches = inputs, batch, inputs.count // batch
         first = inputs.read(0, batch)
-        self._buffers = [{name: buffer(array.nbytes) for name, array in first.items()} for _ in range(2)]
+        self._buffers: tuple[dict[str, Buffer], dict[str, Buffer]] = ({}, {})
+        with ExitStack() as made:  # what was made before a failure is freed
+            for buffers in self._buffers:
+                for name, array in first.items():
+                    buffers[name] = buffer(array.nbytes)
+                    made.callback(buffers[name].close)
+            self._owned = made.pop_all()
         self._pool = ThreadPoolExecutor(1, initializer=on_thread)
         self._given, self._next = 0, self._fill(0)
 
@@ -100,9 +111,7 @@ class BatchFeed:
     def close(self) -> None:
         """Waits for the thread and frees the memory."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for buffers in self._buffers:
-            for buffer in buffers.values():
-                buffer.close()
+        self._owned.close()
 
     def _fill(self, index: int) -> Future[Mapping[str, Buffer]] | None:
         if index >= self._batches:
@@ -141,6 +150,7 @@ class Calibration:
 
         Raises UserError when this version has no such calibrator, and afterwards what failed inside of it.
         """
+        base = toolkit.calibrator_class(self.settings.calibrator)
         feed = None
         if not self.cache:
             assert self._inputs is not None
@@ -148,12 +158,11 @@ class Calibration:
             device = cuda.current_device()
             feed = BatchFeed(self._inputs, batch, on_thread=lambda: cuda.use_device(device))
         calls = Calls(feed, self.cache, batch, on_batch)
-        base = toolkit.calibrator_class(self.settings.calibrator)
         calibrator = make_calibrator(base, calls, self.settings.quantile, self.settings.regression_cutoff)
         config.int8_calibrator = calibrator
-        if self.settings.calibrate_before_fusion:
-            toolkit.calibrate_before_fusion(config)
         try:
+            if self.settings.calibrate_before_fusion:
+                toolkit.calibrate_before_fusion(config)
             yield
         finally:
             if feed:
