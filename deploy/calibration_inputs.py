@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -20,7 +23,7 @@ from deploy.reference import network_input
 from deploy.settings import CalibrationSettings
 from qat.base.artifact import Sidecar, TensorSpec
 from qat.base.console import progress, say, warn
-from qat.base.errors import UserError
+from qat.base.errors import UserError, one_line
 
 FEW_IMAGES = 100
 _IMAGENET: Mapping[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "share": 224 / 256}
@@ -95,40 +98,52 @@ def calibration_inputs(
 
 def _holds_inputs(path: Path, specs: Sequence[TensorSpec]) -> bool:
     """Whether an .npz file holds an array for each input, so that it is no data set of images."""
+    with _opened(path) as arrays:
+        return {spec.name for spec in specs} <= set(arrays)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an .npz file, or the one of an .npy file under the name "".
+
+    Raises UserError when the file is damaged, which may be found only when an array is read.
+    """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {spec.name for spec in specs} <= set(arrays.files)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {path} ({error}): check the path") from error
+        with open(path, "rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray) != (path.suffix == ".npy"):
+                raise ValueError(f"by its content it is no {path.suffix} file")
+            yield {"": loaded} if isinstance(loaded, np.ndarray) else loaded
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise UserError(f"cannot read {path} ({one_line(error)}): check the path, or make the file again") from error
 
 
 def _array_inputs(path: Path, specs: Sequence[TensorSpec], settings: CalibrationSettings) -> CalibrationInputs:
     if settings.mean is not None or settings.std is not None:
         raise UserError(f"{path} holds inputs as the network takes them: leave out --mean and --std")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"cannot read {path} ({error}): check the path") from error
     if path.suffix == ".npy" and len(specs) != 1:
         names = ", ".join(spec.name for spec in specs)
         raise UserError(
             f"the network has {len(specs)} inputs ({names}): give --data an .npz file with an array of each"
         )
-    found = {specs[0].name: loaded} if path.suffix == ".npy" else {spec.name: loaded[spec.name] for spec in specs}
-    count = min(settings.images, *(len(array) for array in found.values()))
-    digest = hashlib.sha256()
+    with _opened(path) as arrays:
+        found = {spec.name: arrays["" if path.suffix == ".npy" else spec.name] for spec in specs}
     for spec in specs:
-        array = found[spec.name] = np.ascontiguousarray(found[spec.name][:count])
+        array = found[spec.name]
         fits = array.ndim == len(spec.shape) and all(
             wanted in (-1, extent) for extent, wanted in zip(array.shape[1:], spec.shape[1:], strict=True)
         )
-        if not fits or str(array.dtype) != spec.dtype or not count:
+        if not fits or str(array.dtype) != spec.dtype or not len(array):
             raise UserError(
                 f"{path} holds {array.dtype} {list(array.shape)} for {spec.name}, the network takes {spec.dtype} "
                 f"{list(spec.shape)}: correct it"
             )
+    count = min(settings.images, *(len(array) for array in found.values()))
+    digest = hashlib.sha256()
+    for name in found:
+        array = found[name] = np.ascontiguousarray(found[name][:count])
         if not np.isfinite(array).all():
-            raise UserError(f"{path} holds NaN or infinity for {spec.name}: correct it")
+            raise UserError(f"{path} holds NaN or infinity for {name}: correct it")
         digest.update(array.tobytes())
     return CalibrationInputs(
         str(path), count, digest.hexdigest(), lambda start, stop: {name: x[start:stop] for name, x in found.items()}
@@ -162,6 +177,7 @@ def _preprocessing(settings: CalibrationSettings, spec: TensorSpec, sidecar: Sid
                 raise UserError(f"--{key} has {len(values)} numbers, the network takes {channels} channels")
             found[key] = values
     defaults = {"resize": min(height, width), "interpolation": "bilinear"}
+    found |= {key: tuple(map(float, found[key])) for key in ("mean", "std")}  # of a sidecar they are lists
     return defaults | found | {"height": height, "width": width, "color": "grey" if channels == 1 else "RGB"}
 
 
@@ -213,7 +229,10 @@ def fitted(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
     short = min(image.size)
     if short != preprocessing["resize"]:
         width, height = (int(extent * preprocessing["resize"] / short) for extent in image.size)
-        image = image.resize((width, height), Image.Resampling[preprocessing["interpolation"].upper()])
+        filtered_by = Image.Resampling[preprocessing["interpolation"].upper()]
+        # First along the rows, as torchvision does. Of tall images Pillow would begin with the columns, and bicubic
+        # overshoot is cut off after each of the two.
+        image = image.resize((width, image.height), filtered_by).resize((width, height), filtered_by)
     left, top = (
         round((extent - preprocessing[name]) / 2) for extent, name in zip(image.size, ("width", "height"), strict=True)
     )

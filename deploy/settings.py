@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -146,6 +147,10 @@ class CalibrationSettings:
         for name, share in (("--quantile", self.quantile), ("--regression-cutoff", self.regression_cutoff)):
             if not 0 <= share <= 1:
                 raise UserError(f"{name} {share}: must be 0 to 1")
+        for name, numbers in (("--mean", self.mean or ()), ("--std", self.std or ())):
+            if not all(map(math.isfinite, numbers)) or (name == "--std" and min(numbers, default=1) <= 0):
+                wanted = "above 0" if name == "--std" else "finite"
+                raise UserError(f"{name} {' '.join(f'{number:g}' for number in numbers)}: must be {wanted}")
         if self.trust_cache and self.calibration_cache is None:
             raise UserError("--trust-cache is about a --calibration-cache: give one")
 
