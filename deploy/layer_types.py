@@ -27,6 +27,8 @@ _ALLOWED_BY = {
     "bf16": ("bf16",),
     "int8": ("int8", "explicit"),
 }
+_FLOATS = ("FLOAT", "HALF", "BF16")
+_NOT_TOLD = ("unknown", "none")  # what EngineLayer has where the engine's description lacks a type
 _WITHOUT_COMPUTATION = ("CONSTANT", "SHAPE", "QUANTIZE", "DEQUANTIZE")
 
 
@@ -49,10 +51,9 @@ class TypeRule:
             )
         allowed = _ALLOWED_BY.get(name, ())
         if allowed and (options.precision not in allowed or (options.strict and name == "fp16")):
-            strict = " without --strict" if options.strict else ""
-            raise UserError(
-                f"{option} {text!r}: --precision {options.precision} has no {name}: give {allowed[0]}{strict}"
-            )
+            if options.precision in allowed:
+                raise UserError(f"{option} {text!r}: --strict allows no {name}: leave out --strict")
+            raise UserError(f"{option} {text!r}: --precision {options.precision} has no {name}: give {allowed[0]}")
         return cls(kind, pattern, name)
 
 
@@ -92,7 +93,8 @@ def set_types(rules: Sequence[TypeRule], network: trt.INetworkDefinition, module
     layers = {layer.name: layer for layer in _computing_layers(network)}
     asked: dict[tuple[str, Kind], str] = {}
     for rule in rules:
-        matching = [name for name in layers if fnmatchcase(name, rule.pattern)]
+        # TensorRT's own names have signs of patterns in them: (Unnamed Layer* 3) [Shuffle]
+        matching = [name for name in layers if name == rule.pattern or fnmatchcase(name, rule.pattern)]
         if not matching:
             raise UserError(
                 f"{_OPTIONS[rule.kind]} {rule.pattern!r} matches none of the {len(layers)} layers"
@@ -104,7 +106,7 @@ def set_types(rules: Sequence[TypeRule], network: trt.INetworkDefinition, module
         if kind == "precision":
             layers[name].precision = data_type
         else:
-            for index in range(layers[name].num_outputs):
+            for index in _float_outputs(layers[name]):
                 layers[name].set_output_type(index, data_type)
     return tuple(LayerType(name, kind, wanted) for (name, kind), wanted in asked.items())
 
@@ -115,23 +117,24 @@ def layers_as_built(asked: Iterable[LayerType], layers: Sequence[EngineLayer]) -
 
 
 def _found(asked: LayerType, layers: Sequence[EngineLayer]) -> str:
-    """The type in the engine; of an output only where the layer is the last of those that are fused."""
+    """The type in the engine, "" if it is not told; of an output only where the layer is the last of the fused."""
     naming = [layer for layer in layers if not layer.is_reformat and asked.layer in layer.own_nodes]
     naming = naming or [layer for layer in layers if not layer.is_reformat and asked.layer in layer.onnx_nodes]
     if not naming:
         return ""
     layer = naming[0]
-    if asked.kind == "precision":
-        return layer.product_precision.lower()
-    last = layer.own_nodes and layer.own_nodes[-1] == asked.layer
-    return layer.outputs[0].lower() if last and layer.outputs else ""
+    last = bool(layer.own_nodes) and layer.own_nodes[-1] == asked.layer
+    found = layer.product_precision if asked.kind == "precision" else layer.outputs[0] if last and layer.outputs else ""
+    return "" if found in _NOT_TOLD else found.lower()
 
 
 def _computing_layers(network: trt.INetworkDefinition) -> Iterator[Any]:
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        floats = (
-            layer.get_output(output).dtype.name in ("FLOAT", "HALF", "BF16") for output in range(layer.num_outputs)
-        )
-        if layer.type.name not in _WITHOUT_COMPUTATION and any(floats):
+        if layer.type.name not in _WITHOUT_COMPUTATION and _float_outputs(layer):
             yield layer
+
+
+def _float_outputs(layer: Any) -> list[int]:
+    """Indices of the outputs that can have another type; those of integers, such as TopK's second, cannot."""
+    return [index for index in range(layer.num_outputs) if layer.get_output(index).dtype.name in _FLOATS]
