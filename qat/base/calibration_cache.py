@@ -55,7 +55,8 @@ class CalibrationCache:
     def parse(cls, content: bytes, source: str) -> CalibrationCache:
         """From the bytes of a cache, which messages call ``source``. Raises UserError as ``read`` does."""
         try:
-            header, *lines = content.decode().splitlines() or [""]
+            # Only line feeds end a line: str.splitlines would also split at rare characters in names.
+            header, *lines = (line.removesuffix("\r") for line in content.decode().split("\n"))
         except UnicodeDecodeError as error:
             raise UserError(f"{source} is not a calibration cache of TensorRT, which is text ({error})") from error
         if not (match := _HEADER.fullmatch(header)):
