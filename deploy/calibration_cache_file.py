@@ -33,8 +33,9 @@ class CacheKey:
     def differences(self, recorded: Mapping[str, Any]) -> list[str]:
         """How what a sidecar ``recorded`` differs, one text for each difference."""
         mine = {name: value for name, value in asdict(self).items() if value is not None}
+        without_value = {"model": "another model", "images": "other images"}
         return [
-            f"another {name}" if name in ("model", "images") else f"{name} {recorded.get(name)} instead of {value}"
+            without_value.get(name) or f"{name} {recorded.get(name)} instead of {value}"
             for name, value in mine.items()
             if recorded.get(name) != value
         ]
