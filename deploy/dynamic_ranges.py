@@ -83,8 +83,9 @@ class RangeTable:
     def over(self, other: RangeTable) -> RangeTable:
         """These ranges, and those of ``other`` for the tensors that have none here."""
         source = f"{self.source}, then {other.source}"
-        zero = tuple(name for name in (*self.zero, *other.zero) if name not in self.amax)
-        return RangeTable(source, {**other.amax, **self.amax}, self.lopsided + other.lopsided, zero, other.other)
+        amax = {**other.amax, **self.amax}
+        zero = tuple(name for name in dict.fromkeys((*self.zero, *other.zero)) if name not in amax)
+        return RangeTable(source, amax, self.lopsided + other.lopsided, zero, other.other)
 
     def apply(self, network: trt.INetworkDefinition, module: Any) -> list[str]:
         """Gives the floating-point tensors of a network, inputs included, their ranges; returns those without one.
@@ -124,11 +125,11 @@ def _passed_on(network: trt.INetworkDefinition, known: Mapping[str, float], modu
     """``known``, and the ranges that follow from it without a measurement.
 
     A layer that only moves values has one range on both sides. What a ReLU alone reads is clipped at the ReLU's range
-    anyway, because it is computed together with what makes it.
+    anyway, because it is computed together with what makes it. Who takes an output of the network reads it, too.
     """
     found = dict(known)
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    readers: Counter[str] = Counter()
+    readers = Counter(network.get_output(index).name for index in range(network.num_outputs))
     for layer in layers:
         given = (layer.get_input(index) for index in range(layer.num_inputs))
         readers.update(tensor.name for tensor in given if tensor is not None)
