@@ -13,7 +13,7 @@ import torch
 from export.emit import emit, example_input, with_ends
 from export.fold import fold
 from export.onnx_network import QUANTIZE
-from export.qdq import DATA, SCALE, QdqModel, size_of
+from export.qdq import DATA, SCALE, ZERO_POINT, QdqModel, code_type, input_of, size_of
 from export.read import read_onnx
 from export.tensor_names import names_of_inputs, names_of_outputs, output_shapes
 from export.trained_network import TrainedNetwork
@@ -24,8 +24,8 @@ from qat.base.number_format import INT8
 def quantized_ranges(path: Path) -> dict[str, float]:
     """The amax of every activation that ``path`` (.onnx or .qat) quantizes, above 0, by the tensor's name.
 
-    Raises UserError when the file cannot be read, quantizes nothing, or quantizes an activation by several scales,
-    which no range can say.
+    Raises UserError when the file cannot be read, quantizes nothing, or quantizes an activation by several scales or
+    with a zero point, which no symmetric range can say.
     """
     model = read_onnx(path) if path.suffix == ".onnx" else _emitted(path)
     found: dict[str, float] = {}
@@ -34,10 +34,16 @@ def quantized_ranges(path: Path) -> dict[str, float]:
         tensor = node.inputs[DATA] if node.op_type == QUANTIZE else None
         if tensor is None or tensor in qdq.constants:
             continue
+        zero_point = qdq.value(input_of(node, ZERO_POINT))
+        if code_type(qdq, node) not in (qdq.codes, None) or (zero_point is not None and zero_point.any()):
+            raise UserError(
+                f"{path}: {tensor.name} is not quantized to {INT8.name} with zero point 0: a symmetric range cannot "
+                "say that"
+            )
         scale = qdq.value(node.inputs[SCALE])
-        if scale is None or size_of(scale) != 1:
+        amax = INT8.high * float(scale.reshape(())) if scale is not None and size_of(scale) == 1 else None
+        if amax is None or found.setdefault(str(tensor.name), amax) != amax:
             raise UserError(f"{path}: {tensor.name} is not quantized by one constant scale: a range cannot say that")
-        found[str(tensor.name)] = INT8.high * float(scale.reshape(()))
     if not found:
         raise UserError(f"{path} quantizes no activation: give a Q/DQ file or a checkpoint of qat.train")
     return found
