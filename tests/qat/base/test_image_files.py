@@ -1,0 +1,80 @@
+"""Finding image files in folders, and their sizes; what reading makes of one is in tests/qat/data/test_images.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qat.base.errors import UserError
+from qat.base.image_files import IMAGE_EXTENSIONS, all_image_files, image_files, image_size, is_image, read_image
+
+
+def made(path: Path, *, width: int = 6, height: int = 4) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(path)
+    return str(path)
+
+
+def test_images_are_found_in_subfolders_and_links_and_sorted(tmp_path: Path) -> None:
+    inner = [made(tmp_path / "a" / name) for name in ("z.PNG", "b/c.jpeg", "b.png")]
+    elsewhere = made(tmp_path / "elsewhere" / "x.bmp")
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "y.png").symlink_to(elsewhere)
+    made(tmp_path / "a" / ".hidden.png")
+    files, notes = all_image_files(tmp_path / "a")
+    assert files == sorted([*inner, str(tmp_path / "a" / "link" / "x.bmp"), str(tmp_path / "a" / "y.png")])
+    assert notes == ()
+
+
+def test_what_is_no_image_is_counted_by_extension(tmp_path: Path) -> None:
+    made(tmp_path / "a.png")
+    for name in ("1.txt", "2.TXT", "3.csv", "4.json", "5.xml", "6.npy", "README", ".DS_Store"):
+        (tmp_path / name).write_text("")
+    files, (note,) = all_image_files(tmp_path)
+    assert len(files) == 1
+    assert note.startswith("left out: 7 files")
+    assert "2 .txt" in note
+    assert note.endswith("...)")
+    others: Counter[str] = Counter()
+    image_files(tmp_path, others)
+    assert others == {".txt": 2, ".csv": 1, ".json": 1, ".xml": 1, ".npy": 1, "no extension": 1}
+
+
+def test_a_folder_without_images_says_what_it_has_and_what_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.raw").write_text("")
+    with pytest.raises(UserError) as caught:
+        all_image_files(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path} has no image")
+    assert "1 .raw" in message
+    assert ".png" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.png", True), ("A.JPG", True), ("a.b.webp", True), ("png", False), (".png", False), ("a.png.txt", False)],
+)
+def test_images_are_known_by_their_extension(name: str, expected: bool) -> None:
+    assert is_image(name) is expected
+    assert {".png", ".jpg", ".jpeg", ".bmp"} <= set(IMAGE_EXTENSIONS)
+
+
+def test_the_size_is_read_from_the_head_of_a_file(tmp_path: Path) -> None:
+    path = Path(made(tmp_path / "a.png", width=300, height=40))
+    assert image_size(str(path)) == (300, 40)
+    assert read_image(str(path)).shape == (40, 300, 3)
+    path.write_bytes(path.read_bytes()[:60])
+    assert image_size(str(path)) == (300, 40)
+    with pytest.raises(UserError, match=r"a\.png is corrupt"):
+        read_image(str(path))
+    path.write_bytes(b"")
+    for read in (image_size, read_image):
+        with pytest.raises(UserError, match=r"a\.png is corrupt"):
+            read(str(path))
+        with pytest.raises(UserError, match=r"cannot read .*none\.png: No such file"):
+            read(str(tmp_path / "none.png"))
