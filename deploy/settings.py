@@ -162,7 +162,7 @@ class CalibrationSettings:
     @property
     def method(self) -> str:
         """What determines the scales besides the images, in words."""
-        of_legacy = f", quantile {self.quantile:g}, regression cutoff {self.regression_cutoff:g}"
+        of_legacy = f", quantile {self.quantile}, regression cutoff {self.regression_cutoff}"
         before = ", before fusion" if self.calibrate_before_fusion and self.calibrator in ("entropy", "legacy") else ""
         return self.calibrator + (of_legacy if self.calibrator == "legacy" else "") + before
 
