@@ -95,6 +95,7 @@ SETTINGS = {
         label_smoothing=0.0,
         compiled=True,
     ),
+    "flowers-resnet18": _photographs("resnet18"),
     "flowers-mobilenet_v2": _photographs("mobilenet_v2"),
     "flowers-mobilenet_v3_large": _photographs("mobilenet_v3_large"),
     "flowers-efficientnet_b0": _photographs("efficientnet_b0"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.builder import Repetition, build
+from deploy.calibration import RangeSources, range_sources
 from deploy.candidates import Candidate
 from deploy.dynamic_ranges import RangeTable
 from deploy.engine_file import write_engine
@@ -24,7 +25,7 @@ from deploy.repeat import build_fastest
 from deploy.settings import BuildSettings, Profile
 from deploy.timing_cache import TimingCacheFile
 from deploy.trt import Toolkit
-from qat.base.artifact import Parent, Sidecar, disk_errors, read_sidecar, sha256_of
+from qat.base.artifact import Parent, Sidecar, disk_errors, read_sidecar, sha256_of, sidecar_path
 from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
@@ -62,21 +63,32 @@ class CandidateEngines:
         """The serialized engine of a candidate for a fixed batch, built unless the folder has exactly this engine."""
         settings = self._settings(candidate, batch)
         path, digest = self._path(candidate, batch), sha256_of(candidate.model)
-        if (sidecar := self._reusable_sidecar(path, settings, digest)) is not None:
+        by_itself = candidate.calibration is None and candidate.ranges is None
+        if by_itself and (sidecar := self._reusable_sidecar(path, settings, digest)) is not None:
             self._record_build(candidate, batch, sidecar, in_this_run=False)
             return path.read_bytes()
         say(f"building {candidate.name} for batch {batch}")
+        sources = self._ranges(candidate, settings, digest)
         if self.repeat == 1:
             timings = TimingCacheFile(path.with_suffix(".timings"), self.toolkit, settings, replace_unknown=True)
-            # The same range for all tensors shows how fast implicit INT8 is.
-            ranges = RangeTable.constant(_SOME_AMAX) if candidate.precision == "int8" else None
-            built = build(self.toolkit, candidate.model, settings, timings.content or self._timings, ranges=ranges)
+            content = timings.content or self._timings
+            built = build(
+                self.toolkit,
+                candidate.model,
+                settings,
+                content,
+                ranges=sources.by_hand,
+                calibration=sources.calibration,
+            )
             built = dataclasses.replace(built, timing_cache=timings.save(built))
             self._timings = built.timing_cache_content
         else:
-            built = build_fastest(self.toolkit, candidate.model, settings, self.repeat)
+            built = build_fastest(
+                self.toolkit, candidate.model, settings, self.repeat, sources.by_hand, sources.calibration
+            )
+        sources.save()
         parent = Parent.from_file(path, candidate.model, digest)
-        sidecar = write_engine(path, built, self.toolkit, settings, None, parent)
+        sidecar = write_engine(path, built, self.toolkit, settings, None, parent, sources)
         self._record_build(candidate, batch, sidecar, in_this_run=True)
         return bytes(built.plan)
 
@@ -92,6 +104,19 @@ class CandidateEngines:
                     f"{candidate.name} for batch {batch} is left to the run that made {claim}; "
                     "delete that file if the run has ended"
                 )
+
+    def _ranges(self, candidate: Candidate, settings: BuildSettings, digest: str) -> RangeSources:
+        """Where the ranges of implicit INT8 come from. What is calibrated for one batch size is kept for the others."""
+        if candidate.precision != "int8":
+            return RangeSources()
+        if candidate.calibration is None and candidate.ranges is None:
+            return RangeSources(RangeTable.constant(_SOME_AMAX))
+        model, calibration = candidate.model, candidate.calibration
+        if calibration is not None and calibration.calibration_cache is None:
+            cache = self.folder / f"{candidate.file_name}.cache"
+            calibration = dataclasses.replace(calibration, calibration_cache=cache)
+        sidecar = read_sidecar(model, "onnx") if sidecar_path(model).exists() else None
+        return range_sources(self.toolkit, model, sidecar, digest, settings, calibration, candidate.ranges)
 
     def _path(self, candidate: Candidate, batch: int) -> Path:
         return self.folder / f"{candidate.file_name}-{batch}.engine"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploy.settings import CalibrationSettings
 from qat.base.choices import EnginePrecision
 from qat.base.console import warn
 from qat.base.errors import UserError
@@ -27,11 +28,21 @@ NamedFile = tuple[str, Path]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One engine for each batch size: its name, its ONNX file and the precision that it is built with."""
+    """One engine for each batch size.
+
+    Attributes:
+        name: what tables call it.
+        model: its ONNX file.
+        precision: what it is built with.
+        calibration, ranges: for implicit INT8, a calibrator and a file of ranges by hand; without both, every tensor
+            has the same range, and the engine only shows how fast implicit INT8 is.
+    """
 
     name: str
     model: Path
     precision: EnginePrecision = "explicit"
+    calibration: CalibrationSettings | None = None
+    ranges: Path | None = None
 
     @property
     def file_name(self) -> str:

@@ -8,15 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx_ir as ir
-import torch
 
-from export.emit import emit, example_input, with_ends
-from export.fold import fold
 from export.onnx_network import QUANTIZE
 from export.qdq import DATA, SCALE, ZERO_POINT, QdqModel, code_type, input_of, size_of
 from export.read import read_onnx
-from export.tensor_names import names_of_inputs, names_of_outputs, output_shapes
-from export.trained_network import TrainedNetwork
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
 
@@ -50,7 +45,14 @@ def quantized_ranges(path: Path) -> dict[str, float]:
 
 
 def _emitted(checkpoint: Path) -> ir.Model:
-    """The Q/DQ model of a checkpoint, as export.onnx writes it."""
+    """The Q/DQ model of a checkpoint, as export.onnx writes it. Torch is imported here: Q/DQ files do not need it."""
+    import torch
+
+    from export.emit import emit, example_input, with_ends
+    from export.fold import fold
+    from export.tensor_names import names_of_inputs, names_of_outputs, output_shapes
+    from export.trained_network import TrainedNetwork
+
     network = TrainedNetwork.from_checkpoint(checkpoint)
     network.check_exportable()
     folded, _ = fold(network.model)

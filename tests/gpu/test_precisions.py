@@ -85,7 +85,7 @@ def test_tensors_without_a_range_stay_float_and_are_listed(floats, ranges, tmp_p
     missing = engine.sidecar.details["without_range"]
     assert "input" not in missing
     assert len(missing) >= len(ranges) - 1
-    assert "have none, so what reads or writes them runs in FP16" in " ".join(capsys.readouterr().out.split())
+    assert "what reads or writes the others runs in FP16" in " ".join(capsys.readouterr().out.split())
 
 
 def test_ranges_of_another_network_are_refused(floats, tmp_path):

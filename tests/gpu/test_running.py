@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from deploy import cuda
-from deploy.arrays import DeviceArray
+from deploy.arrays import DeviceArray, read_inputs
 from deploy.executor import GRAPHS_PER_EXECUTOR
 from deploy.runtime import Engine
 from qat.base.artifact import read_sidecar, sidecar_path, write_artifact
@@ -63,6 +63,19 @@ def test_arrays_on_the_gpu_stay_there(engine, images):
     found = engine(on_gpu(images[:5]))
     assert isinstance(found, DeviceArray)
     assert found.__cuda_array_interface__["shape"] == (5, 10)
+    assert np.array_equal(found.numpy(), engine(images[:5]))
+
+
+def test_arrays_of_pycuda_go_through_without_the_host(engine, images, monkeypatch):
+    pytest.importorskip("pycuda.autoprimaryctx", reason="pycuda is not installed", exc_type=ImportError)
+    from pycuda import gpuarray
+
+    given = gpuarray.to_gpu(images[:5])
+    assert read_inputs(given, engine.inputs).arrays[0].address == int(given.gpudata)
+    monkeypatch.setattr(cuda, "PinnedMemory", lambda *_: pytest.fail("it goes through the host"))
+    found = engine(given)
+    monkeypatch.undo()
+    assert isinstance(found, DeviceArray)
     assert np.array_equal(found.numpy(), engine(images[:5]))
 
 
