@@ -73,7 +73,7 @@ def amax_percentile(counts: Tensor, limit: Tensor | float, percentile: float = 9
 
 def amax_mse(counts: Tensor, limit: Tensor | float, levels: int = INT8.levels) -> Tensor:
     """The amax with the least mean squared quantization error; arguments as in ``amax_percentile``, B >= levels."""
-    return _best_threshold(mse_of_thresholds(counts, levels), levels).double() * limit / counts.shape[-1]
+    return best_threshold(mse_of_thresholds(counts, levels), levels).double() * limit / counts.shape[-1]
 
 
 def amax_entropy(counts: Tensor, limit: Tensor | float, levels: int = INT8.levels) -> Tensor:
@@ -81,12 +81,26 @@ def amax_entropy(counts: Tensor, limit: Tensor | float, levels: int = INT8.level
 
     Arguments as in ``amax_percentile``, B >= levels.
     """
+    shape, together = counts.shape[:-1], _TOGETHER_ON_GPU if counts.is_cuda else _TOGETHER
+    limits = torch.as_tensor(limit, dtype=torch.float64, device=counts.device).expand(shape).reshape(-1)
+    chosen = []
+    for part in zip(counts.reshape(-1, counts.shape[-1]).split(together), limits.split(together), strict=True):
+        amax, divergence = entropy_of_thresholds(*part, levels)
+        chosen.append(amax.gather(-1, best_threshold(divergence, levels)[:, None] - levels))
+    return torch.cat(chosen).view(shape)
+
+
+def entropy_of_thresholds(counts: Tensor, limit: Tensor | float, levels: int = INT8.levels) -> tuple[Tensor, Tensor]:
+    """The amax of all candidates, in the unit of x, and the divergences from which entropy chooses: two [..., T].
+
+    Arguments as in ``amax_entropy``. T and where divergences are infinite: see ``kl_of_thresholds``.
+    """
     without_zeros = counts.clone()
     without_zeros[..., 0] = torch.minimum(counts[..., 0], counts[..., 1])
-    tensors = without_zeros.reshape(-1, counts.shape[-1])
-    parts = torch.split(tensors, _TOGETHER_ON_GPU if counts.is_cuda else _TOGETHER)
-    chosen = torch.cat([_best_threshold(kl_of_thresholds(part, levels), levels) for part in parts])
-    return chosen.view(counts.shape[:-1]).double() * limit / counts.shape[-1]
+    divergence = kl_of_thresholds(without_zeros, levels)
+    i = torch.arange(levels, levels + divergence.shape[-1], dtype=torch.float64, device=counts.device)
+    limits = torch.as_tensor(limit, dtype=torch.float64, device=counts.device)
+    return (i * limits[..., None] / counts.shape[-1]).expand_as(divergence), divergence
 
 
 def mse_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
@@ -138,7 +152,7 @@ def kl_of_thresholds(counts: Tensor, levels: int = INT8.levels) -> Tensor:
     return torch.where(impossible, math.inf, p_log_p - p_log_q)
 
 
-def _best_threshold(cost: Tensor, levels: int = INT8.levels) -> Tensor:
+def best_threshold(cost: Tensor, levels: int = INT8.levels) -> Tensor:
     """The i with the least ``cost`` [..., T], the largest i if several costs are equal: [...]."""
     least = cost.amin(-1, keepdim=True)
     equal = cost <= least + _ROUNDING * least.abs()

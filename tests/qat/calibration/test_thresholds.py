@@ -114,7 +114,7 @@ def test_of_equal_minima_the_largest_threshold_is_chosen():
     counts = torch.zeros(256, dtype=torch.int64)
     counts[255] = 5  # one filled bin: clipping below it is impossible, and at its end exact
     assert thresholds.amax_entropy(counts, 1.0) == 1.0
-    assert thresholds._best_threshold(torch.tensor([1.0, 0.5, 0.5, 2.0])) == 128 + 2
+    assert thresholds.best_threshold(torch.tensor([1.0, 0.5, 0.5, 2.0])) == 128 + 2
 
 
 @pytest.mark.parametrize("many", [10, 777, 1000, 10**6])
@@ -150,7 +150,7 @@ def test_the_zeros_of_a_relu_do_not_narrow_the_range():
         entropy = sqnr_db(x, thresholds.amax_entropy(observer.counts, observer.limit))
         assert best > 40.4  # the least error that INT8 allows a gaussian, in dB
         assert entropy > best - 1.5
-    zeros_kept = thresholds._best_threshold(thresholds.kl_of_thresholds(observer.counts))
+    zeros_kept = thresholds.best_threshold(thresholds.kl_of_thresholds(observer.counts))
     assert sqnr_db(x, zeros_kept * observer.limit / BINS) < 25
 
 
