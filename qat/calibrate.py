@@ -6,6 +6,8 @@
 Some of the images are held out to measure how often INT8 predicts the same class as the float network. If they have
 labels, accuracies are measured too. If the result is not good enough, python -m qat.train also fine-tunes.
 
+--explain TENSOR also shows how the range of a tensor is chosen, as a picture and a table.
+
 Next: python -m export.onnx runs/model.qat
 """
 
@@ -29,6 +31,7 @@ def main(options: CalibrateOptions) -> None:
         calibration=options.calibration(),
         keep_float=options.keep_float,
         adaround_steps=options.adaround,
+        explained=options.explain,
         compute=Compute.from_options(options.device, "float32", compiled=False),
     )
 

@@ -190,3 +190,6 @@ class CalibrateOptions(SharedOptions):
     """Steps per layer in which AdaRound chooses which weights to round up and which to round down; 1000 is usual. It
     takes minutes on a GPU, much longer on a CPU, and keeps tensors of both networks for all calibration images: for
     ResNet50 at 224 px up to 15 MB per image. 0: all weights are rounded to the nearest code."""
+    explain: tuple[str, ...] = ()
+    """Patterns (* ? []) of quantized tensors, by the names that python -m qat.placement shows. How the range of each is
+    chosen is printed, and drawn in a page beside the output: model.explain.html."""

@@ -5,7 +5,7 @@ This is all the work of python -m qat.calibrate, and the steps of python -m qat.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat.base.artifact import check_writable
+from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import progress, say, table, warn
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
 from qat.base.text import decibels
 from qat.calibration.activation_ranges import observe, set_ranges
 from qat.calibration.adaround import adaround
+from qat.calibration.explain import explain, quantizers_named, say_explanations
+from qat.calibration.explain_page import draw_explanations
+from qat.calibration.histogram import HistogramObserver
 from qat.calibration.pytorch_quantization import match_ranges, set_imported_ranges
 from qat.calibration.settings import CalibrationSettings
 from qat.checkpoint import save_checkpoint
@@ -56,6 +59,7 @@ def quantize_pretrained(
     calibration: CalibrationSettings,
     keep_float: Iterable[str] = (),
     adaround_steps: int = 0,
+    explained: Sequence[str] = (),
     compute: Compute,
 ) -> None:
     """Quantizes a trained network, writes its checkpoint, and prints what was measured.
@@ -69,6 +73,7 @@ def quantize_pretrained(
         calibration: how ranges are chosen.
         keep_float: patterns of what stays in float.
         adaround_steps: steps in which AdaRound rounds the weights of each layer; 0: round to the nearest code.
+        explained: patterns of tensors; how their ranges are chosen is printed, and drawn beside ``output``.
         compute: the device; one process.
 
     Raises:
@@ -82,7 +87,9 @@ def quantize_pretrained(
         raise UserError("python -m qat.calibrate runs as a single process: start it without torchrun")
     if adaround_steps < 0:
         raise UserError(f"--adaround {adaround_steps} is not a number of steps: it must be at least 0")
-    check_writable(output)
+    page = output.with_suffix(".explain.html")
+    for path in (output, page) if explained else (output,):
+        check_writable(path)
     found = build_pretrained(model, weights, classes, images.channels)
     data = _load_images(images, input_preset(model, weights, images))
     found = with_classes_of_output(found, data.preprocessing.input_shape, classes)
@@ -90,7 +97,11 @@ def quantize_pretrained(
     say_data(data)
     class_names = _class_names(weights, found, data)
     traced, placement = choose_placement(compute.place(found.model), model, data, len(class_names), keep_float)
-    prepared = prepare_and_calibrate(traced, placement, found.ranges, data, images, calibration, compute)
+    names = quantizers_named(network_of(traced), placement, explained)
+    observers: dict[str, HistogramObserver] = {}
+    prepared = prepare_and_calibrate(
+        traced, placement, found.ranges, data, images, calibration, compute, on_observed=observers.update
+    )
     if adaround_steps:
         _round_weights(prepared, data, images, adaround_steps, compute)
     figures = _compare_on_test(found.model, prepared, data, images, compute)
@@ -109,6 +120,14 @@ def quantize_pretrained(
         images.seed,
     )
     _say_figures(figures)
+    if explained:
+        explanations = explain(prepared, observers, names, calibration.percentile)
+        say_explanations(explanations)
+        with atomic_write(page) as temporary:
+            temporary.write_text(
+                draw_explanations(explanations, f"How the ranges of {output.name} are chosen"), "utf-8"
+            )
+        say(f"picture: {page}")
     say_next(output)
 
 
@@ -185,8 +204,12 @@ def prepare_and_calibrate(
     calibration: CalibrationSettings,
     compute: Compute,
     bits: int = BITS,
+    on_observed: Callable[[Mapping[str, HistogramObserver]], None] = lambda observers: None,
 ) -> fx.GraphModule:
-    """A copy of ``model`` with quantizers whose ranges come from the calibration split, or from ``ranges``."""
+    """A copy of ``model`` with quantizers whose ranges come from the calibration split, or from ``ranges``.
+
+    ``on_observed`` gets what qat.calibration.activation_ranges.observe returned.
+    """
     prepared = prepare(model, placement, input_shape=data.preprocessing.input_shape)
     simulate_bits(prepared, bits)
     if len(data.calibration) < _FEW_IMAGES:
@@ -195,6 +218,7 @@ def prepare_and_calibrate(
     with _remedy_for_memory("--batch-size"), progress("calibrating", count) as task, exact_float32():
         given = _calibration_images(data, images, compute)
         observers = observe(prepared, given, task.advance, compute.processes)
+        on_observed(observers)
         warnings = set_ranges(prepared, observers, calibration.method, calibration.percentile)
     for line in warnings:
         warn(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,6 +198,62 @@ def test_the_output_tells_the_number_of_classes_where_the_function_decides_it(
         assert "w.pth, 7 classes\n" in capsys.readouterr().out
         with pytest.raises(UserError, match="answers 7 classes, not 5: leave out --classes"):
             calibrate(trained, tmp_path / "w.pth", photos, tmp_path / "o.qat", model=name, classes=5)
+
+
+# --- how ranges are chosen
+
+
+def test_the_command_explains_tensors_of_images_without_labels(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, command: Run
+) -> None:
+    output = tmp_path / "e.qat"
+    flags = tiny.flags(given(trained, weights, photos, output, calibrator="entropy"))
+    done = command("qat.calibrate", *flags, "--explain", "x", "rel*")
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (tmp_path / "e.explain.html").read_text()
+    assert "<title>How the ranges of e.qat are chosen</title>" in page
+    assert re.findall("<h2>(.*)</h2>", page) == ["x", "relu", "relu_1"]
+    assert [name for name in ("x", "relu", "relu_1", "flatten") if f"\nRange of {name} " in done.stdout] == [
+        *("x", "relu", "relu_1"),
+    ]
+    assert f"\npicture: {tmp_path / 'e.explain.html'}\nwrote {output}\nnext: " in done.stdout
+    for name, amax in read_sidecar(output, "checkpoint").details["amax"].items():
+        row = rf"entropy +│ +{re.escape(f'{amax:.5g}')} .* in use │"
+        assert bool(re.search(row, done.stdout)) == (name != "flatten")
+    calibrate(trained, weights, photos, tmp_path / "without.qat", calibrator="entropy")
+    then, now = load_file(tmp_path / "without.qat"), load_file(output)
+    assert all(torch.equal(tensor, now[name]) for name, tensor in then.items())
+    assert not (tmp_path / "without.explain.html").exists()
+
+
+def test_a_pattern_that_names_nothing_is_one_line_before_any_file(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, command: Run
+) -> None:
+    flags = tiny.flags(given(trained, weights, photos, tmp_path / "e.qat"))
+    done = command("qat.calibrate", *flags, "--explain", "x", "rellu")
+    assert done.returncode == 2
+    assert done.stderr == "error: --explain rellu names no quantized tensor (did you mean relu or relu_1?)\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_cannot_be_written_is_told_before_the_work(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "e.explain.html").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*e\.explain\.html: that is a folder"):
+        calibrate(trained, weights, photos, tmp_path / "e.qat", explain=("x",))
+    assert not (tmp_path / "e.qat").exists()
+
+
+def test_a_range_of_the_checkpoint_is_explained_as_the_one_in_use(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = load_file(weights) | {"conv2._input_quantizer._amax": torch.tensor(7.0)}
+    torch.save({"state_dict": old}, tmp_path / "old.pth")
+    calibrate(trained, tmp_path / "old.pth", photos, tmp_path / "o.qat", explain=("relu", "x"))
+    said = capsys.readouterr().out
+    assert re.search(r"│ in use +│ +7 │", said)
+    assert re.search(r"│ mse .* in use │", said)  # of x, which is calibrated here
 
 
 # --- without labels
