@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qat.base.errors import UserError
     from qat.calibration.activation_ranges import calibrate_ranges
     from qat.calibration.adaround import adaround
+    from qat.calibration.explain import explain_calibration
+    from qat.calibration.explain_page import draw_explanations
     from qat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from qat.compute.device import compile_for_training
     from qat.data.preprocessing import Preprocessing
@@ -41,6 +43,8 @@ _HOME = {
     "calibrate_ranges": "qat.calibration.activation_ranges",
     "compile_for_training": "qat.compute.device",
     "draw": "qat.rules.drawing",
+    "draw_explanations": "qat.calibration.explain_page",
+    "explain_calibration": "qat.calibration.explain",
     "fix_weight_ranges": "qat.fake_quantize.weight_ranges",
     "learn_ranges": "qat.fake_quantize.weight_ranges",
     "load_checkpoint": "qat.checkpoint",
@@ -60,6 +64,8 @@ __all__ = [
     "calibrate_ranges",
     "compile_for_training",
     "draw",
+    "draw_explanations",
+    "explain_calibration",
     "fix_weight_ranges",
     "learn_ranges",
     "load_checkpoint",
