@@ -73,7 +73,7 @@ def range_sources(
         cached = RangeTable.read(path)
         say(f"calibration cache {path}: used as it is, whatever it was made of")
         return RangeSources(by_hand.over(cached) if by_hand else cached)
-    if path is not None:
+    if path is not None and not path.is_file():
         check_writable(path)
     inputs = None
     if calibration.data is not None:

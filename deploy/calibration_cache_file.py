@@ -56,8 +56,8 @@ class CalibrationCacheFile:
         ``key.images`` says that there are none to calibrate on.
         """
         self.path, self.content, self._key = path, b"", key
-        check_writable(path)
-        if not path.exists():
+        if not path.is_file():
+            check_writable(path)
             if key.images is None:
                 raise UserError(f"no calibration cache {path}: give --data to calibrate, or check the path")
             return
@@ -77,6 +77,7 @@ class CalibrationCacheFile:
             if key.images is None:
                 raise UserError(f"{was}: give --data to calibrate again, or --trust-cache to use it all the same")
             warn(f"{was}: calibrating again (--trust-cache uses it all the same)")
+            check_writable(path)
             return
         self.content = content
         say(f"calibration cache {path}: used, nothing is calibrated")
@@ -85,4 +86,4 @@ class CalibrationCacheFile:
         """Writes what TensorRT calibrated, byte by byte, and its sidecar."""
         sidecar = Sidecar(kind="calibration-cache", details=asdict(self._key))
         write_artifact(self.path, sidecar, lambda path: path.write_bytes(content))
-        say(f"calibration cache {self.path}: written, {len(CalibrationCache.parse(content, 'it').scales)} tensors")
+        say(f"calibration cache {self.path}: written, {len(content.splitlines()) - 1} tensors")

@@ -138,7 +138,12 @@ def _array_inputs(path: Path, specs: Sequence[TensorSpec], settings: Calibration
                 f"{path} holds {array.dtype} {list(array.shape)} for {spec.name}, the network takes {spec.dtype} "
                 f"{list(spec.shape)}: correct it"
             )
-    count = min(settings.images, *(len(array) for array in found.values()))
+    lengths = {len(array) for array in found.values()}
+    if len(lengths) > 1:
+        raise UserError(
+            f"{path} holds arrays of {', '.join(map(str, sorted(lengths)))} inputs: give equally many of each"
+        )
+    count = min(settings.images, *lengths)
     digest = hashlib.sha256()
     for name in found:
         array = found[name] = np.ascontiguousarray(found[name][:count])
@@ -167,9 +172,10 @@ def _preprocessing(settings: CalibrationSettings, spec: TensorSpec, sidecar: Sid
         short = min(height, width)
         found = {key: _IMAGENET[key] if channels == 3 else (sum(_IMAGENET[key]) / 3,) for key in ("mean", "std")}
         found["resize"] = short if short <= _SMALL else round(short / _IMAGENET["share"])
-        if settings.mean is None or settings.std is None:
+        if spec.dtype != "uint8" and (settings.mean is None or settings.std is None):
             warn(
-                "the ONNX file has no sidecar, so images are normalized as for ImageNet: --mean and --std say otherwise"
+                "no sidecar says how the network takes images, so they are normalized as for ImageNet: --mean and "
+                "--std say otherwise"
             )
     for key, values in (("mean", settings.mean), ("std", settings.std)):
         if values is not None:
@@ -245,6 +251,11 @@ def _data_set(settings: CalibrationSettings, preprocessing: Mapping[str, Any]) -
     if importlib.util.find_spec("torch") is None:
         raise UserError(
             f"no folder {settings.data}; the data sets of qat.calibrate need torch: install it, or give a folder"
+        )
+    if preprocessing["height"] != preprocessing["width"]:
+        raise UserError(
+            f"the network takes {preprocessing['height']}x{preprocessing['width']}, the data sets of qat.calibrate are "
+            "square: give --data a folder of images"
         )
     return np.concatenate(list(_splits_images(settings, preprocessing)))
 

@@ -112,8 +112,15 @@ def set_types(rules: Sequence[TypeRule], network: trt.INetworkDefinition, module
 
 
 def layers_as_built(asked: Iterable[LayerType], layers: Sequence[EngineLayer]) -> tuple[LayerType, ...]:
-    """What the engine's final ``layers`` have of what was ``asked``."""
-    return tuple(LayerType(one.layer, one.kind, one.asked, _found(one, layers)) for one in asked)
+    """What the engine's final ``layers`` have of what was ``asked``; of several profiles, where it is another type."""
+    profiles = sorted({layer.profile for layer in layers}) or [0]
+    of_profile = [[layer for layer in layers if layer.profile == profile] for profile in profiles]
+    checked = []
+    for one in asked:
+        found = [_found(one, known) for known in of_profile]
+        other = [type_ for type_ in found if type_ not in ("", one.asked)]
+        checked.append(LayerType(one.layer, one.kind, one.asked, (other or found)[0]))
+    return tuple(checked)
 
 
 def _found(asked: LayerType, layers: Sequence[EngineLayer]) -> str:

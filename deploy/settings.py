@@ -151,6 +151,8 @@ class CalibrationSettings:
             if not all(map(math.isfinite, numbers)) or (name == "--std" and min(numbers, default=1) <= 0):
                 wanted = "above 0" if name == "--std" else "finite"
                 raise UserError(f"{name} {' '.join(f'{number:g}' for number in numbers)}: must be {wanted}")
+        if self.data is None and (self.mean is not None or self.std is not None):
+            raise UserError("--mean and --std are about the images of --data: give some")
         if self.trust_cache and self.calibration_cache is None:
             raise UserError("--trust-cache is about a --calibration-cache: give one")
 

@@ -6,7 +6,7 @@
 | 1 | an internal error of the program; export.lint: the file has errors |
 | 2 | a mistake that the user can correct, reported in one line |
 | 3 | deploy.build: a layer that the ONNX file declares INT8 is not INT8 in the engine |
-| 4 | deploy.evaluate: the engine disagrees with ONNX Runtime or PyTorch |
+| 4 | deploy.evaluate: the engine disagrees with ONNX Runtime or PyTorch; deploy.migrate: the explicit one is worse |
 | 130 | interrupted |
 """
 

@@ -465,3 +465,10 @@ def test_one_kind_of_array_file_with_the_name_of_the_other(tmp_path: Path) -> No
 
 def test_arrays_are_not_normalized(tmp_path: Path) -> None:
     assert "leave out --mean and --std" in refused(written(tmp_path / "a.npy", input=values()), mean=(0.5, 0.5, 0.5))
+
+
+def test_arrays_of_different_lengths_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a=np.zeros((4, 3), np.float32), b=np.zeros((5, 2), np.float32))
+    specs = (TensorSpec("a", (-1, 3), "float32"), TensorSpec("b", (-1, 2), "float32"))
+    with pytest.raises(UserError, match="holds arrays of 4, 5 inputs: give equally many of each"):
+        calibration_inputs(CalibrationSettings(data=str(tmp_path / "x.npz")), specs, None)

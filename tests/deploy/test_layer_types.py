@@ -229,3 +229,14 @@ def test_what_was_obeyed() -> None:
     assert [layer(found).obeyed for found in ("fp32", "int8", "")] == [True, False, None]
     assert str(layer("int8")) == "conv1: precision fp32 asked, int8"
     assert "not told" in str(layer(""))
+
+
+def test_of_several_profiles_the_one_with_another_type_counts() -> None:
+    asked = (LayerType("a", "precision", "fp32"),)
+    fields = {"kind": "Convolution", "constants": (), "outputs": ("FP32",), "onnx_nodes": ("a",)}
+    layers = [
+        EngineLayer("a", inputs=("FP32",), **fields),
+        EngineLayer("a [profile 1]", inputs=("FP16",), **fields),
+    ]
+    assert layers_as_built(asked, layers)[0].found == "fp16"
+    assert layers_as_built(asked, layers[:1])[0].obeyed

@@ -13,12 +13,13 @@ import pytest
 import qdq_models
 from PIL import Image
 
-from deploy import Engine, Profile, build_engine
+from deploy import Engine, Profile, build_engine, migrate
 from deploy.calibration_inputs import CalibrationInputs
 from deploy.settings import BuilderOptions, CalibrationSettings
 from qat.base.artifact import Sidecar, TensorSpec, sidecar_path, write_artifact
 from qat.base.calibration_cache import CalibrationCache
 from qat.base.errors import UserError
+from qat.base.exit_codes import DISAGREES
 
 FIXED = (Profile(8, 8, 8),)
 CALIBRATORS = ("entropy2", "minmax", "entropy", "legacy")
@@ -274,3 +275,25 @@ def test_the_cache_holds_exact_bits(floats):
     name, _, digits = floats.with_name("minmax.cache").read_text().splitlines()[1].rpartition(": ")
     expected = struct.unpack("!f", bytes.fromhex(digits.zfill(8)))[0]
     assert CalibrationCache.read(floats.with_name("minmax.cache")).scales[name] == expected
+
+
+def test_migration_builds_and_compares_both_engines(floats, model, arrays, tmp_path, capsys):
+    """The explicit file is given, because there is no torch here; its scales are other ones than the cache's."""
+    options = migrate.MigrateOptions(
+        model=floats,
+        calibration_cache=floats.with_name("minmax.cache"),
+        explicit=model,
+        data=str(arrays),
+        batches=(8,),
+        engines=tmp_path / "engines",
+        runs=40,
+        json=tmp_path / "migration.json",
+    )
+    code = migrate.main(options)
+    found = json.loads((tmp_path / "migration.json").read_text())
+    assert code == (0 if found["as_accurate"] else DISAGREES)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["FP32", "FP16", "implicit INT8", "explicit INT8"]
+    assert rows["implicit INT8"]["same_class_as_float"] >= 120
+    assert all(row["latency"][0]["median"] > 0 for row in rows.values())
+    assert found["verdict"] in " ".join(capsys.readouterr().out.split())
