@@ -9,8 +9,8 @@ The library interface::
     with Engine.load(built.path) as engine:
         logits = engine(images)                                         # float32 [N, 3, H, W] -> float32 [N, classes]
 
-The commands are ``python -m deploy.build``, ``audit``, ``benchmark``, ``evaluate``, ``report`` and ``triton``. Every
-name is imported when it is used, so ``import deploy`` needs only the standard library.
+The commands are ``python -m deploy.build``, ``audit``, ``benchmark``, ``evaluate``, ``migrate``, ``report`` and
+``triton``. Every name is imported when it is used, so ``import deploy`` needs only the standard library.
 """
 
 from __future__ import annotations
@@ -21,30 +21,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deploy.engine_audit import EngineAudit, audit_engine
     from deploy.engine_file import EngineFile, build_engine
+    from deploy.migration import Migration, migrate_engine
     from deploy.runtime import Engine
-    from deploy.settings import BuilderOptions, Profile
+    from deploy.settings import BuilderOptions, CalibrationSettings, Profile
     from qat.base.errors import UserError
 
 __all__ = [
     "BuilderOptions",
+    "CalibrationSettings",
     "Engine",
     "EngineAudit",
     "EngineFile",
+    "Migration",
     "Profile",
     "UserError",
     "audit_engine",
     "build_engine",
+    "migrate_engine",
 ]
 
 _MODULES = {
     "BuilderOptions": "deploy.settings",
+    "CalibrationSettings": "deploy.settings",
     "Engine": "deploy.runtime",
     "EngineAudit": "deploy.engine_audit",
     "EngineFile": "deploy.engine_file",
+    "Migration": "deploy.migration",
     "Profile": "deploy.settings",
     "UserError": "qat.base.errors",
     "audit_engine": "deploy.engine_audit",
     "build_engine": "deploy.engine_file",
+    "migrate_engine": "deploy.migration",
 }
 
 

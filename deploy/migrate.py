@@ -48,9 +48,9 @@ class MigrateOptions(Command):
 
 def main(options: MigrateOptions) -> int:
     """Quantizes, builds, compares. Returns 0, or 4 when the explicit engine is less accurate."""
-    from deploy.migration import migrate
+    from deploy.migration import migrate_engine
 
-    found = migrate(
+    found = migrate_engine(
         options.model,
         options.calibration_cache,
         explicit=options.explicit,

@@ -44,7 +44,7 @@ class Migration:
         return found | self.table.to_json()
 
 
-def migrate(
+def migrate_engine(
     model: Path,
     cache: Path,
     *,
