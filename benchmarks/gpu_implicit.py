@@ -37,20 +37,20 @@ def main() -> None:
     before, ptq, qat, after = (
         options.folder / name for name in ("float.onnx", "ptq.onnx", "qat.onnx", "qat.float32.onnx")
     )
+
+    def calibrated(name: ImplicitCalibrator) -> CalibrationSettings:
+        return CalibrationSettings(data=options.data, calibrator=name, images=options.images)
+
     candidates = [
         Candidate("FP32", before, "fp32"),
         Candidate("TF32", before, "tf32"),
         Candidate("FP16", before, "fp16"),
         *(
-            Candidate(
-                f"implicit, {name}",
-                before,
-                "int8",
-                calibration=CalibrationSettings(data=options.data, calibrator=name, images=options.images),
-            )
+            Candidate(f"implicit, {name}", before, "int8", calibration=calibrated(name))
             for name in get_args(ImplicitCalibrator)
         ),
         Candidate("implicit, QAT ranges", after, "int8", ranges=qat),
+        Candidate("implicit, QAT ranges, minmax for the rest", after, "int8", calibrated("minmax"), qat),
         Candidate("explicit, PTQ", ptq),
         Candidate("explicit, QAT", qat),
     ]
