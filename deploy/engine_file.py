@@ -17,16 +17,10 @@ from deploy.installed import find_toolkit
 from deploy.layer_types import LayerType, type_rules
 from deploy.precision_audit import PrecisionAudit
 from deploy.repeat import build_fastest
-from deploy.settings import (
-    DEFAULT_PROFILES,
-    BuilderOptions,
-    BuildSettings,
-    CalibrationSettings,
-    Profile,
-    warn_of_tf32_override,
-)
+from deploy.settings import DEFAULT_PROFILES, BuilderOptions, BuildSettings, CalibrationSettings, Profile
 from deploy.timing_cache import TimingCacheFile
 from deploy.trt import Toolkit
+from deploy.weak_typing import warn_of_tf32_override
 from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.choices import BuilderName
 from qat.base.console import say, table, warn

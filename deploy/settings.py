@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from qat.base.choices import Constraints, EnginePrecision, ImplicitCalibrator
-from qat.base.console import warn
 from qat.base.errors import UserError
 
 
@@ -96,15 +94,6 @@ class BuilderOptions:
     """Whether the weights of the built engine can be replaced."""
     strip_weights: bool = False
     """Whether the engine is built without weights. They are read from the ONNX file when the engine is loaded."""
-
-
-def warn_of_tf32_override(settings: Mapping[str, Any]) -> None:
-    """Warns if an engine with these settings, as JSON, is to use TF32, and a variable switches that off."""
-    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0" and (settings.get("tf32") or settings.get("precision") == "tf32"):
-        warn(
-            "NVIDIA_TF32_OVERRIDE=0 is set in the environment, which switches TF32 off whatever an engine was built "
-            "for: unset it where engines are built and where they run"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ Like deploy/trt.py, whose Toolkit is how the rest of deploy/ asks for all this, 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qat.base.choices import Constraints, EnginePrecision, ImplicitCalibrator
@@ -103,3 +105,12 @@ def calibrate_before_fusion(module: Any, title: str, config: trt.IBuilderConfig)
     if flag is None:
         raise UserError(f"{title} cannot choose when it calibrates: leave out --calibrate-before-fusion")
     config.set_quantization_flag(flag)
+
+
+def warn_of_tf32_override(settings: Mapping[str, Any]) -> None:
+    """Warns if an engine with these settings, as JSON, is to use TF32, and a variable switches that off."""
+    if os.environ.get("NVIDIA_TF32_OVERRIDE") == "0" and (settings.get("tf32") or settings.get("precision") == "tf32"):
+        warn(
+            "NVIDIA_TF32_OVERRIDE=0 is set in the environment, which switches TF32 off whatever an engine was built "
+            "for: unset it where engines are built and where they run"
+        )

@@ -93,7 +93,7 @@ def claims() -> list[int]:
 def toolkit(model, claims, monkeypatch) -> Toolkit:
     """TensorRT-RTX, as if there were a GPU, on which nothing can be timed."""
 
-    def build_fastest(toolkit, path, settings, repeat):
+    def build_fastest(toolkit, path, settings, repeat, ranges, calibration):
         claims.append(len(list(model.parent.glob("engines/*.claim"))))
         built = build(toolkit, path, dataclasses.replace(settings, capabilities=("8.9",)))
         return dataclasses.replace(built, repetition=Repetition(4, [0.5 + 0.01 * index for index in range(repeat)]))
@@ -119,7 +119,7 @@ def test_timings_of_kernels_outlive_the_engine(model, toolkit, monkeypatch, capf
     """A changed model is built with the timings that its last engine left, another candidate with those of this run."""
     given = []
 
-    def timed(toolkit, path, settings, timing_cache, ranges):
+    def timed(toolkit, path, settings, timing_cache, ranges, calibration):
         given.append(timing_cache)
         built = build(toolkit, path, dataclasses.replace(settings, capabilities=("8.9",)))
         outcome = "reused" if timing_cache else "created"
