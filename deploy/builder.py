@@ -165,8 +165,7 @@ def _try_build(
         if not float_weights and toolkit.refuses_int8_weights(log):
             return None
         raise UserError(
-            f"{toolkit.title} could not build {model}: {builder_errors.build_failure(log)}; "
-            "change the model there, or try the other --builder"
+            f"{toolkit.title} could not build {model}: {builder_errors.build_failure(log)}; {_remedy(settings)}"
         )
     form, text = toolkit.final_layers(log, plan, host_code=settings.version_compatible)
     layers = layers_from_log(text) if form == "log" else layers_from_inspector(text)
@@ -189,6 +188,13 @@ def _try_build(
         typed_layers=layers_as_built(asked, layers),
         units=toolkit.units(builder),
     )
+
+
+def _remedy(settings: BuildSettings) -> str:
+    """What to do about a network that is not built."""
+    if settings.constraints == "obey" and (settings.layer or settings.output_type):
+        return "if no kernel has the types of --layer and --output-type, change them, or give --constraints prefer"
+    return "change the model there, or try the other --builder"
 
 
 def parse_onnx(

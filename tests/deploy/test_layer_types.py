@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from deploy import builder
 from deploy.engine_layers import EngineLayer
 from deploy.layer_types import LayerType, TypeRule, layers_as_built, set_types, type_rules
-from deploy.settings import BuilderOptions
+from deploy.settings import BuilderOptions, BuildSettings
 from qat.base.errors import UserError
 
 MODULE = SimpleNamespace(DataType=SimpleNamespace(FLOAT="float", HALF="half", BF16="bf16", INT8="int8"))
@@ -240,3 +241,9 @@ def test_of_several_profiles_the_one_with_another_type_counts() -> None:
     ]
     assert layers_as_built(asked, layers)[0].found == "fp16"
     assert layers_as_built(asked, layers[:1])[0].obeyed
+
+
+def test_a_build_that_fails_with_types_of_layers_says_how_to_loosen_them() -> None:
+    assert "--constraints prefer" in builder._remedy(BuildSettings(precision="int8", layer=("a=fp32",)))
+    for settings in (BuildSettings(), BuildSettings(precision="int8", layer=("a=fp32",), constraints="prefer")):
+        assert builder._remedy(settings) == "change the model there, or try the other --builder"
