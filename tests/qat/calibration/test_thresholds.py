@@ -161,19 +161,19 @@ def test_the_zeros_of_a_relu_do_not_narrow_the_range(function: Callable[..., Ten
 
 
 def test_values_far_from_zero_are_not_clipped():
-    # A sigmoid that gates channels: below its least value a quotient of normalized distributions would be perfect.
+    # A sigmoid that gates channels: clipped to its least value, P would equal a Q that is divided by its sum.
     gate = torch.sigmoid(0.3 * torch.randn(8_000, generator=torch.Generator().manual_seed(0)))
     observer = observed(gate)
     amax = thresholds.amax_entropy(observer.counts, observer.limit)
     assert sqnr_db(gate, amax) > sqnr_db(gate, gate.max()) - 1
 
 
-def test_constant_channels_do_not_narrow_the_range():
-    # A depthwise ReLU6 whose channels are constant where an image is blank: spikes, wherever they fall.
+def test_spikes_of_a_depthwise_convolution_do_not_narrow_the_range():
+    # A depthwise ReLU6 whose channels have one value where all inputs under the kernel are zero: spikes anywhere.
     generator = torch.Generator().manual_seed(0)
     varied = (1.5 * torch.randn(32, 20_000, generator=generator)).clamp(0, 6)
-    blank = (0.3 + 0.7 * torch.rand(32, 1, generator=generator)).expand(32, 10_000)
-    x = torch.cat([varied, blank], 1)
+    without_input = (0.3 + 0.7 * torch.rand(32, 1, generator=generator)).expand(32, 10_000)
+    x = torch.cat([varied, without_input], 1)
     observer = observed(x)
     best = sqnr_db(x, thresholds.amax_mse(observer.counts, observer.limit))
     assert sqnr_db(x, thresholds.amax_entropy(observer.counts, observer.limit)) > best - 3
