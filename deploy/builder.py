@@ -154,7 +154,7 @@ def _try_build(
 
     start = time.perf_counter()
     with _build_progress(toolkit, config) as note:
-        batch = sizes(network.get_input(0).shape)[0]
+        batch = sizes(network.get_input(0).shape)[0] if calibration else 0
         if calibration and batch < 0:
             batch = calibration.batch
             config.set_calibration_profile(_profile(toolkit, builder, network, Profile(batch, batch, batch)))

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from deploy.builder import open_network
-from deploy.calibration_cache_file import CacheKey, CalibrationCacheFile
+from deploy.calibration_cache_file import CacheKey, CalibrationCacheFile, check_cache
 from deploy.calibration_inputs import CalibrationInputs, calibration_inputs
 from deploy.calibrator import Calibration
-from deploy.dynamic_ranges import RangeTable
+from deploy.dynamic_ranges import RangeTable, is_calibration_cache
 from deploy.settings import BuildSettings, CalibrationSettings
 from deploy.trt import Toolkit
 from qat.base.artifact import Sidecar, check_writable
@@ -65,6 +65,8 @@ def range_sources(
     Raises UserError when a file cannot be read or does not fit, and when this version has no such calibrator.
     """
     by_hand = None if ranges is None else RangeTable.read(ranges)
+    if ranges is not None and is_calibration_cache(ranges):
+        check_cache(ranges, digest)
     if calibration is None or not calibration.asked_for:
         return RangeSources(by_hand)
     toolkit.calibrator_class(calibration.calibrator)

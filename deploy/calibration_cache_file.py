@@ -41,6 +41,19 @@ class CacheKey:
         ]
 
 
+def check_cache(path: Path, model: str) -> None:
+    """Raises UserError for a cache that its sidecar shows to be damaged, or made of another model than ``model``.
+
+    ``model`` is a SHA-256 in hexadecimal. Of a cache without a sidecar nothing is known, which is said.
+    """
+    if not sidecar_path(path).exists():
+        warn(f"the calibration cache {path} has no sidecar, so nothing tells whether it was made of this model")
+        return
+    recorded = read_sidecar(path, "calibration-cache").details
+    if recorded.get("model") != model:
+        raise UserError(f"the calibration cache {path} was made of another model: give the one of this model")
+
+
 class CalibrationCacheFile:
     """A calibration cache that is read if it fits, and otherwise written.
 

@@ -73,6 +73,8 @@ class RangeTable:
         amax = {tensor: _amax(path, tensor, low, high) for tensor, (low, high) in ranges.items()}
         lopsided = sum(abs(low) != abs(high) for low, high in ranges.values())
         zero = tuple(tensor for tensor, largest in amax.items() if not largest)
+        if len(zero) == len(amax):
+            raise UserError(f"{path}: every range is 0, which tells nothing: measure them again")
         return cls(str(path), {tensor: largest for tensor, largest in amax.items() if largest}, lopsided, zero)
 
     @classmethod
@@ -113,6 +115,14 @@ class RangeTable:
         return missing
 
 
+def is_calibration_cache(path: Path) -> bool:
+    """Whether a file that has been read as ranges is a calibration cache."""
+    with open(path, "rb") as file:
+        return path.suffix not in (".onnx", ".qat") and looks_like_calibration_cache(
+            file.read(100).decode(errors="replace")
+        )
+
+
 def _floating_tensors(network: trt.INetworkDefinition) -> Iterator[tuple[str, Any]]:
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     for index in range(network.num_layers):
@@ -146,9 +156,13 @@ def _passed_on(network: trt.INetworkDefinition, known: Mapping[str, float], modu
 def _quantized_ranges(path: Path) -> dict[str, float]:
     try:
         from export.quantized_ranges import quantized_ranges
+
+        return quantized_ranges(path)
     except ImportError as error:
-        raise UserError(f"reading the ranges of {path} needs another package: pip install {error.name}") from error
-    return quantized_ranges(path)
+        instead = ", or give the Q/DQ file that export.onnx makes of it" if path.suffix == ".qat" else ""
+        raise UserError(
+            f"reading the ranges of {path} needs another package: pip install {error.name}{instead}"
+        ) from error
 
 
 def _amax(path: Path, tensor: str, low: float, high: float) -> float:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from deploy.builder import open_network
+from deploy.calibration_cache_file import check_cache
 from deploy.candidate_engines import CandidateEngines
 from deploy.candidates import Candidate
 from deploy.engine_table import EngineTable, Questions, measure_engines
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
-from qat.base.artifact import check_writable, write_json
+from qat.base.artifact import check_writable, sha256_of, write_json
 from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.interval import interval_of_share
@@ -73,13 +74,14 @@ def migrate_engine(
 
     Raises UserError when this TensorRT has no implicit INT8, and as builds and export.quantize do.
     """
-    if not batches or min(batches) < 1:
-        raise UserError("--batches must be at least 1")
+    if not batches or min(*batches, images, runs) < 1:
+        raise UserError("--batches, --images and --runs must be at least 1")
     for path in (model, cache, *([explicit] if explicit else [])):
         if not path.is_file():
             raise UserError(f"no file {path}: check the path")
     if output:
         check_writable(output)
+    check_cache(cache, sha256_of(model))
     toolkit = find_toolkit("tensorrt")
     toolkit.typing("int8")
     with open_network(toolkit, model, BuildSettings()) as network:

@@ -130,6 +130,9 @@ class CalibrationSettings:
     """Use the scales of the --calibration-cache whatever they were made of."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data_root", Path(self.data_root))
+        if self.calibration_cache is not None:  # as build_engine, the library takes text too
+            object.__setattr__(self, "calibration_cache", Path(self.calibration_cache))
         for name, value in (("--images", self.images), ("--calibration-batch", self.calibration_batch)):
             if value < 1:
                 raise UserError(f"{name} {value}: must be at least 1")

@@ -103,7 +103,7 @@ def test_bad_options_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file .*c\.cache: check the path"):
         main(MigrateOptions(model=model, calibration_cache=cache))
     cache.write_text("TRT-8600-EntropyCalibration2\ninput: 3d18b082\n")
-    with pytest.raises(UserError, match="--batches must be at least 1"):
+    with pytest.raises(UserError, match="--batches, --images and --runs must be at least 1"):
         main(MigrateOptions(model=model, calibration_cache=cache, batches=(0,)))
     with pytest.raises(UserError, match="no TensorRT builder is usable"):
         main(MigrateOptions(model=model, calibration_cache=cache))

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from deploy.calibration import RangeSources, range_sources
-from deploy.calibration_cache_file import CacheKey, CalibrationCacheFile
+from deploy.calibration_cache_file import CacheKey, CalibrationCacheFile, check_cache
+from deploy.dynamic_ranges import RangeTable
 from deploy.settings import BuildSettings, CalibrationSettings
-from qat.base.artifact import sidecar_path
+from qat.base.artifact import Sidecar, sidecar_path, write_artifact
 from qat.base.errors import UserError
 
 CONTENT = b"TRT-8600-EntropyCalibration2\ninput: 3f800000\nconv1: 40000000\ndead: 0\n"
@@ -112,3 +113,25 @@ def test_what_the_name_of_a_method_tells_apart(change: dict[str, Any], other: bo
     changes: list[dict[str, Any]] = [{}, {"quantile": 0.9999999}, {"quantile": 1.0}, {"regression_cutoff": 0.5}]
     methods = {dataclasses.replace(legacy, **one).method for one in changes}
     assert len(methods) == len(changes)
+
+
+def test_a_cache_as_ranges_by_hand_is_checked_against_its_sidecar(tmp_path: Path) -> None:
+    path, content = tmp_path / "c.cache", b"TRT-8600-EntropyCalibration2\ninput: 3d18b082\n"
+    sidecar = Sidecar(kind="calibration-cache", details={"model": "mine"})
+    write_artifact(path, sidecar, lambda temporary: temporary.write_bytes(content))
+    check_cache(path, "mine")
+    with pytest.raises(UserError, match="made of another model"):
+        check_cache(path, "other")
+    path.write_bytes(content.replace(b"3d", b"3e"))
+    with pytest.raises(UserError, match="SHA-256"):
+        check_cache(path, "mine")
+
+
+def test_the_library_takes_paths_as_text() -> None:
+    assert CalibrationSettings(calibration_cache="c.cache").calibration_cache == Path("c.cache")  # type: ignore[arg-type]
+
+
+def test_ranges_that_are_all_zero_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"input": [0, 0]}')
+    with pytest.raises(UserError, match="every range is 0"):
+        RangeTable.read(tmp_path / "r.json")
