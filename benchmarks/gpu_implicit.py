@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", required=True, help="images to calibrate on")
     parser.add_argument("--images", type=int, default=500)
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 1, 128])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 128, 32])
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     toolkit = find_toolkit("tensorrt")
@@ -56,7 +56,7 @@ def main() -> None:
     ]
     with open_network(toolkit, before, BuildSettings()) as network:
         questions = Questions.of_model(before, None, 100_000, network.inputs)
-    engines = CandidateEngines(toolkit, options.folder / "engines")
+    engines = CandidateEngines(toolkit, options.folder / "engines", own_timings=options.batches[-1:])
     device = asdict(toolkit.device) if toolkit.device else None
 
     def keep(table: EngineTable) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy import builder_errors
 from deploy.build_log import BuildLog
+from deploy.build_progress import build_progress
 from deploy.calibrator import Calibration
 from deploy.dynamic_ranges import RangeTable
 from deploy.engine_layers import layers_from_inspector, layers_from_log
@@ -21,7 +21,7 @@ from deploy.precision_audit import PrecisionAudit, audit_precision, declared_lay
 from deploy.settings import BuilderOptions, BuildSettings, Profile
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
 from qat.base.artifact import TensorSpec
-from qat.base.console import progress, say
+from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
 from qat.base.onnx_file import flaw
@@ -153,7 +153,7 @@ def _try_build(
     profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
 
     start = time.perf_counter()
-    with _build_progress(toolkit, config) as note:
+    with build_progress(toolkit, config) as note:
         batch = sizes(network.get_input(0).shape)[0] if calibration else 0
         if calibration and batch < 0:
             batch = calibration.batch
@@ -307,39 +307,6 @@ def _find_tensor(network: trt.INetworkDefinition, name: str) -> trt.ITensor:
             if output.name == name:
                 return output
     raise UserError(f"the network has no tensor {name!r}")
-
-
-@contextmanager
-def _build_progress(toolkit: Toolkit, config: trt.IBuilderConfig) -> Iterator[Callable[[int, int], None]]:
-    """Shows the progress of the build, or the seconds that it has taken if the builder does not report progress.
-
-    Yields what calibration reports to: how many images it has used, and of how many.
-    """
-    start = time.monotonic()
-    ended = threading.Event()
-    calibrating = ""
-
-    def note(images: int, count: int) -> None:
-        nonlocal calibrating
-        calibrating = f", calibrating on {images} of {count} images" if images < count else ""
-
-    with progress("building the engine, percent", 100) as task:
-
-        def report(fraction: float, phase: str) -> None:
-            task.advance(max(0, int(100 * fraction) - task.done), phase)
-
-        def tick() -> None:
-            while not ended.wait(1.0):
-                task.advance(0, f"{time.monotonic() - start:.0f} s{calibrating}")
-
-        clock = threading.Thread(target=tick, daemon=True)
-        if not toolkit.reports_progress:
-            clock.start()
-        try:
-            with toolkit.report_progress(config, report):
-                yield note
-        finally:
-            ended.set()
 
 
 def _tensor_specs(tensors: list[trt.ITensor]) -> tuple[TensorSpec, ...]:

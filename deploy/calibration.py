@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploy.builder import open_network
-from deploy.calibration_cache_file import CacheKey, CalibrationCacheFile, check_cache
+from deploy.calibration_cache_file import CacheKey, CalibrationCacheFile
 from deploy.calibration_inputs import CalibrationInputs, calibration_inputs
 from deploy.calibrator import Calibration
 from deploy.dynamic_ranges import RangeTable, is_calibration_cache
 from deploy.settings import BuildSettings, CalibrationSettings
 from deploy.trt import Toolkit
 from qat.base.artifact import Sidecar, check_writable
-from qat.base.console import say
+from qat.base.calibration_cache import check_cache
+from qat.base.console import say, warn
+from qat.base.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,14 @@ class RangeSources:
     cache_file: CalibrationCacheFile | None = None
     inputs: CalibrationInputs | None = None
 
-    def save(self) -> None:
-        """Writes the calibration cache, if a build has calibrated."""
-        if self.calibration and self.calibration.calibrated and self.cache_file:
-            self.cache_file.save(self.calibration.cache)
+    @contextmanager
+    def saved(self) -> Iterator[None]:
+        """After a block that builds, writes the calibration cache if it has calibrated, though the build may fail."""
+        try:
+            yield
+        finally:
+            if self.calibration and self.calibration.calibrated and self.cache_file:
+                self.cache_file.save(self.calibration.cache, self.calibration.images)
 
     def to_json(self) -> dict[str, Any] | None:
         """What the sidecar of an engine records of them; None if there are none."""
@@ -38,7 +46,7 @@ class RangeSources:
         return {
             "by_hand": self.by_hand.source if self.by_hand else None,
             "calibrator": self.calibration.settings.method if self.calibration else None,
-            "images": self.inputs.count if self.inputs else None,
+            "images": self.calibration.images if self.calibration and self.inputs else None,
             "images_sha256": self.inputs.digest if self.inputs else None,
             "from_cache": bool(self.calibration and not self.calibration.calibrated),
         }
@@ -67,6 +75,9 @@ def range_sources(
     by_hand = None if ranges is None else RangeTable.read(ranges)
     if ranges is not None and is_calibration_cache(ranges):
         check_cache(ranges, digest)
+    if by_hand is not None:
+        with open_network(toolkit, model, settings) as network:
+            _warn_of_unknown(by_hand, [*(spec.name for spec in network.inputs), *network.makers])
     if calibration is None or not calibration.asked_for:
         return RangeSources(by_hand)
     toolkit.calibrator_class(calibration.calibrator)
@@ -88,3 +99,14 @@ def range_sources(
         cache_file = CalibrationCacheFile(path, key)
     content = cache_file.content if cache_file else b""
     return RangeSources(by_hand, Calibration(calibration, inputs, content), cache_file, inputs)
+
+
+def _warn_of_unknown(table: RangeTable, tensors: list[str]) -> None:
+    """Warns of ranges for tensors that the network does not have."""
+    unknown = table.unknown(tensors)
+    if unknown:
+        more = f" and {len(unknown) - 1} more tensors" if len(unknown) > 1 else ""
+        warn(
+            f"{table.source} has ranges for {unknown[0]!r}{did_you_mean(unknown[0], tensors)}{more}, which the network "
+            "does not have: they are not used"
+        )

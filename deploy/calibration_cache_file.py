@@ -41,19 +41,6 @@ class CacheKey:
         ]
 
 
-def check_cache(path: Path, model: str) -> None:
-    """Raises UserError for a cache that its sidecar shows to be damaged, or made of another model than ``model``.
-
-    ``model`` is a SHA-256 in hexadecimal. Of a cache without a sidecar nothing is known, which is said.
-    """
-    if not sidecar_path(path).exists():
-        warn(f"the calibration cache {path} has no sidecar, so nothing tells whether it was made of this model")
-        return
-    recorded = read_sidecar(path, "calibration-cache").details
-    if recorded.get("model") != model:
-        raise UserError(f"the calibration cache {path} was made of another model: give the one of this model")
-
-
 class CalibrationCacheFile:
     """A calibration cache that is read if it fits, and otherwise written.
 
@@ -93,10 +80,12 @@ class CalibrationCacheFile:
             check_writable(path)
             return
         self.content = content
-        say(f"calibration cache {path}: used, nothing is calibrated")
+        used = recorded.get("images_used")
+        of_images = "" if used is None else f", of {used} images"
+        say(f"calibration cache {path}: used{of_images}, nothing is calibrated")
 
-    def save(self, content: bytes) -> None:
-        """Writes what TensorRT calibrated, byte by byte, and its sidecar."""
-        sidecar = Sidecar(kind="calibration-cache", details=asdict(self._key))
+    def save(self, content: bytes, images: int) -> None:
+        """Writes what TensorRT calibrated on so many ``images``, byte by byte, and its sidecar."""
+        sidecar = Sidecar(kind="calibration-cache", details=asdict(self._key) | {"images_used": images})
         write_artifact(self.path, sidecar, lambda path: path.write_bytes(content))
         say(f"calibration cache {self.path}: written, {len(content.splitlines()) - 1} tensors")

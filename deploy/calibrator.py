@@ -132,10 +132,11 @@ class Calibration:
     Attributes:
         cache: the calibration cache that was given or that a build has written; b"" before.
         calibrated: whether a build has calibrated.
+        images: how many inputs it has used: those in whole batches.
     """
 
     def __init__(self, settings: CalibrationSettings, inputs: CalibrationInputs | None, cache: bytes = b"") -> None:
-        self.settings, self._inputs, self.cache, self.calibrated = settings, inputs, cache, False
+        self.settings, self._inputs, self.cache, self.calibrated, self.images = settings, inputs, cache, False, 0
 
     @property
     def batch(self) -> int:
@@ -151,26 +152,27 @@ class Calibration:
         Raises UserError when this version has no such calibrator, and afterwards what failed inside of it.
         """
         base = toolkit.calibrator_class(self.settings.calibrator)
-        feed = None
-        if not self.cache:
-            assert self._inputs is not None
-            self._inputs.check_batch(batch)
-            device = cuda.current_device()
-            feed = BatchFeed(self._inputs, batch, on_thread=lambda: cuda.use_device(device))
-        calls = Calls(feed, self.cache, batch, on_batch)
-        calibrator = make_calibrator(base, calls, self.settings.quantile, self.settings.regression_cutoff)
-        config.int8_calibrator = calibrator
-        try:
+        with ExitStack() as stack:
+            feed = None
+            if not self.cache:
+                assert self._inputs is not None
+                self._inputs.check_batch(batch)
+                device = cuda.current_device()
+                feed = BatchFeed(self._inputs, batch, on_thread=lambda: cuda.use_device(device))
+                stack.callback(feed.close)
+            calls = Calls(feed, self.cache, batch, on_batch)
+            calibrator = make_calibrator(base, calls, self.settings.quantile, self.settings.regression_cutoff)
+            config.int8_calibrator = calibrator
             if self.settings.calibrate_before_fusion:
                 toolkit.calibrate_before_fusion(config)
-            yield
-        finally:
-            if feed:
-                feed.close()
-            if calls.failure:
-                raise calls.failure
-        if calls.written:
-            self.cache, self.calibrated = calls.written, True
+            try:
+                yield
+            finally:
+                if calls.failure:
+                    raise calls.failure
+                if calls.written:  # kept although the build may fail
+                    self.cache, self.calibrated = calls.written, True
+                    self.images = feed.images_given if feed else 0
 
 
 class Calls:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from deploy.repeat import build_fastest
 from deploy.settings import BuildSettings, Profile
 from deploy.timing_cache import TimingCacheFile
 from deploy.trt import Toolkit
+from deploy.weak_typing import warn_of_tf32_override
 from qat.base.artifact import Parent, Sidecar, disk_errors, read_sidecar, sha256_of, sidecar_path
 from qat.base.console import say
 from qat.base.errors import UserError
@@ -41,6 +42,8 @@ class CandidateEngines:
         folder: keeps the engines.
         repeat: how often each engine is built; the fastest is kept.
         optimization_level, timing_iterations: as in BuilderOptions.
+        own_timings: batch sizes at which every engine times all of its kernels, so that build times can be compared.
+            At others an engine uses what was timed for those before it.
     """
 
     def __init__(
@@ -50,9 +53,11 @@ class CandidateEngines:
         repeat: int = 1,
         optimization_level: int = 3,
         timing_iterations: int | None = None,
+        own_timings: Collection[int] = (),
     ) -> None:
         self.toolkit, self.folder, self.repeat = toolkit, folder, repeat
         self._optimization_level, self._timing_iterations = optimization_level, timing_iterations
+        self._own_timings = own_timings
         self.builds: list[dict[str, Any]] = []
         """What the builds reported, for each engine that was used so far."""
         self._timings = b""
@@ -68,25 +73,26 @@ class CandidateEngines:
             self._record_build(candidate, batch, sidecar, in_this_run=False)
             return path.read_bytes()
         say(f"building {candidate.name} for batch {batch}")
+        warn_of_tf32_override(asdict(settings))
         sources = self._ranges(candidate, settings, digest)
-        if self.repeat == 1:
-            timings = TimingCacheFile(path.with_suffix(".timings"), self.toolkit, settings, replace_unknown=True)
-            content = timings.content or self._timings
-            built = build(
-                self.toolkit,
-                candidate.model,
-                settings,
-                content,
-                ranges=sources.by_hand,
-                calibration=sources.calibration,
-            )
-            built = dataclasses.replace(built, timing_cache=timings.save(built))
-            self._timings = built.timing_cache_content
-        else:
-            built = build_fastest(
-                self.toolkit, candidate.model, settings, self.repeat, sources.by_hand, sources.calibration
-            )
-        sources.save()
+        with sources.saved():
+            if self.repeat == 1:
+                timings = TimingCacheFile(path.with_suffix(".timings"), self.toolkit, settings, replace_unknown=True)
+                content = b"" if batch in self._own_timings else timings.content or self._timings
+                built = build(
+                    self.toolkit,
+                    candidate.model,
+                    settings,
+                    content,
+                    ranges=sources.by_hand,
+                    calibration=sources.calibration,
+                )
+                built = dataclasses.replace(built, timing_cache=timings.save(built))
+                self._timings = built.timing_cache_content
+            else:
+                built = build_fastest(
+                    self.toolkit, candidate.model, settings, self.repeat, sources.by_hand, sources.calibration
+                )
         parent = Parent.from_file(path, candidate.model, digest)
         sidecar = write_engine(path, built, self.toolkit, settings, None, parent, sources)
         self._record_build(candidate, batch, sidecar, in_this_run=True)

@@ -16,7 +16,7 @@ import csv
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,11 @@ class RangeTable:
             scales = CalibrationCache.read(path).scales
             ranges = {tensor: (-INT8.high * scale, INT8.high * scale) for tensor, scale in scales.items()}
         else:
-            ranges = dict(_rows_of_json(path, text) if text.lstrip()[:1] in ("{", "[") else _rows_of_csv(path, text))
+            rows = list(_rows_of_json(path, text) if text.lstrip()[:1] in ("{", "[") else _rows_of_csv(path, text))
+            ranges = dict(rows)
+            if len(ranges) < len(rows):
+                tensor, count = Counter(name for name, _ in rows).most_common(1)[0]
+                raise UserError(f"{path} has {count} ranges for {tensor}: leave one")
         if not ranges:
             raise UserError(f"{path} holds no range: {_REMEDY}")
         amax = {tensor: _amax(path, tensor, low, high) for tensor, (low, high) in ranges.items()}
@@ -88,6 +92,10 @@ class RangeTable:
         amax = {**other.amax, **self.amax}
         zero = tuple(name for name in dict.fromkeys((*self.zero, *other.zero)) if name not in amax)
         return RangeTable(source, amax, self.lopsided + other.lopsided, zero, other.other)
+
+    def unknown(self, tensors: Collection[str]) -> list[str]:
+        """The tensors of this table that a network with ``tensors`` does not have."""
+        return [name for name in (*self.amax, *self.zero) if name not in tensors]
 
     def apply(self, network: trt.INetworkDefinition, module: Any) -> list[str]:
         """Gives the floating-point tensors of a network, inputs included, their ranges; returns those without one.
@@ -183,8 +191,8 @@ def _rows_of_csv(path: Path, text: str) -> Iterator[tuple[str, tuple[float, floa
 
 def _rows_of_json(path: Path, text: str) -> Iterator[tuple[str, tuple[float, float]]]:
     try:
-        content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {_REMEDY}") from error
     rows = content.items() if isinstance(content, dict) else enumerate(content)
     for key, entry in rows:
@@ -194,6 +202,13 @@ def _rows_of_json(path: Path, text: str) -> Iterator[tuple[str, tuple[float, flo
             yield _row(path, key, *entry)
         else:
             raise UserError(f"{path}: the entry {str(key)[:60]} is no range: {_REMEDY}")
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]!r} is there twice")
+    return found
 
 
 def _row(path: Path, tensor: Any, low: Any, high: Any) -> tuple[str, tuple[float, float]]:

@@ -6,7 +6,7 @@ The engine in memory is made by deploy/builder.py; what the engine file says abo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -100,7 +100,10 @@ def build_engine(
     options = settings or BuilderOptions()
     BuildSettings.from_options(options, profiles=tuple(profiles))  # wrong settings are the cheapest to find
     source, parent = _read_model(model, output)
-    _check_names(model, output, cache)
+    calibration_cache = calibration.calibration_cache if calibration else None
+    path_of_ranges = None if ranges is None else Path(ranges)
+    written = {"--output": output, "--timing-cache": cache, "--calibration-cache": calibration_cache}
+    _check_names(model, path_of_ranges, written)
     if repeat < 1:
         raise UserError(f"--repeat {repeat}: must be at least 1")
     check_ranges(options, given=ranges is not None or (calibration is not None and calibration.asked_for))
@@ -113,10 +116,9 @@ def build_engine(
     target = toolkit.device.name if toolkit.device else "compute capabilities " + " ".join(capabilities)
     say(f"{toolkit.title}, {toolkit.typing(options.precision)}ly typed, for {target}")
     build_settings = BuildSettings.from_options(options, profiles=tuple(profiles), capabilities=capabilities)
-    path_of_ranges = None if ranges is None else Path(ranges)
     sources = range_sources(toolkit, model, source, parent.sha256, build_settings, calibration, path_of_ranges)
-    built = build_with_cache_or_repeat(toolkit, model, build_settings, repeat, cache, sources)
-    sources.save()
+    with sources.saved():
+        built = build_with_cache_or_repeat(toolkit, model, build_settings, repeat, cache, sources)
     _say_ranges(sources, built.without_range, strict=options.strict)
     sidecar = write_engine(output, built, toolkit, build_settings, source, parent, sources)
     return EngineFile(output, sidecar, built.audit)
@@ -231,12 +233,16 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
-def _check_names(model: Path, output: Path, timing_cache: Path | None) -> None:
-    """Raises UserError when one file would overwrite another."""
-    if output.resolve() == model.resolve():
-        raise UserError(f"{output} is the model itself: give --output another name")
-    if timing_cache and timing_cache.resolve() in (output.resolve(), model.resolve()):
-        raise UserError(f"--timing-cache {timing_cache} is the model or the engine: give it a name of its own")
+def _check_names(model: Path, ranges: Path | None, written: Mapping[str, Path | None]) -> None:
+    """Raises UserError when a file to be ``written``, by its option, would overwrite another one."""
+    known = {model.resolve(): "the model"}
+    if ranges:
+        known[ranges.resolve()] = "the file of --ranges"
+    for option, path in written.items():
+        if path and path.resolve() in known:
+            raise UserError(f"{option} {path} is {known[path.resolve()]}: give it a name of its own")
+        if path:
+            known[path.resolve()] = f"the file of {option}"
 
 
 def _engine_sidecar(
@@ -304,7 +310,7 @@ def _print_audit(sidecar: Sidecar, audit: PrecisionAudit) -> None:
         ("engine", megabytes(figures["engine_bytes"])),
         ("build", f"{figures['build_seconds']:.1f} s"),
     ]
-    if sidecar.details["precision"] != "explicit" and sidecar.details["units"]:
+    if sidecar.details["units"]:
         units = [name for name, has in sidecar.details["units"].items() if has]
         rows.append(("units of this GPU", ", ".join(units) or "none of FP16, INT8 and TF32"))
     table("Audit", ("what", "found"), rows)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from deploy.builder import open_network
-from deploy.calibration_cache_file import check_cache
 from deploy.candidate_engines import CandidateEngines
 from deploy.candidates import Candidate
 from deploy.engine_table import EngineTable, Questions, measure_engines
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
 from qat.base.artifact import check_writable, sha256_of, write_json
+from qat.base.calibration_cache import check_cache
 from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.interval import interval_of_share
@@ -87,6 +87,8 @@ def migrate_engine(
     with open_network(toolkit, model, BuildSettings()) as network:
         questions = Questions.of_model(model, data, images, network.inputs)
     explicit = explicit or _quantized(model, cache)
+    if toolkit.typing() == "strong":
+        say("the explicit network is strongly typed: what is not quantized is FP32 there, FP16 in the implicit one")
     engines = CandidateEngines(toolkit, folder or model.with_name("engines"), repeat)
     candidates = [
         Candidate(FLOAT, model, "fp32"),

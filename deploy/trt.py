@@ -224,8 +224,12 @@ class Toolkit:
         return "SM" + capability.replace(".", "")
 
     @contextlib.contextmanager
-    def report_progress(self, config: trt.IBuilderConfig, report: Callable[[float, str], None]) -> Iterator[None]:
+    def report_progress(
+        self, config: trt.IBuilderConfig, report: Callable[[float, str], None]
+    ) -> Iterator[Callable[[], None]]:
         """While the block builds, calls ``report(fraction done, phase)`` and lets Ctrl-C cancel the build.
+
+        Yields what raises KeyboardInterrupt after Ctrl-C, for Python code that the builder calls back.
 
         An exception must not pass through TensorRT's C++ code. So Ctrl-C only sets a flag; the progress monitor sees it
         and cancels the build, and then KeyboardInterrupt is raised. Without a progress monitor Ctrl-C ends the process
@@ -243,13 +247,17 @@ class Toolkit:
         main_thread = threading.current_thread() is threading.main_thread()
         handler = mark if self.reports_progress else signal.SIG_DFL
         before = signal.signal(signal.SIGINT, handler) if main_thread else None
+
+        def raise_if_interrupted() -> None:
+            if interrupted:
+                raise KeyboardInterrupt("the build was cancelled and nothing was written")
+
         try:
-            yield
+            yield raise_if_interrupted
         finally:
             if main_thread:
                 signal.signal(signal.SIGINT, before)
-        if interrupted:
-            raise KeyboardInterrupt("the build was cancelled and nothing was written")
+        raise_if_interrupted()
 
     def load(self, plan: Any, log: BuildLog, host_code: bool = False) -> tuple[Any, trt.ICudaEngine]:
         """The runtime and the deserialized engine. The runtime must live as long as the engine.

@@ -39,6 +39,7 @@ from qat.base.artifact import (
     sidecar_path,
     write_artifact,
 )
+from qat.base.calibration_cache import check_cache
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
@@ -143,6 +144,7 @@ def quantize_onnx(
 
     scales: dict[str, float] = {}
     if cache is not None:
+        check_cache(cache, sha256_of(model))
         placement, scales = placement_from_cache(view.network, cache, keep_float, calibrated=fed is not None)
     else:
         placement = place(view.network, keep_float)

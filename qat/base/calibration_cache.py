@@ -17,7 +17,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from qat.base.artifact import read_sidecar, sidecar_path
 from qat.base.choices import ImplicitCalibrator
+from qat.base.console import say
 from qat.base.errors import UserError
 
 _HEADER = re.compile(r"TRT-(?P<version>\d+)-(?P<algorithm>\w+)|\d+ [0-9a-f]{1,16} [0-9a-f]{1,16}")
@@ -96,3 +98,16 @@ def _float_from_hex(digits: str) -> float | None:
     if not re.fullmatch("[0-9a-fA-F]{1,8}", digits):
         return None
     return float(struct.unpack("!f", struct.pack("!I", int(digits, 16)))[0])
+
+
+def check_cache(path: Path, model: str) -> None:
+    """Raises UserError for a cache that its sidecar shows to be damaged, or made of another model than ``model``.
+
+    ``model`` is a SHA-256 in hexadecimal. Of a cache without a sidecar nothing is known, which is said.
+    """
+    if not sidecar_path(path).exists():
+        say(f"the calibration cache {path} has no sidecar, so nothing tells whether it was made of this model")
+        return
+    recorded = read_sidecar(path, "calibration-cache").details
+    if recorded.get("model") != model:
+        raise UserError(f"the calibration cache {path} was made of another model: give the one of this model")

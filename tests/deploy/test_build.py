@@ -27,7 +27,7 @@ from deploy.build import BuildOptions, main
 from deploy.builder import Repetition
 from deploy.engine_file import build_with_cache_or_repeat
 from deploy.installed import find_toolkit
-from deploy.settings import BuildSettings
+from deploy.settings import BuildSettings, CalibrationSettings
 from export.session import session
 from qat.base.artifact import Sidecar, TensorSpec, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.errors import UserError
@@ -326,7 +326,18 @@ def test_a_fixed_batch_that_is_not_the_one_asked_for(tmp_path):
 
 def test_a_timing_cache_that_is_the_model_or_the_engine(model):
     for name in (model, model.with_suffix(".engine")):
-        assert "is the model or the engine" in refused(model, timing_cache=name)
+        assert "give it a name of its own" in refused(model, timing_cache=name)
+
+
+def test_files_that_would_overwrite_each_other(model, tmp_path):
+    def message(cache, **options):
+        calibration = CalibrationSettings(data=str(tmp_path), calibration_cache=cache)
+        return refused(model, precision="int8", calibration=calibration, **options)
+
+    for name in (model, model.with_suffix(".engine"), tmp_path / "r.csv"):
+        assert f"--calibration-cache {name} is the" in message(name, ranges=tmp_path / "r.csv")
+    name = tmp_path / "x.bin"
+    assert f"--calibration-cache {name} is the file of --timing-cache" in message(name, timing_cache=name)
 
 
 def test_unknown_tactic_source(model):
@@ -390,7 +401,7 @@ def test_zero_channels_change_no_answer_and_run_in_int8(tmp_path):
 
 
 def test_output_that_is_the_model(model):
-    assert "is the model itself" in refused(model, output=model)
+    assert "is the model: give it a name" in refused(model, output=model)
 
 
 def test_output_that_cannot_be_written(model, tmp_path):

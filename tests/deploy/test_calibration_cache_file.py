@@ -22,7 +22,7 @@ WITHOUT_IMAGES = dataclasses.replace(KEY, images=None)
 def cache(tmp_path: Path) -> Path:
     """A cache with its sidecar."""
     path = tmp_path / "float.cache"
-    CalibrationCacheFile(path, KEY).save(CONTENT)
+    CalibrationCacheFile(path, KEY).save(CONTENT, 96)
     return path
 
 
@@ -41,12 +41,12 @@ def test_what_was_saved_is_read_byte_by_byte(capsys: pytest.CaptureFixture[str],
     again = CalibrationCacheFile(cache, KEY)
     assert again.content == CONTENT
     assert f"{cache}: used" in capsys.readouterr().out
-    again.save(again.content)
+    again.save(again.content, 96)
     assert cache.read_bytes() == CONTENT
     assert CalibrationCacheFile(cache, WITHOUT_IMAGES).content == CONTENT
     sidecar = json.loads(sidecar_path(cache).read_text())
     assert sidecar["kind"] == "calibration-cache"
-    assert sidecar["details"] == dataclasses.asdict(KEY)
+    assert sidecar["details"] == dataclasses.asdict(KEY) | {"images_used": 96}
     assert sorted(path.name for path in cache.parent.iterdir()) == ["float.cache", "float.cache.json"]
 
 
@@ -123,10 +123,10 @@ def test_a_cache_of_something_else_is_said_and_not_used(
         assert part in said.err
     assert cache.read_bytes() == CONTENT  # until the new one is there
     new = CONTENT.replace(b"3caa1f6d", b"3caa1f6e")
-    found.save(new)
+    found.save(new, 96)
     assert CalibrationCacheFile(cache, key).content == new
 
-    CalibrationCacheFile(cache, KEY).save(CONTENT)
+    CalibrationCacheFile(cache, KEY).save(CONTENT, 96)
     without = dataclasses.replace(key, images=None)
     if without == WITHOUT_IMAGES:  # any images are right
         assert CalibrationCacheFile(cache, without).content == CONTENT

@@ -423,6 +423,20 @@ def test_what_failed_inside_is_raised_after_the_block(devices: list[tuple[int, i
     assert (calibration.cache, calibration.calibrated) == (b"", False)
 
 
+def test_a_calibration_outlives_the_build_that_fails_after_it(devices: list[tuple[int, int]]) -> None:
+    tensorrt, calibration = TensorRT(), Calibration(settings_of(), inputs_of(5))
+    config = SimpleNamespace(int8_calibrator=None)
+    with (  # noqa: PT012
+        pytest.raises(RuntimeError, match="the build"),
+        calibration.during_build(tensorrt, config, 2, lambda given, images: None),
+    ):
+        tensorrt.build(config)
+        raise RuntimeError("the build")
+    assert calibration.calibrated
+    assert calibration.cache
+    assert calibration.images == 4  # the fifth is in no whole batch
+
+
 def test_a_build_that_fails_frees_the_memory_and_keeps_no_cache(devices: list[tuple[int, int]]) -> None:
     calibration = Calibration(settings_of(), inputs_of(4))
     with (

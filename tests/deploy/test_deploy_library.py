@@ -106,7 +106,7 @@ def test_one_line_for_every_mistake(model, tmp_path):
     assert "--repeat 0: must be at least 1" in refused(build, model, repeat=0)
     assert "there is no profile" in refused(build, model, profiles=())
     assert "must have 1 <= min <= opt <= max" in refused(Profile, 4, 2, 8)
-    assert "is the model itself" in refused(build, model, output=model)
+    assert "is the model: give it a name" in refused(build, model, output=model)
     assert "does not time kernels" in refused(build, model, timing_cache=tmp_path / "timing.cache")
     assert "is not 0" in refused(build, convolution(tmp_path / "zero.onnx", zero_point=np.int8(3)))
     assert "no file" in refused(Engine.load, tmp_path / "none.engine")

@@ -63,6 +63,9 @@ def test_a_calibration_cache_of_tensorrt_is_read(tmp_path: Path) -> None:
         ("tensor,min,max\na,nan,1\n", "the range of a is nan to 1, and must be finite"),
         ("tensor,min,max\na,-1,inf\n", "the range of a is -1 to inf, and must be finite"),
         ("tensor,min,max\na,1,-1\n", "the range of a is 1 to -1: min must be at most max"),
+        ("tensor,min,max\nb,0,1\na,0,1\na,0,2\n", "has 2 ranges for a: leave one"),
+        ('[{"tensor": "a", "min": 0, "max": 1}, {"tensor": "a", "min": 0, "max": 1}]', "has 2 ranges for a"),
+        ('{"a": [0, 1], "a": [0, 2]}', "is not JSON .'a' is there twice"),
         ("TRT-8600-EntropyCalibration2\na: zz\n", "line 2"),
     ],
 )

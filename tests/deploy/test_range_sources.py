@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 
 from deploy.calibration import RangeSources, range_sources
-from deploy.calibration_cache_file import CacheKey, CalibrationCacheFile, check_cache
+from deploy.calibration_cache_file import CacheKey, CalibrationCacheFile
 from deploy.dynamic_ranges import RangeTable
 from deploy.settings import BuildSettings, CalibrationSettings
-from qat.base.artifact import Sidecar, sidecar_path, write_artifact
+from qat.base.artifact import Sidecar, TensorSpec, sidecar_path, write_artifact
+from qat.base.calibration_cache import check_cache
 from qat.base.errors import UserError
 
 CONTENT = b"TRT-8600-EntropyCalibration2\ninput: 3f800000\nconv1: 40000000\ndead: 0\n"
@@ -24,7 +26,7 @@ KEY = CacheKey("a" * 64, "b" * 64, "entropy2", "8.6.0")
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     path = tmp_path / "float.cache"
-    CalibrationCacheFile(path, KEY).save(CONTENT)
+    CalibrationCacheFile(path, KEY).save(CONTENT, 96)
     return path
 
 
@@ -41,7 +43,8 @@ def test_a_cache_alone_is_used_for_any_images(cache: Path) -> None:
     entry = found.to_json()
     assert entry is not None
     assert (entry["from_cache"], entry["images"], entry["calibrator"]) == (True, None, "entropy2")
-    found.save()  # nothing was calibrated
+    with found.saved():
+        pass  # nothing was calibrated
     assert cache.read_bytes() == CONTENT
 
 
@@ -49,8 +52,10 @@ def test_what_a_build_has_calibrated_is_written(tmp_path: Path) -> None:
     path = tmp_path / "new.cache"
     with pytest.raises(UserError, match="give --data"):
         sources(calibration_cache=path)
-    calibration: Any = SimpleNamespace(calibrated=True, cache=CONTENT)
-    RangeSources(None, calibration, CalibrationCacheFile(path, KEY)).save()
+    calibration: Any = SimpleNamespace(calibrated=True, cache=CONTENT, images=96)
+    found = RangeSources(None, calibration, CalibrationCacheFile(path, KEY))
+    with pytest.raises(UserError, match="the build failed"), found.saved():
+        raise UserError("the build failed")  # what was calibrated is kept all the same
     assert path.read_bytes() == CONTENT
     assert sources(calibration_cache=path).calibration is not None
 
@@ -72,7 +77,27 @@ def test_a_trusted_cache_is_used_whatever_it_was_made_of(cache: Path, capsys: py
     assert "used as it is" in capsys.readouterr().out
 
 
-def test_ranges_by_hand_come_before_a_trusted_cache(cache: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of two layers, which nobody need parse."""
+    network = SimpleNamespace(inputs=(TensorSpec("input", (1, 3, 8, 8), "float32"),), makers={"conv1": 0, "dead": 0})
+    monkeypatch.setattr("deploy.calibration.open_network", lambda *_: nullcontext(network))
+
+
+def test_ranges_for_tensors_that_the_network_lacks_are_warned_of(
+    parsed: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_hand = tmp_path / "ranges.csv"
+    by_hand.write_text("tensor,min,max\nconv1,-1,2\nimput,-1,1\nother,0,1\n")
+    assert sources(by_hand).by_hand is not None
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "has ranges for 'imput' (did you mean input?) and 1 more tensors, which the network does not have" in said
+    by_hand.write_text("tensor,min,max\nconv1,-1,2\n")
+    sources(by_hand)
+    assert "does not have" not in "".join(capsys.readouterr())
+
+
+def test_ranges_by_hand_come_before_a_trusted_cache(parsed: None, cache: Path, tmp_path: Path) -> None:
     by_hand = tmp_path / "ranges.csv"
     by_hand.write_text("tensor,min,max\nconv1,-1,2\ndead,-3,3\n")
     found = sources(by_hand, calibration_cache=cache, trust_cache=True).by_hand

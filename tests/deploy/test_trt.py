@@ -100,6 +100,18 @@ def test_progress_rises_to_the_end_and_ctrl_c_cancels(toolkit, tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_code_that_the_builder_calls_back_can_end_after_ctrl_c(toolkit):
+    config = toolkit.create_config(toolkit.module.Builder(toolkit.logger(BuildLog())), BuildSettings())
+    reporting = toolkit.report_progress(config, lambda fraction, phase: None)
+    raise_if_interrupted = reporting.__enter__()
+    raise_if_interrupted()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="nothing was written"):
+        raise_if_interrupted()
+    with pytest.raises(KeyboardInterrupt, match="nothing was written"):
+        reporting.__exit__(None, None, None)
+
+
 def test_weights_memory_is_the_last_one_logged():
     log = BuildLog([("INFO", "Total Weights Memory: 12 bytes"), ("INFO", "Total Weights Memory: 25663624 bytes")])
     assert log.weights_bytes() == 25663624
