@@ -168,10 +168,11 @@ def _preprocessing(settings: CalibrationSettings, spec: TensorSpec, sidecar: Sid
             "give --data an .npy file of inputs as the network takes them"
         )
     found: dict[str, Any] = dict(sidecar.preprocessing) if sidecar else {}
+    short = min(height, width)
     if not found:
-        short = min(height, width)
-        found = {key: _IMAGENET[key] if channels == 3 else (sum(_IMAGENET[key]) / 3,) for key in ("mean", "std")}
         found["resize"] = short if short <= _SMALL else round(short / _IMAGENET["share"])
+    if missing := [key for key in ("mean", "std") if key not in found]:
+        found |= {key: _IMAGENET[key] if channels == 3 else (sum(_IMAGENET[key]) / 3,) for key in missing}
         if spec.dtype != "uint8" and (settings.mean is None or settings.std is None):
             warn(
                 "no sidecar says how the network takes images, so they are normalized as for ImageNet: --mean and "
@@ -182,7 +183,7 @@ def _preprocessing(settings: CalibrationSettings, spec: TensorSpec, sidecar: Sid
             if len(values) != channels:
                 raise UserError(f"--{key} has {len(values)} numbers, the network takes {channels} channels")
             found[key] = values
-    defaults = {"resize": min(height, width), "interpolation": "bilinear"}
+    defaults = {"resize": short, "interpolation": "bilinear"}
     found |= {key: tuple(map(float, found[key])) for key in ("mean", "std")}  # of a sidecar they are lists
     return defaults | found | {"height": height, "width": width, "color": "grey" if channels == 1 else "RGB"}
 
@@ -223,7 +224,8 @@ def _read_images(files: Sequence[str], preprocessing: Mapping[str, Any]) -> np.n
 def fitted(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
     """An image file as uint8 [height, width, C]: the short side resized to ``resize``, the center cropped.
 
-    ``preprocessing`` is a sidecar's. Up to a level or two what qat.data.preprocessing makes of it.
+    Where that would not cover the height and the width, it is resized until it does. ``preprocessing`` is a sidecar's.
+    Up to a level or two what qat.data.preprocessing makes of it.
     """
     from PIL import Image
 
@@ -232,18 +234,21 @@ def fitted(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
     image = Image.fromarray(read_image(file))
     if preprocessing["color"] == "grey":
         image = image.convert("L")
-    short = min(image.size)
-    if short != preprocessing["resize"]:
+    short, size = min(image.size), (preprocessing["width"], preprocessing["height"])
+    to_cover = max(wanted / extent for extent, wanted in zip(image.size, size, strict=True))
+    if short != preprocessing["resize"] or to_cover > 1:
         width, height = (int(extent * preprocessing["resize"] / short) for extent in image.size)
+        if width < size[0] or height < size[1]:
+            width, height = (
+                max(round(extent * to_cover), wanted) for extent, wanted in zip(image.size, size, strict=True)
+            )
         filtered_by = Image.Resampling[preprocessing["interpolation"].upper()]
         # First along the rows, as torchvision does. Of tall images Pillow would begin with the columns, and bicubic
         # overshoot is cut off after each of the two.
         image = image.resize((width, image.height), filtered_by).resize((width, height), filtered_by)
-    left, top = (
-        round((extent - preprocessing[name]) / 2) for extent, name in zip(image.size, ("width", "height"), strict=True)
-    )
-    cropped = image.crop((left, top, left + preprocessing["width"], top + preprocessing["height"]))
-    return np.asarray(cropped).reshape(preprocessing["height"], preprocessing["width"], -1)
+    left, top = (round((extent - wanted) / 2) for extent, wanted in zip(image.size, size, strict=True))
+    cropped = image.crop((left, top, left + size[0], top + size[1]))
+    return np.asarray(cropped).reshape(size[1], size[0], -1)
 
 
 def _data_set(settings: CalibrationSettings, preprocessing: Mapping[str, Any]) -> np.ndarray:

@@ -287,6 +287,30 @@ def test_without_a_sidecar_large_images_are_cropped_as_for_imagenet(tmp_path: Pa
     np.testing.assert_array_equal(levels(found, of_imagenet)[0].transpose(1, 2, 0), expected_levels(path, of_imagenet))
 
 
+@pytest.mark.parametrize(("height", "width"), [(16, 40), (40, 16)])
+@pytest.mark.parametrize(("tall", "wide"), [(50, 50), (30, 90), (90, 30), (7, 9)])
+def test_a_network_that_is_not_square_gets_images_without_a_border(
+    tmp_path: Path, height: int, width: int, tall: int, wide: int
+) -> None:
+    path = saved(tmp_path / "a.png", np.full((tall, wide, 3), 200, np.uint8))
+    found = inputs(
+        path.parent, (TensorSpec("input", (-1, 3, height, width), "float32"),), None, mean=(0, 0, 0), std=(1, 1, 1)
+    )
+    (values,) = found.read(0, 1).values()
+    assert values.shape == (1, 3, height, width)
+    np.testing.assert_allclose(values, 200 / 255, atol=1e-6)
+
+
+def test_a_sidecar_that_tells_a_part_leaves_the_rest_as_for_imagenet(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = Sidecar("onnx", preprocessing={"resize": SIZE, "interpolation": "bicubic"})
+    found = inputs(folder, sidecar=part).read(0, 9)["input"]
+    assert "normalized as for ImageNet" in " ".join(capsys.readouterr().err.split())
+    of_imagenet = Preprocessing(SIZE, SIZE, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), SIZE, "bicubic")
+    np.testing.assert_array_equal(found, inputs(folder, sidecar=sidecar_of(of_imagenet)).read(0, 9)["input"])
+
+
 @pytest.mark.parametrize("sidecar", [None, sidecar_of(PLAIN)])
 def test_mean_and_std_of_the_command_line_come_first(
     folder: Path, sidecar: Sidecar | None, capsys: pytest.CaptureFixture[str]
