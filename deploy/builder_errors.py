@@ -24,6 +24,11 @@ _FAILED_AT = re.compile(r'While parsing node number (?P<index>\d+) \[(?P<op>\w+)
 _INITIALIZER = re.compile(r"Failed to import initializer: (?!In node)(?P<name>.+?)\s*$")
 _NO_FILE = re.compile(r"Failed to open file: (?P<path>.+)")
 _SOURCE = re.compile(r"^\w+\.cpp:\d+: ")
+# With precisions by layer that the builder must obey; each names the layer.
+_NO_KERNEL = re.compile(
+    r"No supported formats for (?P<layer>.+)|Internal Error \((?P<foreign>.+?) requires foreign node"
+)
+_NO_RANGE = re.compile(r"No non-int8 implementation of layer (?P<layer>.+?) is supported")
 # Without a GPU each error is followed by one about the driver, which is never the cause.
 _NOISE = re.compile(r"cudaError|CUDA driver version|^--- (Begin|End) node|^Invalid Node - |^\s*$", re.IGNORECASE)
 
@@ -74,6 +79,11 @@ def uint8_nodes(log: BuildLog) -> list[str]:
 def build_failure(log: BuildLog) -> str:
     """The last errors of a failed build, in one line. Raises UserError if the GPU's memory was full."""
     raise_if_out_of_memory(log)
+    said = "\n".join(log.errors())
+    if match := _NO_RANGE.search(said):
+        return f"layer {match['layer']!r} is to be INT8, and a tensor of it has no range: give it one"
+    if match := _NO_KERNEL.search(said):
+        return f"layer {match['layer'] or match['foreign']!r} has no kernel of the type that it is to have"
     lines = [condensed for text in log.errors() if (condensed := _condense(text))]
     return "; ".join(lines[-2:]) or "it gave no reason"
 

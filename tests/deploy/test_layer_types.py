@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from deploy import builder
+from deploy.build_log import BuildLog
+from deploy.builder_errors import build_failure
 from deploy.engine_layers import EngineLayer
 from deploy.layer_types import LayerType, TypeRule, layers_as_built, set_types, type_rules
 from deploy.settings import BuilderOptions, BuildSettings
@@ -247,3 +249,34 @@ def test_a_build_that_fails_with_types_of_layers_says_how_to_loosen_them() -> No
     assert "--constraints prefer" in builder._remedy(BuildSettings(precision="int8", layer=("a=fp32",)))
     for settings in (BuildSettings(), BuildSettings(precision="int8", layer=("a=fp32",), constraints="prefer")):
         assert builder._remedy(settings) == "change the model there, or try the other --builder"
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [
+        (
+            [
+                "2: Assertion !n->candidateRequirements.empty() failed. No supported formats for /shares/Softmax",
+                "2: [optimizer.cpp::getFormatRequirements::3158] Error Code 2: Internal Error (Assertion "
+                "!n->candidateRequirements.empty() failed. No supported formats for /shares/Softmax)",
+            ],
+            "layer '/shares/Softmax' has no kernel of the type that it is to have",
+        ),
+        (
+            [
+                "9: [myelinBuilderUtils.cpp::getMyelinSupportType::1250] Error Code 9: Internal Error ((Unnamed Layer* "
+                "3) [Shuffle] requires foreign node optimizations incompatible with int8 precision constraints.)"
+            ],
+            "layer '(Unnamed Layer* 3) [Shuffle]' has no kernel of the type that it is to have",
+        ),
+        (
+            [
+                "4: No non-int8 implementation of layer /logits/Gemm is supported. Please provide missing int8 scales "
+                "to use available int8 implementation"
+            ],
+            "layer '/logits/Gemm' is to be INT8, and a tensor of it has no range: give it one",
+        ),
+    ],
+)
+def test_a_layer_that_the_builder_cannot_type_is_named(said: list[str], sentence: str) -> None:
+    assert build_failure(BuildLog([("ERROR", text) for text in said])) == sentence
