@@ -85,7 +85,7 @@ def constrain(
     if strongly_typed:
         raise UserError(
             f"{title} takes the precision of every layer from the ONNX file: leave out --layer and --output-type, and "
-            "write it there (export.onnx and export.quantize have --keep-float)"
+            "write it there (qat.train, qat.calibrate and export.quantize have --keep-float)"
         )
     if constraints in _CONSTRAINTS:
         config.set_flag(getattr(module.BuilderFlag, _CONSTRAINTS[constraints]))
