@@ -170,6 +170,14 @@ def test_nested_concats_share_one_scale():
         (32, 32, 32, 3, True),  # depthwise
         (36, 36, 36, 3, False),  # depthwise, not a multiple of 8
         (32, 32, 4, 1, False),  # grouped 1x1
+        (96, 96, 2, 3, False),  # 48 channels in a group, as in RegNetX-3.2GF
+        (48, 48, 4, 3, False),
+        (40, 40, 20, 3, False),  # 2
+        (32, 96, 4, 3, False),  # 8 -> 24
+        (40, 40, 10, 3, True),  # 4
+        (64, 64, 2, 3, True),
+        (32, 64, 2, 3, True),
+        (32, 96, 32, 3, True),  # depthwise with a multiplier
     ],
 )
 def test_small_channel_rules(inputs, outputs, groups, kernel, quantized):
