@@ -9,8 +9,8 @@ The library interface::
     with Engine.load(built.path) as engine:
         logits = engine(images)                                         # float32 [N, 3, H, W] -> float32 [N, classes]
 
-The commands are ``python -m deploy.build``, ``audit``, ``benchmark``, ``evaluate``, ``migrate``, ``report`` and
-``triton``. Every name is imported when it is used, so ``import deploy`` needs only the standard library.
+The commands are ``python -m deploy.build``, ``audit``, ``benchmark``, ``evaluate``, ``kernels``, ``migrate``,
+``report`` and ``triton``. Every name is imported when it is used, so ``import deploy`` needs only the standard library.
 """
 
 from __future__ import annotations

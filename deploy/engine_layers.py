@@ -129,6 +129,12 @@ class EngineLayer:
         return next(iter(self.inputs + self.outputs), "none")
 
     @property
+    def writes_fp32(self) -> bool:
+        """Whether the layer computes in float and writes FP32. What an INT8 product writes is another matter."""
+        computes = not (self.is_reformat or self.is_quantization) and self.product_precision != INT8.name
+        return computes and "FP32" in self.outputs
+
+    @property
     def product_precision(self) -> str:
         """The type that a convolution or matrix product multiplies in."""
         weights = (*self.inputs[1:], *self.constants)

@@ -5,7 +5,7 @@
 
 Each layer stands in a small INT8 network, which is built and timed twice: with the layer in INT8 and with it in float.
 The time is that of the whole network, conversions included. What has been measured is kept, so a run that was stopped
-goes on where it ended. qat.train, qat.calibrate and export.quantize take the file as --profile.
+goes on where it ended.
 """
 
 from __future__ import annotations

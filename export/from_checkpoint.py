@@ -21,6 +21,8 @@ from torch import Tensor, fx, nn
 from export import ops
 from export.against_float import against_float, against_recorded
 from export.emit import emit, example_input, input_quantizer, input_scale, with_ends
+from export.file_form import FileForm
+from export.float_types import store_floats_as
 from export.float_weights import save_onnx
 from export.fold import fold, fold_float, remaining_dead_channels, warn_of_dead_channels
 from export.hard_rules import hard_findings
@@ -34,7 +36,7 @@ from export.session import sqnr_db
 from export.tensor_names import names_of_inputs, names_of_outputs, output_shapes
 from export.trained_network import Images, TrainedNetwork
 from qat.base.artifact import Sidecar, TensorSpec, check_writable, read_sidecar, sidecar_path, write_artifact
-from qat.base.choices import ExportPrecision, InputKind, WeightStorage
+from qat.base.choices import ExportPrecision, FloatType, InputKind, WeightStorage
 from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.base.text import megabytes
@@ -54,6 +56,7 @@ def export_onnx(
     input: InputKind = "float32-nchw",
     precision: ExportPrecision = "int8",
     weights: WeightStorage = "int8",
+    float_type: FloatType = "float32",
     pad_channels: bool = False,
     merge_shortcuts: bool = False,
     preprocessing: Preprocessing | None = None,
@@ -83,6 +86,8 @@ def export_onnx(
             normalized images that the caller has quantized by the ``input_scale`` in the sidecar's preprocessing.
         precision: int8; float32 or float16 for the same weights without any quantizer, as a baseline.
         weights: int8; float for the same codes as float weights in front of a QuantizeLinear, four times the size.
+        float_type: what layers that are not INT8 compute in: float32, or a half precision. Those that need float32 keep
+            it: normalizations, softmax, and what reaches large values on the images that are compared on.
         pad_channels: put zero channels into residual blocks that end with fewer than 128 input channels.
         merge_shortcuts: merge 1x1 shortcuts into the convolutions that they are added to.
         preprocessing: for a model: how images become inputs. A checkpoint has its own.
@@ -102,21 +107,26 @@ def export_onnx(
     Raises UserError when a checkpoint cannot be read or the file cannot be written, when options exclude each other,
     when a model is not calibrated, or when ``images`` or ``class_names`` do not fit it.
     """
-    quantized = precision == "int8"
-    _check_precision(precision, weights, input, pad_channels=pad_channels, merge_shortcuts=merge_shortcuts)
-    suffix = _name_suffix(precision, weights, input, pad_channels=pad_channels, merge_shortcuts=merge_shortcuts)
-    output = _resolve_output(source, output, suffix)
+    form = FileForm(
+        input=input,
+        precision=precision,
+        weights=weights,
+        float_type=float_type,
+        pad_channels=pad_channels,
+        merge_shortcuts=merge_shortcuts,
+    )
+    output = _resolve_output(source, output, form.suffix)
     if parity_images < 1 or layer_images < 1:
         raise UserError("--parity-images and --layer-images must be at least 1: parity is part of every export")
     reference = reference_path(output)
     for path in (output, reference):
         check_writable(path)
     network = _load(source, preprocessing, class_names, images, allow_changed_model)
-    if quantized:
+    if form.quantized:
         network.check_exportable()
 
     start = time.perf_counter()
-    folded, dead = fold(network.model) if quantized else (fold_float(network.model), [])
+    folded, dead = fold(network.model) if form.quantized else (fold_float(network.model), [])
     shapes = output_shapes(folded, network.inputs)
     inputs, outputs = names_of_inputs(network.inputs, input_names), names_of_outputs(folded, shapes, output_names)
     _check_classes(network, shapes)
@@ -134,7 +144,8 @@ def export_onnx(
     details: dict[str, Any] = {
         "input": input,
         "precision": precision,
-        "weights": weights if quantized else "float",
+        "weights": weights if form.quantized else "float",
+        "float_type": float_type if form.quantized else precision,
         "padded": padded,
         "merged": merged,
         "opset": ops.OPSET,
@@ -146,6 +157,15 @@ def export_onnx(
     dtype = torch.float16 if precision == "float16" else torch.float32
     ready = with_ends(folded, network.preprocessing, input, dtype)
     model = emit(ready, examples, _metadata(network, details), outputs)
+    compared = network.sample(parity_images)
+    pairs = partial(_pairs, network, folded, compared, input, inputs)
+    in_float32 = None
+    if float_type == "bfloat16":
+        in_float32 = ir.to_proto(model).SerializeToString()
+        warn("ONNX Runtime has no bfloat16: parity is that of the same file in float32")
+    if form.quantized and float_type != "float32":
+        feeds = ({name: x.numpy() for name, x in given.items()} for _, given in pairs())
+        details["kept_float32"] = [asdict(one) for one in store_floats_as(model, float_type, feeds)]
     if findings := hard_findings(model):
         raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
     seconds = time.perf_counter() - start
@@ -155,10 +175,8 @@ def export_onnx(
         save_onnx(ir.to_proto(model), path, weights)
         figures["bytes"] = path.stat().st_size
         say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {megabytes(figures['bytes'])}")
-        compared = network.sample(parity_images)
         # A float16 file is compared with float32 PyTorch too, so that the loss of precision shows.
-        pairs = partial(_pairs, network, folded, compared, input, inputs)
-        parity, answers, found = measure(folded, path, pairs(), layer_images, logits=is_classifier)
+        parity, answers, found = measure(folded, in_float32 or path, pairs(), layer_images, logits=is_classifier)
         say(f"PyTorch against ONNX Runtime on {compared.source}: {parity}")
         if parity.smallest_logit_cosine is not None and parity.smallest_logit_cosine < _ALIKE:
             warn(
@@ -219,36 +237,6 @@ def _load(
             "preprocessing, class_names and images"
         )
     return TrainedNetwork.from_checkpoint(Path(source), allow_changed_model)
-
-
-def _check_precision(
-    precision: ExportPrecision, weights: WeightStorage, kind: InputKind, *, pad_channels: bool, merge_shortcuts: bool
-) -> None:
-    """Raises UserError when options of INT8 are given for a float file."""
-    needless = {
-        "--pad-channels": pad_channels,
-        "--merge-shortcuts": merge_shortcuts,
-        "--weights": weights == "float",
-        "--input int8-nchw": kind == "int8-nchw",
-    }
-    if precision != "int8" and any(needless.values()):
-        given = " and ".join(name for name, is_given in needless.items() if is_given)
-        raise UserError(f"--precision {precision} computes nothing in INT8: leave out {given}")
-
-
-def _name_suffix(
-    precision: ExportPrecision, weights: WeightStorage, kind: InputKind, *, pad_channels: bool, merge_shortcuts: bool
-) -> str:
-    """What stands before .onnx in the file's name: the options that are not the defaults."""
-    chosen = {
-        precision: precision != "int8",
-        "merged": merge_shortcuts,
-        "padded": pad_channels,
-        "float-weights": weights == "float",
-        kind: kind != "float32-nchw",
-    }
-    names = "-".join(name for name, wanted in chosen.items() if wanted)
-    return f".{names}" if names else ""
 
 
 def _resolve_output(source: Path | str | fx.GraphModule, output: Path | str | None, suffix: str) -> Path:

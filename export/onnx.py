@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from qat.base.choices import ExportPrecision, InputKind, WeightStorage
+from qat.base.choices import ExportPrecision, FloatType, InputKind, WeightStorage
 from qat.base.console import Command, run_command
 
 
@@ -39,6 +39,9 @@ class ExportOptions(Command):
     weights: WeightStorage = "int8"
     """float: the same codes as float weights in front of a QuantizeLinear, four times the size, for tools that refuse
     INT8 weights. deploy.build makes them by itself if TensorRT 8.6 refuses INT8 weights."""
+    float_type: FloatType = "float32"
+    """float16, bfloat16: layers that are not INT8 compute in this, apart from those that need float32. TensorRT 10, 11
+    and RTX take types from the file; TensorRT 8.6 chooses them itself."""
     pad_channels: bool = False
     """Put zero channels into residual blocks that end with fewer than 128 input channels: the answers stay the same,
     and some GPUs have a faster kernel for them (measure it: python -m deploy.benchmark --variants)."""
@@ -64,6 +67,7 @@ def main(options: ExportOptions) -> None:
         input=options.input,
         precision=options.precision,
         weights=options.weights,
+        float_type=options.float_type,
         pad_channels=options.pad_channels,
         merge_shortcuts=options.merge_shortcuts,
         parity_images=options.parity_images,

@@ -81,7 +81,7 @@ Given = Tensor | Sequence[Tensor]
 
 def measure(
     folded: fx.GraphModule,
-    model: Path,
+    model: Path | bytes,
     batches: Iterable[tuple[Given, Tensor | Mapping[str, Tensor]]],
     layer_images: int,
     *,
@@ -91,7 +91,7 @@ def measure(
 
     Args:
         folded: from export.fold; takes float32 tensors, batch first.
-        model: the ONNX file.
+        model: the ONNX file, or its content.
         batches: (inputs of ``folded``, the same as the file takes them: its only input, or all by name).
         layer_images: how many images of the first batch are compared layer by layer.
         logits: whether the only output is known to be logits [N, classes].
@@ -148,17 +148,17 @@ def _compare_classes(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
 
 
 def _layers(
-    folded: fx.GraphModule, model: Path, x: tuple[Tensor, ...], given: Mapping[str, np.ndarray]
+    folded: fx.GraphModule, model: Path | bytes, x: tuple[Tensor, ...], given: Mapping[str, np.ndarray]
 ) -> tuple[LayerParity, ...]:
-    proto = onnx.load(model)
+    proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
     quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
     dequantized = {node.input[0]: node.output[0] for node in proto.graph.node if node.op_type == "DequantizeLinear"}
     shown = {node.input[0] for node in quantizes} | {dequantized[node.output[0]] for node in quantizes}
     names = [output.name for output in proto.graph.output]
-    values = run(session_with_tensors(model, shown), given)
+    values = run(session_with_tensors(proto, shown), given)
     by_quantizer: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for node in quantizes:
-        name = node.input[1].split(f"{ACTIVATION_QUANTIZERS}.")[-1].removesuffix(".scale")
+        name = node.input[1].split(f"{ACTIVATION_QUANTIZERS}.")[-1].partition(".scale")[0]  # behind it may be a type
         before, after = values.get(node.input[0]), values[dequantized[node.output[0]]]
         by_quantizer.setdefault(name, []).append((given[node.input[0]] if before is None else before, after))
     compared = _WithOnnxCodes(folded, by_quantizer)
@@ -187,4 +187,4 @@ class _WithOnnxCodes(fx.Interpreter):
         before, after = self._values[target.split(".")[-1]].pop(0)
         if before.shape == tuple(args[0].shape):  # else it is the image before the preprocessing inside the network
             self.layers.append(LayerParity(target.split(".")[-1], sqnr_db(before, args[0].numpy())))
-        return torch.from_numpy(after)
+        return torch.from_numpy(after).float()

@@ -22,7 +22,14 @@ COMMANDS = (
     "deploy.triton",
     "deploy.audit",
 )
-COMMANDS += ("deploy.benchmark", "deploy.evaluate", "deploy.migrate", "export.lint", "export.quantize")
+COMMANDS += (
+    "deploy.benchmark",
+    "deploy.evaluate",
+    "deploy.kernels",
+    "deploy.migrate",
+    "export.lint",
+    "export.quantize",
+)
 HEAVY = (
     "torch",
     "torchvision",

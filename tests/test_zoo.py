@@ -15,6 +15,7 @@ from deploy.builder import build
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings, Profile
 from export.emit import emit
+from export.float_types import store_floats_as
 from export.fold import fold
 from export.linter import lint_onnx
 from export.parity import measure
@@ -48,6 +49,11 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
     settings = BuildSettings(profiles=(Profile(2, 2, 2),), capabilities=("8.9",))
     audit = build(find_toolkit("tensorrt-rtx"), path, settings).audit
     assert audit.broken == ()
+    half = ir.load(path)
+    store_floats_as(half, "float16", [{"input": x.numpy()}])
+    ir.save(half, tmp_path / "half.onnx")
+    assert lint_onnx(tmp_path / "half.onnx") == []
+    assert build(find_toolkit("tensorrt-rtx"), tmp_path / "half.onnx", settings).audit.broken == ()
     declared = [finding.declared_int8 for finding in audit.findings]
     weights = [decision.quantized for decision in placement_of(prepared).weights]
     assert sum(declared) == sum(weights)

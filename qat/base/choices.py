@@ -23,6 +23,9 @@ InputKind = Literal["float32-nchw", "uint8-nhwc", "uint8-nchw", "int8-nchw"]
 ExportPrecision = Literal["int8", "float32", "float16"]
 """int8: the network with its quantizers; float32, float16: without any, as a baseline to compare INT8 with."""
 
+FloatType = Literal["float32", "float16", "bfloat16"]
+"""What computes in a file with INT8 layers where it is not INT8."""
+
 WeightStorage = Literal["int8", "float"]
 """int8: the ONNX file holds INT8 codes; float: it holds float weights, each followed by a QuantizeLinear that yields
 the same codes."""

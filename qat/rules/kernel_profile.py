@@ -1,4 +1,4 @@
-"""What single layers gain by INT8 on one GPU, as measured by deploy.kernels: the profile that placement rules read."""
+"""What single layers gain by INT8 on one GPU, as measured by deploy.kernels."""
 
 from __future__ import annotations
 

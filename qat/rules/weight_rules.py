@@ -53,7 +53,7 @@ class GroupedChannels(Rule):
     """A grouped convolution needs a width that has a kernel, output channels in a multiple of 8, and an extent of 3.
 
     The width is the number of channels in a group. Depthwise convolutions have kernels of their own. Of the others only
-    widths that are powers of two were seen to gain by INT8; those between take several times as long as in FP16.
+    widths that are powers of two are known to gain by INT8.
     """
 
     name = "grouped_channels"

@@ -1,0 +1,54 @@
+"""In which form a trained network is written: what the options of export.onnx say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qat.base.choices import ExportPrecision, FloatType, InputKind, WeightStorage
+from qat.base.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileForm:
+    """The form of an ONNX file (the arguments of export.from_checkpoint.export_onnx explain each).
+
+    Raises UserError when options of INT8 are given for a float file.
+    """
+
+    input: InputKind
+    precision: ExportPrecision
+    weights: WeightStorage
+    float_type: FloatType
+    pad_channels: bool
+    merge_shortcuts: bool
+
+    def __post_init__(self) -> None:
+        needless = {
+            "--pad-channels": self.pad_channels,
+            "--merge-shortcuts": self.merge_shortcuts,
+            "--weights": self.weights == "float",
+            "--float-type": self.float_type != "float32",
+            "--input int8-nchw": self.input == "int8-nchw",
+        }
+        if not self.quantized and any(needless.values()):
+            given = " and ".join(name for name, is_given in needless.items() if is_given)
+            raise UserError(f"--precision {self.precision} computes nothing in INT8: leave out {given}")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the file has quantizers."""
+        return self.precision == "int8"
+
+    @property
+    def suffix(self) -> str:
+        """What stands before .onnx in the file's name: the options that are not the defaults."""
+        chosen = {
+            self.precision: not self.quantized,
+            "merged": self.merge_shortcuts,
+            "padded": self.pad_channels,
+            "float-weights": self.weights == "float",
+            f"with-{self.float_type}": self.float_type != "float32",
+            self.input: self.input != "float32-nchw",
+        }
+        names = "-".join(name for name, wanted in chosen.items() if wanted)
+        return f".{names}" if names else ""
