@@ -29,6 +29,7 @@ from export.read import is_quantized, read_onnx
 from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
 from export.session import run, runs_in_onnx_runtime, session, session_with_tensors
+from export.weight_codes import WeightQuantizer
 from qat.base.artifact import (
     Parent,
     Sidecar,
@@ -153,9 +154,10 @@ def quantize_onnx(
             scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)
     say_placement(placement)
     plain = ir.to_proto(network).SerializeToString()
-    dead = insert(network, view, placement, scales, ACTIVATION, weight_calibrator)
-    if dead:
-        warn(f"{dead} weight channels are zero; their scales were floored")
+    weights_of = WeightQuantizer(weight_calibrator, ACTIVATION)
+    insert(network, view, placement, scales, ACTIVATION, weights_of)
+    if weights_of.dead:
+        warn(f"{weights_of.dead} weight channels are zero; their scales were floored")
     if findings := [one for one in hard_findings(network, ACTIVATION) if one.severity == "error"]:
         raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
 

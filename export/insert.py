@@ -1,26 +1,30 @@
-"""Writes a placement into a float ONNX graph: Q/DQ nodes around activations, codes for weights.
+"""Writes a placement into a float ONNX graph: Q/DQ nodes around activations, codes for weights. Needs no torch.
 
-Numerics are those of qat/fake_quantize/quantizer.py. The Q and DQ nodes of all tensors that share a scale share its
-initializers.
+The Q and DQ nodes of all tensors that share a scale share its initializers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
-import torch
 
 from export.names import unused_name
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork
 from export.qdq import output_axis
-from qat.base.choices import WeightCalibrator
 from qat.base.number_format import NumberFormat
-from qat.fake_quantize.quantizer import SCALE_FLOOR, per_channel, quantize, scale_from_amax, weight_amax
-from qat.fake_quantize.weight_ranges import weight_amax_mse
 from qat.rules.placement import Placement
+
+
+@dataclass(frozen=True, eq=False)
+class WeightCodes:
+    """A weight: int8 ``codes`` of its shape; float32 ``scale`` [C] of its output channels, or [] of all of it."""
+
+    codes: np.ndarray
+    scale: np.ndarray
 
 
 def insert(
@@ -29,8 +33,8 @@ def insert(
     placement: Placement,
     scales: Mapping[str, float],
     number_format: NumberFormat,
-    weight_calibrator: WeightCalibrator = "max",
-) -> int:
+    codes_of: Callable[[ir.Value, int], WeightCodes],
+) -> None:
     """Quantizes ``model`` in place.
 
     Args:
@@ -40,10 +44,7 @@ def insert(
         scales: the scale of each quantizer of ``placement``, by its name: > 0, in the unit of its tensor. It is written
             as float32, so that one that is a float32 already keeps all its bits.
         number_format: the format of activations. Weights use it without its lowest code.
-        weight_calibrator: how weight ranges are chosen: max, or mse for the least squared quantization error.
-
-    Returns:
-        How many weight channels are zero; their scales were floored.
+        codes_of: the codes of a weight, and the axis of its output channels.
     """
     values = {value.name: value for value in (*model.graph.inputs, *_outputs(model.graph))}
     writer = _Writer(model.graph)
@@ -56,7 +57,6 @@ def insert(
         dequantized = _add_pair(writer, value, *stored[tensor.quantizer], number_format)
         for read in tensor.reads:
             _reroute(view.nodes[read.reader], value, dequantized)
-    dead = 0
     weights: dict[tuple[str, int], ir.Value] = {}  # a weight may serve several layers
     for decision in placement.weights:
         if decision.quantized:
@@ -65,13 +65,10 @@ def insert(
             assert weight is not None
             key = (weight.name or "", axis)
             if key not in weights:
-                narrow = number_format.narrow()
-                weights[key], zeros = _quantize_weight(writer, weight, axis, narrow, weight_calibrator)
-                dead += zeros
+                weights[key] = _add_weight(writer, weight, axis, codes_of(weight, axis), number_format)
             node.replace_input_with(WEIGHT, weights[key])
     model.graph.sort()
     passes.RemoveUnusedNodesPass()(model)  # the float weights, too
-    return dead
 
 
 def _outputs(graph: ir.Graph) -> list[ir.Value]:
@@ -135,23 +132,18 @@ def _add_pair(
     return writer.node(DEQUANTIZE, [codes, scale, zero_point], f"{value.name}/dequantize", ir.DataType.FLOAT, value)
 
 
-def _quantize_weight(
-    writer: _Writer, weight: ir.Value, axis: int, number_format: NumberFormat, calibrator: WeightCalibrator
-) -> tuple[ir.Value, int]:
-    """``weight`` as codes behind DequantizeLinear, and how many of its channels are zero."""
-    assert weight.const_value is not None
-    given = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
-    amax = weight_amax_mse(given, axis, number_format) if calibrator == "mse" else weight_amax(given, axis)
-    scale = scale_from_amax(amax, number_format)
-    codes = quantize(given, per_channel(scale, given.ndim, axis), number_format)
+def _add_weight(
+    writer: _Writer, weight: ir.Value, axis: int, quantized: WeightCodes, number_format: NumberFormat
+) -> ir.Value:
+    """``weight`` as codes behind DequantizeLinear."""
     name = weight.name or ""
     constants = [
-        writer.initializer(f"{name}.codes", codes.numpy().astype(number_format.dtype)),
-        writer.initializer(f"{name}.scale", scale.numpy()),
-        writer.initializer(f"{name}.zero_point", np.zeros(len(scale), number_format.dtype)),
+        writer.initializer(f"{name}.codes", quantized.codes.astype(number_format.dtype)),
+        writer.initializer(f"{name}.scale", quantized.scale.astype(np.float32)),
+        writer.initializer(f"{name}.zero_point", np.zeros(quantized.scale.shape, number_format.dtype)),
     ]
-    dequantized = writer.node(DEQUANTIZE, constants, f"{name}/dequantize", ir.DataType.FLOAT, weight, axis=axis)
-    return dequantized, int((scale <= SCALE_FLOOR).sum())
+    along = {"axis": axis} if quantized.scale.ndim else {}
+    return writer.node(DEQUANTIZE, constants, f"{name}/dequantize", ir.DataType.FLOAT, weight, **along)
 
 
 def _reroute(node: ir.Node, old: ir.Value, new: ir.Value) -> None:

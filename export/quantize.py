@@ -19,6 +19,7 @@ import tyro
 
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import Command, run_command
+from qat.rules.tuned import tuned_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class QuantizeOptions(Command):
     """The ONNX file to write; by default model.int8.onnx beside the model."""
     keep_float: tuple[str, ...] = ()
     """Nodes and tensors that stay in float: patterns such as '/classifier/*'."""
+    placement: Path | None = None
+    """A placement that deploy.tune wrote for this network: what it leaves in float stays in float."""
     calibrator: Calibrator = "mse"
     """How activation ranges are chosen from the images."""
     weight_calibrator: WeightCalibrator = "max"
@@ -72,7 +75,7 @@ def main(options: QuantizeOptions) -> None:
         calibrator=options.calibrator,
         weight_calibrator=options.weight_calibrator,
         percentile=options.percentile,
-        keep_float=options.keep_float,
+        keep_float=(*options.keep_float, *(tuned_names(options.placement) if options.placement else ())),
         weights=options.weights,
         images=options.images,
         mean=options.mean,

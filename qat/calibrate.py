@@ -29,7 +29,7 @@ def main(options: CalibrateOptions) -> None:
         options.output,
         classes=options.classes,
         calibration=options.calibration(),
-        keep_float=options.keep_float,
+        keep_float=options.kept_float(),
         adaround_steps=options.adaround,
         explained=options.explain,
         compute=Compute.from_options(options.device, "float32", compiled=False),

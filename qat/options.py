@@ -14,6 +14,7 @@ from qat.base.console import Command
 from qat.base.number_format import BITS
 from qat.calibration.settings import CalibrationSettings
 from qat.data.request import ImageRequest
+from qat.rules.tuned import tuned_names
 from qat.training.recipe import DistillationSettings, Recipe
 
 _BOTH_PHASES = (
@@ -48,6 +49,8 @@ class SharedOptions(Command):
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
     qat.placement shows."""
+    placement: Path | None = None
+    """A placement that deploy.tune wrote for this network: what it leaves in float stays in float."""
     calibrator: Calibrator = "mse"
     """How activation ranges are chosen from the calibration images."""
     weight_calibrator: WeightCalibrator = "max"
@@ -82,6 +85,10 @@ class SharedOptions(Command):
             batch_size=self.batch_size,
             workers=self.workers,
         )
+
+    def kept_float(self) -> tuple[str, ...]:
+        """What stays in float. Raises UserError when --placement cannot be read."""
+        return (*self.keep_float, *tuned_names(self.placement)) if self.placement else self.keep_float
 
     def calibration(self) -> CalibrationSettings:
         """How ranges are chosen. Raises UserError when a value is out of range."""

@@ -18,6 +18,7 @@ import tyro
 
 from qat.base.artifact import atomic_write, check_writable, write_json
 from qat.base.console import Command, run_command, say
+from qat.rules.tuned import tuned_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class PlacementOptions(Command):
     """A torchvision model, timm/NAME, path/to/file.py:function, or a checkpoint written by python -m qat.train."""
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that this command shows."""
+    placement: Path | None = None
+    """A placement that deploy.tune wrote for this network: what it leaves in float stays in float."""
     image_size: int | None = None
     """Height and width of the input in pixels; 224 by default."""
     num_classes: int | None = None
@@ -53,7 +56,7 @@ def main(options: PlacementOptions) -> None:
             check_writable(path)
     view = view_placement(
         options.model,
-        options.keep_float,
+        (*options.keep_float, *(tuned_names(options.placement) if options.placement else ())),
         options.image_size,
         options.num_classes,
         options.channels,

@@ -26,7 +26,7 @@ def main(options: TrainOptions) -> None:
         qat_recipe=options.qat_recipe(),
         calibration=options.calibration(),
         distillation=options.distillation(),
-        keep_float=options.keep_float,
+        keep_float=options.kept_float(),
         bits=options.bits,
         learn_ranges=options.learn_ranges,
         compute=Compute.from_options(options.device, options.amp, options.compile),

@@ -11,6 +11,7 @@ from qat.base.errors import UserError
 from qat.graph.network import Network, Op
 from qat.graph.operations import POOLS, WEIGHTED
 from qat.rules.fusion import stands_alone
+from qat.rules.tuned import TunedName
 
 _CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")  # may be INT8, as some norms may
 
@@ -33,6 +34,11 @@ class KeepFloat:
 def _matches(network: Network, pattern: str) -> set[str]:
     """The operations that ``pattern`` names."""
     matched = {op.name for op in network if _is_meant(network, op, pattern)}
+    if not matched and isinstance(pattern, TunedName):
+        raise UserError(
+            f"{pattern.source} was tuned for another network: it leaves {pattern} in float, which this one does not "
+            "have; leave it out, or tune this one (python -m deploy.tune)"
+        )
     if not matched:
         labels = sorted({op.label for op in network})
         close = difflib.get_close_matches(pattern, labels, n=3) or labels[:3]

@@ -1,0 +1,52 @@
+"""Finds which layers of an INT8 network are faster in float on the GPU at hand, by the time of the whole engine.
+
+    python -m deploy.tune model.onnx
+    python -m deploy.tune model.onnx --budget 20 --batch 8 --output runs/model.tuned.json
+
+Writes the placement, the ONNX file with fewer quantizers, and its engine. Nothing is trained again: what stays
+quantized has the same scales. qat.train, qat.calibrate and export.quantize take the placement as --placement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from qat.base.console import Command, run_command
+from qat.base.exit_codes import DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(Command):
+    """The options of ``python -m deploy.tune``."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """The ONNX file with Q/DQ nodes."""
+    output: Path | None = None
+    """The placement, as JSON; by default model.tuned.json. Beside it model.tuned.onnx and model.tuned.engine."""
+    budget: float = 10.0
+    """Minutes; nothing is tried after them."""
+    batch: int = 32
+    """The batch size to tune for."""
+    runs: int = 200
+    """Each engine of a comparison has at least this many timed inferences."""
+
+
+def main(options: TuneOptions) -> int:
+    """Searches and writes. Returns 0."""
+    from deploy.tuned_engine import tune_engine
+
+    tune_engine(options.model, options.output, minutes=options.budget, batch=options.batch, runs=options.runs)
+    return DONE
+
+
+def cli() -> None:
+    """The console script ``deploy-tune``."""
+    run_command(main, TuneOptions)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,114 @@
+"""A Q/DQ file tuned for the GPU at hand: the placement, its ONNX file and its engine."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deploy.engine_file import EngineFile, build_engine
+from deploy.installed import find_toolkit
+from deploy.settings import Profile
+from deploy.tuning import search
+from deploy.tuning_bench import EngineBench
+from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
+from qat.base.console import say, table, warn
+from qat.base.errors import UserError
+from qat.graph.operations import WEIGHTED
+from qat.rules.tuned import TunedPlacement
+
+
+@dataclass(frozen=True)
+class TunedEngine:
+    """What was written, and whether the engine is faster than FP16 beyond the spread."""
+
+    placement: TunedPlacement
+    model: Path
+    engine: EngineFile
+    beats_float: bool
+
+
+def tune_engine(
+    model: str | Path, output: str | Path | None = None, *, minutes: float = 10.0, batch: int = 32, runs: int = 200
+) -> TunedEngine:
+    """Finds which layers of a Q/DQ file are faster in float on this GPU, and writes what it found.
+
+    Args:
+        model: the Q/DQ file. Its sidecar is used if there is one.
+        output: the placement; by default MODEL.tuned.json. Beside it are written MODEL.tuned.onnx, in which what is
+            still quantized has the same scales and codes, and MODEL.tuned.engine.
+        minutes: nothing is tried after these.
+        batch: the batch size to tune for.
+        runs: how many timed inferences each engine of a comparison has, at least.
+
+    Raises UserError when there is no GPU, the file has no Q/DQ nodes, or TensorRT refuses it or its float twin.
+    """
+    model = Path(model)
+    if minutes <= 0 or min(batch, runs) < 1:
+        raise UserError("--budget must be above 0, --batch and --runs at least 1")
+    if not model.is_file():
+        raise UserError(f"no file {model}: check the path, or make it with python -m export.onnx")
+    output = model.with_suffix(".tuned.json") if output is None else Path(output)
+    tuned, engine = output.with_suffix(".onnx"), output.with_suffix(".engine")
+    if model.resolve() in (output.resolve(), tuned.resolve()):
+        raise UserError(f"{tuned} is the model itself: give --output another name")
+    for path in (output, tuned, engine):
+        check_writable(path)
+    toolkit = find_toolkit("tensorrt")
+    assert toolkit.device is not None
+    with tempfile.TemporaryDirectory() as folder:
+        bench = EngineBench(toolkit, model, Path(folder), batch, runs)
+        network = bench.network
+        found = search(network, bench, minutes)
+        rules, floats, last = bench.final(found.kept)
+        placement = TunedPlacement(
+            keep_float=tuple(sorted(found.kept)),
+            layers=tuple(op.label for op in network if op.kind in WEIGHTED),
+            gpu=toolkit.device.name,
+            tensorrt=toolkit.version,
+            batch=batch,
+            int8_ms=round(rules.median, 5),
+            float_ms=round(floats.median, 5),
+            tuned_ms=round(last.median, 5),
+            trials=found.trials,
+        )
+        placement.write(output)
+        sidecar = _sidecar(model, tuned, placement)
+        write_artifact(tuned, sidecar, lambda path: bench.write(found.kept, path))
+    if not found.complete:
+        warn(f"{minutes:g} minutes ended the search: a larger --budget may find more")
+    _show(placement)
+    built = build_engine(tuned, engine, builder="tensorrt", profiles=[Profile(batch, batch, batch)])
+    if not last.beats(floats):
+        warn(f"FP16 takes {floats.median:.4f} ms, the tuned engine {last.median:.4f}: deploy FP16")
+    say(f"wrote {output}, {tuned} and {engine}")
+    return TunedEngine(placement, tuned, built, last.beats(floats))
+
+
+def _sidecar(model: Path, tuned: Path, placement: TunedPlacement) -> Sidecar:
+    """That of the tuned file: the model's, without figures, which were measured of another network."""
+    source = read_sidecar(model, "onnx") if sidecar_path(model).exists() else Sidecar(kind="onnx")
+    digest = source.sha256 or sha256_of(model)
+    details = {key: value for key, value in source.details.items() if key not in ("reference", "placement")}
+    return replace(
+        source,
+        parent=Parent.from_file(tuned, model, digest),
+        figures={},
+        details=details | {"tuned": {"keep_float": placement.keep_float, "gpu": placement.gpu}, "reference": None},
+    )
+
+
+def _show(placement: TunedPlacement) -> None:
+    rows = [
+        (one.what, "refused" if one.milliseconds is None else f"{one.milliseconds:.4f}", "yes" if one.kept else "no")
+        for one in placement.trials
+    ]
+    if rows:
+        table("What was tried", ("change", "ms", "kept"), rows)
+    summary = [
+        ("FP16", f"{placement.float_ms:.4f}", "1.00"),
+        ("INT8 by rules", f"{placement.int8_ms:.4f}", f"{placement.float_ms / placement.int8_ms:.2f}"),
+        ("INT8 tuned", f"{placement.tuned_ms:.4f}", f"{placement.float_ms / placement.tuned_ms:.2f}"),
+    ]
+    title = f"{placement.gpu}, TensorRT {placement.tensorrt}, batch {placement.batch}"
+    table(title, ("engine", "ms", "times FP16"), summary)

@@ -1,0 +1,87 @@
+"""What deploy.tune found for one network on one GPU: which layers to leave in float, as a file."""
+
+from __future__ import annotations
+
+import glob
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from qat.base.artifact import write_json
+from qat.base.console import say
+from qat.base.errors import UserError, one_line
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A placement that was tried: what it changes, and the engine's median milliseconds, None if it was refused."""
+
+    what: str
+    milliseconds: float | None
+    kept: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedPlacement:
+    """The result of a search.
+
+    Attributes:
+        keep_float: labels of the operations that stay in float.
+        layers: labels of the convolutions and linear layers of the network, to recognize it by.
+        gpu, tensorrt, batch: what it was tuned for.
+        int8_ms, float_ms, tuned_ms: median latency of the engine by rules alone, of FP16, and of the tuned one.
+        trials: what was tried, in order.
+    """
+
+    keep_float: tuple[str, ...]
+    layers: tuple[str, ...]
+    gpu: str
+    tensorrt: str
+    batch: int
+    int8_ms: float
+    float_ms: float
+    tuned_ms: float
+    trials: tuple[Trial, ...] = ()
+
+    @classmethod
+    def read(cls, path: Path) -> TunedPlacement:
+        """Raises UserError when the file cannot be read or is no tuned placement."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if unknown := content.keys() - {field.name for field in fields(cls)}:
+                raise ValueError(f"unknown entry {min(unknown)}")
+            trials = tuple(Trial(**trial) for trial in content.pop("trials"))
+            keep_float, layers = (tuple(map(str, content.pop(key))) for key in ("keep_float", "layers"))
+            return cls(keep_float=keep_float, layers=layers, trials=trials, **content)
+        except OSError as error:
+            raise UserError(f"cannot read the placement {path} ({error}): check the path") from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path} is no tuned placement ({one_line(error)}): python -m deploy.tune makes one"
+            ) from error
+
+    def write(self, path: Path) -> None:
+        """Writes it as JSON. Raises UserError when the disk does not take it."""
+        write_json(path, asdict(self))
+
+
+class TunedName(str):
+    """A pattern that matches one operation, which the tuned placement ``source`` leaves in float."""
+
+    source: Path
+
+
+def tuned_names(path: Path) -> tuple[TunedName, ...]:
+    """What a tuned placement leaves in float, for the argument ``keep_float``. Says what it was tuned for.
+
+    Raises UserError as ``TunedPlacement.read`` does.
+    """
+    tuned = TunedPlacement.read(path)
+    say(
+        f"placement {path}: {len(tuned.keep_float)} operations stay in float, tuned on {tuned.gpu} with TensorRT "
+        f"{tuned.tensorrt} for batch {tuned.batch}"
+    )
+    names = tuple(TunedName(glob.escape(label)) for label in tuned.keep_float)
+    for name in names:
+        name.source = path
+    return names
