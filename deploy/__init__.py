@@ -10,7 +10,8 @@ The library interface::
         logits = engine(images)                                         # float32 [N, 3, H, W] -> float32 [N, classes]
 
 The commands are ``python -m deploy.build``, ``audit``, ``benchmark``, ``evaluate``, ``kernels``, ``migrate``,
-``report`` and ``triton``. Every name is imported when it is used, so ``import deploy`` needs only the standard library.
+``report``, ``triton`` and ``tune``. Every name is imported when it is used, so ``import deploy`` needs only the
+standard library.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from deploy.migration import Migration, migrate_engine
     from deploy.runtime import Engine
     from deploy.settings import BuilderOptions, CalibrationSettings, Profile
+    from deploy.tuned_engine import TunedEngine, tune_engine
     from qat.base.errors import UserError
 
 __all__ = [
@@ -34,10 +36,12 @@ __all__ = [
     "EngineFile",
     "Migration",
     "Profile",
+    "TunedEngine",
     "UserError",
     "audit_engine",
     "build_engine",
     "migrate_engine",
+    "tune_engine",
 ]
 
 _MODULES = {
@@ -48,10 +52,12 @@ _MODULES = {
     "EngineFile": "deploy.engine_file",
     "Migration": "deploy.migration",
     "Profile": "deploy.settings",
+    "TunedEngine": "deploy.tuned_engine",
     "UserError": "qat.base.errors",
     "audit_engine": "deploy.engine_audit",
     "build_engine": "deploy.engine_file",
     "migrate_engine": "deploy.migration",
+    "tune_engine": "deploy.tuned_engine",
 }
 
 

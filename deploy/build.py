@@ -47,6 +47,11 @@ class BuildOptions(Command, BuilderOptions):
     {"conv1": [-2.5, 2.5]}, a calibration cache of TensorRT, a Q/DQ ONNX file or a checkpoint of qat.train. They come
     before those of a calibrator."""
     calibration: tyro.conf.OmitArgPrefixes[CalibrationSettings] = field(default_factory=CalibrationSettings)
+    verify_speed: bool = False
+    """Also build the FP16 engine of the same network, measure both in turns, and say and record which is faster. Needs
+    a GPU."""
+    fall_back: bool = False
+    """With --verify-speed: write the FP16 engine where INT8 is not faster beyond the spread."""
     timing_cache: Path | None = None
     """File that keeps measured kernel times. The first build makes it, later builds are shorter."""
 
@@ -64,6 +69,8 @@ def main(options: BuildOptions) -> int:
         repeat=options.repeat,
         timing_cache=options.timing_cache,
         ranges=options.ranges,
+        verify_speed=options.verify_speed,
+        fall_back=options.fall_back,
         calibration=options.calibration,
         settings=options,
     )

@@ -13,6 +13,7 @@ from typing import Literal
 
 from deploy.builder import BuiltEngine, build, check_ranges
 from deploy.calibration import RangeSources, range_sources
+from deploy.float_twin import SpeedCheck, check_comparable, verify
 from deploy.installed import find_toolkit
 from deploy.layer_types import LayerType, type_rules
 from deploy.precision_audit import PrecisionAudit
@@ -61,6 +62,8 @@ def build_engine(
     timing_cache: str | Path | None = None,
     ranges: str | Path | None = None,
     calibration: CalibrationSettings | None = None,
+    verify_speed: bool = False,
+    fall_back: bool = False,
     settings: BuilderOptions | None = None,
 ) -> EngineFile:
     """Builds an engine from an ONNX file, audits it, and writes it with its sidecar.
@@ -79,6 +82,9 @@ def build_engine(
         ranges: for the precision int8, the ranges of the tensors: a CSV or JSON file, or a calibration cache of
             TensorRT (deploy/dynamic_ranges.py). They come before those of the calibration.
         calibration: for the precision int8, TensorRT's calibrator, what it is fed, and its cache.
+        verify_speed: also build the FP16 engine of the same network, measure both in turns at the OPT batch, and say
+            and record which is faster. Needs a GPU.
+        fall_back: with ``verify_speed``, write the FP16 engine where INT8 is not faster beyond the spread.
         settings: the options of the builder; by default TensorRT's own, without TF32.
 
     Returns what was written, with the audit. A layer that is declared INT8 but is not INT8 in the engine raises
@@ -110,6 +116,8 @@ def build_engine(
     type_rules(options)
     check_writable(output)
     toolkit = find_toolkit(builder)
+    if verify_speed or fall_back:
+        check_comparable(toolkit, options, verify=verify_speed)
     toolkit.typing(options.precision)
     warn_of_tf32_override(asdict(options))
     capabilities = tuple(compute_capabilities or (DEFAULT_CAPABILITIES if toolkit.name == "tensorrt-rtx" else ()))
@@ -120,7 +128,13 @@ def build_engine(
     with sources.saved():
         built = build_with_cache_or_repeat(toolkit, model, build_settings, repeat, cache, sources)
     _say_ranges(sources, built.without_range, strict=options.strict)
-    sidecar = write_engine(output, built, toolkit, build_settings, source, parent, sources)
+    speed = None
+    if verify_speed:
+        speed, floats = verify(toolkit, model, built, build_settings)
+        if fall_back and not speed.wins:
+            say("writing the FP16 engine")
+            built, build_settings, speed = floats.built, floats.settings, dataclasses.replace(speed, written="float16")
+    sidecar = write_engine(output, built, toolkit, build_settings, source, parent, sources, speed)
     return EngineFile(output, sidecar, built.audit)
 
 
@@ -160,6 +174,7 @@ def write_engine(
     source: Sidecar | None,
     parent: Parent,
     ranges: RangeSources = _NO_RANGES,
+    speed: SpeedCheck | None = None,
 ) -> Sidecar:
     """Writes an engine and its sidecar.
 
@@ -170,10 +185,11 @@ def write_engine(
         source: the sidecar of its ONNX file, if there is one.
         parent: the ONNX file.
         ranges: where the ranges of implicit INT8 came from.
+        speed: how it compares with FP16, if that was measured.
 
     Returns the sidecar as written. Raises UserError when the disk does not take it.
     """
-    sidecar = _engine_sidecar(built, toolkit, settings, source, parent, ranges)
+    sidecar = _engine_sidecar(built, toolkit, settings, source, parent, ranges, speed)
     return write_artifact(path, sidecar, lambda temporary: temporary.write_bytes(memoryview(built.plan)))
 
 
@@ -252,6 +268,7 @@ def _engine_sidecar(
     source: Sidecar | None,
     parent: Parent,
     ranges: RangeSources,
+    speed: SpeedCheck | None,
 ) -> Sidecar:
     convolutions, products = built.audit.count("convolution"), built.audit.count("matrix product")
     figures = {
@@ -278,6 +295,7 @@ def _engine_sidecar(
         "float_weights": built.float_weights,
         "without_range": list(built.without_range),
         "ranges": ranges.to_json(),
+        "speed": speed.to_json() if speed else None,
         "layer_types": [asdict(layer) for layer in built.typed_layers],
         "units": dict(built.units),
         "repetition": asdict(built.repetition) if built.repetition else None,

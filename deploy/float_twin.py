@@ -7,22 +7,24 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deploy.builder import BuiltEngine, build
 from deploy.measure import Latency, latencies
 from deploy.runtime import Engine
-from deploy.settings import BuildSettings
+from deploy.settings import BuilderOptions, BuildSettings
 from deploy.trt import Toolkit
+from qat.base.console import say, warn
 from qat.base.errors import UserError
 
 
 @dataclass(frozen=True)
 class SpeedCheck:
-    """An INT8 engine and the FP16 engine of the same network, measured in turns."""
+    """An INT8 engine and the FP16 engine of the same network, measured in turns, and which of them is ``written``."""
 
     int8: Latency
     float16: Latency
+    written: Literal["int8", "float16"] = "int8"
 
     @property
     def wins(self) -> bool:
@@ -31,7 +33,7 @@ class SpeedCheck:
 
     def to_json(self) -> dict[str, Any]:
         """As the sidecar of an engine has it."""
-        return {"int8": asdict(self.int8), "float16": asdict(self.float16), "int8_wins": self.wins}
+        return asdict(self) | {"int8_wins": self.wins}
 
     def __str__(self) -> str:
         ratio = self.float16.median / self.int8.median
@@ -41,9 +43,44 @@ class SpeedCheck:
         return f"{times}: INT8 is not faster beyond the spread ({ratio:.2f} times as fast)"
 
 
+@dataclass(frozen=True, eq=False)
+class FloatTwinEngine:
+    """The FP16 engine of a network, and what it was built with."""
+
+    built: BuiltEngine
+    settings: BuildSettings
+
+
+def check_comparable(toolkit: Toolkit, options: BuilderOptions, *, verify: bool) -> None:
+    """Raises UserError when engines cannot be timed here, or there is no INT8 engine to compare."""
+    if not verify:
+        raise UserError("--fall-back needs to know which engine is faster: give --verify-speed too")
+    if toolkit.device is None:
+        raise UserError("--verify-speed times engines, which needs a GPU: leave it out")
+    if options.precision != "explicit":
+        raise UserError(f"--verify-speed is for Q/DQ files, not --precision {options.precision}: leave it out")
+    if options.strip_weights:
+        raise UserError("an engine without weights cannot be timed: leave out --strip-weights or --verify-speed")
+
+
+def verify(
+    toolkit: Toolkit, model: Path, int8: BuiltEngine, settings: BuildSettings
+) -> tuple[SpeedCheck, FloatTwinEngine]:
+    """Builds the float twin of a Q/DQ file, and compares its speed with the INT8 engine's at the first OPT batch.
+
+    Says which is faster. Raises UserError as ``build_float_twin`` does.
+    """
+    say("building the FP16 engine to compare with")
+    floats = build_float_twin(toolkit, model, settings)
+    batch = int8.profiles[0].opt if int8.profiles else int8.inputs[0].shape[0]
+    speed = check_speed(toolkit, int8, floats.built, batch)
+    (say if speed.wins else warn)(str(speed))
+    return speed, floats
+
+
 def build_float_twin(
     toolkit: Toolkit, model: Path, settings: BuildSettings, timing_cache: bytes | None = None
-) -> BuiltEngine:
+) -> FloatTwinEngine:
     """Builds the FP16 engine of the float network behind a Q/DQ file.
 
     Args:
@@ -64,7 +101,7 @@ def build_float_twin(
 
         path = Path(folder) / "float.onnx"
         write_float_twin(model, path, half=half.precision == "explicit")
-        return build(toolkit, path, half, timing_cache)
+        return FloatTwinEngine(build(toolkit, path, half, timing_cache), half)
 
 
 def check_speed(toolkit: Toolkit, int8: BuiltEngine, float16: BuiltEngine, batch: int, runs: int = 200) -> SpeedCheck:
@@ -74,7 +111,8 @@ def check_speed(toolkit: Toolkit, int8: BuiltEngine, float16: BuiltEngine, batch
             name: stack.enter_context(Engine.from_plan(built.plan, toolkit, contexts=1))
             for name, built in (("int8", int8), ("float16", float16))
         }
-        return SpeedCheck(**latencies(engines, batch, runs))
+        found = latencies(engines, batch, runs)
+        return SpeedCheck(found["int8"], found["float16"])
 
 
 @contextmanager

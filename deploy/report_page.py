@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def render_page(engine: Path, evaluation: Path | None = None, benchmark: Path | 
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         engine=built,
+        speed=_speed_rows(built.details.get("speed")),
         onnx=lineage.onnx,
         checkpoint=checkpoint,
         name=engine.name,
@@ -238,6 +240,18 @@ def _result_rows(lineage: Lineage) -> list[tuple[str, str]]:
         *rows,
         (f"convolutions in {INT8.name}", f"{figures['convolutions_int8']} of {figures['convolutions']}"),
         (f"matrix products in {INT8.name}", f"{figures['matrix_products_int8']} of {figures['matrix_products']}"),
+        *_speed_rows(lineage.engine.details.get("speed")),
         ("engine weights memory", megabytes(figures["weights_bytes"])),
         ("engine built in", f"{figures['build_seconds']:.1f} s by {lineage.engine.details['builder']['name']}"),
     ]
+
+
+def _speed_rows(speed: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What deploy.build --verify-speed measured."""
+    if speed is None:
+        return []
+    int8, half = (speed[name]["median"] for name in ("int8", "float16"))
+    verdict = "faster" if speed["int8_wins"] else "not faster beyond the spread"
+    written = "" if speed["written"] == "int8" else "; this engine is FP16"
+    what = f"{INT8.name} against FP16, batch {speed['int8']['batch']}"
+    return [(what, f"{int8:.4f} against {half:.4f} ms: {verdict}{written}")]

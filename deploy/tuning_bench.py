@@ -96,7 +96,7 @@ class EngineBench:
     def float_engine(self) -> BuiltEngine:
         """The FP16 engine of the same network. Raises UserError when TensorRT refuses it."""
         if self._float is None:
-            self._float = build_float_twin(self._toolkit, self._model, self._settings, self._cache)
+            self._float = build_float_twin(self._toolkit, self._model, self._settings, self._cache).built
             self._timings = self._float.timing_cache_content
         return self._float
 

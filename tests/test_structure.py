@@ -26,6 +26,7 @@ COMMANDS += (
     "deploy.benchmark",
     "deploy.evaluate",
     "deploy.kernels",
+    "deploy.tune",
     "deploy.migrate",
     "export.lint",
     "export.quantize",
