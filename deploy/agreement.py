@@ -257,7 +257,9 @@ def _collect_answers(
 ) -> tuple[Answers, np.ndarray]:
     """The answers of all, and the first few images as the network takes them."""
     session = None
-    if importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
+    if sidecar.details.get("float_type") == "bfloat16":
+        warn("ONNX Runtime has no bfloat16: agreement with it is not measured")
+    elif importlib.util.find_spec("onnxruntime") and importlib.util.find_spec("onnx"):
         from export.session import runs_in_onnx_runtime
         from export.session import session as make_session
 

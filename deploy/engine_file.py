@@ -325,7 +325,7 @@ def _print_audit(sidecar: Sidecar, audit: PrecisionAudit) -> None:
         (f"convolutions in {INT8.name}", f"{figures['convolutions_int8']} of {figures['convolutions']}"),
         (f"matrix products in {INT8.name}", f"{figures['matrix_products_int8']} of {figures['matrix_products']}"),
         ("layers", str(figures["layers"])),
-        ("layers that write FP32", str(figures["layers_writing_fp32"])),
+        ("float layers that write FP32", str(figures["layers_writing_fp32"])),
         ("weights memory", megabytes(figures["weights_bytes"], absent="not logged")),
         ("engine", megabytes(figures["engine_bytes"])),
         ("build", f"{figures['build_seconds']:.1f} s"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.builder import BuiltEngine, build
+from deploy.float_twin import onnx_package
 from deploy.installed import find_toolkit
 from deploy.measure import Latency, latencies
 from deploy.runtime import Engine
@@ -106,17 +107,22 @@ class KernelSweep:
         self._timings = b""
 
     def measure(self, kind: LayerKind) -> MeasuredKind:
-        """One kind. A network that TensorRT refuses is a result, too."""
+        """One kind. That TensorRT refuses the network with the layer in INT8 is a result, too.
+
+        Raises UserError when it refuses the other one.
+        """
+        from export.kernel_networks import LAYER
+
+        kept = self._build(kind, quantized=False)
         try:
-            kept = self._build(kind, quantized=False)
             int8 = self._build(kind, quantized=True)
         except UserError as error:
             return MeasuredKind(
-                kind=kind, int8_ms=None, float_ms=None, in_int8=False, significant=False, error=str(error)
+                kind=kind, int8_ms=None, float_ms=None, in_int8=None, significant=False, error=str(error)
             )
         batch = self._batch * (kind.pixels if kind.operation == "linear" else 1)
         found = self._latencies({"int8": int8, "float": kept}, batch)
-        layers = [one for one in int8.audit.findings if one.node == "layer"]
+        layers = [one for one in int8.audit.findings if one.node == LAYER]
         return MeasuredKind(
             kind=kind,
             int8_ms=round(found["int8"].median, 5),
@@ -126,12 +132,11 @@ class KernelSweep:
         )
 
     def _build(self, kind: LayerKind, *, quantized: bool) -> BuiltEngine:
-        try:
-            from export.kernel_networks import write_kernel_network
-        except ImportError as error:
-            raise UserError(f"writing the networks needs another package: pip install {error.name}") from error
+        from export.kernel_networks import write_kernel_network
+
         path = self._folder / f"{'int8' if quantized else 'float'}.onnx"
-        write_kernel_network(path, kind, self._batch, quantized=quantized)
+        half = self._toolkit.typing() == "strong"  # then the types are those of the file
+        write_kernel_network(path, kind, self._batch, quantized=quantized, half=half)
         built = build(self._toolkit, path, BuildSettings(), self._timings)
         self._timings = built.timing_cache_content
         return built
@@ -170,24 +175,23 @@ def sweep_kernels(
     assert toolkit.device is not None
     device = toolkit.device
     profile = KernelProfile(
-        device.name,
-        device.capability,
-        toolkit.version,
-        _now(),
-        batch,
-        () if again else _earlier(output, toolkit, batch),
+        device.name, device.capability, toolkit.version, _now(), batch, _earlier(output, toolkit, batch)
     )
     measured = {one.kind for one in profile.kinds}
-    wanted = [kind for name in families or known for kind in known[name] if kind not in measured]
+    kinds = [kind for name in dict.fromkeys(families or known) for kind in known[name]]
+    wanted = [kind for kind in kinds if again or kind not in measured]
+    done = 0
     end = time.monotonic() + 60 * minutes
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, onnx_package():
         sweep = KernelSweep(toolkit, Path(folder), batch, runs)
         for found in _until(end, wanted, sweep.measure):
             say(f"{found.kind}: {_gain(found)}")
-            profile = replace(profile, kinds=(*profile.kinds, found), date=_now())
+            others = tuple(one for one in profile.kinds if one.kind != found.kind)
+            profile = replace(profile, kinds=(*others, found), date=_now())
             profile.write(output)
+            done += 1
     _show(profile)
-    if left := len(wanted) - (len(profile.kinds) - len(measured)):
+    if left := len(wanted) - done:
         warn(f"{left} kinds were not measured in {minutes:g} minutes: run it again with this --output")
     return profile
 
@@ -207,8 +211,8 @@ def _earlier(output: Path, toolkit: Toolkit, batch: int) -> Sequence[MeasuredKin
         return ()
     found = KernelProfile.read(output)
     assert toolkit.device is not None
-    mine = (toolkit.device.name, toolkit.version, batch)
-    if (found.gpu, found.tensorrt, found.batch) != mine:
+    mine = (toolkit.device.name, toolkit.device.capability, toolkit.version, batch)
+    if (found.gpu, found.compute_capability, found.tensorrt, found.batch) != mine:
         raise UserError(
             f"{output} is of {found.gpu}, TensorRT {found.tensorrt} and batch {found.batch}: give another --output"
         )

@@ -34,6 +34,9 @@ class FileForm:
             given = " and ".join(name for name, is_given in needless.items() if is_given)
             raise UserError(f"--precision {self.precision} computes nothing in INT8: leave out {given}")
 
+        if self.float_type == "bfloat16" and self.weights == "float":
+            raise UserError("--weights float has no bfloat16: leave out one of --weights and --float-type")
+
     @property
     def quantized(self) -> bool:
         """Whether the file has quantizers."""

@@ -312,7 +312,7 @@ def _metadata(network: TrainedNetwork, details: Mapping[str, Any]) -> dict[str, 
         "preprocessing": json.dumps(dict(network.stated_preprocessing)),
         "padded": json.dumps(details["padded"]),
         "merged": json.dumps(details["merged"]),
-    } | {name: details[name] for name in ("input", "precision", "weights")}
+    } | {name: details[name] for name in ("input", "precision", "weights", "float_type")}
 
 
 def _pairs(

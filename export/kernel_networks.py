@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from export.float_types import store_floats_as
 from qat.base.number_format import INT8
 from qat.rules.kernel_profile import LayerKind, Operation, WeightScales
 
@@ -25,8 +27,11 @@ _OUTSIDE = 16  # channels of the network's input and output
 _ACTIVATION_SCALE, _WEIGHT_SCALE = 0.05, 0.01
 
 
-def write_kernel_network(path: Path, kind: LayerKind, batch: int, *, quantized: bool) -> None:
-    """Writes the network of a kind for a fixed batch, with the layer in INT8 if ``quantized``, else in float."""
+def write_kernel_network(path: Path, kind: LayerKind, batch: int, *, quantized: bool, half: bool = False) -> None:
+    """Writes the network of a kind for a fixed batch, with the layer in INT8 if ``quantized``, else in float.
+
+    With ``half`` what is not INT8 computes in float16.
+    """
     network = _Network()
     rows = (batch * kind.pixels,) if kind.operation == "linear" else ()
     first, last = kind.in_channels < _FEW, kind.out_channels < _FEW
@@ -42,6 +47,10 @@ def write_kernel_network(path: Path, kind: LayerKind, batch: int, *, quantized: 
         head = LayerKind(operation=outside, in_channels=kind.out_channels, out_channels=_OUTSIDE)
         network.weighted(x, "head", head, quantized=True)
     network.save(path, shape)
+    if half:
+        model = ir.load(path)
+        store_floats_as(model, "float16", [])
+        ir.save(model, path)
 
 
 class _Network:

@@ -122,6 +122,11 @@ def measure(
                 "(float16: 65504); export with another --precision, or train again"
             )
     assert layers is not None, "no image to compare on"
+    if unknown := [layer.tensor for layer in layers if layer.sqnr_db is not None and math.isnan(layer.sqnr_db)]:
+        raise UserError(
+            f"the exported network computes NaN or infinity before {unknown[0]}: a value exceeds what its type holds; "
+            "export with another --precision or --float-type"
+        )
     answers, found = (tuple(map(torch.cat, zip(*parts, strict=True))) for parts in (ours, theirs))
     outputs = tuple(
         OutputAgreement.measure(name, mine.numpy(), other.numpy())

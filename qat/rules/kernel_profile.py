@@ -40,6 +40,14 @@ class LayerKind:
     pixels: int = 56
     weight_scales: WeightScales = "output"
 
+    def __post_init__(self) -> None:
+        known = self.operation in get_args(Operation) and self.weight_scales in get_args(WeightScales)
+        counts = (self.in_channels, self.out_channels, self.groups, self.stride, self.dilation, self.pixels)
+        if not known or len(self.kernel) != 2 or not all(isinstance(one, int) for one in (*counts, *self.kernel)):
+            raise ValueError(f"{self!r} is no kind of layer")
+        if min(counts) < 1 or min(self.kernel) < 0 or self.in_channels % self.groups:
+            raise ValueError(f"{self!r} is no kind of layer")
+
     @property
     def group_width(self) -> int:
         """Input channels in a group."""
@@ -80,6 +88,11 @@ class MeasuredKind:
     significant: bool
     error: str = ""
 
+    def __post_init__(self) -> None:
+        for milliseconds in (self.int8_ms, self.float_ms):
+            if milliseconds is not None and not (isinstance(milliseconds, float) and milliseconds > 0):
+                raise ValueError(f"{milliseconds!r} is no time")
+
     @property
     def gain(self) -> float | None:
         """How many times as fast the network is with the layer in INT8; None if that was not measured."""
@@ -108,8 +121,8 @@ class KernelProfile:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             kinds = tuple(MeasuredKind.from_json(entry) for entry in content.pop("kinds"))
-            if unknown := {one.kind.operation for one in kinds} - set(get_args(Operation)):
-                raise ValueError(f"unknown operation {', '.join(sorted(unknown))}")
+            if not isinstance(content["batch"], int):
+                raise ValueError(f"the batch is {content['batch']!r}")
             return cls(kinds=kinds, **content)
         except OSError as error:
             raise UserError(f"cannot read the profile {path} ({error}): check the path") from error

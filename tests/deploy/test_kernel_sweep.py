@@ -56,8 +56,12 @@ def test_what_was_measured_is_kept_and_not_measured_again(
     assert "gate, 64 -> 64: 2.00 times as fast in INT8\n" in capsys.readouterr().out
     sweep_kernels(POOLS, 32, 200, 1, path)
     assert len(measured) == COUNT
+    sweep_kernels(("linear", "linear"), 32, 200, 1, path)
+    both = len(KernelProfile.read(path).kinds)
+    assert both == COUNT + len(kinds_of_layers()["linear"])
     sweep_kernels(POOLS, 32, 200, 1, path, again=True)
-    assert len(measured) == 2 * COUNT
+    assert len(measured) == both + COUNT
+    assert len(KernelProfile.read(path).kinds) == both  # what was not asked for again is kept
 
 
 def test_a_layer_that_the_builder_computes_in_float_is_told(measured: list[str], tmp_path: Path) -> None:
@@ -72,8 +76,12 @@ def test_a_layer_that_the_builder_computes_in_float_is_told(measured: list[str],
 def test_a_network_that_is_refused_is_a_result(
     measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise UserError("no kernel")
+    real = kernel_sweep.build
+
+    def refuse(toolkit: Any, path: Path, *others: Any) -> Any:
+        if path.stem == "int8":
+            raise UserError("no kernel")
+        return real(toolkit, path, *others)
 
     monkeypatch.setattr(kernel_sweep, "build", refuse)
     profile = sweep_kernels(POOLS, 32, 200, 1, tmp_path / "p.json")

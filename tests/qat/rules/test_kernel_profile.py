@@ -11,6 +11,7 @@ import pytest
 from qat.base.errors import UserError
 from qat.rules.kernel_profile import KernelProfile, LayerKind, MeasuredKind
 
+PLAIN = {"operation": "convolution", "in_channels": 8, "out_channels": 8, "kernel": [3, 3]}
 GROUPED = LayerKind(operation="convolution", in_channels=240, out_channels=240, groups=5, kernel=(3, 3), stride=2)
 MEASURED = MeasuredKind(kind=GROUPED, int8_ms=0.4, float_ms=0.1, in_int8=True, significant=True)
 REFUSED = MeasuredKind(
@@ -65,6 +66,16 @@ def test_what_a_kind_is_called(kind: LayerKind, name: str) -> None:
         {"kinds": [{}]},
         {"kinds": [{"kind": {"operation": "convolution"}}]},
         {"more": 1},
+        {"batch": "x"},
+        *(
+            {
+                "kinds": [
+                    {"kind": {**PLAIN, **part}, "int8_ms": 1.0, "float_ms": 1.0, "in_int8": True, "significant": True}
+                ]
+            }
+            for part in ({"kernel": [1]}, {"kernel": [[1], [2]]}, {"weight_scales": "x"}, {"groups": 0}, {"groups": 3})
+        ),
+        {"kinds": [{"kind": PLAIN, "int8_ms": "a", "float_ms": 1.0, "in_int8": True, "significant": True}]},
         {"gpu": None, "kinds": [{"kind": {"operation": "x", "in_channels": 1, "out_channels": 1, "kernel": [1, 1]}}]},
     ],
 )
