@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ from onnxscript.rewriter.rules import common as rewrites
 
 from export.calibration_cache import placement_from_cache
 from export.equations import lower_equations
+from export.float_types import KeptFloat32, store_floats_as
 from export.float_weights import save_onnx
 from export.hard_rules import hard_findings
 from export.insert import insert
@@ -70,6 +71,7 @@ def quantize_onnx(
     percentile: float = 99.99,
     keep_float: Collection[str] = (),
     weights: WeightStorage = "int8",
+    float_type: Literal["float32", "float16"] = "float32",
     images: int = 512,
     mean: Channels | None = None,
     std: Channels | None = None,
@@ -97,6 +99,7 @@ def quantize_onnx(
         percentile: the share of the values, in percent, that the percentile calibrator does not clip.
         keep_float: patterns of nodes and tensors that stay in float, such as "/classifier/*".
         weights: int8, or float for the same codes as float weights in front of a QuantizeLinear.
+        float_type: what layers that are not INT8 compute in. float16 is kept from those that need float32.
         images: how many inputs to calibrate on, at most.
         mean: the mean of the normalization, of pixels in 0 to 1; None for the model's sidecar's, else the data set's.
         std: the standard deviation of the normalization, likewise.
@@ -158,6 +161,11 @@ def quantize_onnx(
     insert(network, view, placement, scales, ACTIVATION, weights_of)
     if weights_of.dead:
         warn(f"{weights_of.dead} weight channels are zero; their scales were floored")
+    kept: list[KeptFloat32] = []
+    if float_type == "float16":
+        if fed is None:
+            warn("large values cannot be measured without --data: float16 holds up to 65504")
+        kept = store_floats_as(network, "float16", ({fed.name: x} for x in fed.calibration()) if fed else ())
     if findings := [one for one in hard_findings(network, ACTIVATION) if one.severity == "error"]:
         raise UserError(f"the network breaks {len(findings)} of TensorRT's rules, first {findings[0]}: report it")
 
@@ -169,6 +177,8 @@ def quantize_onnx(
         "calibration_cache": cache.name if cache else None,
         "precision": "int8",
         "weights": weights,
+        "float_type": float_type,
+        "kept_float32": [asdict(one) for one in kept],
         "input": "float32-nchw",
     }
 

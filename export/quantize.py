@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -48,6 +48,9 @@ class QuantizeOptions(Command):
     """The share of the values, in percent, that the percentile calibrator does not clip."""
     weights: WeightStorage = "int8"
     """float: the same codes as float weights in front of a QuantizeLinear, for tools that refuse INT8 weights."""
+    float_type: Literal["float32", "float16"] = "float32"
+    """float16: layers that are not INT8 compute in this, apart from those that need float32. TensorRT 10, 11 and RTX
+    take types from the file."""
     images: int = 512
     """Images to calibrate on, at most."""
     mean: tuple[float, ...] | None = None
@@ -77,6 +80,7 @@ def main(options: QuantizeOptions) -> None:
         percentile=options.percentile,
         keep_float=(*options.keep_float, *(tuned_names(options.placement) if options.placement else ())),
         weights=options.weights,
+        float_type=options.float_type,
         images=options.images,
         mean=options.mean,
         std=options.std,

@@ -22,6 +22,7 @@ from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
 from export.float_types import HalfType, store_floats_as
 from export.from_checkpoint import export_onnx
+from export.from_float_onnx import quantize_onnx
 from export.linter import lint_onnx
 from export.session import session, sqnr_db
 from qat.base.errors import UserError
@@ -363,3 +364,15 @@ def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     model = prepare(torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3)).eval(), input_shape=(3, 16, 16))
     with pytest.raises(UserError, match="--weights float has no bfloat16"):
         export_onnx(model, tmp_path / "m.onnx", weights="float", float_type="bfloat16")
+
+
+def test_a_float_file_is_quantized_with_the_rest_in_half_precision(tmp_path: Path) -> None:
+    path, x = residual(tmp_path / "m.onnx", quantize=False), x_of((8, 3, 32, 32))
+    sidecar = quantize_onnx(path, tmp_path / "q.onnx", inputs=x, float_type="float16")
+    assert (sidecar.details["float_type"], sidecar.details["kept_float32"]) == ("float16", [])
+    proto = onnx.load(tmp_path / "q.onnx")
+    found = types(proto)
+    assert {found[node.output[0]] for node in proto.graph.node if node.op_type == "Conv"} == {TensorProto.FLOAT16}
+    assert lint_onnx(tmp_path / "q.onnx") == []
+    assert sidecar.figures["parity"]["sqnr_db"] > 20
+    assert len(layers_in_fp32(tmp_path / "q.onnx")) == 1
