@@ -1,6 +1,6 @@
 """Finds which layers of an INT8 network are faster in float on the GPU at hand, by the time of the whole engine.
 
-    python -m deploy.tune model.onnx
+    python -m deploy.tune model.qat
     python -m deploy.tune model.onnx --budget 20 --batch 8 --output runs/model.tuned.json
 
 Writes the placement, the ONNX file with fewer quantizers, and its engine. Nothing is trained again: what stays
@@ -24,7 +24,7 @@ class TuneOptions(Command):
     """The options of ``python -m deploy.tune``."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """The ONNX file with Q/DQ nodes."""
+    """The ONNX file with Q/DQ nodes, or a checkpoint of qat.train, which is exported first."""
     output: Path | None = None
     """The placement, as JSON; by default model.tuned.json. Beside it model.tuned.onnx and model.tuned.engine."""
     budget: float = 10.0

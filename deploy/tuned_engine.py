@@ -34,7 +34,8 @@ def tune_engine(
     """Finds which layers of a Q/DQ file are faster in float on this GPU, and writes what it found.
 
     Args:
-        model: the Q/DQ file. Its sidecar is used if there is one.
+        model: the Q/DQ file, or a checkpoint of qat, which is exported first, as MODEL.onnx (that needs torch). The
+            sidecar of the file is used if there is one.
         output: the placement; by default MODEL.tuned.json. Beside it are written MODEL.tuned.onnx, in which what is
             still quantized has the same scales and codes, and MODEL.tuned.engine.
         minutes: nothing is tried after these.
@@ -43,11 +44,13 @@ def tune_engine(
 
     Raises UserError when there is no GPU, the file has no Q/DQ nodes, or TensorRT refuses it or its float twin.
     """
-    model = Path(model)
+    given = model = Path(model)
     if minutes <= 0 or min(batch, runs) < 1:
         raise UserError("--budget must be above 0, --batch and --runs at least 1")
     if not model.is_file():
         raise UserError(f"no file {model}: check the path, or make it with python -m export.onnx")
+    if given.suffix == ".qat":
+        model = given.with_suffix(".onnx")
     output = model.with_suffix(".tuned.json") if output is None else Path(output)
     tuned, engine = output.with_suffix(".onnx"), output.with_suffix(".engine")
     if model.resolve() in (output.resolve(), tuned.resolve()):
@@ -56,6 +59,8 @@ def tune_engine(
         check_writable(path)
     toolkit = find_toolkit("tensorrt")
     assert toolkit.device is not None
+    if model != given:
+        _export(given, model)
     with tempfile.TemporaryDirectory() as folder:
         bench = EngineBench(toolkit, model, Path(folder), batch, runs)
         network = bench.network
@@ -83,6 +88,17 @@ def tune_engine(
         warn(f"FP16 takes {floats.median:.4f} ms, the tuned engine {last.median:.4f}: deploy FP16")
     say(f"wrote {output}, {tuned} and {engine}")
     return TunedEngine(placement, tuned, built, last.beats(floats))
+
+
+def _export(checkpoint: Path, output: Path) -> None:
+    try:
+        from export.from_checkpoint import export_onnx
+    except ImportError as error:
+        raise UserError(
+            f"exporting {checkpoint} needs another package ({error.name}): run python -m export.onnx {checkpoint} "
+            "where torch is, and give its file"
+        ) from error
+    export_onnx(checkpoint, output)
 
 
 def _sidecar(model: Path, tuned: Path, placement: TunedPlacement) -> Sidecar:

@@ -129,3 +129,18 @@ def test_without_a_gpu_it_is_one_line(model: Path) -> None:
 def test_the_model_is_never_overwritten(gpu: dict[str, float], model: Path) -> None:
     with pytest.raises(UserError, match="is the model itself"):
         tune_engine(model, model.with_suffix(".json"))
+
+
+def test_a_checkpoint_is_exported_first(gpu: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.qat").write_bytes(b"a checkpoint")
+    exported: list[tuple[str, str]] = []
+
+    def export_onnx(checkpoint: Path, output: Path) -> None:
+        exported.append((checkpoint.name, output.name))
+        residual(output)
+
+    monkeypatch.setattr("export.from_checkpoint.export_onnx", export_onnx)
+    found = tune_engine(tmp_path / "m.qat", minutes=5)
+    assert exported == [("m.qat", "m.onnx")]
+    assert found.model == tmp_path / "m.tuned.onnx"
+    assert TunedPlacement.read(tmp_path / "m.tuned.json") == found.placement
