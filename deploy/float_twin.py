@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from deploy.builder import BuiltEngine, build
-from deploy.measure import Latency, latencies
-from deploy.runtime import Engine
+from deploy.measure import Latency, latencies_of_built
 from deploy.settings import BuilderOptions, BuildSettings
 from deploy.trt import Toolkit
 from qat.base.console import say, warn
@@ -106,13 +105,8 @@ def build_float_twin(
 
 def check_speed(toolkit: Toolkit, int8: BuiltEngine, float16: BuiltEngine, batch: int, runs: int = 200) -> SpeedCheck:
     """Measures two engines in turns, with at least ``runs`` timed inferences each. Needs the GPU they are built for."""
-    with ExitStack() as stack:
-        engines = {
-            name: stack.enter_context(Engine.from_plan(built.plan, toolkit, contexts=1))
-            for name, built in (("int8", int8), ("float16", float16))
-        }
-        found = latencies(engines, batch, runs)
-        return SpeedCheck(found["int8"], found["float16"])
+    found = latencies_of_built(toolkit, {"int8": int8, "float16": float16}, batch, runs)
+    return SpeedCheck(found["int8"], found["float16"])
 
 
 @contextmanager

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 from deploy.builder import BuiltEngine, build
 from deploy.float_twin import onnx_package
 from deploy.installed import find_toolkit
-from deploy.measure import Latency, latencies
-from deploy.runtime import Engine
+from deploy.measure import Latency, latencies_of_built
 from deploy.settings import BuildSettings
 from deploy.trt import Toolkit
 from qat.base.artifact import check_writable
@@ -142,12 +140,7 @@ class KernelSweep:
         return built
 
     def _latencies(self, built: dict[str, BuiltEngine], batch: int) -> dict[str, Latency]:
-        with ExitStack() as stack:
-            engines = {
-                name: stack.enter_context(Engine.from_plan(one.plan, self._toolkit, contexts=1))
-                for name, one in built.items()
-            }
-            return latencies(engines, batch, self._runs)
+        return latencies_of_built(self._toolkit, built, batch, self._runs)
 
 
 def sweep_kernels(
@@ -184,7 +177,10 @@ def sweep_kernels(
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as folder, onnx_package():
         sweep = KernelSweep(toolkit, Path(folder), batch, runs)
-        for found in _until(end, wanted, sweep.measure):
+        for kind in wanted:
+            if time.monotonic() >= end:
+                break
+            found = sweep.measure(kind)
             say(f"{found.kind}: {_gain(found)}")
             others = tuple(one for one in profile.kinds if one.kind != found.kind)
             profile = replace(profile, kinds=(*others, found), date=_now())
@@ -194,15 +190,6 @@ def sweep_kernels(
     if left := len(wanted) - done:
         warn(f"{left} kinds were not measured in {minutes:g} minutes: run it again with this --output")
     return profile
-
-
-def _until(
-    end: float, kinds: Iterable[LayerKind], measure: Callable[[LayerKind], MeasuredKind]
-) -> Iterator[MeasuredKind]:
-    for kind in kinds:
-        if time.monotonic() >= end:
-            return
-        yield measure(kind)
 
 
 def _earlier(output: Path, toolkit: Toolkit, batch: int) -> Sequence[MeasuredKind]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from deploy import cuda
 from deploy.engine_layers import EngineLayer, layers_from_inspector
 from deploy.executor import BoundContext
 from deploy.runtime import Engine
+
+if TYPE_CHECKING:
+    from deploy.builder import BuiltEngine
+    from deploy.trt import Toolkit
 
 BLOCK = 20
 WARM_UP = 5
@@ -89,6 +93,17 @@ def latencies(engines: Mapping[str, Engine], batch: int, runs: int = 200) -> dic
                 found[name] += _block(contexts[name], events)
         graphs = {name: context.uses_graph for name, context in contexts.items()}
     return {name: Latency.from_milliseconds(batch, milliseconds, graphs[name]) for name, milliseconds in found.items()}
+
+
+def latencies_of_built(
+    toolkit: Toolkit, built: Mapping[str, BuiltEngine], batch: int, runs: int = 200
+) -> dict[str, Latency]:
+    """``latencies`` of engines in memory, which are loaded meanwhile. Needs the GPU that they were built for."""
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(Engine.from_plan(one.plan, toolkit, contexts=1)) for name, one in built.items()
+        }
+        return latencies(engines, batch, runs)
 
 
 def layer_times(engine: Engine, batch: int, runs: int) -> list[tuple[EngineLayer, float]]:

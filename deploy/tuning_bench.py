@@ -9,7 +9,7 @@ from pathlib import Path
 from deploy.builder import BuiltEngine, build
 from deploy.float_twin import build_float_twin, onnx_package
 from deploy.layer_costs import LayerCosts
-from deploy.measure import Latency, latencies, layer_times
+from deploy.measure import Latency, latencies_of_built, layer_times
 from deploy.runtime import Engine
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import Toolkit
@@ -67,7 +67,7 @@ class EngineBench:
         return {label: int8[label] - floats[label] for label in int8.keys() & floats.keys()}
 
     def compare(self, best: Kept, other: Kept) -> tuple[Latency, Latency] | None:
-        """As Bench.compare. Only the best engine is kept in memory."""
+        """As Bench.compare. Only these two engines are kept in memory."""
         try:
             built = {"best": self.engine(best), "other": self.engine(other)}
         except UserError as error:
@@ -108,6 +108,4 @@ class EngineBench:
         return Engine.from_plan(built.plan, self._toolkit, contexts=1)
 
     def _latencies(self, built: Mapping[str, BuiltEngine]) -> dict[str, Latency]:
-        with ExitStack() as stack:
-            engines = {name: stack.enter_context(self._load(one)) for name, one in built.items()}
-            return latencies(engines, self._batch, self._runs)
+        return latencies_of_built(self._toolkit, built, self._batch, self._runs)

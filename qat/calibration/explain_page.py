@@ -243,7 +243,7 @@ def _histogram(explanation: Explanation, x: Callable[[float], float], span: Span
 def _curve(title: str, curve: Curve, unit: str, x: Callable[[float], float], span: Span) -> _Panel:
     """A curve with its least cost marked; below it there is room for the text of the mark."""
     costs = [cost for cost in curve.cost if math.isfinite(cost)]
-    empty = max(costs) <= 0  # but for rounding, all are 0: there is no scale of logarithms
+    empty = max(costs) <= 0  # apart from rounding all are 0, which a logarithmic scale cannot show
     high = 1.0 if empty else max(costs)
     low = max(min(costs), high * _DEPTH)
     # A quarter of the height is below the least cost, a twentieth above the greatest.

@@ -13,7 +13,8 @@ from qat.graph.operations import POOLS, WEIGHTED
 from qat.rules.fusion import stands_alone
 from qat.rules.tuned import TunedName
 
-_CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")  # may be INT8, as some norms may
+CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")
+"""Kinds of operations that may be INT8, as some norms may."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def _matches(network: Network, pattern: str) -> set[str]:
 
 
 def _is_choosable(network: Network, op: Op) -> bool:
-    return op.kind in _CHOOSABLE or stands_alone(network, op)
+    return op.kind in CHOOSABLE or stands_alone(network, op)
 
 
 def _is_meant(network: Network, op: Op, pattern: str) -> bool:

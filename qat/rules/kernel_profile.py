@@ -44,9 +44,9 @@ class LayerKind:
         known = self.operation in get_args(Operation) and self.weight_scales in get_args(WeightScales)
         counts = (self.in_channels, self.out_channels, self.groups, self.stride, self.dilation, self.pixels)
         if not known or len(self.kernel) != 2 or not all(isinstance(one, int) for one in (*counts, *self.kernel)):
-            raise ValueError(f"{self!r} is no kind of layer")
+            raise ValueError(f"{self!r} does not describe a layer")
         if min(counts) < 1 or min(self.kernel) < 0 or self.in_channels % self.groups:
-            raise ValueError(f"{self!r} is no kind of layer")
+            raise ValueError(f"{self!r} does not describe a layer")
 
     @property
     def group_width(self) -> int:

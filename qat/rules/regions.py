@@ -10,9 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from qat.graph.network import Network
-from qat.graph.operations import POOLS, WEIGHTED
-
-_CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")
+from qat.graph.operations import WEIGHTED
+from qat.rules.keep_float import CHOOSABLE
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def losing_regions(network: Network, loss: Mapping[str, float], kept: Collection
     found += [("run of segments", [name for part in run for name in part]) for run in _runs(network, parts, loss)]
     regions: dict[frozenset[str], Region] = {}
     for kind, names in found:
-        labels = frozenset(network[name].label for name in names if network[name].kind in _CHOOSABLE) - set(kept)
+        labels = frozenset(network[name].label for name in names if network[name].kind in CHOOSABLE) - set(kept)
         total = sum(loss.get(label, 0.0) for label in labels)
         if labels and total > 0 and any(network[name].kind in WEIGHTED for name in names):
             regions.setdefault(labels, Region(labels, total, kind))

@@ -27,7 +27,7 @@ class TunedPlacement:
 
     Attributes:
         keep_float: labels of the operations that stay in float.
-        layers: labels of the convolutions and linear layers of the network, to recognize it by.
+        layers: labels of all convolutions and linear layers of the network.
         gpu, tensorrt, batch: what it was tuned for.
         int8_ms, float_ms, tuned_ms: median latency of the engine by rules alone, of FP16, and of the tuned one.
         trials: what was tried, in order.
