@@ -18,7 +18,7 @@ import onnx_ir.passes.common as passes
 from export.float_types import store_floats_as
 from export.insert import WeightCodes, insert
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, constants, network_from_onnx, permutation
-from export.qdq import DATA, SCALE, QdqModel, size_of
+from export.qdq import DATA, HALF_TYPES, SCALE, QdqModel, size_of
 from export.read import read_onnx
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
@@ -49,8 +49,13 @@ class FloatTwin:
 
     @classmethod
     def of(cls, path: Path) -> FloatTwin:
-        """Raises UserError when the file cannot be read, or a tensor has several scales or a weight other codes."""
+        """Raises UserError when the file cannot be read, stores floats in half precision, or does not quantize so.
+
+        A tensor has one constant scale, and the codes of a weight are constant.
+        """
         model = read_onnx(path)
+        if any(value.dtype in HALF_TYPES for node in model.graph for value in node.outputs):
+            raise UserError(f"{path} stores floats in half precision: give the file without --float-type")
         reads = frozenset(network_from_onnx(model).reads)
         qdq, known = QdqModel.from_ir(model, INT8), constants(model.graph)
         scales: dict[str, float] = {}

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 from qdq_models import residual
 
@@ -18,6 +19,7 @@ from deploy.settings import BuildSettings
 from deploy.tune import TuneOptions, main
 from deploy.tuned_engine import tune_engine
 from deploy.tuning_bench import EngineBench
+from export.float_types import store_floats_as
 from export.linter import lint_onnx
 from export.session import session
 from qat.base.artifact import read_sidecar
@@ -119,6 +121,14 @@ def test_options_that_are_refused(options: dict[str, Any], says: str, model: Pat
 def test_a_float_network_has_nothing_to_tune(gpu: dict[str, float], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="quantizes no activation"):
         tune_engine(residual(tmp_path / "f.onnx", quantize=False))
+
+
+def test_a_file_of_half_floats_is_refused_in_one_line(gpu: dict[str, float], model: Path) -> None:
+    half = ir.load(model)
+    store_floats_as(half, "float16", [])
+    ir.save(half, model)
+    with pytest.raises(UserError, match="stores floats in half precision: give the file without --float-type"):
+        tune_engine(model)
 
 
 def test_without_a_gpu_it_is_one_line(model: Path) -> None:
