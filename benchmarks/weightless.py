@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 SMALL = 4096  # elements of a constant that stays
 
@@ -33,9 +33,10 @@ def fill(model: onnx.ModelProto) -> None:
         if np.prod(tensor.dims) > SMALL and not (tensor.raw_data or tensor.float_data or tensor.int32_data):
             if tensor.data_type == TensorProto.INT8:
                 values = random.integers(-127, 128, tensor.dims).astype(np.int8)
-            elif tensor.data_type == TensorProto.FLOAT:
+            elif tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16):
+                kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
                 inputs = max(1, int(np.prod(tensor.dims[1:])))
-                values = (random.standard_normal(tensor.dims) * np.sqrt(2 / inputs)).astype(np.float32)
+                values = (random.standard_normal(tensor.dims) * np.sqrt(2 / inputs)).astype(kind)
             else:
                 raise ValueError(f"{tensor.name} is of type {TensorProto.DataType.Name(tensor.data_type)}")
             tensor.raw_data = values.tobytes()

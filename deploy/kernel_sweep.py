@@ -23,6 +23,19 @@ from qat.base.number_format import INT8
 from qat.rules.kernel_profile import KernelProfile, LayerKind, MeasuredKind
 
 GROUP_WIDTHS = (48, 24, 12, 4, 8, 16, 32, 64, 20, 40, 56, 80, 96, 112, 128, 232)
+PADDED_WIDTHS = (
+    (12, 16),
+    (20, 32),
+    (24, 32),
+    (40, 64),
+    (48, 64),
+    (56, 64),
+    (80, 128),
+    (96, 128),
+    (112, 128),
+    (232, 256),
+)
+"""Widths, and those which zeros would bring them to; one of as many groups is compared with the other in float."""
 _CHANNELS = 240  # about so many does a grouped convolution have
 
 
@@ -33,10 +46,11 @@ def kinds_of_layers() -> dict[str, list[LayerKind]]:
         kernel = (size, size) if isinstance(size, int) else size
         return LayerKind(operation="convolution", in_channels=inside, out_channels=outside, kernel=kernel, **others)
 
-    def grouped(width: int, stride: int = 1) -> LayerKind:
+    def grouped(width: int, stride: int = 1, padded: int = 0) -> LayerKind:
         groups = max(2, round(_CHANNELS / width))
         pixels = 56 if width < 112 else 28
-        return conv(width * groups, width * groups, groups=groups, stride=stride, pixels=pixels)
+        channels = (padded or width) * groups
+        return conv(channels, channels, groups=groups, stride=stride, pixels=pixels)
 
     def depthwise(size: int, stride: int = 1, dilation: int = 1, channels: int = 144) -> LayerKind:
         return conv(channels, channels, size, groups=channels, stride=stride, dilation=dilation)
@@ -61,6 +75,7 @@ def kinds_of_layers() -> dict[str, list[LayerKind]]:
 
     return {
         "grouped": [*map(grouped, GROUP_WIDTHS), *(grouped(width, 2) for width in (8, 16, 48))],
+        "padded groups": [grouped(width, padded=padded) for width, padded in PADDED_WIDTHS],
         "transposed": [*transposed(64, 32, 2, 2), *transposed(64, 64, 4, 2), *transposed(64, 32, 3, 2)],
         "depthwise": [
             *(depthwise(size) for size in (3, 5, 7, 31)),
@@ -171,7 +186,7 @@ def sweep_kernels(
         device.name, device.capability, toolkit.version, _now(), batch, _earlier(output, toolkit, batch)
     )
     measured = {one.kind for one in profile.kinds}
-    kinds = [kind for name in dict.fromkeys(families or known) for kind in known[name]]
+    kinds = list(dict.fromkeys(kind for name in families or known for kind in known[name]))
     wanted = [kind for kind in kinds if again or kind not in measured]
     done = 0
     end = time.monotonic() + 60 * minutes

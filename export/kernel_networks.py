@@ -81,7 +81,12 @@ class _Network:
         if kind.operation == "linear":
             return self._node("Gemm", inputs, name, transB=1)
         reach = [kind.dilation * (extent - 1) + 1 for extent in kind.kernel]
-        attributes = {"group": kind.groups, "strides": [kind.stride] * 2, "dilations": [kind.dilation] * 2}
+        attributes = {  # TensorRT 8.6 takes the extents from here where the weight is dequantized
+            "kernel_shape": kind.kernel,
+            "group": kind.groups,
+            "strides": [kind.stride] * 2,
+            "dilations": [kind.dilation] * 2,
+        }
         if transposed:  # the output is ``stride`` times as large
             over = [max(0, extent - kind.stride) for extent in reach]
             pads = [extent // 2 for extent in over]
