@@ -215,10 +215,12 @@ class _Reader:
         if len(shape) < 2 or (node.op_type == "MatMul" and len(shape) != 2):
             return None, dequantize
         groups = node.attributes.get_int("group", 1)
-        if kind == "convolution":
-            return ConstantWeight(name, shape[1] * groups, shape[0], groups, shape[2:]), dequantize
-        if kind == "transposed_convolution":
-            return ConstantWeight(name, shape[0], shape[1] * groups, groups, shape[2:]), dequantize
+        if kind in ("convolution", "transposed_convolution"):
+            inputs, outputs = shape[1] * groups, shape[0]
+            if kind == "transposed_convolution":
+                inputs, outputs = shape[0], inputs
+            stride = tuple(node.attributes.get_ints("strides", (1,) * len(shape[2:])))
+            return ConstantWeight(name, inputs, outputs, groups, shape[2:], stride), dequantize
         inputs, outputs = shape[::-1] if node.attributes.get_int("transB", 0) else shape
         return ConstantWeight(name, inputs, outputs), dequantize
 

@@ -78,7 +78,8 @@ def constant_weight(
         tensor = f"{node.target}.weight"
         match module:
             case nn.modules.conv._ConvNd() as conv:
-                return ConstantWeight(tensor, conv.in_channels, conv.out_channels, conv.groups, conv.kernel_size)
+                channels = (conv.in_channels, conv.out_channels, conv.groups)
+                return ConstantWeight(tensor, *channels, conv.kernel_size, conv.stride)
             case nn.Linear() as linear:
                 return ConstantWeight(tensor, linear.in_features, linear.out_features)
         return None
@@ -98,9 +99,12 @@ def constant_weight(
     if kind == "linear":
         return ConstantWeight(name, shape[1], shape[0])
     groups, kernel = int(arguments(node).get("groups", 1)), shape[2:]
+    given = arguments(node).get("stride", 1)
+    stride: tuple[int, ...] = tuple(given) if isinstance(given, (tuple, list)) else (given,) * len(kernel)
+    inputs, outputs = shape[1] * groups, shape[0]
     if kind == "transposed_convolution":
-        return ConstantWeight(name, shape[0], shape[1] * groups, groups, kernel)
-    return ConstantWeight(name, shape[1] * groups, shape[0], groups, kernel)
+        inputs, outputs = shape[0], inputs
+    return ConstantWeight(name, inputs, outputs, groups, kernel, stride)
 
 
 def weight_source(node: fx.Node) -> fx.Node | None:

@@ -16,9 +16,10 @@ from qat.graph.operations import COMMUTING, WEIGHTED, OpKind
 
 @dataclass(frozen=True)
 class ConstantWeight:
-    """The constant weight of a convolution or linear layer: channel counts, groups, kernel extents (() if linear).
+    """The constant weight of a convolution or linear layer: channel counts, groups, kernel extents and strides.
 
-    ``tensor`` is its name; operations with the same ``tensor`` share the weight.
+    ``kernel`` and ``stride`` are () if it is linear. ``tensor`` is its name; operations with the same ``tensor`` share
+    the weight.
     """
 
     tensor: str
@@ -26,6 +27,12 @@ class ConstantWeight:
     out_channels: int
     groups: int = 1
     kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+
+    @property
+    def group_widths(self) -> tuple[int, int]:
+        """Input and output channels of a group."""
+        return self.in_channels // self.groups, self.out_channels // self.groups
 
 
 @dataclass(frozen=True)

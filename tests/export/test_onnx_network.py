@@ -66,7 +66,7 @@ def test_q_and_dq_are_left_out_and_noted_as_reads(view):
     assert found.scale("conv2", "relu") is None
     assert {op: node.name for op, node in found.weights.items()} == {"conv1": "conv1.w/dequantize"}
     assert found.nodes["conv1"].op_type == "Conv"
-    assert found.network["conv1"].weight == ConstantWeight("conv1.w", 16, 16, 1, (3, 3))
+    assert found.network["conv1"].weight == ConstantWeight("conv1.w", 16, 16, 1, (3, 3), (1, 1))
     assert found.network["conv1"].shape == (1, 16, 8, 8)
 
 
@@ -130,7 +130,7 @@ def test_channels_of_matrix_products_and_transposed_convolutions(view):
     left = graph.node("MatMul", [graph.random("l.w", (6, 1)), product], "left")
     graph.node("Gemm", [left, graph.node("Relu", [product], "relu")], "of activations", transB=1)
     found = view(graph.model(("N", 16, 8, 8)))
-    assert found.network["up"].weight == ConstantWeight("up.w", 16, 8, 2, (2, 2))
+    assert found.network["up"].weight == ConstantWeight("up.w", 16, 8, 2, (2, 2), (1, 1))
     assert found.network["product"].kind == "linear"
     assert found.network["product"].weight == ConstantWeight("m.w", 8, 10)
     assert (found.network["left"].kind, found.network["left"].weight) == ("matrix_product", None)
@@ -180,7 +180,7 @@ def test_initializers_that_are_inputs_too_are_constants(view):
     model.graph.input.append(helper.make_tensor_value_info("conv.w", TensorProto.FLOAT, (16, 16, 3, 3)))
     found = view(model)
     assert list(found.network.ops) == ["x", "conv", "output conv"]
-    assert found.network["conv"].weight == ConstantWeight("conv.w", 16, 16, 1, (3, 3))
+    assert found.network["conv"].weight == ConstantWeight("conv.w", 16, 16, 1, (3, 3), (1, 1))
 
 
 def test_the_value_of_a_constant():
