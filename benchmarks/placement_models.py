@@ -2,7 +2,7 @@
 
     PYTHONPATH=.:tests python benchmarks/placement_models.py FOLDER [NAME ...]
 
-FOLDER/NAME/ours.onnx is calibrated on random images, FOLDER/NAME/float32.onnx is the same network without Q/DQ nodes;
+NAME is one of tests/zoo.py, or timm/ and any name of timm's. FOLDER/NAME/ours.onnx is calibrated on random images, FOLDER/NAME/float32.onnx is the same network without Q/DQ nodes;
 224 px (inception_v3: 299), weights at random. benchmarks/modelopt_models.py puts another tool's files beside them.
 """
 
@@ -18,8 +18,9 @@ import zoo
 
 from export.emit import emit
 from export.fold import fold, fold_float
+from export.pad_groups import pad_groups
 from qat.calibration.activation_ranges import calibrate_ranges
-from qat.fake_quantize.prepare import prepare
+from qat.fake_quantize.prepare import placement_of, prepare
 
 
 def main() -> None:
@@ -30,7 +31,9 @@ def main() -> None:
         prepared = prepare(model, input_shape=x.shape[1:])
         with torch.no_grad():
             calibrate_ranges(prepared, [x], "max")
-        ir.save(emit(fold(prepared)[0], x[:2], {}), folder / "ours.onnx")
+        ours = emit(fold(prepared)[0], x[:2], {})
+        pad_groups(ours, placement_of(prepared))
+        ir.save(ours, folder / "ours.onnx")
         ir.save(emit(fold_float(prepared), x[:2], {}), folder / "float32.onnx")
         print(folder, flush=True)
 

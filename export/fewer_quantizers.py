@@ -18,6 +18,7 @@ import onnx_ir.passes.common as passes
 from export.float_types import store_floats_as
 from export.insert import WeightCodes, insert
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, constants, network_from_onnx, permutation
+from export.pad_groups import pad_groups, without_padding
 from export.qdq import DATA, HALF_TYPES, SCALE, QdqModel, size_of
 from export.read import read_onnx
 from qat.base.errors import UserError
@@ -56,6 +57,7 @@ class FloatTwin:
         model = read_onnx(path)
         if any(value.dtype in HALF_TYPES for node in model.graph for value in node.outputs):
             raise UserError(f"{path} stores floats in half precision: give the file without --float-type")
+        without_padding(model)
         reads = frozenset(network_from_onnx(model).reads)
         qdq, known = QdqModel.from_ir(model, INT8), constants(model.graph)
         scales: dict[str, float] = {}
@@ -144,7 +146,8 @@ def write_variant(path: Path, keep_float: Collection[str], output: Path) -> None
     Raises UserError as ``FloatTwin.of`` does, and when there is no such operation.
     """
     twin = FloatTwin.of(path)
-    twin.quantized([glob.escape(label) for label in sorted(keep_float)])
+    placement = twin.quantized([glob.escape(label) for label in sorted(keep_float)])
+    pad_groups(twin.model, placement)
     ir.save(twin.model, output)
 
 

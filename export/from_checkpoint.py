@@ -30,6 +30,7 @@ from export.merge_shortcuts import VECTOR
 from export.merge_shortcuts import merge_shortcuts as merge
 from export.pad_channels import CHANNELS
 from export.pad_channels import pad_channels as pad
+from export.pad_groups import pad_groups
 from export.parity import measure
 from export.reference import Sample, reference_path, write_reference
 from export.session import sqnr_db
@@ -41,6 +42,7 @@ from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.base.text import megabytes
 from qat.data.preprocessing import Preprocessing
+from qat.fake_quantize.prepare import placement_of
 from qat.fake_quantize.quantizer import quantize
 from qat.graph.torch_patches import without_autocast
 
@@ -157,6 +159,7 @@ def export_onnx(
     dtype = torch.float16 if precision == "float16" else torch.float32
     ready = with_ends(folded, network.preprocessing, input, dtype)
     model = emit(ready, examples, _metadata(network, details), outputs)
+    wider = pad_groups(model, placement_of(network.model)) if form.quantized else {}
     compared = network.sample(parity_images)
     pairs = partial(_pairs, network, folded, compared, input, inputs)
     in_float32 = None
@@ -176,7 +179,9 @@ def export_onnx(
         figures["bytes"] = path.stat().st_size
         say(f"exported in {seconds:.1f} s: {figures['nodes']} nodes, {megabytes(figures['bytes'])}")
         # A float16 file is compared with float32 PyTorch too, so that the loss of precision shows.
-        parity, answers, found = measure(folded, in_float32 or path, pairs(), layer_images, logits=is_classifier)
+        parity, answers, found = measure(
+            folded, in_float32 or path, pairs(), layer_images, logits=is_classifier, wider=wider
+        )
         say(f"PyTorch against ONNX Runtime on {compared.source}: {parity}")
         if parity.smallest_logit_cosine is not None and parity.smallest_logit_cosine < _ALIKE:
             warn(

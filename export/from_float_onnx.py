@@ -26,6 +26,7 @@ from export.insert import insert
 from export.network_inputs import Channels, NetworkInputs, load_inputs
 from export.onnx_network import network_from_onnx
 from export.output_agreement import OutputSums
+from export.pad_groups import pad_groups
 from export.read import is_quantized, read_onnx
 from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
@@ -161,6 +162,7 @@ def quantize_onnx(
     insert(network, view, placement, scales, ACTIVATION, weights_of)
     if weights_of.dead:
         warn(f"{weights_of.dead} weight channels are zero; their scales were floored")
+    pad_groups(network, placement)
     kept: list[KeptFloat32] = []
     if float_type == "float16":
         if fed is None:

@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from export.fold import QuantizeDequantize
 from export.output_agreement import OutputAgreement
+from export.pad_groups import GroupedAxis
 from export.session import run, session, session_with_tensors, sqnr_db
 from qat.base.errors import UserError
 from qat.fake_quantize.prepare import ACTIVATION_QUANTIZERS
@@ -86,6 +87,7 @@ def measure(
     layer_images: int,
     *,
     logits: bool = False,
+    wider: Mapping[str, GroupedAxis] | None = None,
 ) -> tuple[Parity, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Compares ``folded`` with the ONNX file made from it.
 
@@ -95,6 +97,7 @@ def measure(
         batches: (inputs of ``folded``, the same as the file takes them: its only input, or all by name).
         layer_images: how many images of the first batch are compared layer by layer.
         logits: whether the only output is known to be logits [N, classes].
+        wider: tensors of the file that have zero channels which ``folded`` has not (export/pad_groups.py).
 
     Returns:
         How well the two agree, and the outputs of ``folded`` and of the file on all images, [N, ...] each.
@@ -112,7 +115,7 @@ def measure(
         feed = _feed(whole, given)
         if layers is None:
             first = {name: value[:layer_images] for name, value in feed.items()}
-            layers = _layers(folded, model, tuple(one[:layer_images] for one in x), first)
+            layers = _layers(folded, model, tuple(one[:layer_images] for one in x), first, wider or {})
         with torch.no_grad():
             ours.append(_several(folded(*x)))
         theirs.append(tuple(map(torch.from_numpy, whole.run(names, feed))))
@@ -153,7 +156,11 @@ def _compare_classes(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
 
 
 def _layers(
-    folded: fx.GraphModule, model: Path | bytes, x: tuple[Tensor, ...], given: Mapping[str, np.ndarray]
+    folded: fx.GraphModule,
+    model: Path | bytes,
+    x: tuple[Tensor, ...],
+    given: Mapping[str, np.ndarray],
+    wider: Mapping[str, GroupedAxis],
 ) -> tuple[LayerParity, ...]:
     proto = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(model)
     quantizes = [node for node in proto.graph.node if node.op_type == "QuantizeLinear"]
@@ -161,6 +168,7 @@ def _layers(
     shown = {node.input[0] for node in quantizes} | {dequantized[node.output[0]] for node in quantizes}
     names = [output.name for output in proto.graph.output]
     values = run(session_with_tensors(proto, shown), given)
+    values |= {name: axis.back.resized(values[name], 1) for name, axis in wider.items() if name in values}
     by_quantizer: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for node in quantizes:
         name = node.input[1].split(f"{ACTIVATION_QUANTIZERS}.")[-1].partition(".scale")[0]  # behind it may be a type

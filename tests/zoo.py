@@ -92,7 +92,7 @@ def full_images(name: str, count: int) -> Tensor:
 
 def image_size(name: str) -> int:
     """Height and width in pixels."""
-    return _SMALLEST.get(name, 64)
+    return _SMALLEST.get(name, 64 if name in NAMES else 224)
 
 
 def _random(count: int, size: int, seed: int) -> Tensor:

@@ -1,15 +1,27 @@
-"""What single layers gain by INT8 on one GPU, as measured by deploy.kernels."""
+"""What single layers gain by INT8 on one GPU, as measured by deploy.kernels, and what placement reads from it.
+
+Where nothing is known about a layer there is a cautious answer: of grouped convolutions only widths of 4, 8 and 16
+channels and multiples of 32 are taken for fast.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qat.base.artifact import write_json
+from qat.base.artifact import atomic_write
 from qat.base.errors import UserError, one_line
+from qat.graph.network import ConstantWeight
+
+_SHIPPED = Path(__file__).parent / "profiles" / "h200-8.6.0.json"
+_MOST_PADDING = 1.6  # times as many channels: the most that was measured, and INT8 moves half the bytes
+_FEW = 16  # with fewer input or output channels other kernels are used
+_PATCH = 4  # a convolution whose stride is its extent, and at least this, cuts an image into patches
 
 Operation = Literal["convolution", "transposed_convolution", "linear", "average_pool", "gate"]
 WeightScales = Literal["output", "input", "tensor"]
@@ -98,6 +110,21 @@ class MeasuredKind:
         """How many times as fast the network is with the layer in INT8; None if that was not measured."""
         return self.float_ms / self.int8_ms if self.int8_ms and self.float_ms else None
 
+    @property
+    def gains(self) -> bool:
+        """Whether it is faster in INT8, beyond the spread."""
+        return self.gain is not None and self.gain > 1 and self.significant
+
+    @property
+    def loses(self) -> bool:
+        """Whether it is slower in INT8, beyond the spread, or TensorRT has no INT8 kernel for it."""
+        return self.gain is None or (self.gain < 1 and self.significant)
+
+    def __str__(self) -> str:
+        if self.gain is None:
+            return f"{self.kind}: refused in INT8"
+        return f"{self.kind}: {self.gain:.2f} times as fast in INT8"
+
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> MeasuredKind:
         """As a profile has it."""
@@ -132,5 +159,64 @@ class KernelProfile:
             ) from error
 
     def write(self, path: Path) -> None:
-        """Writes it as JSON. Raises UserError when the disk does not take it."""
-        write_json(path, asdict(self))
+        """Writes it as JSON, a kind a line. Raises UserError when the disk does not take it."""
+        content = asdict(self)
+        kinds = ",\n".join(json.dumps(kind) for kind in content.pop("kinds"))
+        with atomic_write(path) as temporary:
+            temporary.write_text(f'{json.dumps(content)[:-1]}, "kinds": [\n{kinds}\n]}}\n', encoding="utf-8")
+
+    @classmethod
+    @functools.cache
+    def shipped(cls) -> KernelProfile:
+        """The one that comes with the rules."""
+        return cls.read(_SHIPPED)
+
+    def __str__(self) -> str:
+        return f"{self.gpu}, TensorRT {self.tensorrt}"
+
+    def like(self, operation: Operation, weight: ConstantWeight) -> MeasuredKind | None:
+        """The measured layer that is like this one, with the nearest number of channels; None if there is none.
+
+        Alike are layers of the same extents and strides, or that cut an image into patches; both have few channels or
+        neither; both are depthwise, or have groups of the same width. Grouped ones need not have the same extents.
+        """
+        wanted = _traits(
+            operation, weight.in_channels, weight.out_channels, weight.groups, weight.kernel, weight.stride
+        )
+        channels = math.log(weight.in_channels * weight.out_channels)
+        alike = [one for one in self.kinds if _traits_of(one.kind) == wanted and one.kind.dilation == 1]
+        key = {one: abs(math.log(one.kind.in_channels * one.kind.out_channels) - channels) for one in alike}
+        return min(alike, key=key.__getitem__, default=None)
+
+    def of_group_width(self, width: int, stride: int = 1) -> MeasuredKind | None:
+        """The grouped convolution with groups of ``width`` channels, if possible with this stride."""
+        found = [one for one in self.kinds if one.kind.operation == "convolution" and one.kind.groups > 1]
+        found = [one for one in found if one.kind.group_width == width > 1]
+        return min(found, key=lambda one: (one.kind.stride != stride, one.kind.in_channels), default=None)
+
+    def fast_group_width(self, width: int) -> int | None:
+        """The smallest width from ``width`` on whose grouped convolutions gain; None if that is too much padding."""
+        widths = range(width, math.floor(width * _MOST_PADDING) + 1)
+        return next((wider for wider in widths if self._is_fast(wider)), None)
+
+    def _is_fast(self, width: int) -> bool:
+        found = self.of_group_width(width)
+        return found.gains if found is not None else width in (4, 8, 16) or width % 32 == 0
+
+
+def _traits_of(kind: LayerKind) -> tuple[object, ...] | None:
+    if kind.weight_scales != ("input" if kind.operation == "transposed_convolution" else "output"):
+        return None
+    kernel, stride = ((), ()) if kind.operation == "linear" else (kind.kernel, (kind.stride, kind.stride))
+    return _traits(kind.operation, kind.in_channels, kind.out_channels, kind.groups, kernel, stride)
+
+
+def _traits(
+    operation: Operation, inside: int, outside: int, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[object, ...]:
+    """What decides which kernels a layer has."""
+    few = (inside < _FEW, outside < _FEW)
+    if groups > 1:
+        return (operation, inside // groups, (kernel, stride) if inside == groups else ())
+    patches = kernel == stride and min(kernel, default=0) >= _PATCH
+    return (operation, few, "patches" if patches else (kernel, stride))

@@ -35,6 +35,7 @@ from qat.rules.activation_rules import (
     UnfusedNorm,
 )
 from qat.rules.keep_float import KeepFloat
+from qat.rules.kernel_profile import KernelProfile
 from qat.rules.obstacles import OBSTACLES
 from qat.rules.placement import Placement
 from qat.rules.rule import PlacementState, Rule, Verdict
@@ -44,6 +45,7 @@ from qat.rules.weight_rules import (
     FewChannels,
     GroupedChannels,
     GroupedFloatOutput,
+    MeasuredLoss,
     SharedWeight,
     TransposedConvolution,
     WeightedInput,
@@ -75,9 +77,10 @@ PASSES = (
             *OBSTACLES,
             ComputedWeight(),
             TransposedConvolution(),
+            MeasuredLoss(),
             FewChannels(),
-            GroupedChannels(),
             _GROUPED_FLOAT_OUTPUT,
+            GroupedChannels(),
             WeightedInput(),
         ),
         only_weighted=True,
@@ -94,7 +97,12 @@ RULES: dict[str, Rule] = {rule.name: rule for one in PASSES for rule in one.rule
 """All rules by name."""
 
 
-def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[str] = ()) -> Placement:
+def place(
+    network: Network,
+    keep_float: Iterable[str] = (),
+    unknown: Iterable[str] = (),
+    profile: KernelProfile | None = None,
+) -> Placement:
     """Applies the rules to ``network``.
 
     Args:
@@ -104,15 +112,17 @@ def place(network: Network, keep_float: Iterable[str] = (), unknown: Iterable[st
             layer, addition, pool, product, concatenation or stand-alone normalization computes in float. Any other
             operation is matched only by its exact name or label, and then its output is not quantized.
         unknown: tensors whose range is not known, so that they cannot be quantized.
+        profile: what was measured on a GPU (deploy.kernels); None for what comes with the rules.
 
     Raises:
         UserError: a pattern matches nothing.
     """
     patterns = tuple(keep_float)
     kept, without_range = KeepFloat.from_patterns(network, patterns), frozenset(unknown)
+    measured = KernelProfile.shipped() if profile is None else profile
     slow: frozenset[str] = frozenset()
     while True:  # a layer that returns to float may make another one lose too
-        state = PlacementState(network, kept, without_range, slow)
+        state = PlacementState(network, kept, without_range, slow, measured)
         for one in PASSES:
             one.run(state)
         more = {op.name for op in network if _GROUPED_FLOAT_OUTPUT.loses(op, state)}

@@ -46,7 +46,10 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether an operation computes on INT8 codes, the rule that decided it, and the reason if it does not."""
+    """Whether an operation computes on INT8 codes, the rule that decided it, and the reason where one is known.
+
+    ``group_widths``: input and output channels of a group to which export pads a grouped convolution with zeros.
+    """
 
     op: str
     label: str
@@ -54,6 +57,13 @@ class Decision:
     quantized: bool
     rule: str
     reason: str = ""
+    group_widths: tuple[int, int] | None = None
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Decision:
+        """As a sidecar has it. Raises KeyError or TypeError on any other content."""
+        widths = content.get("group_widths")
+        return cls(**{**content, "group_widths": widths if widths is None else tuple(widths)})
 
 
 @dataclass(frozen=True)
@@ -113,5 +123,5 @@ class Placement:
             QuantizedTensor(t["tensor"], t["quantizer"], tuple(QuantizedRead(**read) for read in t["reads"]))
             for t in content["tensors"]
         )
-        decisions = tuple(Decision(**decision) for decision in content["decisions"])
+        decisions = tuple(Decision.from_json(decision) for decision in content["decisions"])
         return cls(tensors, decisions, tuple(content["keep_float"]))

@@ -17,11 +17,13 @@ from qat.graph.network import Network, Op
 from qat.graph.operations import WEIGHTED
 from qat.rules.fusion import fusing_convolution, written_by
 from qat.rules.keep_float import KeepFloat
+from qat.rules.kernel_profile import KernelProfile
 from qat.rules.placement import Decision
 
 GUIDE = "TensorRT Developer Guide, Working with Quantized Types, Q/DQ Placement Recommendations"
 HEURISTICS = "heuristics of NVIDIA's ONNX quantizer"
 MEASURED = "benchmarks/gpu_placement.txt"
+PROFILE = "layers measured by deploy.kernels: qat/rules/profiles"
 BYTES = "bytes that TensorRT-RTX's layers write: benchmarks/placement_table.txt"
 
 Reads = Mapping[Read, str]
@@ -40,13 +42,15 @@ class RuleText:
 class Verdict:
     """A rule's answer about an operation: it computes in INT8 and reads ``reads`` quantized, or in float for a reason.
 
-    ``rule`` is the name under which the decision and the reads are recorded.
+    ``rule`` is the name under which the decision and the reads are recorded; ``group_widths`` are those of a grouped
+    convolution that is to be padded with zero channels.
     """
 
     rule: str
     quantized: bool
     reads: tuple[str, ...] = ()
     reason: str = ""
+    group_widths: tuple[int, int] | None = None
 
 
 class Rule(ABC):
@@ -84,20 +88,22 @@ class PlacementState:
     """A placement while it is being made.
 
     ``kept``: what the user keeps in float; ``without_range``: tensors for which calibration found no range;
-    ``slow_in_int8``: layers that an earlier attempt found to be slower in INT8, given what their neighbours do.
+    ``slow_in_int8``: layers that an earlier attempt found to be slower in INT8, given what their neighbours do;
+    ``profile``: what was measured on a GPU.
     """
 
     network: Network
     kept: KeepFloat = field(default_factory=KeepFloat)
     without_range: frozenset[str] = frozenset()
     slow_in_int8: frozenset[str] = frozenset()
+    profile: KernelProfile = field(default_factory=KernelProfile.shipped)
     decisions: dict[str, Decision] = field(default_factory=dict)
     reads: dict[Read, str] = field(default_factory=dict)
 
     def record(self, op: Op, verdict: Verdict) -> None:
         """Applies a verdict; it replaces an earlier one about ``op``."""
         self.decisions[op.name] = Decision(
-            op.name, op.label, op.kind, verdict.quantized, verdict.rule, "" if verdict.quantized else verdict.reason
+            op.name, op.label, op.kind, verdict.quantized, verdict.rule, verdict.reason, verdict.group_widths
         )
         for read in [read for read in self.reads if read[0] == op.name]:
             del self.reads[read]

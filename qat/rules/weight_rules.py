@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qat.graph.network import Op
 from qat.graph.operations import WEIGHTED
-from qat.rules.rule import GUIDE, HEURISTICS, MEASURED, PlacementState, Rule, Verdict
+from qat.rules.channel_regions import channel_region
+from qat.rules.rule import GUIDE, HEURISTICS, MEASURED, PROFILE, PlacementState, Rule, Verdict
 
 
 class ComputedWeight(Rule):
@@ -49,40 +50,61 @@ class FewChannels(Rule):
         return self.keep_float(shown) if few and not aligned else None
 
 
+class MeasuredLoss(Rule):
+    """A layer like this one was measured, and was slower in INT8."""
+
+    name = "measured_loss"
+    sentence = "a layer like this one was measured to be slower in INT8"
+    source = PROFILE
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float, if such a layer was measured, and loses; grouped convolutions have their own rule."""
+        weight = op.weight
+        if weight is None or (weight.groups > 1 and weight.groups != weight.in_channels):
+            return None
+        found = state.profile.like("linear" if op.kind == "linear" else "convolution", weight)
+        return self.keep_float(f"{found} ({state.profile})") if found is not None and found.loses else None
+
+
 class GroupedChannels(Rule):
     """A grouped convolution needs a width that has a kernel, output channels in a multiple of 8, and an extent of 3.
 
-    The width is the number of channels in a group. Depthwise convolutions have kernels of their own. Of the others only
-    widths that are powers of two are known to gain by INT8.
+    The width is the number of channels in a group. Depthwise convolutions have kernels of their own. Widths without
+    one are padded with zero channels to the next that has one (export/pad_groups.py), where that changes nothing but
+    the convolutions before and behind.
     """
 
     name = "grouped_channels"
     sentence = (
-        "a grouped convolution has fast INT8 kernels only if it is depthwise or its groups are 4, 8, 16, 32 ... "
-        "channels wide, for multiples of 8 channels and extents of at least 3"
+        "a grouped convolution has fast INT8 kernels only if it is depthwise or its groups are 4, 8, 16 or a multiple "
+        "of 32 channels wide, for multiples of 8 channels and extents of at least 3; others are padded with zeros"
     )
-    source = f"heuristics of NVIDIA's ONNX quantizer; the networks with such groups in {MEASURED} gain"
+    source = PROFILE
 
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
-        """Float, if one of the conditions fails."""
+        """Float, if one of the conditions fails; INT8 with groups to be padded."""
         weight = op.weight
         if weight is None or weight.groups == 1:
             return None
         if weight.out_channels % 8 or max(weight.kernel) < 3:
             shown = f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}"
             return self.keep_float(f"{shown}: must be a multiple of 8, and at least 3")
-        widths = (weight.in_channels // weight.groups, weight.out_channels // weight.groups)
-        if widths[0] > 1 and not all(map(_has_kernel, widths)):
-            shown = " -> ".join(map(str, dict.fromkeys(widths)))
-            return self.keep_float(
-                f"grouped, {shown} channels in a group: no fast INT8 kernel is known but for 4, 8, 16, 32 ..."
-            )
-        return None
-
-
-def _has_kernel(width: int) -> bool:
-    """Whether groups of ``width`` channels have a fast INT8 kernel: a power of two from 4 on."""
-    return width >= 4 and width & (width - 1) == 0
+        widths = inside, outside = weight.group_widths
+        if inside == 1:
+            return None
+        fast = state.profile.fast_group_width(inside), state.profile.fast_group_width(outside)
+        if fast == widths:
+            return None
+        shown = f"grouped, {inside if inside == outside else f'{inside} -> {outside}'} channels in a group"
+        if measured := state.profile.of_group_width(inside, weight.stride[0]):
+            shown += f", as in {measured} ({state.profile})"
+        if fast[0] is None or fast[1] is None:
+            return self.keep_float(f"{shown}: no width of up to 1.6 times as many channels has a fast INT8 kernel")
+        if not all(channel_region(state.network, tensor) for tensor in (op.inputs[0], op.name)):
+            return self.keep_float(f"{shown}, and zero channels do not fit between it and its neighbours")
+        return Verdict(
+            self.name, True, op.inputs[:1], f"{shown}: padded to {max(fast[0], fast[1])}", (fast[0], fast[1])
+        )
 
 
 class GroupedFloatOutput(Rule):
