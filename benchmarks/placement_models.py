@@ -2,8 +2,9 @@
 
     PYTHONPATH=.:tests python benchmarks/placement_models.py FOLDER [NAME ...]
 
-NAME is one of tests/zoo.py, or timm/ and any name of timm's. FOLDER/NAME/ours.onnx is calibrated on random images, FOLDER/NAME/float32.onnx is the same network without Q/DQ nodes;
-224 px (inception_v3: 299), weights at random. benchmarks/modelopt_models.py puts another tool's files beside them.
+NAME is one of tests/zoo.py, or timm/ and any name of timm's. FOLDER/NAME/ours.onnx is calibrated on random images,
+FOLDER/NAME/float32.onnx is the same network without Q/DQ nodes; 224 px (inception_v3: 299), weights at random.
+benchmarks/modelopt_models.py puts another tool's files beside them.
 """
 
 from __future__ import annotations

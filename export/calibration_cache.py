@@ -10,12 +10,18 @@ from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.fake_quantize.quantizer import SCALE_FLOOR
 from qat.graph.network import Network
+from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
 from qat.rules.placement import Placement
 
 
 def placement_from_cache(
-    network: Network, cache: Path, keep_float: Collection[str], *, calibrated: bool
+    network: Network,
+    cache: Path,
+    keep_float: Collection[str],
+    profile: KernelProfile | None = None,
+    *,
+    calibrated: bool,
 ) -> tuple[Placement, dict[str, float]]:
     """The placement of the tensors that the cache knows, and the scales of its quantizers.
 
@@ -30,7 +36,7 @@ def placement_from_cache(
     unknown: set[str] = set()
     warned: set[str] = set()
     while True:  # without a tensor the placement is another one, which may want other tensors
-        placement = place(network, keep_float, unknown)
+        placement = place(network, keep_float, unknown, profile)
         found: dict[str, float] = {}
         for tensor in placement.tensors:
             if tensor.tensor in usable:

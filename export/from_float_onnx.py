@@ -51,6 +51,7 @@ from qat.calibration.activation_ranges import choose_ranges
 from qat.calibration.histogram import HistogramObserver, check_finite
 from qat.fake_quantize.quantizer import ACTIVATION, scale_from_amax
 from qat.rules.describe import say_placement
+from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
 from qat.rules.placement import Placement
 
@@ -71,6 +72,7 @@ def quantize_onnx(
     weight_calibrator: WeightCalibrator = "max",
     percentile: float = 99.99,
     keep_float: Collection[str] = (),
+    profile: KernelProfile | None = None,
     weights: WeightStorage = "int8",
     float_type: Literal["float32", "float16"] = "float32",
     images: int = 512,
@@ -99,6 +101,7 @@ def quantize_onnx(
         weight_calibrator: how weight ranges are chosen: max, or mse for the least squared quantization error.
         percentile: the share of the values, in percent, that the percentile calibrator does not clip.
         keep_float: patterns of nodes and tensors that stay in float, such as "/classifier/*".
+        profile: what deploy.kernels measured on a GPU; None for what was measured on an H200.
         weights: int8, or float for the same codes as float weights in front of a QuantizeLinear.
         float_type: what layers that are not INT8 compute in. float16 is kept from those that need float32.
         images: how many inputs to calibrate on, at most.
@@ -150,9 +153,9 @@ def quantize_onnx(
     scales: dict[str, float] = {}
     if cache is not None:
         check_cache(cache, sha256_of(model))
-        placement, scales = placement_from_cache(view.network, cache, keep_float, calibrated=fed is not None)
+        placement, scales = placement_from_cache(view.network, cache, keep_float, profile, calibrated=fed is not None)
     else:
-        placement = place(view.network, keep_float)
+        placement = place(view.network, keep_float, profile=profile)
     if fed is not None:
         with runs_in_onnx_runtime(model):
             scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)

@@ -58,15 +58,15 @@ def pad_groups(model: ir.Model, placement: Placement) -> dict[str, GroupedAxis]:
     between the convolutions have changed, by its name.
     """
     wanted = {one.label: one.group_widths for one in placement.weights if one.quantized and one.group_widths}
-    found, original = _set_group_widths(model, wanted)
-    if left := sorted(wanted.keys() - original.keys()):
+    done = _set_group_widths(model, wanted)
+    if left := sorted(done.left):
         warn(
             f"the groups of {', '.join(left[:3])}{' ...' * (len(left) > 3)} could not be padded, and have no fast INT8 "
             f"kernel: leave them in float with --keep-float"
         )
-    if original:
-        model.metadata_props[_PADDED] = json.dumps(original)
-    return found
+    if done.original:
+        model.metadata_props[_PADDED] = json.dumps(done.original)
+    return done.tensors
 
 
 def without_padding(model: ir.Model) -> None:
@@ -75,27 +75,38 @@ def without_padding(model: ir.Model) -> None:
         return
     try:
         widths = {str(label): (int(inside), int(outside)) for label, (inside, outside) in json.loads(stated).items()}
-        _, done = _set_group_widths(model, widths)
-        if done.keys() != widths.keys():
-            raise ValueError(f"no such layer as {min(widths.keys() - done.keys())}")
+        if left := _set_group_widths(model, widths).left:
+            raise ValueError(f"{min(left)} cannot be found")
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the padding of its groups cannot be taken out ({error}): export the file again") from error
 
 
-def _set_group_widths(
-    model: ir.Model, wanted: Mapping[str, Widths]
-) -> tuple[dict[str, GroupedAxis], dict[str, Widths]]:
-    """Gives grouped convolutions other widths. Returns how tensors have changed, and the widths that the layers had."""
+@dataclass(frozen=True)
+class _Resized:
+    """How tensors have changed, the widths that layers had, by their labels in the file, and what was not found."""
+
+    tensors: dict[str, GroupedAxis]
+    original: dict[str, Widths]
+    left: set[str]
+
+
+def _set_group_widths(model: ir.Model, wanted: Mapping[str, Widths]) -> _Resized:
+    """Gives grouped convolutions other widths, in place."""
     view = network_from_onnx(model)
     changed: dict[str, GroupedAxis] = {}
     original: dict[str, Widths] = {}
+    found: set[str] = set()
     for op in view.network:
         weight = op.weight
-        if weight is None or op.kind != "convolution" or weight.groups < 2 or op.label not in wanted:
+        if weight is None or op.kind != "convolution" or weight.groups < 2:
+            continue
+        # A convolution that a function computes has its label in training only as the name of its weight.
+        label = next((one for one in (op.label, weight.tensor.removesuffix(".weight")) if one in wanted), None)
+        if label is None:
             continue
         axes = [
             GroupedAxis(weight.groups, width, new)
-            for width, new in zip(weight.group_widths, wanted[op.label], strict=True)
+            for width, new in zip(weight.group_widths, wanted[label], strict=True)
         ]
         regions = [channel_region(view.network, tensor) for tensor in (op.inputs[0], op.name)]
         fitting = [one for one in regions if one is not None and _fits(view, one)]
@@ -109,13 +120,14 @@ def _set_group_widths(
                 _resize_inputs(view.nodes[name], own)
             changed |= {value.name or "": axis for value in _values(view, region)}
         original[op.label] = weight.group_widths
+        found.add(label)
     if original:
         for node in model.graph:
             for value in node.outputs:
                 if value not in model.graph.outputs:
                     value.shape = None
         ShapeInferencePass()(model)
-    return changed, original
+    return _Resized(changed, original, wanted.keys() - found)
 
 
 def _fits(view: OnnxNetwork, region: ChannelRegion) -> bool:
@@ -173,11 +185,11 @@ def _replace(node: ir.Node, index: int, axis: GroupedAxis, along: int, fill: flo
         return
     graph = value.graph
     name = value.name or "constant"
-    resized = ir.tensor(axis.resized(array, along, fill))
+    resized = axis.resized(array, along, fill)
     alone = len(value.uses()) == 1
     if alone:
         graph.initializers.pop(name)
     unique = name if alone else unused_name(name, graph.initializers)
-    constant = ir.Value(name=unique, type=value.type, shape=ir.Shape(resized.shape), const_value=resized)
+    constant = ir.Value(name=unique, type=value.type, shape=ir.Shape(resized.shape), const_value=ir.tensor(resized))
     graph.register_initializer(constant)
     node.replace_input_with(index, constant)

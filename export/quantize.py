@@ -19,6 +19,7 @@ import tyro
 
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import Command, run_command
+from qat.rules.kernel_profile import given_profile
 from qat.rules.tuned import tuned_names
 
 
@@ -39,6 +40,8 @@ class QuantizeOptions(Command):
     """Nodes and tensors that stay in float: patterns such as '/classifier/*'."""
     placement: Path | None = None
     """A placement that deploy.tune wrote for this network: what it leaves in float stays in float."""
+    profile: Path | None = None
+    """What deploy.kernels measured on the GPU that the engine is for; by default what was measured on an H200."""
     calibrator: Calibrator = "mse"
     """How activation ranges are chosen from the images."""
     weight_calibrator: WeightCalibrator = "max"
@@ -79,6 +82,7 @@ def main(options: QuantizeOptions) -> None:
         weight_calibrator=options.weight_calibrator,
         percentile=options.percentile,
         keep_float=(*options.keep_float, *(tuned_names(options.placement) if options.placement else ())),
+        profile=given_profile(options.profile),
         weights=options.weights,
         float_type=options.float_type,
         images=options.images,

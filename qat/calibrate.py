@@ -30,6 +30,7 @@ def main(options: CalibrateOptions) -> None:
         classes=options.classes,
         calibration=options.calibration(),
         keep_float=options.kept_float(),
+        profile=options.kernel_profile(),
         adaround_steps=options.adaround,
         explained=options.explain,
         compute=Compute.from_options(options.device, "float32", compiled=False),

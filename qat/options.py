@@ -14,6 +14,7 @@ from qat.base.console import Command
 from qat.base.number_format import BITS
 from qat.calibration.settings import CalibrationSettings
 from qat.data.request import ImageRequest
+from qat.rules.kernel_profile import KernelProfile, given_profile
 from qat.rules.tuned import tuned_names
 from qat.training.recipe import DistillationSettings, Recipe
 
@@ -51,6 +52,8 @@ class SharedOptions(Command):
     qat.placement shows."""
     placement: Path | None = None
     """A placement that deploy.tune wrote for this network: what it leaves in float stays in float."""
+    profile: Path | None = None
+    """What deploy.kernels measured on the GPU that the engine is for; by default what was measured on an H200."""
     calibrator: Calibrator = "mse"
     """How activation ranges are chosen from the calibration images."""
     weight_calibrator: WeightCalibrator = "max"
@@ -89,6 +92,10 @@ class SharedOptions(Command):
     def kept_float(self) -> tuple[str, ...]:
         """What stays in float. Raises UserError when --placement cannot be read."""
         return (*self.keep_float, *tuned_names(self.placement)) if self.placement else self.keep_float
+
+    def kernel_profile(self) -> KernelProfile | None:
+        """What was measured on a GPU. Raises UserError when --profile cannot be read."""
+        return given_profile(self.profile)
 
     def calibration(self) -> CalibrationSettings:
         """How ranges are chosen. Raises UserError when a value is out of range."""

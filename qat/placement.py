@@ -18,6 +18,7 @@ import tyro
 
 from qat.base.artifact import atomic_write, check_writable, write_json
 from qat.base.console import Command, run_command, say
+from qat.rules.kernel_profile import given_profile
 from qat.rules.tuned import tuned_names
 
 
@@ -31,6 +32,8 @@ class PlacementOptions(Command):
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that this command shows."""
     placement: Path | None = None
     """A placement that deploy.tune wrote for this network: what it leaves in float stays in float."""
+    profile: Path | None = None
+    """What deploy.kernels measured on the GPU that the engine is for; by default what was measured on an H200."""
     image_size: int | None = None
     """Height and width of the input in pixels; 224 by default."""
     num_classes: int | None = None
@@ -57,6 +60,7 @@ def main(options: PlacementOptions) -> None:
     view = view_placement(
         options.model,
         (*options.keep_float, *(tuned_names(options.placement) if options.placement else ())),
+        given_profile(options.profile),
         options.image_size,
         options.num_classes,
         options.channels,

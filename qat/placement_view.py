@@ -13,6 +13,7 @@ from qat.fake_quantize.prepare import placement_of
 from qat.graph.tracing import network_of
 from qat.models import build_model, spec_for, trace_on_images
 from qat.rules.describe import PlacementView, texts_of
+from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
 
 _IMAGE_SIZE, _CLASSES = 224, 1000
@@ -21,6 +22,7 @@ _IMAGE_SIZE, _CLASSES = 224, 1000
 def view_placement(
     model: str,
     keep_float: Iterable[str] = (),
+    profile: KernelProfile | None = None,
     image_size: int | None = None,
     num_classes: int | None = None,
     channels: Literal[1, 3] | None = None,
@@ -31,7 +33,8 @@ def view_placement(
     Args:
         model: the name of a model, as qat.train takes it, or the path of a checkpoint, which keeps the placement it was
             trained with.
-        keep_float: patterns of what stays in float. This and the next three arguments cannot be given for a checkpoint.
+        keep_float: patterns of what stays in float. This and the next four arguments cannot be given for a checkpoint.
+        profile: what deploy.kernels measured on a GPU; None for what was measured on an H200.
         image_size: height and width of the input in pixels; None: 224.
         num_classes: number of classes of the model; None: 1000.
         channels: of the images; None: 3.
@@ -44,6 +47,7 @@ def view_placement(
     if path.suffix == ".qat" or path.is_file() or sidecar_path(path).is_file():
         given = {
             "--keep-float": keep_float,
+            "--profile": profile,
             "--image-size": image_size,
             "--num-classes": num_classes,
             "--channels": channels,
@@ -56,7 +60,7 @@ def view_placement(
     shape = (3 if channels is None else channels, size, size)
     spec = spec_for(model, _CLASSES if num_classes is None else num_classes, shape[0])
     network = network_of(trace_on_images(build_model(spec), model, shape))
-    placement = place(network, keep_float)
+    placement = place(network, keep_float, profile=profile)
     return PlacementView(model, shape, network, placement, texts_of(placement))
 
 

@@ -42,6 +42,7 @@ from qat.fake_quantize.weight_ranges import fix_weight_ranges
 from qat.graph.tracing import TracedModel, network_of
 from qat.models import trace_on_images
 from qat.rules.describe import say_placement
+from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
 from qat.rules.placement import Placement
 from qat.weights import Pretrained, build_pretrained, preset_of_weights, with_classes_of_output
@@ -58,6 +59,7 @@ def quantize_pretrained(
     classes: int | None = None,
     calibration: CalibrationSettings,
     keep_float: Iterable[str] = (),
+    profile: KernelProfile | None = None,
     adaround_steps: int = 0,
     explained: Sequence[str] = (),
     compute: Compute,
@@ -72,6 +74,7 @@ def quantize_pretrained(
         classes: number of classes of the network, if the weights do not show it.
         calibration: how ranges are chosen.
         keep_float: patterns of what stays in float.
+        profile: what deploy.kernels measured on a GPU; None for what was measured on an H200.
         adaround_steps: steps in which AdaRound rounds the weights of each layer; 0: round to the nearest code.
         explained: patterns of tensors; how their ranges are chosen is printed, and drawn beside ``output``.
         compute: the device; one process.
@@ -96,7 +99,7 @@ def quantize_pretrained(
     say(", ".join([f"weights: {weights}, {found.spec.num_classes} classes", *found.notes]))
     say_data(data)
     class_names = _class_names(weights, found, data)
-    traced, placement = choose_placement(compute.place(found.model), model, data, len(class_names), keep_float)
+    traced, placement = choose_placement(compute.place(found.model), model, data, len(class_names), keep_float, profile)
     names = quantizers_named(network_of(traced), placement, explained)
     observers: dict[str, HistogramObserver] = {}
     prepared = prepare_and_calibrate(
@@ -169,6 +172,7 @@ def choose_placement(
     data: Data,
     classes: int,
     keep_float: Iterable[str],
+    profile: KernelProfile | None = None,
     *,
     training: bool | None = None,
 ) -> tuple[TracedModel, Placement]:
@@ -188,7 +192,7 @@ def choose_placement(
             f"for one image, model {name} returns {found}; it must return logits of shape [1, {classes}]: "
             "give a classification model"
         )
-    placement = place(network, keep_float)
+    placement = place(network, keep_float, profile=profile)
     say_placement(placement)
     if not any(decision.quantized for decision in placement.decisions):
         warn("nothing in this network is quantized: python -m qat.placement shows why")

@@ -45,6 +45,7 @@ from qat.post_training import (
     say_data,
     say_next,
 )
+from qat.rules.kernel_profile import KernelProfile
 from qat.training.log import TrainingLog
 from qat.training.loss import CrossEntropy, Distillation, stage_ends
 from qat.training.recipe import DistillationSettings, Recipe
@@ -80,6 +81,7 @@ def train(
     calibration: CalibrationSettings,
     distillation: DistillationSettings,
     keep_float: Iterable[str] = (),
+    profile: KernelProfile | None = None,
     bits: int = BITS,
     learn_ranges: bool = False,
     compute: Compute,
@@ -100,6 +102,7 @@ def train(
         calibration: how ranges are chosen.
         distillation: how the fine-tuning follows the float network.
         keep_float: patterns of what stays in float.
+        profile: what deploy.kernels measured on a GPU; None for what was measured on an H200.
         bits: of weights and activations; fewer than 8 are a simulation.
         learn_ranges: whether the fine-tuning learns ranges too.
         compute: device, types and compilation; the processes that torchrun started are added here.
@@ -129,6 +132,7 @@ def train(
                 calibration,
                 distillation,
                 tuple(keep_float),
+                profile,
                 bits,
                 learn_ranges,
             )
@@ -163,6 +167,7 @@ class _Run:
         calibration: CalibrationSettings,
         distillation: DistillationSettings,
         keep_float: tuple[str, ...],
+        profile: KernelProfile | None,
         bits: int,
         learn_ranges: bool,
     ) -> None:
@@ -175,7 +180,7 @@ class _Run:
         model, ranges = self._float_model(spec, weights, float_recipe)
         # A network that cannot be quantized as asked is refused now, not after hours of float training.
         model, placement = choose_placement(
-            compute.place(model), name, self.data, spec.num_classes, keep_float, training=True
+            compute.place(model), name, self.data, spec.num_classes, keep_float, profile, training=True
         )
         prepared: fx.GraphModule
         if reached.phase == "float":

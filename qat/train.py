@@ -27,6 +27,7 @@ def main(options: TrainOptions) -> None:
         calibration=options.calibration(),
         distillation=options.distillation(),
         keep_float=options.kept_float(),
+        profile=options.kernel_profile(),
         bits=options.bits,
         learn_ranges=options.learn_ranges,
         compute=Compute.from_options(options.device, options.amp, options.compile),

@@ -22,6 +22,7 @@ from qat.graph.constants import constant_value
 from qat.graph.fx_network import weight_axis, weight_source
 from qat.graph.reparameterization import advice
 from qat.graph.tracing import Shapes, TracedModel, network_of, trace
+from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
 from qat.rules.placement import Placement
 
@@ -35,6 +36,7 @@ def prepare(
     *,
     input_shape: Shapes,
     keep_float: Iterable[str] = (),
+    profile: KernelProfile | None = None,
     training: bool | None = None,
 ) -> TracedModel:
     """A copy of ``model`` with fake quantization inserted; calibrate it before use (qat.calibration.activation_ranges).
@@ -47,6 +49,7 @@ def prepare(
         input_shape: the shape of one input without the batch, (3, 224, 224); of several inputs by the names of the
             model's arguments, {"image": (3, 224, 224), "hint": (16, 56, 56)}. The copy takes any batch of these.
         keep_float: patterns of what stays in float (qat.rules.place.place).
+        profile: what deploy.kernels measured on a GPU; None for what was measured on an H200.
         training: whether the copy must be trainable; None: if it can be, else its ``train()`` says why it cannot;
             False: only what the model computes in evaluation is looked at.
 
@@ -60,7 +63,7 @@ def prepare(
     if placement is None:
         if line := advice(model):
             say(line)
-        placement = place(network_of(traced), keep_float)
+        placement = place(network_of(traced), keep_float, profile=profile)
     nodes = {node.name: node for node in traced.graph.nodes}
     _check_fits(placement, nodes)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qat.base.artifact import atomic_write
+from qat.base.console import say
 from qat.base.errors import UserError, one_line
 from qat.graph.network import ConstantWeight
 
@@ -202,6 +203,24 @@ class KernelProfile:
     def _is_fast(self, width: int) -> bool:
         found = self.of_group_width(width)
         return found.gains if found is not None else width in (4, 8, 16) or width % 32 == 0
+
+
+def given_profile(path: Path | None) -> KernelProfile | None:
+    """The profile of ``path``, about which it says what it lacks; None for None.
+
+    Raises UserError when it cannot be read, or is no profile.
+    """
+    if path is None:
+        return None
+    profile = KernelProfile.read(path)
+    known = set(map(_traits_of, (one.kind for one in profile.kinds)))
+    missing = {_traits_of(one.kind): str(one.kind) for one in KernelProfile.shipped().kinds}
+    lacking = [name for traits, name in missing.items() if traits is not None and traits not in known]
+    said = f"profile {path}: {len(profile.kinds)} kinds of layers, measured on {profile}"
+    if lacking:
+        said += f"; {len(lacking)} are missing, such as {lacking[0]}: there the rules are cautious"
+    say(said)
+    return profile
 
 
 def _traits_of(kind: LayerKind) -> tuple[object, ...] | None:

@@ -69,15 +69,15 @@ class MeasuredLoss(Rule):
 class GroupedChannels(Rule):
     """A grouped convolution needs a width that has a kernel, output channels in a multiple of 8, and an extent of 3.
 
-    The width is the number of channels in a group. Depthwise convolutions have kernels of their own. Widths without
-    one are padded with zero channels to the next that has one (export/pad_groups.py), where that changes nothing but
-    the convolutions before and behind.
+    The width is the number of channels in a group. Depthwise convolutions have kernels of their own, for multiples of 4
+    channels. Widths without one are padded with zero channels to the next that has one (export/pad_groups.py), where
+    that changes nothing but the convolutions before and behind.
     """
 
     name = "grouped_channels"
     sentence = (
         "a grouped convolution has fast INT8 kernels only if it is depthwise or its groups are 4, 8, 16 or a multiple "
-        "of 32 channels wide, for multiples of 8 channels and extents of at least 3; others are padded with zeros"
+        "of 32 channels wide, for multiples of 8 channels (depthwise: 4) and extents of at least 3; others are padded"
     )
     source = PROFILE
 
@@ -86,10 +86,11 @@ class GroupedChannels(Rule):
         weight = op.weight
         if weight is None or weight.groups == 1:
             return None
-        if weight.out_channels % 8 or max(weight.kernel) < 3:
-            shown = f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}"
-            return self.keep_float(f"{shown}: must be a multiple of 8, and at least 3")
         widths = inside, outside = weight.group_widths
+        multiple = 4 if inside == 1 else 8
+        if weight.out_channels % multiple or max(weight.kernel) < 3:
+            shown = f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}"
+            return self.keep_float(f"{shown}: must be a multiple of {multiple}, and at least 3")
         if inside == 1:
             return None
         fast = state.profile.fast_group_width(inside), state.profile.fast_group_width(outside)
