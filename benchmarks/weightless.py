@@ -16,12 +16,13 @@ import onnx
 from onnx import TensorProto, helper
 
 SMALL = 4096  # elements of a constant that stays
+TYPES = (TensorProto.INT8, TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
 def strip(model: onnx.ModelProto) -> None:
     """Takes out the values of large initializers; type and shape stay."""
     for tensor in model.graph.initializer:
-        if np.prod(tensor.dims) > SMALL:
+        if np.prod(tensor.dims) > SMALL and tensor.data_type in TYPES:
             for field in ("raw_data", "float_data", "int32_data"):
                 tensor.ClearField(field)
 
@@ -30,15 +31,17 @@ def fill(model: onnx.ModelProto) -> None:
     """Puts random values where none are: INT8 codes of the whole range, floats of the size that keeps signals alive."""
     random = np.random.default_rng(0)
     for tensor in model.graph.initializer:
-        if np.prod(tensor.dims) > SMALL and not (tensor.raw_data or tensor.float_data or tensor.int32_data):
+        if (
+            np.prod(tensor.dims) > SMALL
+            and tensor.data_type in TYPES
+            and not (tensor.raw_data or tensor.float_data or tensor.int32_data)
+        ):
             if tensor.data_type == TensorProto.INT8:
                 values = random.integers(-127, 128, tensor.dims).astype(np.int8)
-            elif tensor.data_type in (TensorProto.FLOAT, TensorProto.FLOAT16):
+            else:
                 kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
                 inputs = max(1, int(np.prod(tensor.dims[1:])))
                 values = (random.standard_normal(tensor.dims) * np.sqrt(2 / inputs)).astype(kind)
-            else:
-                raise ValueError(f"{tensor.name} is of type {TensorProto.DataType.Name(tensor.data_type)}")
             tensor.raw_data = values.tobytes()
 
 

@@ -16,6 +16,7 @@ from deploy.build_log import BuildLog, raise_if_out_of_memory
 from deploy.trt import failed_node
 from qat.base.onnx_file import flaw
 
+_HALF = ("HALF", "FLOAT16", "BFLOAT16", "BF16")
 _Q_DQ = ("QuantizeLinear", "DequantizeLinear")
 # The parser logs this and no error when it reads UINT8 codes as INT8, so that 128..255 saturate at 127.
 _UINT8_TAKEN_AS_INT8 = "UINT8 zero_point"
@@ -91,8 +92,13 @@ def build_failure(log: BuildLog) -> str:
 def _cause(failure: ParserFailure, log: BuildLog) -> str:
     reason = failure.reason
     if "Scale coefficients must all be positive" in reason:
+        scale, kind = _scale_of(failure, log)
+        if kind in _HALF:
+            return (
+                f"its scale {scale} is in half precision, which this version does not take: export without --float-type"
+            )
         return (
-            f"its scale {_scale_of(failure, log)} has a value that is zero, negative or not a number. "
+            f"its scale {scale} has a value that is zero, negative or not a number. "
             "The cause is a dead channel (all weights or activations are zero): "
             "floor the scale to a small positive number and export again"
         )
@@ -124,16 +130,16 @@ def _explain_file(model: Path, failure: ParserFailure, log: BuildLog) -> str:
     return f"{initializer} is refused: {said}"
 
 
-def _scale_of(failure: ParserFailure, log: BuildLog) -> str:
-    """Name and shape of the failed node's scale, from the line of the log that lists the node's inputs."""
+def _scale_of(failure: ParserFailure, log: BuildLog) -> tuple[str, str]:
+    """Name and shape of the failed node's scale, and its type; from the line of the log that lists the node's inputs."""
     start = f"{failure.node} [{failure.op}] inputs: "
     for text in reversed(log.texts("VERBOSE")):
         if text.startswith(start):
-            inputs = re.findall(r"\[(.+?) -> \(([\d, -]*)\)\[\w+\]\]", text[len(start) :])
+            inputs = re.findall(r"\[(.+?) -> \(([\d, -]*)\)\[(\w+)\]\]", text[len(start) :])
             if len(inputs) > 1:
-                name, shape = inputs[1]
-                return f"{name!r} (shape [{shape}])"
-    return "(its second input)"
+                name, shape, kind = inputs[1]
+                return f"{name!r} (shape [{shape}])", kind
+    return "(its second input)", ""
 
 
 def _condense(text: str) -> str:

@@ -22,7 +22,7 @@ from qat.base.errors import UserError
 from qat.base.number_format import INT8
 from qat.rules.kernel_profile import KernelProfile, LayerKind, MeasuredKind
 
-GROUP_WIDTHS = (48, 24, 12, 4, 8, 16, 32, 64, 20, 40, 56, 80, 96, 112, 128, 232)
+GROUP_WIDTHS = (48, 24, 12, 4, 8, 16, 32, 64, 20, 40, 56, 80, 96, 112, 128, 160, 232)
 PADDED_WIDTHS = (
     (12, 16),
     (20, 32),
@@ -34,6 +34,8 @@ PADDED_WIDTHS = (
     (96, 128),
     (112, 128),
     (232, 256),
+    (36, 64),
+    (18, 32),
 )
 """Widths, and those which zeros would bring them to; one of as many groups is compared with the other in float."""
 _CHANNELS = 240  # about so many does a grouped convolution have
@@ -76,16 +78,23 @@ def kinds_of_layers() -> dict[str, list[LayerKind]]:
     return {
         "grouped": [*map(grouped, GROUP_WIDTHS), *(grouped(width, 2) for width in (8, 16, 48))],
         "padded groups": [grouped(width, padded=padded) for width, padded in PADDED_WIDTHS],
-        "transposed": [*transposed(64, 32, 2, 2), *transposed(64, 64, 4, 2), *transposed(64, 32, 3, 2)],
+        "transposed": [
+            *transposed(64, 32, 2, 2),
+            *transposed(64, 64, 4, 2),
+            *transposed(64, 32, 3, 2),
+            *(kind for inside in (32, 128, 256) for kind in list(transposed(inside, inside // 2, 2, 2))[:1]),
+            *(list(transposed(inside, outside, 4, 2))[0] for inside, outside in ((128, 64), (256, 256))),
+        ],
         "depthwise": [
             *(depthwise(size) for size in (3, 5, 7, 31)),
             *(depthwise(size, 2) for size in (3, 5, 7)),
             depthwise(3, dilation=2),
-            depthwise(3, channels=100),
+            *(depthwise(3, channels=channels) for channels in (100, 28, 30, 50)),
         ],
         "few channels": [
             *(conv(inside, 32, 3, stride=2, pixels=224) for inside in (1, 3, 4)),
             conv(3, 64, 7, stride=2, pixels=224),
+            *(conv(3, 64, size, stride=stride, pixels=224) for size, stride in ((7, 4), (11, 4), (2, 2))),
             *(conv(inside, 32, 3, pixels=112) for inside in (8, 12)),
             *(conv(32, outside, 3, pixels=112) for outside in (1, 3, 8, 12)),
             *(conv(inside, outside, 1) for inside, outside in ((32, 1), (20, 20), (36, 24), (100, 100))),

@@ -47,12 +47,15 @@ class EngineBench:
 
             return float_network(self._model)
 
-    def write(self, kept: Kept, path: Path) -> None:
-        """Writes the variant that leaves ``kept`` in float. Raises UserError when the file has no such operations."""
+    def write(self, kept: Kept, path: Path) -> bool:
+        """Writes the variant that leaves ``kept`` in float. Returns whether anything is left in INT8.
+
+        Raises UserError when the file has no such operations.
+        """
         with onnx_package():
             from export.fewer_quantizers import write_variant
 
-            write_variant(self._model, kept, path)
+            return write_variant(self._model, kept, path)
 
     def losses(self, kept: Kept) -> Mapping[str, float]:
         """As Bench.losses."""
@@ -88,9 +91,11 @@ class EngineBench:
         """The engine that leaves ``kept`` in float. Raises UserError when TensorRT refuses it."""
         if kept not in self._built:
             path = self._folder / "variant.onnx"
-            self.write(kept, path)
-            self._built[kept] = build(self._toolkit, path, self._settings, self._cache)
-            self._timings = self._built[kept].timing_cache_content
+            if self.write(kept, path):
+                self._built[kept] = build(self._toolkit, path, self._settings, self._cache)
+                self._timings = self._built[kept].timing_cache_content
+            else:  # TensorRT 8.6 refuses to build it for INT8
+                self._built[kept] = self.float_engine()
         return self._built[kept]
 
     def float_engine(self) -> BuiltEngine:

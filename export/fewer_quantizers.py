@@ -140,8 +140,10 @@ def float_network(path: Path) -> Network:
     return network_from_onnx(FloatTwin.of(path).model).network
 
 
-def write_variant(path: Path, keep_float: Collection[str], output: Path) -> None:
+def write_variant(path: Path, keep_float: Collection[str], output: Path) -> bool:
     """Writes the Q/DQ file ``path`` with the operations called ``keep_float`` (labels) in float.
+
+    Returns whether anything is left in INT8.
 
     Raises UserError as ``FloatTwin.of`` does, and when there is no such operation.
     """
@@ -149,6 +151,7 @@ def write_variant(path: Path, keep_float: Collection[str], output: Path) -> None
     placement = twin.quantized([glob.escape(label) for label in sorted(keep_float)])
     pad_groups(twin.model, placement)
     ir.save(twin.model, output)
+    return bool(placement.tensors)
 
 
 def write_float_twin(path: Path, output: Path, *, half: bool) -> None:

@@ -92,6 +92,9 @@ class _Resized:
 
 def _set_group_widths(model: ir.Model, wanted: Mapping[str, Widths]) -> _Resized:
     """Gives grouped convolutions other widths, in place."""
+    if not wanted:
+        return _Resized({}, {}, set())
+    ShapeInferencePass()(model)  # the exporter leaves some out
     view = network_from_onnx(model)
     changed: dict[str, GroupedAxis] = {}
     original: dict[str, Widths] = {}
