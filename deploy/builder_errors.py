@@ -131,7 +131,7 @@ def _explain_file(model: Path, failure: ParserFailure, log: BuildLog) -> str:
 
 
 def _scale_of(failure: ParserFailure, log: BuildLog) -> tuple[str, str]:
-    """Name and shape of the failed node's scale, and its type; from the line of the log that lists the node's inputs."""
+    """Name and shape of the failed node's scale, and its type, from where the log lists the node's inputs."""
     start = f"{failure.node} [{failure.op}] inputs: "
     for text in reversed(log.texts("VERBOSE")):
         if text.startswith(start):
