@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def state_transposed_scales(network: trt.INetworkDefinition, toolkit: Toolkit, model: Path, axis: int) -> None:
     """Lets the scales of every transposed convolution's weight lie along ``axis`` of the weight, in place.
 
-    Raises UserError when a weight of the file ``model`` has several scales along another axis.
+    Raises UserError when a weight of the file ``model`` has several scales along another axis, or, where axis 0 is
+    needed, a scale without an axis.
     """
     parsed = ParsedNetwork(network)
     for layer in parsed.layers:
@@ -34,14 +35,14 @@ def state_transposed_scales(network: trt.INetworkDefinition, toolkit: Toolkit, m
             maker.__class__ = getattr(toolkit.module, f"I{kind.title()}Layer")
             if not _state(network, toolkit.module, maker, parsed.makers, axis):
                 raise UserError(
-                    f"{model}: the weight of {layer.name} has several scales along axis {maker.axis}, and "
-                    f"{toolkit.title} takes those of a transposed convolution along axis {axis}: give it one scale"
+                    f"{model}: {toolkit.title} takes scales of the weight of {layer.name}, a transposed convolution, only "
+                    f"along axis {axis}: give the weight one scale, as a vector of equal values along its axis 1"
                 )
             weight = maker.get_input(0)
 
 
 def _state(network: Any, module: Any, quantizer: Any, makers: dict[str, Any], axis: int) -> bool:
-    """Lets the scales of ``quantizer`` lie along ``axis``; False if they differ and lie along another."""
+    """Lets the scales of ``quantizer`` lie along ``axis``; False if that cannot be."""
     extent = sizes(quantizer.get_output(0).shape)[axis]
     inputs = range(1, quantizer.num_inputs)  # the scale, and the zero point if there is one
     constants: list[Any] = [makers.get(quantizer.get_input(index).name) for index in inputs]
@@ -52,6 +53,8 @@ def _state(network: Any, module: Any, quantizer: Any, makers: dict[str, Any], ax
     vectors = [np.array(constant.weights).reshape(-1) for constant in constants]
     if len(vectors[0]) == extent and quantizer.axis == axis:
         return True
+    if len(vectors[0]) == 1:  # a layer cannot change to several; 8.6 was seen to refuse it, newer versions were not run
+        return axis == 1
     if not all((vector == vector[0]).all() for vector in vectors):
         return False
     for index, vector in zip(inputs, vectors, strict=True):
