@@ -35,7 +35,7 @@ def state_transposed_scales(network: trt.INetworkDefinition, toolkit: Toolkit, m
             maker.__class__ = getattr(toolkit.module, f"I{kind.title()}Layer")
             if not _state(network, toolkit.module, maker, parsed.makers, axis):
                 raise UserError(
-                    f"{model}: {toolkit.title} takes scales of the weight of {layer.name}, a transposed convolution, only "
+                    f"{model}: {toolkit.title} takes the scales of the weight of {layer.name}, which is transposed, "
                     f"along axis {axis}: give the weight one scale, as a vector of equal values along its axis 1"
                 )
             weight = maker.get_input(0)
