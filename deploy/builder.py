@@ -19,6 +19,7 @@ from deploy.layer_types import LayerType, layers_as_built, set_types, type_rules
 from deploy.parsed_network import ParsedNetwork
 from deploy.precision_audit import PrecisionAudit, audit_precision, declared_layers
 from deploy.settings import BuilderOptions, BuildSettings, Profile
+from deploy.transposed_scales import state_transposed_scales
 from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
 from qat.base.artifact import TensorSpec
 from qat.base.console import say
@@ -208,7 +209,7 @@ def parse_onnx(
 ) -> trt.INetworkDefinition:
     """The network of an ONNX file, with its own weights or with float weights.
 
-    Raises UserError that names the node when the parser refuses it.
+    Raises UserError that names the node when the parser refuses it, or scales that this version does not take.
     """
     network = toolkit.create_network(builder, settings.precision)
     parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
@@ -222,6 +223,8 @@ def parse_onnx(
         )
     if network.num_outputs == 0:  # the parser reads an empty file, or text, as a network without nodes
         raise UserError(f"{model} {flaw(model) or 'holds a network without outputs'}: make or copy it again")
+    if (axis := toolkit.transposed_scale_axis) is not None:
+        state_transposed_scales(network, toolkit, model, axis)
     return network
 
 

@@ -203,7 +203,7 @@ def _cause(layer: DeclaredLayer, found: EngineLayer | None) -> str:
             f"it is in {found.name}, a part that another compiler handles as a whole and that reads {found.precision}"
         )
     if layer.kind == "DECONVOLUTION":
-        return "transposed convolution: the builder chose a float kernel; leave it unquantized"
+        return "transposed convolution: the builder chose a float kernel; keep it in float for this builder"
     if layer.operation == "convolution" and layer.weight_axis not in (None, 0):
         return f"its weight scales are on axis {layer.weight_axis}; a convolution needs one per output channel (axis 0)"
     if found.dequantizes_first:

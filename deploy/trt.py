@@ -13,6 +13,8 @@ The differences, and how they are handled:
 - Sharing an optimization profile between execution contexts is a preview feature of 8.6 and always on from 10.x.
 - Final layers. TensorRT has a GPU and loads the engine, so the engine inspector lists them. TensorRT-RTX builds ahead
   of time, often without a GPU, so they are read from its verbose log.
+- The weight scales of a transposed convolution lie along its input channels until 10.0, and along its output channels
+  from 10.2 (NVIDIA's documentation; 8.6.0 was seen to refuse the latter). TensorRT-RTX takes both.
 - A context that uses the caller's scratch memory: ``device_memory`` in 8.6, a strategy and ``set_device_memory`` later.
 
 This file was run with TensorRT-RTX 1.7 (tests/deploy) and TensorRT 8.6.0 on an H200 (tests/gpu). The branches for 10.x
@@ -74,6 +76,14 @@ class Toolkit:
             return "strong"
         weak_typing.check_precision(self.module, self.title, precision)
         return "weak"
+
+    @property
+    def transposed_scale_axis(self) -> int | None:
+        """Along which axis of a transposed convolution's weight [I, O, ...] its scales must lie; None if along any."""
+        if self.name == "tensorrt-rtx":
+            return None
+        major, minor = map(int, self.version.split(".")[:2])
+        return int((major, minor) >= (10, 2))
 
     @property
     def times_kernels(self) -> bool:

@@ -164,8 +164,7 @@ def write_float_twin(path: Path, output: Path, *, half: bool) -> None:
 
 def _to_float_weights(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: np.ndarray) -> dict[str, WeightCodes]:
     """Replaces a weight's DequantizeLinear, and transpositions of it, by float constants; their codes by name."""
-    output = node.outputs[0]
-    axis = node.attributes.get_int("axis", 1)
+    output, axis = node.outputs[0], node.attributes.get_int("axis", 1) % max(codes.ndim, 1)
     along = scale.reshape([-1 if index == axis else 1 for index in range(codes.ndim)]) if scale.ndim else scale
     floats = (codes * along).astype(np.float32)
     found = {}
@@ -173,8 +172,8 @@ def _to_float_weights(graph: ir.Graph, node: ir.Node, codes: np.ndarray, scale: 
         if reader.op_type == "Transpose":
             axes = permutation(reader, codes.ndim)
             name = _replace(graph, reader.outputs[0], floats.transpose(axes))
-            found[name] = WeightCodes(codes.transpose(axes), scale)
-    found[_replace(graph, output, floats)] = WeightCodes(codes, scale)
+            found[name] = WeightCodes(codes.transpose(axes), scale, axes.index(axis) if scale.ndim else None)
+    found[_replace(graph, output, floats)] = WeightCodes(codes, scale, axis if scale.ndim else None)
     return found
 
 

@@ -2,6 +2,8 @@
 
 Batch normalization y = g * conv(x, W) + b moves into the weight's scales: W' = W * g has amax' = amax * |g|, so its
 codes are those of W, with the sign of g. Folding changes no magnitude of a code: what was trained is what is deployed.
+The weight of a transposed convolution has one scale, so that a normalization behind it that was not folded before
+training (qat/fake_quantize/folded_norms.py) stays.
 
 ``fold_float`` makes the same network in float, with the same weights and no quantizers: the baseline for speed.
 """
@@ -21,6 +23,7 @@ from export.lower import lower, unused_path
 from export.plain_norms import plain_norms
 from qat.base.console import warn
 from qat.base.number_format import NumberFormat
+from qat.fake_quantize.folded_norms import affine, fold_into
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import (
     SCALE_FLOOR,
@@ -221,48 +224,37 @@ def _fold_batch_norms(folded: fx.GraphModule, dead: list[DeadChannel]) -> None:
             continue
         if isinstance(layer, nn.modules.conv._ConvTransposeNd) and layer.groups > 1:
             continue  # its weight has one channel of axis 1 for several output channels
-        if isinstance(getattr(layer, "weight_quantizer", None), WeightQuantizer):
+        if isinstance(quantizer := getattr(layer, "weight_quantizer", None), WeightQuantizer):
+            if quantizer.axis is None:
+                continue  # one scale, where each channel would need its own
             _store_codes(name, layer, norm, dead)
         else:
-            _fold_float(layer, norm)
+            fold_into(layer, norm)
         node.replace_all_uses_with(source)
         folded.graph.erase_node(node)
 
 
 def _store_codes(name: str, layer: Any, norm: _Norm | None, dead: list[DeadChannel]) -> None:
-    """Replaces the weight of ``layer`` by codes and its quantizer by a dequantizer, with ``norm`` folded in."""
+    """Replaces the weight of ``layer`` by codes and its quantizer by a dequantizer, with ``norm`` folded in.
+
+    One scale becomes a vector of equal ones along axis 1, the output channels of a transposed convolution.
+    """
     quantizer, weight = layer.weight_quantizer, layer.weight.detach()
-    scale = quantizer.scale(weight)
-    codes = quantize(weight, per_channel(scale, weight.ndim, quantizer.axis), quantizer.format)
+    scale, axis = quantizer.scale(weight), quantizer.axis
+    if axis is None:
+        scale, axis = scale.repeat(weight.shape[1]), 1
+    codes = quantize(weight, per_channel(scale, weight.ndim, axis), quantizer.format)
     if norm is not None:
-        factor, shift = _affine(norm)
-        codes = codes * per_channel(torch.where(factor < 0, -1.0, 1.0), weight.ndim, quantizer.axis)
+        factor, shift = affine(norm)
+        codes = codes * per_channel(torch.where(factor < 0, -1.0, 1.0), weight.ndim, axis)
         scale = scale * factor.abs()
         bias = 0 if layer.bias is None else layer.bias.detach()
         layer.bias = nn.Parameter(shift + bias * factor, requires_grad=False)
     # A channel whose scale vanishes computes zero. TensorRT refuses a scale of zero, so the channel gets zero codes and
     # the smallest normal scale.
     vanished = scale <= SCALE_FLOOR
-    codes = codes.masked_fill(per_channel(vanished, weight.ndim, quantizer.axis), 0)
+    codes = codes.masked_fill(per_channel(vanished, weight.ndim, axis), 0)
     dead.extend(DeadChannel(name, int(channel)) for channel in vanished.nonzero().flatten())
     del layer.weight
     layer.register_buffer("weight", codes.to(ops.codes_dtype(quantizer.format)))
-    layer.weight_quantizer = Dequantize(scale.clamp(min=SCALE_FLOOR), quantizer.axis, quantizer.format)
-
-
-def _fold_float(layer: Any, norm: _Norm) -> None:
-    factor, shift = _affine(norm)
-    axis = 1 if isinstance(layer, nn.modules.conv._ConvTransposeNd) else 0
-    bias = 0 if layer.bias is None else layer.bias.detach()
-    layer.weight = nn.Parameter(layer.weight * per_channel(factor, layer.weight.ndim, axis), requires_grad=False)
-    layer.bias = nn.Parameter(shift + bias * factor, requires_grad=False)
-
-
-def _affine(norm: _Norm) -> tuple[Tensor, Tensor]:
-    """Batch normalization as y = x * factor + shift, each [C] float32; computed in float64."""
-    assert norm.running_var is not None
-    assert norm.running_mean is not None
-    deviation = (norm.running_var.double() + norm.eps).sqrt()
-    factor = (1.0 if norm.weight is None else norm.weight.double()) / deviation
-    shift = (0.0 if norm.bias is None else norm.bias.double()) - norm.running_mean.double() * factor
-    return factor.float(), shift.float()
+    layer.weight_quantizer = Dequantize(scale.clamp(min=SCALE_FLOOR), axis, quantizer.format)

@@ -43,8 +43,8 @@ class PerTensorActivation(HardRule):
 class ChannelAxis(HardRule):
     """TensorRT-RTX computes in float what reads a weight with scales along another axis.
 
-    For ConvTranspose, TensorRT 10.2 and later need axis 1, and 8.4 to 10.0 need axis 0; TensorRT-RTX computes both in
-    float.
+    For ConvTranspose, TensorRT 10.2 and later need axis 1, and 8.4 to 10.0 need axis 0: one scale, as a vector of equal
+    values along axis 1, suits both, because deploy.build moves it. TensorRT-RTX computes all in float.
     """
 
     name = "channel_axis"
@@ -70,12 +70,15 @@ class ChannelAxis(HardRule):
             wanted, turned = output_axis(reader), "" if along == axis else f", which is axis {along} of what is read"
             if reader.op_type == "ConvTranspose" and reader.attributes.get_int("group", 1) > 1:
                 grouped = f"a grouped transposed convolution ({name_of(reader)})"
-                yield f"no axis of {grouped} is its output channels: use one scale"
+                yield f"no axis of {grouped} is its output channels, and it has no known INT8 kernel: keep it in float"
             elif along != wanted:
-                older = " (of TensorRT 8.4 to 10.0 axis 0)" if reader.op_type == "ConvTranspose" else ""
+                older = remedy = ""
+                if reader.op_type == "ConvTranspose":
+                    older = " (of TensorRT 8.4 to 10.0 axis 0)"
+                    remedy = ", with one scale for all of them, which suits every version"
                 yield (
                     f"scales along axis {axis}{turned}, but the output channels of {name_of(reader)} are axis {wanted}"
-                    f"{older}, so it computes in float: quantize along the output channels"
+                    f"{older}, so it computes in float: quantize along the output channels{remedy}"
                 )
 
 

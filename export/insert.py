@@ -21,10 +21,17 @@ from qat.rules.placement import Placement
 
 @dataclass(frozen=True, eq=False)
 class WeightCodes:
-    """A weight: int8 ``codes`` of its shape; float32 ``scale`` [C] of its output channels, or [] of all of it."""
+    """A weight: int8 ``codes`` of its shape; float32 ``scale`` [C] along ``axis``, or [] of all of it."""
 
     codes: np.ndarray
     scale: np.ndarray
+    axis: int | None = None
+
+    def along(self, axis: int) -> WeightCodes:
+        """With one scale stated for each index of ``axis``, as TensorRT wants it of a transposed convolution."""
+        if self.scale.ndim:
+            return self
+        return WeightCodes(self.codes, np.full(self.codes.shape[axis], self.scale), axis)
 
 
 def insert(
@@ -33,7 +40,7 @@ def insert(
     placement: Placement,
     scales: Mapping[str, float],
     number_format: NumberFormat,
-    codes_of: Callable[[ir.Value, int], WeightCodes],
+    codes_of: Callable[[ir.Value, int | None], WeightCodes],
 ) -> None:
     """Quantizes ``model`` in place.
 
@@ -44,7 +51,7 @@ def insert(
         scales: the scale of each quantizer of ``placement``, by its name: > 0, in the unit of its tensor. It is written
             as float32, so that one that is a float32 already keeps all its bits.
         number_format: the format of activations. Weights use it without its lowest code.
-        codes_of: the codes of a weight, and the axis of its output channels.
+        codes_of: the codes of a weight whose scales lie along an axis; of one with one scale if it is None.
     """
     values = {value.name: value for value in (*model.graph.inputs, *_outputs(model.graph))}
     writer = _Writer(model.graph)
@@ -57,15 +64,17 @@ def insert(
         dequantized = _add_pair(writer, value, *stored[tensor.quantizer], number_format)
         for read in tensor.reads:
             _reroute(view.nodes[read.reader], value, dequantized)
-    weights: dict[tuple[str, int], ir.Value] = {}  # a weight may serve several layers
+    weights: dict[tuple[str, int | None], ir.Value] = {}  # a weight may serve several layers
     for decision in placement.weights:
         if decision.quantized:
             node = view.nodes[decision.op]
-            weight, axis = node.inputs[WEIGHT], output_axis(node)
+            weight, axis = node.inputs[WEIGHT], None if node.op_type == "ConvTranspose" else output_axis(node)
             assert weight is not None
             key = (weight.name or "", axis)
             if key not in weights:
-                weights[key] = _add_weight(writer, weight, axis, codes_of(weight, axis), number_format)
+                codes = codes_of(weight, axis)
+                stated = codes.along(output_axis(node)) if axis is None else codes
+                weights[key] = _add_weight(writer, weight, stated, number_format)
             node.replace_input_with(WEIGHT, weights[key])
     model.graph.sort()
     passes.RemoveUnusedNodesPass()(model)  # the float weights, too
@@ -132,9 +141,7 @@ def _add_pair(
     return writer.node(DEQUANTIZE, [codes, scale, zero_point], f"{value.name}/dequantize", ir.DataType.FLOAT, value)
 
 
-def _add_weight(
-    writer: _Writer, weight: ir.Value, axis: int, quantized: WeightCodes, number_format: NumberFormat
-) -> ir.Value:
+def _add_weight(writer: _Writer, weight: ir.Value, quantized: WeightCodes, number_format: NumberFormat) -> ir.Value:
     """``weight`` as codes behind DequantizeLinear."""
     name = weight.name or ""
     constants = [
@@ -142,7 +149,7 @@ def _add_weight(
         writer.initializer(f"{name}.scale", quantized.scale.astype(np.float32)),
         writer.initializer(f"{name}.zero_point", np.zeros(quantized.scale.shape, number_format.dtype)),
     ]
-    along = {"axis": axis} if quantized.scale.ndim else {}
+    along = {} if quantized.axis is None else {"axis": quantized.axis}
     return writer.node(DEQUANTIZE, constants, f"{name}/dequantize", ir.DataType.FLOAT, weight, **along)
 
 

@@ -23,8 +23,8 @@ class WeightQuantizer:
     def __init__(self, calibrator: WeightCalibrator, number_format: NumberFormat) -> None:
         self._calibrator, self._format, self.dead = calibrator, number_format.narrow(), 0
 
-    def __call__(self, weight: ir.Value, axis: int) -> WeightCodes:
-        """The codes of a constant whose output channels are along ``axis``."""
+    def __call__(self, weight: ir.Value, axis: int | None) -> WeightCodes:
+        """The codes of a constant, with a scale for each channel of ``axis``, or one if it is None."""
         assert weight.const_value is not None
         given = torch.from_numpy(np.array(weight.const_value.numpy(), np.float32))
         by_mse = self._calibrator == "mse"
@@ -32,4 +32,4 @@ class WeightQuantizer:
         scale = scale_from_amax(amax, self._format)
         codes = quantize(given, per_channel(scale, given.ndim, axis), self._format)
         self.dead += int((scale <= SCALE_FLOOR).sum())
-        return WeightCodes(codes.numpy(), scale.numpy())
+        return WeightCodes(codes.numpy(), scale.numpy(), axis)

@@ -32,6 +32,7 @@ from qat.base.number_format import BITS
 from qat.data.preprocessing import Preprocessing
 from qat.data.splits import Data, load_data, load_unlabelled
 from qat.fake_quantize.answers import answers_of, same_answers
+from qat.fake_quantize.folded_norms import FOLDED_NORMS, fold_norm
 from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import activation_quantizers, placement_of, prepare
 from qat.fake_quantize.weight_ranges import fix_saved_ranges
@@ -72,6 +73,8 @@ class Checkpoint:
         if self.sidecar.details["model"] is None:
             return None
         network = _build_recorded(self.path, self.sidecar).eval()
+        for layer, norm in self.model.meta[FOLDED_NORMS].items():
+            fold_norm(network, layer, norm)
         network.load_state_dict(self.model.state_dict(), strict=False)  # it has no quantizers
         return network
 

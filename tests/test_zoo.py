@@ -48,12 +48,15 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
 
     settings = BuildSettings(profiles=(Profile(2, 2, 2),), capabilities=("8.9",))
     audit = build(find_toolkit("tensorrt-rtx"), path, settings).audit
-    assert audit.broken == ()
+    # TensorRT-RTX has no INT8 kernel of transposed convolutions, which TensorRT has.
+    upward = [one.label for one in placement_of(prepared).weights if one.kind == "transposed_convolution"]
+    assert [one.node for one in audit.broken] == upward
     half = ir.load(path)
     store_floats_as(half, "float16", [{"input": x.numpy()}])
     ir.save(half, tmp_path / "half.onnx")
     assert lint_onnx(tmp_path / "half.onnx") == []
-    assert build(find_toolkit("tensorrt-rtx"), tmp_path / "half.onnx", settings).audit.broken == ()
+    of_half = build(find_toolkit("tensorrt-rtx"), tmp_path / "half.onnx", settings).audit
+    assert [one.node for one in of_half.broken] == [one.node for one in audit.broken]
     declared = [finding.declared_int8 for finding in audit.findings]
     weights = [decision.quantized for decision in placement_of(prepared).weights]
     assert sum(declared) == sum(weights)

@@ -129,7 +129,9 @@ def _nodes_that_follow(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.
     while len(node.users) == 1:
         (reader,) = node.users
         constants = [source for source in reader.all_input_nodes if source is not node]
-        if kind_of(reader, modules) not in _IN_F or any(source.op != "get_attr" for source in constants):
+        folded = isinstance(modules.get(str(reader.target)), nn.Identity)  # qat/fake_quantize/folded_norms.py
+        computes = folded or kind_of(reader, modules) in _IN_F
+        if not computes or any(source.op != "get_attr" for source in constants):
             break
         found += [*constants, reader]
         node = reader
@@ -204,9 +206,10 @@ class _Rounding:
         by_nearest, chosen = (quantize(w, scale, quantizer.format) for w in (weight, soft.hard()))
         weight.copy_(chosen * scale)
         rounded = error(targets)
-        # A grouped transposed convolution has several output channels per scale.
-        worse = (rounded - nearest).view(-1, scale.numel()).sum(0) >= 0
-        weight.copy_(torch.where(per_channel(worse, weight.ndim, quantizer.axis), by_nearest, chosen) * scale)
+        axis = 1 if quantizer.axis is None else quantizer.axis
+        # A grouped transposed convolution has several output channels per index of its weight's axis.
+        worse = (rounded - nearest).view(-1, weight.shape[axis]).sum(0) >= 0
+        weight.copy_(torch.where(per_channel(worse, weight.ndim, axis), by_nearest, chosen) * scale)
         for other, shared in self._weights.values():
             if other is weight and shared.amax is None and shared.axis == quantizer.axis:
                 shared.fix(quantizer.amax)

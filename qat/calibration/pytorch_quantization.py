@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from qat.base.errors import UserError
+from qat.fake_quantize.folded_norms import FOLDED_NORMS
 from qat.fake_quantize.prepare import (
     ACTIVATION_QUANTIZERS,
     activation_quantizers,
@@ -141,10 +142,11 @@ def match_ranges(prepared: fx.GraphModule, ranges: Mapping[str, Tensor]) -> Impo
     other_weights: list[str] = []
     used = {key for keys in found.values() for key in keys}
     for path, weight, quantizer in weights_and_quantizers(prepared):
-        key = path.removesuffix(".weight_quantizer") + _WEIGHT
-        if key in ranges and _fits(ranges[key], weight, quantizer.axis):
+        layer, axis = path.removesuffix(".weight_quantizer"), quantizer.axis
+        key, folded = layer + _WEIGHT, layer in prepared.meta[FOLDED_NORMS]  # another weight than the range is of
+        if key in ranges and not folded and _fits(ranges[key], weight, axis):
             used.add(key)
-            weights[path] = ranges[key].float().flatten().expand(weight.shape[quantizer.axis])
+            weights[path] = ranges[key].float().flatten().expand(() if axis is None else weight.shape[axis])
         else:
             other_weights.append(path)
     other_tensors = tuple(name for name in found if name not in tensors)
@@ -218,8 +220,10 @@ def _of_names(prepared: fx.GraphModule, ranges: Iterable[str]) -> Iterator[tuple
 # --- what does not fit
 
 
-def _fits(amax: Tensor, weight: Tensor, axis: int) -> bool:
+def _fits(amax: Tensor, weight: Tensor, axis: int | None) -> bool:
     """Whether ``amax`` has one range, or one for each channel of ``axis``: [C], or C along that axis."""
+    if axis is None:
+        return amax.numel() == 1
     channels = weight.shape[axis]
     shape = [channels if dimension == axis else 1 for dimension in range(weight.ndim)]
     return amax.numel() == 1 or list(amax.shape) in ([channels], shape)

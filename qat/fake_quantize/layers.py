@@ -33,7 +33,7 @@ class QuantizedConv3d(_Convolution, nn.Conv3d):
 
 
 class _TransposedConvolution(nn.modules.conv._ConvTransposeNd):
-    """Forward pass of transposed convolutions: weight [I, O/groups, *kernel]; the output channels are axis 1."""
+    """Forward pass of transposed convolutions: weight [I, O/groups, *kernel], one scale."""
 
     weight_quantizer: WeightQuantizer
 
@@ -85,9 +85,8 @@ def quantized_layer(module: nn.Module) -> nn.Module:
     """The fake-quantizing counterpart of ``module``; it shares the parameters."""
     twin = _QUANTIZED[type(module)](**_arguments(module), device="meta")
     twin.weight, twin.bias = module.weight, module.bias
-    twin.add_module(
-        "weight_quantizer", WeightQuantizer(axis=1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0)
-    )
+    one_scale = isinstance(module, nn.modules.conv._ConvTransposeNd)
+    twin.add_module("weight_quantizer", WeightQuantizer(axis=None if one_scale else 0))
     return twin.train(module.training)
 
 

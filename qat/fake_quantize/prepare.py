@@ -1,8 +1,9 @@
 """Inserts quantizers into a float model at the points that placement chose.
 
 The result is a torch.fx GraphModule. Its state dict has the keys of the float model, unchanged (for all modules that
-``forward`` calls), and in addition ``activation_quantizers.<tensor>.amax`` for every quantized activation. Weight
-quantizers have no state unless their range is fixed or learned.
+``forward`` calls, but for folded normalizations, see ``prepare``), and in addition
+``activation_quantizers.<tensor>.amax`` for every quantized activation. Weight quantizers have no state unless their
+range is fixed or learned.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from qat.base.console import say
 from qat.base.errors import UserError
+from qat.fake_quantize.folded_norms import FOLDED_NORMS, fold_norm_behind
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.graph.constants import constant_value
@@ -41,7 +43,10 @@ def prepare(
 ) -> TracedModel:
     """A copy of ``model`` with fake quantization inserted; calibrate it before use (qat.calibration.activation_ranges).
 
-    The copy is proved to compute what ``model`` does: both answer the same random inputs.
+    The copy is proved to compute what ``model`` does: both answer the same random inputs. A batch normalization that
+    alone reads an INT8 transposed convolution is then folded into it, because its weight has one scale, and training
+    goes on without it: calibrate and train such a network from weights that were trained in float. An Identity takes
+    its place, the convolution gets a bias, and the state dict lacks the keys of the normalization.
 
     Args:
         model: a float model; it is not changed.
@@ -67,8 +72,10 @@ def prepare(
     nodes = {node.name: node for node in traced.graph.nodes}
     _check_fits(placement, nodes)
 
+    traced.meta[FOLDED_NORMS] = {}
     for decision in placement.weights:
         if decision.quantized:
+            fold_norm_behind(traced, nodes[decision.op])
             _quantize_weight(traced, nodes[decision.op])
     quantizers = nn.ModuleDict({tensor.quantizer: ActivationQuantizer() for tensor in placement.tensors})
     traced.add_submodule(ACTIVATION_QUANTIZERS, quantizers.train(traced.training))

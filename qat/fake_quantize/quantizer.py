@@ -6,9 +6,10 @@
     dL/dx  = dL/dx_hat where low <= x / scale <= high, else 0        (straight-through estimator)
 
 Activations have one scale per tensor and codes in [-128, 127]. Fused with a ReLU before it, a quantizer has codes in
-[0, 127] and no gradient where x <= 0. Weights have one scale per output channel and codes in [-127, 127]. Their amax
-follows the weights (amax = max |w| of the channel), so no code is ever clamped, and TensorRT, which clamps weights to
--128, computes the same. The amax of a weight may also be fixed or learned; weights beyond it are then clamped.
+[0, 127] and no gradient where x <= 0. Weights have one scale per output channel and codes in [-127, 127]; weights of
+transposed convolutions have one scale. Their amax follows the weights (amax = max |w| of the channel), so no code is
+ever clamped, and TensorRT, which clamps weights to -128, computes the same. The amax of a weight may also be fixed or
+learned; weights beyond it are then clamped.
 
 Learned step sizes (LSQ, Esser et al. 2020): if amax is a parameter,
 
@@ -18,7 +19,7 @@ Learned step sizes (LSQ, Esser et al. 2020): if amax is a parameter,
 127, -128 and -127 come from the number format (qat/base/number_format.py); a simulation of fewer bits has another
 format (qat/fake_quantize/low_bit.py).
 
-Shapes: amax and scale are [] (per tensor) or [C] (per channel, along ``axis``); C = output channels.
+Shapes: amax and scale are [] (per tensor, ``axis`` None) or [C] (per channel, along ``axis``); C = output channels.
 """
 
 from __future__ import annotations
@@ -69,24 +70,33 @@ def learned_fake_quantize(x: Tensor, scale: Tensor, number_format: NumberFormat 
     return x_hat
 
 
-def fake_quantize_weight(weight: Tensor, axis: int, number_format: NumberFormat = WEIGHT) -> Tensor:
-    """``weight`` fake-quantized per channel of ``axis``, with scales that follow it; the gradient passes unchanged."""
+def fake_quantize_weight(weight: Tensor, axis: int | None, number_format: NumberFormat = WEIGHT) -> Tensor:
+    """``weight`` fake-quantized per channel of ``axis``, with scales that follow it; the gradient passes unchanged.
+
+    ``axis`` None: with one scale.
+    """
     weight_hat: Tensor = _FakeQuantizeWeight.apply(weight, axis, number_format.high)
     return weight_hat
 
 
-def weight_amax(weight: Tensor, axis: int) -> Tensor:
-    """Largest magnitude in each channel of ``axis``: [C], float32."""
-    # A matrix of C rows, because reducing one dimension is faster on a CPU than reducing three; both extremes, because
-    # |weight| would make a copy of the weights in every training step.
-    rows = weight.detach().transpose(0, axis).flatten(1)
-    return torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)).float()
+def weight_amax(weight: Tensor, axis: int | None) -> Tensor:
+    """Largest magnitude in each channel of ``axis``, [C], or of all, []; float32."""
+    # Both extremes, because |weight| would make a copy of the weights in every training step.
+    rows = weight_rows(weight, axis)
+    return torch.maximum(rows.amax(dim=-1), -rows.amin(dim=-1)).float()
 
 
-def per_channel(values: Tensor, ndim: int, axis: int) -> Tensor:
-    """Reshapes [C] so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions."""
+def weight_rows(weight: Tensor, axis: int | None) -> Tensor:
+    """The weights that share a scale, along the last dimension: [C, K] for the channels of ``axis``, or [K]."""
+    # Rows of a matrix, because reducing one dimension is faster on a CPU than reducing three.
+    return weight.detach().flatten() if axis is None else weight.detach().transpose(0, axis).flatten(1)
+
+
+def per_channel(values: Tensor, ndim: int, axis: int | None) -> Tensor:
+    """Reshapes [C] so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions, or [] along all."""
     shape = [1] * ndim
-    shape[axis] = -1
+    if axis is not None:
+        shape[axis] = -1
     return values.reshape(shape)
 
 
@@ -137,14 +147,15 @@ class ActivationQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Fake-quantizes a constant weight with one scale per channel of ``axis``.
+    """Fake-quantizes a constant weight with one scale per channel of ``axis``; with one scale if ``axis`` is None.
 
-    ``amax`` [C] is None while it follows the weight; it may be fixed (``fix``) and become a parameter (``learn``).
+    ``amax``, [C] or [], is None while it follows the weight; it may be fixed (``fix``) and become a parameter
+    (``learn``).
     """
 
     amax: Tensor | None
 
-    def __init__(self, axis: int) -> None:
+    def __init__(self, axis: int | None) -> None:
         super().__init__()
         self.axis = axis
         self.enabled = True
@@ -161,11 +172,11 @@ class WeightQuantizer(nn.Module):
         return quantized(weight, per_channel(self.scale(weight), weight.ndim, self.axis), self.format)
 
     def scale(self, weight: Tensor) -> Tensor:
-        """The scales of ``weight``: [C], float32, > 0."""
+        """The scales of ``weight``: [C] or [], float32, > 0."""
         return scale_from_amax(weight_amax(weight, self.axis) if self.amax is None else self.amax, self.format)
 
     def fix(self, amax: Tensor) -> None:
-        """Fixes the range of the weight at ``amax``, [C]."""
+        """Fixes the range of the weight at ``amax``, [C] or []."""
         self.amax = amax.detach().float().clone()
 
     def learn(self) -> None:
@@ -175,7 +186,7 @@ class WeightQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         """The text that ``print(model)`` shows."""
-        return f"axis={self.axis}, {self.format}, per channel"
+        return f"{self.format}, per tensor" if self.axis is None else f"axis={self.axis}, {self.format}, per channel"
 
 
 def _learn(quantizer: nn.Module) -> None:
@@ -241,7 +252,7 @@ class _LearnedFakeQuantize(_FakeQuantize):
 
 class _FakeQuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, axis: int, high: int) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, axis: int | None, high: int) -> Tensor:
         scale = per_channel(_scale(weight_amax(weight, axis), high), weight.ndim, axis)
         return _dequantize((weight.float() / scale).round_(), scale, weight.dtype)
 

@@ -10,21 +10,24 @@ from torch import Tensor, fx
 
 from qat.base.number_format import NumberFormat
 from qat.fake_quantize.prepare import activation_quantizers, weights_and_quantizers
-from qat.fake_quantize.quantizer import WEIGHT, quantize, scale_from_amax, weight_amax
+from qat.fake_quantize.quantizer import WEIGHT, quantize, scale_from_amax, weight_amax, weight_rows
 
 
-def weight_amax_mse(weight: Tensor, axis: int, number_format: NumberFormat = WEIGHT, candidates: int = 100) -> Tensor:
+def weight_amax_mse(
+    weight: Tensor, axis: int | None, number_format: NumberFormat = WEIGHT, candidates: int = 100
+) -> Tensor:
     """For each channel of ``axis``, the range with the least mean squared quantization error: [C], float32.
 
-    It is one of ``candidates`` equally spaced values up to the largest magnitude; if errors are equal, the largest.
+    For all weights together, [], if ``axis`` is None. A range is one of ``candidates`` equally spaced values up to the
+    largest magnitude; if errors are equal, the largest.
     """
-    rows = weight.detach().transpose(0, axis).flatten(1).float()  # [C, K]
-    largest = weight_amax(weight, axis)  # [C]
+    rows = weight_rows(weight, axis).float()  # [C, K] or [K]
+    largest = weight_amax(weight, axis)  # [C] or []
     best, least = largest.clone(), torch.full_like(largest, math.inf)
     for step in range(candidates, 0, -1):
         amax = largest * (step / candidates)
-        scale = scale_from_amax(amax, number_format)[:, None]
-        error = (quantize(rows, scale, number_format) * scale - rows).square().mean(1)
+        scale = scale_from_amax(amax, number_format)[..., None]
+        error = (quantize(rows, scale, number_format) * scale - rows).square().mean(-1)
         best, least = torch.where(error < least, amax, best), torch.minimum(error, least)
     return best
 

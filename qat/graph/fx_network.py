@@ -114,9 +114,10 @@ def weight_source(node: fx.Node) -> fx.Node | None:
     return found if isinstance(found, fx.Node) and is_constant(found) else None
 
 
-def weight_axis(node: fx.Node) -> int:
-    """The axis of the output channels in the weight of a function call: 0 for [O, ...], 1 for [I, O, ...]."""
-    return 0 if kind_of(node, {}) in ("convolution", "linear") else 1
+def weight_axis(node: fx.Node) -> int | None:
+    """The axis of the scales of a function call's weight: 0 for [O, ...], 1 for [I, O]; None for one scale."""
+    kind = kind_of(node, {})
+    return None if kind == "transposed_convolution" else int(kind not in ("convolution", "linear"))
 
 
 def layer_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module:

@@ -10,11 +10,14 @@ from qat.graph.operations import WEIGHTED
 
 
 def fusing_convolution(network: Network, tensor: str, quantized: set[str]) -> str | None:
-    """The INT8 convolution that makes ``tensor`` in the engine, with at most batch normalization between; else None."""
+    """The INT8 convolution that makes ``tensor`` in the engine, with at most batch normalization between; else None.
+
+    Not a transposed one: TensorRT's list of fusions has none into it.
+    """
     op = network[tensor]
     while len(network.readers(op.name)) == 1:
         if op.kind in WEIGHTED:
-            return op.name if op.name in quantized else None
+            return op.name if op.name in quantized and op.kind != "transposed_convolution" else None
         if op.kind not in ("batch_norm", "dropout"):
             return None
         op = network[op.inputs[0]]

@@ -79,9 +79,11 @@ def test_a_float_convolution_is_folded_too():
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
 
 
-def test_a_transposed_convolution_is_folded_along_its_output_channels():
-    model = prepared(nn.Sequential(nn.ConvTranspose2d(16, 24, 2, stride=2), nn.BatchNorm2d(24)))
+@pytest.mark.parametrize("kernel", [2, 4], ids=["INT8", "float"])
+def test_a_transposed_convolution_is_folded_along_its_output_channels(kernel):
+    model = prepared(nn.Sequential(nn.ConvTranspose2d(16, 24, kernel, stride=2), nn.BatchNorm2d(24)))
     folded, _ = fold(model)
+    assert not any(isinstance(module, nn.BatchNorm2d | BatchNorm) for module in folded.modules())
     x = torch.randn(2, 16, 4, 4)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
 

@@ -221,6 +221,18 @@ def transposed_convolution(path: Path) -> Path:
     return graph.save(path, ("N", 16, 8, 8), ("N", 16, 16, 16))
 
 
+def upsampling(path: Path) -> Path:
+    """input [N, 64, 28, 28] -> transposed convolution 2x2 -> convolution 3x3 [N, 64, 56, 56], all of it INT8."""
+    graph = Graph()
+    x = graph.quantized("input", "x")
+    small = np.full(32, SCALE / 10)
+    inputs = [x, graph.weights("u_w", (64, 32, 2, 2), 1, small), graph.float_weights("u_b", (32,))]
+    up = graph.node("ConvTranspose", inputs, "up", kernel_shape=[2, 2], strides=[2, 2])
+    inputs = [graph.quantized(up, "y"), graph.weights("c_w", (64, 32, 3, 3)), graph.float_weights("c_b", (64,))]
+    graph.node("Conv", inputs, "conv", kernel_shape=[3, 3], pads=[1] * 4)
+    return graph.save(path, ("N", 64, 28, 28), ("N", 64, 56, 56))
+
+
 def matrix_product(path: Path, *, axis: int, transpose: bool = False) -> Path:
     """input -> Q/DQ -> MatMul with INT8 weights, scales along ``axis``; ``transpose`` stores them turned."""
     graph = Graph()

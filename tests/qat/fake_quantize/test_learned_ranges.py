@@ -73,13 +73,14 @@ def test_learned_and_fixed_ranges_give_the_same_values() -> None:
     assert set(dict(quantizer.named_parameters())) == {"amax"}
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_the_range_of_the_least_error_against_a_search_by_numpy(axis: int) -> None:
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_the_range_of_the_least_error_against_a_search_by_numpy(axis: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(2, 3, 256, 256, generator=generator)  # so many that the largest are worth clipping
     found = weight_amax_mse(weight, axis)
-    rows = np.moveaxis(weight.numpy().astype(np.float64), axis, 0).reshape(weight.shape[axis], -1)
-    for row, amax in zip(rows, found.tolist(), strict=True):
+    count = 1 if axis is None else weight.shape[axis]
+    rows = np.moveaxis(weight.numpy().astype(np.float64), axis or 0, 0).reshape(count, -1)
+    for row, amax in zip(rows, found.reshape(-1).tolist(), strict=True):
 
         def error(candidate: float, row: np.ndarray = row) -> float:
             scale = candidate / 127

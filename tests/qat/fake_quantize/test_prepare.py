@@ -125,7 +125,7 @@ def test_the_placement_of_another_model_is_refused():
         prepare(nn.Sequential(nn.Conv2d(3, 16, 3)), placement, input_shape=(3, 8, 8))
 
 
-def test_transposed_convolutions_are_quantized_along_their_output_channels_where_a_placement_says_so():
+def test_the_weight_of_a_transposed_convolution_has_one_scale():
     model = nn.Sequential(nn.ConvTranspose2d(16, 8, 2, stride=2))
     read = QuantizedTensor("input_1", "input_1", (QuantizedRead("_0", "weighted_input"),))
     decision = Decision("_0", "0", "transposed_convolution", True, "weighted_input")
@@ -134,7 +134,7 @@ def test_transposed_convolutions_are_quantized_along_their_output_channels_where
     x = torch.randn(1, 16, 4, 4)
     want = F.conv_transpose2d(
         fake_quantize(x, torch.tensor(4.0) / 127),
-        fake_quantize_weight(model[0].weight, 1),
+        fake_quantize_weight(model[0].weight, None),
         model[0].bias,
         stride=2,
     )

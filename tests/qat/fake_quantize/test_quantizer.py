@@ -90,7 +90,7 @@ class TestWeights:
         [((16, 8, 3, 3), 0), ((8, 16, 2, 2), 1), ((10, 32), 0), ((6, 1, 5), 0), ((4, 6, 5), 1)],
     )
     def test_each_channel_is_the_oracles_bitwise(self, shape: tuple[int, ...], axis: int):
-        """Axis 0: convolutions and linear layers; axis 1: transposed convolutions."""
+        """Axis 0: convolutions and linear layers; axis 1: products x @ w."""
         spread = per_channel(torch.logspace(-3, 2, shape[axis]), len(shape), axis)
         weight = gaussian(*shape) * spread
         quantizer = WeightQuantizer(axis)
@@ -102,6 +102,15 @@ class TestWeights:
             assert np.abs(codes).max() == 127
             np.testing.assert_array_equal(found.take(channel, axis), codes * scale)
             assert quantizer.scale(weight)[channel].item() == scale
+
+    def test_one_scale_is_the_oracles_bitwise(self):
+        """Of transposed convolutions."""
+        weight = gaussian(8, 16, 2, 2) * per_channel(torch.logspace(-1, 1, 16), 4, 1)
+        quantizer = WeightQuantizer(None)
+        scale = oracle_scale(np.abs(weight.numpy()).max())
+        np.testing.assert_array_equal(quantizer(weight), oracle_codes(weight.numpy(), scale, -127, 127) * scale)
+        assert quantizer.scale(weight).shape == ()
+        assert quantizer.scale(weight).item() == scale
 
     def test_no_code_needs_clamping(self):
         weight = gaussian(2000, 50) * 10 ** (10 * gaussian(2000, 1, seed=1))

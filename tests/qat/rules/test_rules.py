@@ -254,15 +254,65 @@ def test_stochastic_depth_does_not_hide_the_convolution_from_the_addition():
 
 
 @pytest.mark.parametrize(
-    ("layer", "rule"),
+    "layer", [nn.ConvTranspose2d(16, 8, 2, 2), nn.ConvTranspose2d(8, 24, 3, 2, padding=1, output_padding=1)]
+)
+def test_a_transposed_convolution_with_an_int8_kernel_is_quantized(layer):
+    found = placement(nn.Sequential(layer))
+    assert [(d.quantized, d.rule) for d in found.weights] == [(True, "weighted_input")]
+    assert [(tensor.tensor, [read.reader for read in tensor.reads]) for tensor in found.tensors] == [
+        ("input_1", ["_0"])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
     [
-        (nn.ConvTranspose2d(16, 16, 3), "transposed_convolution"),
+        (
+            nn.ConvTranspose2d(16, 16, 4, 2),
+            "no INT8 kernel is known for a transposed convolution of extent 4x4 and stride",
+        ),
+        (nn.ConvTranspose2d(16, 16, 3), "extent 3x3 and stride 1"),
+        (nn.ConvTranspose2d(16, 16, 2, (2, 1)), "extent 2x2 and stride 2x1"),
+        (nn.ConvTranspose1d(16, 16, 2, 2), "extent 2 and stride 2"),
+        (nn.ConvTranspose2d(16, 16, 2, 2, groups=2), "grouped"),
+        (nn.ConvTranspose2d(16, 12, 2, 2), "16 -> 12 channels: both must be multiples of 8"),
     ],
 )
-def test_layers_that_cannot_be_quantized_stay_float(layer, rule):
-    found = placement(nn.Sequential(layer))
-    assert [(d.quantized, d.rule) for d in found.weights] == [(False, rule)]
+def test_other_transposed_convolutions_stay_float(layer, reason):
+    found = place(
+        network_of(trace(nn.Sequential(layer), (16, 8) if isinstance(layer, nn.ConvTranspose1d) else (16, 8, 8)))
+    )
+    ((quantized, rule, shown),) = [(d.quantized, d.rule, d.reason) for d in found.weights]
+    assert (quantized, rule) == (False, "transposed_convolution")
+    assert reason in shown
     assert found.tensors == ()
+
+
+class Upward(nn.Module):
+    """What a level of a U-Net does on the way up: the skip, and the level below, doubled in size, joined."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.skip, self.below, self.join, self.head = conv(), conv(), join, conv(16 * (1 + (join is torch.cat)))
+        self.up = nn.ConvTranspose2d(16, 16, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        below = self.up(F.relu(self.below(F.max_pool2d(x, 2))))
+        joined = (self.skip(x), below)
+        return self.head(torch.cat(joined, 1) if self.join is torch.cat else self.join(*joined))
+
+
+def test_a_transposed_convolution_writes_the_codes_that_a_concatenation_reads():
+    found = reads(Upward(torch.cat))
+    assert found["relu"] == [("up", "weighted_input")]
+    assert found["up"] == found["skip_1"] == [("cat", "shared_concat_scale")]
+    assert found["cat"] == [("head_0", "weighted_input")]
+
+
+def test_no_sum_fuses_into_a_transposed_convolution():
+    found = reads(Upward(torch.add))
+    assert found["up"] == [("add", "residual_add")]
+    assert "skip_1" not in found
 
 
 class Standardized(nn.Conv2d):
