@@ -179,7 +179,8 @@ class KernelProfile:
         """The measured layer that is like this one, with the nearest number of channels; None if there is none.
 
         Alike are layers of the same extents and strides, or that cut an image into patches; both have few channels or
-        neither; both are depthwise, or have groups of the same width. Grouped ones need not have the same extents.
+        neither, unless they are transposed; both are depthwise, or have groups of the same width. Grouped ones need not
+        have the same extents.
         """
         wanted = _traits(
             operation, weight.in_channels, weight.out_channels, weight.groups, weight.kernel, weight.stride
@@ -234,7 +235,7 @@ def _traits(
     operation: Operation, inside: int, outside: int, groups: int, kernel: tuple[int, ...], stride: tuple[int, ...]
 ) -> tuple[object, ...]:
     """What decides which kernels a layer has."""
-    few = (inside < _FEW, outside < _FEW)
+    few = (inside < _FEW, outside < _FEW) if operation != "transposed_convolution" else ()
     if groups > 1:
         return (operation, inside // groups, (kernel, stride) if inside == groups else ())
     patches = kernel == stride and min(kernel, default=0) >= _PATCH

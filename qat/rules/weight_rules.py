@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qat.graph.network import ConstantWeight, Op
+from qat.graph.network import Op
 from qat.graph.operations import WEIGHTED
 from qat.rules.channel_regions import channel_region
 from qat.rules.rule import GUIDE, HEURISTICS, MEASURED, PROFILE, PlacementState, Rule, Verdict
@@ -20,10 +20,6 @@ class ComputedWeight(Rule):
         return self.keep_float("its weight is computed by other operations") if op.weight is None else None
 
 
-TRANSPOSED_IN_INT8 = {((2, 2), (2, 2)), ((3, 3), (2, 2))}
-"""Extents and strides of the transposed convolutions that are known to have an INT8 kernel."""
-
-
 class TransposedConvolution(Rule):
     """Those with a known INT8 kernel are left to the other rules. Their weight has one scale: TensorRT takes no more.
 
@@ -33,34 +29,28 @@ class TransposedConvolution(Rule):
 
     name = "transposed_convolution"
     sentence = (
-        "a transposed convolution has an INT8 kernel for extents of 2x2 and 3x3 with stride 2, if it is not grouped "
-        "and its channels are multiples of 8"
+        "a transposed convolution runs in INT8 where one of its extents and strides was measured to gain, if it is not "
+        "grouped and its channels are multiples of 8"
     )
-    source = (
-        "measured on an H200 with TensorRT 8.6.0, as deploy.kernels does: 64 -> 32 channels, the network is 1.08 times "
-        "as fast with 2x2 in INT8, 1.03 times with 3x3; 4x4 is refused. TensorRT-RTX 1.7 computes all in float"
-    )
+    source = PROFILE
 
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
-        """Float, if no INT8 kernel is known."""
+        """Float, if no such layer was measured to gain."""
         weight = op.weight
         if op.kind != "transposed_convolution" or weight is None:
             return None
         if weight.groups > 1:
             return self.keep_float("no INT8 kernel is known for a grouped transposed convolution")
-        if not _transposed_has_kernel(weight):
-            extent, stride = ("x".join(map(str, sizes)) for sizes in (weight.kernel, weight.stride))
-            shown = f"extent {extent} and stride {weight.stride[0] if len({*weight.stride}) == 1 else stride}"
-            return self.keep_float(f"no INT8 kernel is known for a transposed convolution of {shown}")
         if weight.in_channels % 8 or weight.out_channels % 8:
             shown = f"{weight.in_channels} -> {weight.out_channels} channels"
             return self.keep_float(f"transposed, {shown}: both must be multiples of 8")
-        return None
-
-
-def _transposed_has_kernel(weight: ConstantWeight) -> bool:
-    """Whether a transposed convolution of this extent and stride is known to have an INT8 kernel."""
-    return (weight.kernel, weight.stride) in TRANSPOSED_IN_INT8
+        found = state.profile.like("transposed_convolution", weight)
+        if found is None:
+            extent, stride = ("x".join(map(str, sizes)) for sizes in (weight.kernel, weight.stride))
+            return self.keep_float(
+                f"no transposed convolution of extent {extent}, stride {stride} was measured in INT8"
+            )
+        return None if found.gains else self.keep_float(f"{found} ({state.profile})")
 
 
 class FewChannels(Rule):

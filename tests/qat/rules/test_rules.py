@@ -269,11 +269,11 @@ def test_a_transposed_convolution_with_an_int8_kernel_is_quantized(layer):
     [
         (
             nn.ConvTranspose2d(16, 16, 4, 2),
-            "no INT8 kernel is known for a transposed convolution of extent 4x4 and stride",
+            "transposed convolution, 64 -> 64, 4x4, stride 2, scales by input: refused in INT8 (NVIDIA H200",
         ),
-        (nn.ConvTranspose2d(16, 16, 3), "extent 3x3 and stride 1"),
-        (nn.ConvTranspose2d(16, 16, 2, (2, 1)), "extent 2x2 and stride 2x1"),
-        (nn.ConvTranspose1d(16, 16, 2, 2), "extent 2 and stride 2"),
+        (nn.ConvTranspose2d(16, 16, 3), "extent 3x3, stride 1x1"),
+        (nn.ConvTranspose2d(16, 16, 2, (2, 1)), "extent 2x2, stride 2x1"),
+        (nn.ConvTranspose1d(16, 16, 2, 2), "extent 2, stride 2"),
         (nn.ConvTranspose2d(16, 16, 2, 2, groups=2), "grouped"),
         (nn.ConvTranspose2d(16, 12, 2, 2), "16 -> 12 channels: both must be multiples of 8"),
     ],
