@@ -33,6 +33,7 @@ from torch import nn
 
 from export.hard_rules import HARD_RULES
 from qat.base import exit_codes
+from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import RULES
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -164,7 +165,22 @@ def tables() -> dict[tuple[str, str], str]:
     title, line, *codes = table_below((ROOT / "docs/exit-codes.md").read_text(), "# Exit codes").splitlines()
     advice = {code.split(" | ")[0]: code.split(" | ")[2] for code in codes}
     said = [row for row in (exit_codes.__doc__ or "").splitlines() if re.match(r"\| \d+ \|", row)]
+    profile = KernelProfile.shipped()
+    grouped = [one for one in profile.kinds if one.kind.groups > 1 and one.kind.group_width > 1]
+    widths = ["| channels a group | in float, ms | in INT8, ms | times as fast in INT8 |", "| --- | --- | --- | --- |"]
+    for one in sorted(grouped, key=lambda one: (one.kind.group_width, one.kind.stride, one.kind.groups)):
+        layer = f"{one.kind.group_width}, {one.kind.groups} groups" + ", stride 2" * (one.kind.stride == 2)
+        widths.append(f"| {layer} | {one.float_ms:.3f} | {one.int8_ms:.3f} | {one.gain:.2f} |")
+    losing = ["| layer | times as fast in INT8 |", "| --- | --- |"]
+    losing += [
+        f"| {one.kind} | {'refused' if one.gain is None else f'{one.gain:.2f}'}{' (within the spread)' * within} |"
+        for one in profile.kinds
+        if one not in grouped and not one.gains
+        for within in [one.gain is not None and not one.significant]
+    ]
     return {
+        ("docs/placement.md", "### Grouped convolutions"): "\n".join(widths),
+        ("docs/placement.md", "### Layers that do not gain"): "\n".join(losing),
         ("docs/placement.md", "## The rules"): "\n".join(rules),
         ("docs/placement.md", "### What TensorRT refuses"): "\n".join(hard),
         ("docs/exit-codes.md", "# Exit codes"): "\n".join(
