@@ -605,6 +605,9 @@ def test_messages_say_where_and_what_to_do(tmp_path):
     turned = product("MatMul", 1, (24, 16), turned=True)
     assert "axis 1, which is axis 0 of what is read, but the output channels of fc are axis 1" in message(turned)
     assert "of TensorRT 8.4 to 10.0 axis 0" in message(transposed_convolution(0))
+    assert "with one scale for all of them, which suits every version" in message(transposed_convolution(0))
+    assert "has no known INT8 kernel: keep it in float" in message(transposed_convolution(1, group=2))
+    assert found(save(transposed_convolution(1), tmp_path / "m.onnx")) == []
     assert "UINT8 with zero point 128" in message(convolution(activation(zero=np.uint8(128))))
     assert "comes through Identity odd" in message(FAULTS["zero point behind Identity"][0]())
     assert "the bias of conv from INT32" in message(FAULTS["INT32 bias with one scale"][0]())
