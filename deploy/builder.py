@@ -180,7 +180,7 @@ def _try_build(
         inputs=_tensor_specs([network.get_input(i) for i in range(network.num_inputs)]),
         outputs=_tensor_specs([network.get_output(i) for i in range(network.num_outputs)]),
         profiles=profiles,
-        audit=audit_precision(declared, layers),
+        audit=audit_precision(declared, layers, toolkit.without_int8_kernels),
         log=log,
         timing_cache=outcome,
         timing_cache_content=bytes(config.get_timing_cache().serialize()) if outcome else b"",

@@ -126,11 +126,12 @@ def print_engine_audit(audit: EngineAudit) -> None:
         share = f"{spent:.3f} ms, {100 * spent / total:.1f} %" if total else "not measured"
         summary.append((name, f"{entry['layers']:.0f}", share))
     table("Total", ("precision", "layers", "time"), summary)
-    broken = [finding for finding in audit.findings if finding.broken]
-    for finding in broken:
+    declared = [finding for finding in audit.findings if finding.declared_int8]
+    others = [finding for finding in declared if finding.precision != INT8.name]
+    for finding in others:
         say(f"declared {INT8.name}, is {finding.precision}: {finding.operation} {finding.node}: {finding.cause}")
-    declared = sum(finding.declared_int8 for finding in audit.findings)
-    say(f"{declared - len(broken)} of {declared} layers that the ONNX file declares {INT8.name} are {INT8.name}")
+    count = f"{len(declared) - len(others)} of {len(declared)}"
+    say(f"{count} layers that the ONNX file declares {INT8.name} are {INT8.name}")
 
 
 def _group(layer: EngineLayer) -> str:

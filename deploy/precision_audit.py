@@ -9,7 +9,7 @@ because an engine layer has the names of its ONNX nodes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,11 +40,13 @@ class PrecisionFinding:
     precision: str
     """``INT8``, ``FP32`` ... or ``unknown`` if no engine layer has its name."""
     cause: str = ""
+    has_kernel: bool = True
+    """False if this builder is known to have no INT8 kernel for such a layer."""
 
     @property
     def broken(self) -> bool:
-        """Whether it is declared INT8 but not INT8 in the engine."""
-        return self.declared_int8 and self.precision != INT8.name
+        """Whether it is declared INT8 but not INT8 in the engine, although the builder could."""
+        return self.declared_int8 and self.has_kernel and self.precision != INT8.name
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class PrecisionAudit:
 
     @property
     def broken(self) -> tuple[PrecisionFinding, ...]:
-        """Findings that are declared INT8 but are not INT8 in the engine."""
+        """Findings that are declared INT8 but are not INT8 in the engine, although the builder could."""
         return tuple(finding for finding in self.findings if finding.broken)
 
 
@@ -88,10 +90,13 @@ class DeclaredLayer:
         return not self.float_inputs
 
 
-def audit_precision(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer]) -> PrecisionAudit:
+def audit_precision(
+    declared: Sequence[DeclaredLayer], layers: Sequence[EngineLayer], without_kernels: Collection[str] = ()
+) -> PrecisionAudit:
     """Compares what the network declares with the engine's final layers.
 
-    An engine with several optimization profiles has layers for each of them. A finding is about the worst profile.
+    ``without_kernels`` are types of layers for which the builder has no INT8 kernels. An engine with several
+    optimization profiles has layers for each of them. A finding is about the worst profile.
     """
     profiles = sorted({layer.profile for layer in layers}) or [0]
     of_profile = [[layer for layer in layers if layer.profile == profile] for profile in profiles]
@@ -99,7 +104,7 @@ def audit_precision(declared: Sequence[DeclaredLayer], layers: Sequence[EngineLa
     for layer in declared:
         found = [_audit_layer(layer, known) for known in of_profile]
         worst = next((index for index, finding in enumerate(found) if finding.precision != INT8.name), 0)
-        finding = found[worst]
+        finding = replace(found[worst], has_kernel=layer.kind not in without_kernels)
         if len(profiles) > 1 and finding.cause:
             finding = replace(finding, cause=f"in profile {profiles[worst]}: {finding.cause}")
         findings.append(finding)
@@ -203,7 +208,7 @@ def _cause(layer: DeclaredLayer, found: EngineLayer | None) -> str:
             f"it is in {found.name}, a part that another compiler handles as a whole and that reads {found.precision}"
         )
     if layer.kind == "DECONVOLUTION":
-        return "transposed convolution: the builder chose a float kernel; keep it in float for this builder"
+        return "this builder computes transposed convolutions in float, and dequantizes before them"
     if layer.operation == "convolution" and layer.weight_axis not in (None, 0):
         return f"its weight scales are on axis {layer.weight_axis}; a convolution needs one per output channel (axis 0)"
     if found.dequantizes_first:

@@ -86,6 +86,11 @@ class Toolkit:
         return int((major, minor) >= (10, 2))
 
     @property
+    def without_int8_kernels(self) -> tuple[str, ...]:
+        """Types of layers that it computes in float, whatever the network declares."""
+        return ("DECONVOLUTION",) if self.name == "tensorrt-rtx" else ()
+
+    @property
     def times_kernels(self) -> bool:
         """Whether a build times kernels, so that a timing cache is of use."""
         return self.name == "tensorrt"
@@ -338,11 +343,6 @@ class Toolkit:
 def sizes(shape: trt.Dims) -> tuple[int, ...]:
     """A shape as a tuple; -1 is a dynamic size."""
     return tuple(shape[index] for index in range(len(shape)))
-
-
-def failed_node(error: Any) -> tuple[str, str] | None:
-    """Name and operator of the ONNX node that a parser's error is about, or None: 8.6 does not tell."""
-    return (error.node_name(), error.node_operator()) if hasattr(error, "node_name") else None
 
 
 def numpy_name(data_type: Any) -> str:

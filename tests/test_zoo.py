@@ -48,15 +48,12 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
 
     settings = BuildSettings(profiles=(Profile(2, 2, 2),), capabilities=("8.9",))
     audit = build(find_toolkit("tensorrt-rtx"), path, settings).audit
-    # TensorRT-RTX has no INT8 kernel of transposed convolutions, which TensorRT has.
-    upward = [one.label for one in placement_of(prepared).weights if one.kind == "transposed_convolution"]
-    assert [one.node for one in audit.broken] == upward
+    assert audit.broken == ()
     half = ir.load(path)
     store_floats_as(half, "float16", [{"input": x.numpy()}])
     ir.save(half, tmp_path / "half.onnx")
     assert lint_onnx(tmp_path / "half.onnx") == []
-    of_half = build(find_toolkit("tensorrt-rtx"), tmp_path / "half.onnx", settings).audit
-    assert [one.node for one in of_half.broken] == [one.node for one in audit.broken]
+    assert build(find_toolkit("tensorrt-rtx"), tmp_path / "half.onnx", settings).audit.broken == ()
     declared = [finding.declared_int8 for finding in audit.findings]
     weights = [decision.quantized for decision in placement_of(prepared).weights]
     assert sum(declared) == sum(weights)

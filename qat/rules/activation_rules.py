@@ -18,7 +18,7 @@ def _is_sum(op: Op) -> bool:
 def _fuses_into_nothing(op: Op, state: PlacementState) -> bool:
     """Whether no INT8 convolution can take in the sum: no input comes from one, shapes differ, or inputs are equal."""
     odd = broadcasts(state.network, op) or len(set(op.inputs)) < 2
-    return odd or not any(state.fusing_convolution(tensor) for tensor in op.inputs)
+    return odd or not any(map(state.takes_sum, op.inputs))
 
 
 class ResidualAdd(Rule):
@@ -35,7 +35,7 @@ class ResidualAdd(Rule):
         """INT8, if exactly one input is the output of an INT8 convolution."""
         if not _is_sum(op) or _fuses_into_nothing(op, state):
             return None
-        fusing = [tensor for tensor in op.inputs if state.fusing_convolution(tensor)]
+        fusing = list(filter(state.takes_sum, op.inputs))
         inside = self.input_in_float(fusing, state.network)
         return None if inside is None else self.quantize(*(t for t in dict.fromkeys(op.inputs) if t != inside))
 

@@ -122,6 +122,15 @@ class PlacementState:
         """The INT8 convolution that makes ``tensor``, with at most normalization between; a sum can fuse into it."""
         return fusing_convolution(self.network, tensor, self.int8_layers)
 
+    def takes_sum(self, tensor: str) -> bool:
+        """Whether an addition can fuse into the INT8 convolution that makes ``tensor``: not into a depthwise one.
+
+        TensorRT 8.6.0 has no INT8 kernel for a depthwise convolution with a sum (seen at 8 channels).
+        """
+        found = self.fusing_convolution(tensor)
+        weight = None if found is None else self.network[found].weight
+        return weight is not None and (weight.groups == 1 or weight.groups != weight.in_channels)
+
     def written_by(self, op: Op) -> str:
         """The tensor that the kernel of ``op`` writes, including everything that fuses into that kernel."""
 

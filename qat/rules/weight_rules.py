@@ -90,7 +90,7 @@ class MeasuredLoss(Rule):
 class GroupedChannels(Rule):
     """A grouped convolution needs a width that has a kernel, output channels in a multiple of 8, and an extent of 3.
 
-    The width is the number of channels in a group. Depthwise convolutions have kernels of their own, for multiples of 4
+    The width is the number of channels in a group. Depthwise convolutions have kernels of their own, for multiples of 2
     channels. Widths without one are padded with zero channels to the next that has one (export/pad_groups.py), where
     that changes nothing but the convolutions before and behind.
     """
@@ -98,7 +98,7 @@ class GroupedChannels(Rule):
     name = "grouped_channels"
     sentence = (
         "a grouped convolution has fast INT8 kernels only if it is depthwise or its groups are 4, 8, 16 or a multiple "
-        "of 32 channels wide, for multiples of 8 channels (depthwise: 4) and extents of at least 3; others are padded"
+        "of 32 channels wide, for multiples of 8 channels (depthwise: 2) and extents of at least 3; others are padded"
     )
     source = PROFILE
 
@@ -108,13 +108,11 @@ class GroupedChannels(Rule):
         if weight is None or weight.groups == 1:
             return None
         widths = inside, outside = weight.group_widths
-        multiple = 4 if inside == 1 else 8
-        if weight.out_channels % multiple or max(weight.kernel) < 3:
+        fast = widths if inside == 1 else tuple(map(state.profile.fast_group_width, widths))
+        multiple = 2 if inside == 1 else 8
+        if max(weight.kernel) < 3 or (fast == widths and weight.out_channels % multiple):
             shown = f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}"
             return self.keep_float(f"{shown}: must be a multiple of {multiple}, and at least 3")
-        if inside == 1:
-            return None
-        fast = state.profile.fast_group_width(inside), state.profile.fast_group_width(outside)
         if fast == widths:
             return None
         shown = f"grouped, {inside if inside == outside else f'{inside} -> {outside}'} channels in a group"

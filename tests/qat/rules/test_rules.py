@@ -168,8 +168,8 @@ def test_nested_concats_share_one_scale():
         (3, 10, 1, 3, False),  # few channels, neither a multiple of 8
         (32, 10, 1, 1, True),
         (32, 32, 32, 3, True),  # depthwise
-        (36, 36, 36, 3, True),  # depthwise, a multiple of 4
-        (38, 38, 38, 3, False),
+        (38, 38, 38, 3, True),  # depthwise, a multiple of 2
+        (37, 37, 37, 3, False),
         (32, 32, 4, 1, False),  # grouped 1x1
         (96, 96, 2, 3, False),  # 48 channels in a group, and the network's input cannot be padded
         (48, 48, 4, 3, False),
