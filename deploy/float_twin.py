@@ -13,6 +13,7 @@ from deploy.builder import BuiltEngine, build
 from deploy.measure import Latency, latencies_of_built
 from deploy.settings import BuilderOptions, BuildSettings
 from deploy.trt import Toolkit
+from qat.base.choices import EnginePrecision
 from qat.base.console import say, warn
 from qat.base.errors import UserError
 
@@ -90,17 +91,22 @@ def build_float_twin(
 
     Raises UserError when the file has no Q/DQ nodes, or TensorRT refuses the network.
     """
-    try:
-        toolkit.typing("fp16")
-        half = replace(settings, precision="fp16")
-    except UserError:  # only strongly typed networks: the types are in the file
-        half = settings
+    half = replace(settings, precision=float_precision(toolkit))
     with tempfile.TemporaryDirectory() as folder, onnx_package():
         from export.fewer_quantizers import write_float_twin
 
         path = Path(folder) / "float.onnx"
         write_float_twin(model, path, half=half.precision == "explicit")
         return FloatTwinEngine(build(toolkit, path, half, timing_cache), half)
+
+
+def float_precision(toolkit: Toolkit) -> EnginePrecision:
+    """How a float32 network becomes an FP16 engine: ``fp16``, or ``explicit`` where types are those of the file."""
+    try:
+        toolkit.typing("fp16")
+    except UserError:
+        return "explicit"
+    return "fp16"
 
 
 def check_speed(toolkit: Toolkit, int8: BuiltEngine, float16: BuiltEngine, batch: int, runs: int = 200) -> SpeedCheck:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploy.engine_file import EngineFile, build_engine
+from deploy.float_twin import float_precision
 from deploy.installed import find_toolkit
-from deploy.settings import Profile
+from deploy.settings import BuilderOptions, Profile
 from deploy.tuning import search
 from deploy.tuning_bench import EngineBench
 from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
@@ -83,7 +84,10 @@ def tune_engine(
     if not found.complete:
         warn(f"{minutes:g} minutes ended the search: a larger --budget may find more")
     _show(placement)
-    built = build_engine(tuned, engine, builder="tensorrt", profiles=[Profile(batch, batch, batch)])
+    options = BuilderOptions()
+    if found.kept.issuperset(placement.layers):  # nothing is left in INT8
+        options = BuilderOptions(precision=float_precision(toolkit))
+    built = build_engine(tuned, engine, builder="tensorrt", profiles=[Profile(batch, batch, batch)], settings=options)
     if not last.beats(floats):
         warn(f"FP16 takes {floats.median:.4f} ms, the tuned engine {last.median:.4f}: deploy FP16")
     say(f"wrote {output}, {tuned} and {engine}")
