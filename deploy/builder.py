@@ -19,8 +19,9 @@ from deploy.layer_types import LayerType, layers_as_built, set_types, type_rules
 from deploy.parsed_network import ParsedNetwork
 from deploy.precision_audit import PrecisionAudit, audit_precision, declared_layers
 from deploy.settings import BuilderOptions, BuildSettings, Profile
+from deploy.tensor_types import numpy_name, sizes
 from deploy.transposed_scales import state_transposed_scales
-from deploy.trt import TimingCache, Toolkit, numpy_name, sizes
+from deploy.trt import TimingCache, Toolkit
 from qat.base.artifact import TensorSpec
 from qat.base.console import say
 from qat.base.errors import UserError

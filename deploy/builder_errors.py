@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.build_log import BuildLog, raise_if_out_of_memory
+from deploy.trt import failed_node
 from qat.base.onnx_file import flaw
 
 _HALF = ("HALF", "FLOAT16", "BFLOAT16", "BF16")
@@ -49,7 +50,7 @@ def parser_failures(parser: Any, log: BuildLog) -> list[ParserFailure]:
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         hint = named[index] if index < len(named) else {"op": "", "output": ""}
-        node, op = _failed_node(error) or ("", hint["op"])
+        node, op = failed_node(error) or ("", hint["op"])
         failures.append(ParserFailure(node or hint["output"], op, error.desc()))
     return failures
 
@@ -147,8 +148,3 @@ def _condense(text: str) -> str:
     short = " ".join(" ".join(kept).split())
     short = re.sub(r"Assertion failed: .*?: ", "", short)
     return re.sub(r"\(?In \w+ at \S+\)?", "", short).strip(" .")
-
-
-def _failed_node(error: Any) -> tuple[str, str] | None:
-    """Name and operator of the ONNX node that a parser's error is about, or None: old versions do not tell."""
-    return (error.node_name(), error.node_operator()) if hasattr(error, "node_name") else None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from deploy.builder import BuiltEngine, build
 from deploy.float_twin import onnx_package
@@ -20,7 +20,7 @@ from qat.base.artifact import check_writable
 from qat.base.console import say, table, warn
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
-from qat.rules.kernel_profile import KernelProfile, LayerKind, MeasuredKind, WeightScales
+from qat.rules.kernel_profile import KernelProfile, LayerKind, MeasuredKind
 
 GROUP_WIDTHS = (48, 24, 12, 4, 8, 16, 32, 64, 20, 40, 56, 80, 96, 112, 128, 160, 232)
 PADDED_WIDTHS = (
@@ -57,12 +57,9 @@ def kinds_of_layers() -> dict[str, list[LayerKind]]:
     def depthwise(size: int, stride: int = 1, dilation: int = 1, channels: int = 144) -> LayerKind:
         return conv(channels, channels, size, groups=channels, stride=stride, dilation=dilation)
 
-    def transposed(inside: int, outside: int, size: int, stride: int, scales: WeightScales = "input") -> LayerKind:
-        return replace(
-            conv(inside, outside, size, stride=stride, pixels=28),
-            operation="transposed_convolution",
-            weight_scales=scales,
-        )
+    def transposed(inside: int, outside: int, size: int, stride: int) -> LayerKind:
+        found = conv(inside, outside, size, stride=stride, pixels=28)
+        return replace(found, operation="transposed_convolution", weight_scales="input")
 
     def linear(inside: int, outside: int) -> LayerKind:
         return LayerKind(operation="linear", in_channels=inside, out_channels=outside, pixels=196)
@@ -73,11 +70,10 @@ def kinds_of_layers() -> dict[str, list[LayerKind]]:
     return {
         "grouped": [*map(grouped, GROUP_WIDTHS), *(grouped(width, 2) for width in (8, 16, 48))],
         "padded groups": [grouped(width, padded=padded) for width, padded in PADDED_WIDTHS],
-        "transposed": [
-            *(transposed(64, 32, size, 2, scales) for size in (2, 3) for scales in get_args(WeightScales)),
-            *(transposed(64, 64, 4, 2, scales) for scales in get_args(WeightScales)),
-            *(transposed(inside, inside // 2, 2, 2) for inside in (32, 128, 256)),
-            *(transposed(inside, outside, 4, 2) for inside, outside in ((128, 64), (256, 256))),
+        "transposed": [  # equal scales, which deploy.transposed_scales states as each version wants them
+            *(transposed(inside, inside // 2, 2, 2) for inside in (32, 64, 128, 256)),
+            transposed(64, 32, 3, 2),
+            *(transposed(inside, outside, 4, 2) for inside, outside in ((64, 64), (128, 64), (256, 256))),
         ],
         "depthwise": [
             *(depthwise(size) for size in (3, 5, 7, 31)),

@@ -17,7 +17,8 @@ from deploy import cuda
 from deploy.build_log import BuildLog
 from deploy.installed import find_toolkit
 from deploy.settings import Profile
-from deploy.trt import Toolkit, numpy_name, sizes
+from deploy.tensor_types import numpy_name, sizes
+from deploy.trt import Toolkit
 from deploy.weak_typing import warn_of_tf32_override
 from qat.base.artifact import Sidecar, TensorSpec, parent_paths, read_sidecar, sha256_of, sidecar_path
 from qat.base.choices import BuilderName

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deploy.trt import numpy_name, sizes
+from deploy.tensor_types import numpy_name, sizes
 from qat.base.artifact import TensorSpec
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deploy.parsed_network import ParsedNetwork
-from deploy.trt import Toolkit, sizes
+from deploy.tensor_types import sizes
+from deploy.trt import Toolkit
 from qat.base.errors import UserError
 
 if TYPE_CHECKING:

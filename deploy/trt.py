@@ -13,8 +13,8 @@ The differences, and how they are handled:
 - Sharing an optimization profile between execution contexts is a preview feature of 8.6 and always on from 10.x.
 - Final layers. TensorRT has a GPU and loads the engine, so the engine inspector lists them. TensorRT-RTX builds ahead
   of time, often without a GPU, so they are read from its verbose log.
-- The weight scales of a transposed convolution lie along its input channels until 10.0, and along its output channels
-  from 10.2 (NVIDIA's documentation; 8.6.0 was seen to refuse the latter). TensorRT-RTX takes both.
+- The weight scales of a transposed convolution lie along its input channels until 10.0 (8.6.0 was seen to refuse
+  others), and along its output channels from 10.2. TensorRT-RTX takes both, and computes in float.
 - A context that uses the caller's scratch memory: ``device_memory`` in 8.6, a strategy and ``set_device_memory`` later.
 
 This file was run with TensorRT-RTX 1.7 (tests/deploy) and TensorRT 8.6.0 on an H200 (tests/gpu). The branches for 10.x
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     import tensorrt as trt
 
 TimingCache = Literal["created", "reused", "replaced"]
-
-# TensorRT's names of data types -> NumPy's.
-_NUMPY_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -340,11 +337,6 @@ class Toolkit:
         return str(inspector.get_engine_information(self.module.LayerInformationFormat.JSON))
 
 
-def sizes(shape: trt.Dims) -> tuple[int, ...]:
-    """A shape as a tuple; -1 is a dynamic size."""
-    return tuple(shape[index] for index in range(len(shape)))
-
-
-def numpy_name(data_type: Any) -> str:
-    """NumPy's name of TensorRT's data type: ``DataType.FLOAT`` -> ``float32``."""
-    return _NUMPY_NAMES.get(data_type.name, str(data_type.name).lower())
+def failed_node(error: Any) -> tuple[str, str] | None:
+    """Name and operator of the ONNX node that a parser's error is about, or None: 8.6 does not tell."""
+    return (error.node_name(), error.node_operator()) if hasattr(error, "node_name") else None

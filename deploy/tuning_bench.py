@@ -94,7 +94,7 @@ class EngineBench:
             if self.write(kept, path):
                 self._built[kept] = build(self._toolkit, path, self._settings, self._cache)
                 self._timings = self._built[kept].timing_cache_content
-            else:  # TensorRT 8.6 refuses to build it for INT8
+            else:  # not every version builds it for INT8
                 self._built[kept] = self.float_engine()
         return self._built[kept]
 

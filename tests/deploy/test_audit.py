@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from qdq_models import classifier, transposed_convolution
+from qdq_models import classifier, convolution, transposed_convolution
 
 from deploy import EngineAudit, audit, build_engine
 from deploy.audit import AuditOptions
@@ -41,11 +41,20 @@ def test_layers_and_findings_of_a_real_engine(tmp_path, capsys):
 
 
 def test_a_declared_layer_that_is_float_is_named_with_its_cause(tmp_path, capsys):
+    path = engine(lambda path: convolution(path, axis=1), tmp_path)
+    capsys.readouterr()
+    audit.main(AuditOptions(engine=path))
+    output = capsys.readouterr().out
+    assert "declared INT8, is FP32: convolution /conv/Conv: its weight scales are on axis 1" in output
+    assert "0 of 1 layers that the ONNX file declares INT8 are INT8" in output
+
+
+def test_a_layer_for_which_the_builder_has_no_kernel_is_named_too(tmp_path, capsys):
     path = engine(transposed_convolution, tmp_path)
     capsys.readouterr()
     audit.main(AuditOptions(engine=path))
     output = capsys.readouterr().out
-    assert "declared INT8, is FP32: convolution /up/ConvTranspose: transposed convolution" in output
+    assert "declared INT8, is FP32: convolution /up/ConvTranspose: this builder computes transposed conv" in output
     assert "0 of 1 layers that the ONNX file declares INT8 are INT8" in output
 
 

@@ -107,20 +107,20 @@ def test_fixed_batch_needs_no_profile(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("make", "node"),
+    ("make", "node", "code"),
     [
-        (transposed_convolution, "/up/ConvTranspose"),
-        (lambda path: convolution(path, axis=1), "/conv/Conv"),
+        (transposed_convolution, "/up/ConvTranspose", 0),  # TensorRT-RTX has no INT8 kernel for it
+        (lambda path: convolution(path, axis=1), "/conv/Conv", NOT_INT8),
     ],
 )
-def test_declared_int8_that_is_float_exits_3_and_writes(make, node, tmp_path, capsys):
+def test_declared_int8_that_is_float_exits_3_if_it_could_be_int8(make, node, code, tmp_path, capsys):
     path = make(tmp_path / "m.onnx")
-    assert build(path, compute_capabilities=("8.9",)) == NOT_INT8
+    assert build(path, compute_capabilities=("8.9",)) == code
     sidecar = read_sidecar(tmp_path / "m.engine", "engine")
     assert sidecar.figures["convolutions_int8"] == 0
     output = capsys.readouterr()
     assert f"not INT8: convolution {node} (declared INT8, FP32)" in output.out
-    assert "the engine is written" in output.err
+    assert ("the engine is written" in output.err) == bool(code)
 
 
 def test_a_float_network_is_one_line(tmp_path, capsys):

@@ -100,7 +100,10 @@ def test_no_layer_is_begun_after_the_minutes(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"families": ("groups",)}, r"--families 'groups' is not known: choose from grouped, transposed"),
+        (
+            {"families": ("groups",)},
+            r"--families 'groups' is not known: choose from grouped, padded groups, transposed",
+        ),
         ({"batch": 0}, "--batch, --runs and --minutes must be above 0"),
         ({"runs": 0}, "must be above 0"),
         ({"minutes": 0.0}, "must be above 0"),

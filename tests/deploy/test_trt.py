@@ -12,7 +12,7 @@ from qdq_models import convolution
 from deploy.build_log import BuildLog
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
-from deploy.trt import numpy_name
+from deploy.tensor_types import numpy_name
 from qat.base.errors import UserError
 
 
