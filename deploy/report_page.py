@@ -154,7 +154,8 @@ def _layers(engine: Sidecar, checkpoint: Sidecar | None) -> list[dict[str, Any]]
     rows = []
     for finding in engine.details["findings"]:
         decision = rules.get(finding["node"], {})
-        why = finding["cause"] or decision.get("reason", "")
+        reason = decision.get("reason", "")
+        why = finding["cause"] if finding["declared_int8"] or not reason else reason
         rows.append({**finding, "rule": decision.get("rule", ""), "why": why})
     return rows
 

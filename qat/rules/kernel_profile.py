@@ -121,10 +121,10 @@ class MeasuredKind:
         """Whether it is slower in INT8, beyond the spread, or TensorRT has no INT8 kernel for it."""
         return self.gain is None or (self.gain < 1 and self.significant)
 
-    def __str__(self) -> str:
-        if self.gain is None:
-            return f"{self.kind}: refused in INT8"
-        return f"{self.kind}: {self.gain:.2f} times as fast in INT8"
+    @property
+    def outcome(self) -> str:
+        """For people."""
+        return "refused in INT8" if self.gain is None else f"{self.gain:.2f} times as fast in INT8"
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> MeasuredKind:

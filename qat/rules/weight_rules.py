@@ -50,7 +50,9 @@ class TransposedConvolution(Rule):
             return self.keep_float(
                 f"no transposed convolution of extent {extent}, stride {stride} was measured in INT8"
             )
-        return None if found.gains else self.keep_float(f"{found} ({state.profile})")
+        if found.gains:
+            return None
+        return self.keep_float(f"like {found.kind}: {found.outcome} ({state.profile})")
 
 
 class FewChannels(Rule):
@@ -84,7 +86,9 @@ class MeasuredLoss(Rule):
         if weight is None or (weight.groups > 1 and weight.groups != weight.in_channels):
             return None
         found = state.profile.like("linear" if op.kind == "linear" else "convolution", weight)
-        return self.keep_float(f"{found} ({state.profile})") if found is not None and found.loses else None
+        if found is None or not found.loses:
+            return None
+        return self.keep_float(f"like {found.kind}: {found.outcome} ({state.profile})")
 
 
 class GroupedChannels(Rule):
@@ -117,13 +121,13 @@ class GroupedChannels(Rule):
             return None
         shown = f"grouped, {inside if inside == outside else f'{inside} -> {outside}'} channels in a group"
         if measured := state.profile.of_group_width(inside, weight.stride[0]):
-            shown += f", as in {measured} ({state.profile})"
+            shown += f", {measured.outcome} ({state.profile})"
         if fast[0] is None or fast[1] is None:
             return self.keep_float(f"{shown}: no width of up to 1.6 times as many channels has a fast INT8 kernel")
         if not all(channel_region(state.network, tensor) for tensor in (op.inputs[0], op.name)):
             return self.keep_float(f"{shown}, and zero channels do not fit between it and its neighbours")
         return Verdict(
-            self.name, True, op.inputs[:1], f"{shown}: padded to {max(fast[0], fast[1])}", (fast[0], fast[1])
+            self.name, True, op.inputs[:1], f"{shown}, padded to {max(fast[0], fast[1])}", (fast[0], fast[1])
         )
 
 

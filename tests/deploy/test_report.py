@@ -16,7 +16,7 @@ from qdq_models import classifier, residual
 
 from deploy import build_engine
 from deploy.report import ReportOptions, main
-from deploy.report_page import _ticks, render_page
+from deploy.report_page import _layers, _ticks, render_page
 from export import quantize_onnx
 from qat.base.artifact import Sidecar, read_sidecar, sidecar_path, write_artifact
 from qat.base.errors import UserError
@@ -42,6 +42,24 @@ def rows(page: str) -> list[str]:
     """The rows of all tables as text, their cells separated by |."""
     found = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
     return [re.sub(r"<[^>]+>", "", re.sub(r"</td>\s*<td", "|<td", row)).strip() for row in found]
+
+
+def test_a_layer_in_float_shows_the_figure_that_decided() -> None:
+    def finding(node: str, declared: bool) -> dict[str, object]:
+        return {"node": node, "declared_int8": declared, "cause": "the builder's cause"}
+
+    nodes = {"decided": False, "broken": True, "unknown": False}
+    engine = Sidecar(kind="engine", details={"findings": [finding(*one) for one in nodes.items()]})
+    decisions = [
+        {"label": name, "rule": "measured_loss", "reason": "0.57 times as fast in INT8"}
+        for name in ("decided", "broken")
+    ]
+    checkpoint = Sidecar(kind="checkpoint", details={"placement": {"decisions": decisions}})
+    assert [row["why"] for row in _layers(engine, checkpoint)] == [
+        "0.57 times as fast in INT8",
+        "the builder's cause",
+        "the builder's cause",
+    ]
 
 
 def test_every_accuracy_is_on_the_page(chain: Path, page: str) -> None:

@@ -68,7 +68,7 @@ def test_groups_without_a_kernel_are_padded(width: int, padded: int | None) -> N
     assert found.rule == ("weighted_input" if padded is None else "grouped_channels")
     if padded is not None:
         assert f"{width} channels in a group" in found.reason
-        assert f"times as fast in INT8 ({H200}): padded to {padded}" in found.reason
+        assert f"times as fast in INT8 ({H200}), padded to {padded}" in found.reason
 
 
 def test_groups_that_cannot_be_padded_stay_in_float() -> None:

@@ -269,7 +269,7 @@ def test_a_transposed_convolution_with_an_int8_kernel_is_quantized(layer):
     [
         (
             nn.ConvTranspose2d(16, 16, 4, 2),
-            "transposed convolution, 64 -> 64, 4x4, stride 2, scales by input: refused in INT8 (NVIDIA H200",
+            "like transposed convolution, 64 -> 64, 4x4, stride 2, scales by input: refused in INT8 (NVIDIA H200",
         ),
         (nn.ConvTranspose2d(16, 16, 3), "extent 3x3, stride 1x1"),
         (nn.ConvTranspose2d(16, 16, 2, (2, 1)), "extent 2x2, stride 2x1"),
