@@ -2,6 +2,7 @@
 
     python -m deploy.tune model.qat
     python -m deploy.tune model.onnx --budget 20 --batch 8 --output runs/model.tuned.json
+    python -m deploy.tune model.onnx --costs sensitivity.json --max-drop 0.2
 
 Writes the placement, the ONNX file with fewer quantizers, and its engine. Nothing is trained again: what stays
 quantized has the same scales. qat.train, qat.calibrate and export.quantize take the placement as --placement.
@@ -33,13 +34,25 @@ class TuneOptions(Command):
     """The batch size to tune for."""
     runs: int = 200
     """Each engine of a comparison has at least this many timed inferences."""
+    costs: Path | None = None
+    """What qat.sensitivity --json wrote: placements with more in float are timed too, as far as it went."""
+    max_drop: float | None = None
+    """Percentage points of accuracy below the float network that are acceptable, by --costs."""
 
 
 def main(options: TuneOptions) -> int:
     """Searches and writes. Returns 0."""
     from deploy.tuned_engine import tune_engine
 
-    tune_engine(options.model, options.output, minutes=options.budget, batch=options.batch, runs=options.runs)
+    tune_engine(
+        options.model,
+        options.output,
+        minutes=options.budget,
+        batch=options.batch,
+        runs=options.runs,
+        costs=options.costs,
+        max_drop=options.max_drop,
+    )
     return DONE
 
 

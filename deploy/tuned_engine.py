@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from deploy.engine_file import EngineFile, build_engine
 from deploy.float_twin import float_precision
 from deploy.installed import find_toolkit
 from deploy.settings import BuilderOptions, Profile
-from deploy.tuning import search
+from deploy.tuning import Kept, frontier, search
 from deploy.tuning_bench import EngineBench
 from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.console import say, table, warn
 from qat.base.errors import UserError
+from qat.graph.network import Network
 from qat.graph.operations import WEIGHTED
-from qat.rules.tuned import TunedPlacement
+from qat.rules.float_steps import FloatStep, read_float_steps
+from qat.rules.tuned import FrontierPoint, TunedPlacement
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,14 @@ class TunedEngine:
 
 
 def tune_engine(
-    model: str | Path, output: str | Path | None = None, *, minutes: float = 10.0, batch: int = 32, runs: int = 200
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    minutes: float = 10.0,
+    batch: int = 32,
+    runs: int = 200,
+    costs: str | Path | None = None,
+    max_drop: float | None = None,
 ) -> TunedEngine:
     """Finds which layers of a Q/DQ file are faster in float on this GPU, and writes what it found.
 
@@ -42,12 +52,22 @@ def tune_engine(
         minutes: nothing is tried after these.
         batch: the batch size to tune for.
         runs: how many timed inferences each engine of a comparison has, at least.
+        costs: what qat.sensitivity --json wrote about the network: its accuracy with more and more in float. These
+            placements are timed, too, in as many minutes again.
+        max_drop: how many percentage points of accuracy below the float network are acceptable: the fastest placement
+            within them is chosen. None: the fastest of all.
 
-    Raises UserError when there is no GPU, the file has no Q/DQ nodes, or TensorRT refuses it or its float twin.
+    Raises UserError when there is no GPU, the file has no Q/DQ nodes, TensorRT refuses it or its float twin, or
+    ``costs`` are of another network.
     """
     given = model = Path(model)
     if minutes <= 0 or min(batch, runs) < 1:
         raise UserError("--budget must be above 0, --batch and --runs at least 1")
+    if max_drop is not None and (costs is None or not max_drop >= 0):
+        raise UserError(
+            "--max-drop is at least 0 percentage points, and needs --costs: python -m qat.sensitivity --json"
+        )
+    steps = () if costs is None else read_float_steps(Path(costs))
     if not model.is_file():
         raise UserError(f"no file {model}: check the path, or make it with python -m export.onnx")
     if given.suffix == ".qat":
@@ -65,10 +85,13 @@ def tune_engine(
     with tempfile.TemporaryDirectory() as folder:
         bench = EngineBench(toolkit, model, Path(folder), batch, runs)
         network = bench.network
+        _check_steps(steps, network, costs)
         found = search(network, bench, minutes)
-        rules, floats, last = bench.final(found.kept)
+        points = frontier(bench, found.kept, steps, minutes)
+        kept = _within(points, max_drop, found.kept)
+        rules, floats, last = bench.final(kept)
         placement = TunedPlacement(
-            keep_float=tuple(sorted(found.kept)),
+            keep_float=tuple(sorted(kept)),
             layers=tuple(op.label for op in network if op.kind in WEIGHTED),
             gpu=toolkit.device.name,
             tensorrt=toolkit.version,
@@ -77,21 +100,41 @@ def tune_engine(
             float_ms=round(floats.median, 5),
             tuned_ms=round(last.median, 5),
             trials=found.trials,
+            frontier=tuple(points),
         )
         placement.write(output)
         sidecar = _sidecar(model, tuned, placement)
-        write_artifact(tuned, sidecar, lambda path: bench.write(found.kept, path))
+        write_artifact(tuned, sidecar, lambda path: bench.write(kept, path))
     if not found.complete:
         warn(f"{minutes:g} minutes ended the search: a larger --budget may find more")
     _show(placement)
     options = BuilderOptions()
-    if found.kept.issuperset(placement.layers):  # nothing is left in INT8
+    if kept.issuperset(placement.layers):  # nothing is left in INT8
         options = BuilderOptions(precision=float_precision(toolkit))
     built = build_engine(tuned, engine, builder="tensorrt", profiles=[Profile(batch, batch, batch)], settings=options)
     if not last.beats(floats):
         warn(f"FP16 takes {floats.median:.4f} ms, the tuned engine {last.median:.4f}: deploy FP16")
     say(f"wrote {output}, {tuned} and {engine}")
     return TunedEngine(placement, tuned, built, last.beats(floats))
+
+
+def _check_steps(steps: Sequence[FloatStep], network: Network, costs: str | Path | None) -> None:
+    """Raises UserError when the steps name operations that the network has not."""
+    known = {op.label for op in network}
+    if unknown := sorted({label for step in steps for label in step.kept} - known):
+        raise UserError(f"{costs} is of another network: this one has no {unknown[0]}; measure its own")
+
+
+def _within(points: Sequence[FrontierPoint], max_drop: float | None, kept: Kept) -> Kept:
+    """The fastest placement that is accurate enough; of none the most accurate, which is warned of."""
+    if max_drop is None or not points:
+        return kept
+    enough = [point for point in points if point.drop <= max_drop]
+    chosen = min(enough, key=lambda point: point.milliseconds) if enough else min(points, key=lambda point: point.drop)
+    if not enough:
+        least = f"the most accurate is {chosen.drop:.2f} below"
+        warn(f"no placement is within {max_drop:g} points of the float network; {least}")
+    return frozenset(chosen.keep_float)
 
 
 def _export(checkpoint: Path, output: Path) -> None:
@@ -125,6 +168,17 @@ def _show(placement: TunedPlacement) -> None:
     ]
     if rows:
         table("What was tried", ("change", "ms", "kept"), rows)
+    points = [
+        (
+            f"{point.drop:.2f}",
+            str(len(point.keep_float)),
+            f"{point.milliseconds:.4f}",
+            f"{placement.float_ms / point.milliseconds:.2f}",
+        )
+        for point in placement.frontier
+    ]
+    if points:
+        table("Accuracy against speed", ("points below float", "in float", "ms", "times FP16"), points)
     summary = [
         ("FP16", f"{placement.float_ms:.4f}", "1.00"),
         ("INT8 by rules", f"{placement.int8_ms:.4f}", f"{placement.float_ms / placement.int8_ms:.2f}"),

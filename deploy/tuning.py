@@ -7,15 +7,16 @@ decides is the latency of the whole engine against the best so far, both in turn
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from deploy.measure import Latency
 from qat.base.console import say
 from qat.graph.network import Network
+from qat.rules.float_steps import FloatStep
 from qat.rules.regions import changes, grown, losing_regions
-from qat.rules.tuned import Trial
+from qat.rules.tuned import FrontierPoint, Trial
 
 Kept = frozenset[str]
 """Labels of the operations that stay in float."""
@@ -52,6 +53,32 @@ def search(network: Network, bench: Bench, minutes: float, clock: Callable[[], f
         clock: seconds.
     """
     return _Searching(network, bench, clock, clock() + 60 * minutes).run()
+
+
+def frontier(
+    bench: Bench, kept: Kept, steps: Sequence[FloatStep], minutes: float, clock: Callable[[], float] = time.monotonic
+) -> list[FrontierPoint]:
+    """Times placements that leave more in float for the sake of accuracy.
+
+    Args:
+        bench: builds and times.
+        kept: what speed leaves in float, which all of them do too.
+        steps: what else to leave in float, and the accuracy then.
+        minutes: nothing is begun after these.
+        clock: seconds.
+
+    Those that TensorRT refuses are left out.
+    """
+    end = clock() + 60 * minutes
+    points = []
+    for step in steps:
+        if clock() >= end:
+            break
+        both = kept | step.kept
+        if (found := bench.compare(kept, both)) is not None:
+            points.append(FrontierPoint(step.drop, tuple(sorted(both)), round(found[1].median, 5)))
+            say(f"{len(both)} in float: {step.drop:.2f} points below float, {points[-1].milliseconds:.4f} ms")
+    return points
 
 
 class _Searching:

@@ -21,6 +21,21 @@ class Trial:
     kept: bool
 
 
+@dataclass(frozen=True)
+class FrontierPoint:
+    """A placement that gives up speed for accuracy.
+
+    Attributes:
+        drop: points of accuracy below the float network. qat.sensitivity measured it without what speed leaves in float.
+        keep_float: labels of the operations that stay in float.
+        milliseconds: the engine's median.
+    """
+
+    drop: float
+    keep_float: tuple[str, ...]
+    milliseconds: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class TunedPlacement:
     """The result of a search.
@@ -31,6 +46,7 @@ class TunedPlacement:
         gpu, tensorrt, batch: what it was tuned for.
         int8_ms, float_ms, tuned_ms: median latency of the engine by rules alone, of FP16, and of the tuned one.
         trials: what was tried, in order.
+        frontier: accuracy against speed, if accuracy counted.
     """
 
     keep_float: tuple[str, ...]
@@ -42,6 +58,7 @@ class TunedPlacement:
     float_ms: float
     tuned_ms: float
     trials: tuple[Trial, ...] = ()
+    frontier: tuple[FrontierPoint, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> TunedPlacement:
@@ -51,8 +68,12 @@ class TunedPlacement:
             if unknown := content.keys() - {field.name for field in fields(cls)}:
                 raise ValueError(f"unknown entry {min(unknown)}")
             trials = tuple(Trial(**trial) for trial in content.pop("trials"))
+            frontier = tuple(
+                FrontierPoint(**{**point, "keep_float": tuple(point["keep_float"])})
+                for point in content.pop("frontier", ())
+            )
             keep_float, layers = (tuple(map(str, content.pop(key))) for key in ("keep_float", "layers"))
-            return cls(keep_float=keep_float, layers=layers, trials=trials, **content)
+            return cls(keep_float=keep_float, layers=layers, trials=trials, frontier=frontier, **content)
         except OSError as error:
             raise UserError(f"cannot read the placement {path} ({error}): check the path") from error
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,81 @@ def test_a_network_that_loses_everywhere_is_said(
     assert "deploy FP16" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.fixture
+def costs(tmp_path: Path) -> Path:
+    """Accuracy 90 % in float, 88 % in INT8, 89 % and 89.9 % with one and two convolutions in float."""
+    path = tmp_path / "costs.json"
+    steps = [
+        {"op": "x", "label": label, "top1": top1} for label, top1 in (("/conv1/Conv", 89.0), ("/conv2/Conv", 89.9))
+    ]
+    path.write_text(json.dumps({"float": {"top1": 90.0}, "quantized": {"top1": 88.0}, "keep_float": steps}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "kept"),
+    [(None, set()), (2.0, set()), (1.0, {"/conv1/Conv"}), (0.5, {"/conv1/Conv", "/conv2/Conv"})],
+)
+def test_speed_is_given_up_for_accuracy(
+    max_drop: float | None,
+    kept: set[str],
+    costs: Path,
+    gpu: dict[str, float],
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(TuneOptions(model=model, budget=5, costs=costs, max_drop=max_drop)) == 0
+    found = TunedPlacement.read(model.with_suffix(".tuned.json"))
+    assert set(found.keep_float) == kept
+    assert [(round(point.drop, 3), len(point.keep_float)) for point in found.frontier] == [(2.0, 0), (1.0, 1), (0.1, 2)]
+    times = [point.milliseconds for point in found.frontier]
+    assert times == sorted(times)
+    assert len(set(times)) == 3
+    said = capsys.readouterr()
+    assert "Accuracy against speed" in said.out
+    assert "no placement" not in said.err
+
+
+def test_a_drop_that_is_not_reached_is_said(
+    costs: Path, gpu: dict[str, float], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tune_engine(model, minutes=5, costs=costs, max_drop=0.05)
+    assert set(found.placement.keep_float) == {"/conv1/Conv", "/conv2/Conv"}
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no placement is within 0.05 points of the float network; the most accurate is 0.10 below" in said
+
+
+def test_what_speed_leaves_in_float_stays_there(costs: Path, gpu: dict[str, float], model: Path) -> None:
+    gpu["/stem/Conv"] = 5.0
+    found = tune_engine(model, minutes=5, costs=costs, max_drop=1.0)
+    assert {"/stem/Conv", "/conv1/Conv"} <= set(found.placement.keep_float)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not what python -m qat.sensitivity --json writes"),
+        ('{"float": {"top1": 1}}', "is not what python -m qat.sensitivity --json writes"),
+        ('{"float": {"top1": NaN}, "quantized": {"top1": 1}, "keep_float": []}', "an accuracy is not finite"),
+        (
+            '{"float": {"top1": 2}, "quantized": {"top1": 1}, "keep_float": [{"label": "elsewhere", "top1": 2}]}',
+            "is of another network: this one has no elsewhere",
+        ),
+    ],
+)
+def test_other_costs_are_refused(content: str, says: str, gpu: dict[str, float], model: Path) -> None:
+    path = model.with_name("costs.json")
+    path.write_text(content)
+    with pytest.raises(UserError, match=says):
+        tune_engine(model, costs=path)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"max_drop": 0.5}, "--max-drop is at least 0 percentage points, and needs --costs"),
+        ({"max_drop": -1.0, "costs": Path("c.json")}, "--max-drop is at least 0"),
+        ({"costs": Path("missing.json")}, r"cannot read the costs missing\.json"),
         ({"budget": 0.0}, "--budget must be above 0"),
         ({"batch": 0}, "--batch and --runs at least 1"),
         ({"runs": 0}, "--batch and --runs at least 1"),

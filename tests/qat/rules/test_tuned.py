@@ -17,7 +17,7 @@ from qat.options import CalibrateOptions, TrainOptions
 from qat.placement import PlacementOptions
 from qat.placement import main as show_placement
 from qat.rules.place import place
-from qat.rules.tuned import Trial, TunedPlacement, tuned_names
+from qat.rules.tuned import FrontierPoint, Trial, TunedPlacement, tuned_names
 
 TUNED = TunedPlacement(
     keep_float=("layer1.0.conv1", "layer2.0.downsample.0"),
@@ -29,6 +29,7 @@ TUNED = TunedPlacement(
     float_ms=2.0,
     tuned_ms=0.9,
     trials=(Trial("a region", 0.95, True), Trial("another", None, False)),
+    frontier=(FrontierPoint(1.5, ("layer1.0.conv1",), 0.9),),
 )
 
 
