@@ -26,7 +26,7 @@ class FrontierPoint:
     """A placement that gives up speed for accuracy.
 
     Attributes:
-        drop: points of accuracy below the float network. qat.sensitivity measured it without what speed leaves in float.
+        drop: points of accuracy below the float network, measured without what speed leaves in float.
         keep_float: labels of the operations that stay in float.
         milliseconds: the engine's median.
     """
