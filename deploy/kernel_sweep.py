@@ -68,7 +68,11 @@ def kinds_of_layers() -> dict[str, list[LayerKind]]:
         return replace(conv(channels, channels, size, stride=stride, pixels=28), operation="average_pool")
 
     return {
-        "grouped": [*map(grouped, GROUP_WIDTHS), *(grouped(width, 2) for width in (8, 16, 48))],
+        "grouped": [
+            *map(grouped, GROUP_WIDTHS),
+            *(grouped(width, 2) for width in (8, 16, 48)),
+            *(conv(256, 256, 1, groups=256 // width) for width in (16, 32)),
+        ],
         "padded groups": [grouped(width, padded=padded) for width, padded in PADDED_WIDTHS],
         "transposed": [  # equal scales, which deploy.transposed_scales states as each version wants them
             *(transposed(inside, inside // 2, 2, 2) for inside in (32, 64, 128, 256)),
