@@ -36,6 +36,7 @@ from qat.rules.activation_rules import (
 )
 from qat.rules.keep_float import KeepFloat
 from qat.rules.kernel_profile import KernelProfile
+from qat.rules.neighbour_rules import BesideFloatGroups, GroupedFloatOutput
 from qat.rules.obstacles import OBSTACLES
 from qat.rules.placement import Placement
 from qat.rules.rule import PlacementState, Rule, Verdict
@@ -44,14 +45,13 @@ from qat.rules.weight_rules import (
     ComputedWeight,
     FewChannels,
     GroupedChannels,
-    GroupedFloatOutput,
     MeasuredLoss,
     SharedWeight,
     TransposedConvolution,
     WeightedInput,
 )
 
-_GROUPED_FLOAT_OUTPUT = GroupedFloatOutput()
+_NEIGHBOUR_RULES = (GroupedFloatOutput(), BesideFloatGroups())
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ PASSES = (
             TransposedConvolution(),
             MeasuredLoss(),
             FewChannels(),
-            _GROUPED_FLOAT_OUTPUT,
+            *_NEIGHBOUR_RULES,
             GroupedChannels(),
             WeightedInput(),
         ),
@@ -120,12 +120,12 @@ def place(
     patterns = tuple(keep_float)
     kept, without_range = KeepFloat.from_patterns(network, patterns), frozenset(unknown)
     measured = KernelProfile.shipped() if profile is None else profile
-    slow: frozenset[str] = frozenset()
+    slow: dict[str, str] = {}
     while True:  # a layer that returns to float may make another one lose too
         state = PlacementState(network, kept, without_range, slow, measured)
         for one in PASSES:
             one.run(state)
-        more = {op.name for op in network if _GROUPED_FLOAT_OUTPUT.loses(op, state)}
+        more = {op.name: rule.name for rule in _NEIGHBOUR_RULES for op in network if rule.loses(op, state)}
         if not more:
             break
         slow |= more

@@ -88,14 +88,15 @@ class PlacementState:
     """A placement while it is being made.
 
     ``kept``: what the user keeps in float; ``without_range``: tensors for which calibration found no range;
-    ``slow_in_int8``: layers that an earlier attempt found to be slower in INT8, given what their neighbours do;
+    ``slow_in_int8``: layers that an earlier attempt found to be slower in INT8, given what their neighbours do, and the
+    name of the rule that found it;
     ``profile``: what was measured on a GPU.
     """
 
     network: Network
     kept: KeepFloat = field(default_factory=KeepFloat)
     without_range: frozenset[str] = frozenset()
-    slow_in_int8: frozenset[str] = frozenset()
+    slow_in_int8: Mapping[str, str] = field(default_factory=dict)
     profile: KernelProfile = field(default_factory=KernelProfile.shipped)
     decisions: dict[str, Decision] = field(default_factory=dict)
     reads: dict[Read, str] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qat.graph.network import Op
 from qat.graph.operations import WEIGHTED
 from qat.rules.channel_regions import channel_region
-from qat.rules.rule import GUIDE, HEURISTICS, MEASURED, PROFILE, PlacementState, Rule, Verdict
+from qat.rules.rule import GUIDE, HEURISTICS, PROFILE, PlacementState, Rule, Verdict
 
 
 class ComputedWeight(Rule):
@@ -129,28 +129,6 @@ class GroupedChannels(Rule):
         return Verdict(
             self.name, True, op.inputs[:1], f"{shown}, padded to {max(fast[0], fast[1])}", (fast[0], fast[1])
         )
-
-
-class GroupedFloatOutput(Rule):
-    """A grouped convolution whose output is read in float loses by INT8.
-
-    Who reads its output in float is known only when everything else is decided. So qat/rules/place.py calls ``loses``
-    on a complete placement, and if there are such layers, repeats the placement with them in float.
-    """
-
-    name = "grouped_float_output"
-    sentence = "a grouped convolution has INT8 kernels only if its output is quantized too"
-    source = MEASURED
-
-    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
-        """Float, if an earlier attempt found that it loses."""
-        return self.keep_float("its output is read in float") if op.name in state.slow_in_int8 else None
-
-    def loses(self, op: Op, state: PlacementState) -> bool:
-        """Whether ``op`` is a quantized grouped convolution whose output an operation reads in float."""
-        if op.weight is None or op.weight.groups == 1 or not state.is_quantized(op):
-            return False
-        return not state.is_only_read_quantized(state.written_by(op))
 
 
 class WeightedInput(Rule):

@@ -98,6 +98,27 @@ def test_the_widths_survive_json() -> None:
     assert Placement.from_json(found.to_json()) == found
 
 
+def test_what_is_next_to_groups_without_a_kernel_stays_in_float_too() -> None:
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.before, self.behind = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 72, 1), nn.Conv2d(72, 32, 1)
+            self.grouped, self.head = nn.Conv2d(72, 72, 3, groups=4), nn.Conv2d(32, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.before(F.relu(self.stem(x))))
+            return self.head(F.relu(self.behind(F.silu(self.grouped(x)))))
+
+    decided = {one.label: (one.quantized, one.rule) for one in placement(Around()).weights}
+    assert decided == {
+        "stem": (True, "weighted_input"),
+        "before": (False, "beside_float_groups"),
+        "grouped": (False, "grouped_channels"),
+        "behind": (False, "beside_float_groups"),
+        "head": (True, "weighted_input"),
+    }
+
+
 class Skip(nn.Module):
     """relu(second(x) + x), and a convolution that reads it."""
 
