@@ -18,7 +18,7 @@ import torch
 import zoo
 
 from export.emit import emit
-from export.fold import fold, fold_float
+from export.fold import fold, fold_float, layer_paths
 from export.pad_groups import pad_groups
 from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
@@ -32,8 +32,9 @@ def main() -> None:
         prepared = prepare(model, input_shape=x.shape[1:])
         with torch.no_grad():
             calibrate_ranges(prepared, [x], "max")
-        ours = emit(fold(prepared)[0], x[:2], {})
-        pad_groups(ours, placement_of(prepared))
+        folded, _ = fold(prepared)
+        ours = emit(folded, x[:2], {})
+        pad_groups(ours, placement_of(prepared), layer_paths(folded))
         ir.save(ours, folder / "ours.onnx")
         ir.save(emit(fold_float(prepared), x[:2], {}), folder / "float32.onnx")
         print(folder, flush=True)

@@ -18,7 +18,7 @@ import onnx_ir.passes.common as passes
 from export.float_types import store_floats_as
 from export.insert import WeightCodes, insert
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, constants, network_from_onnx, permutation
-from export.pad_groups import pad_groups, without_padding
+from export.pad_groups import Widths, set_group_widths, without_padding
 from export.qdq import DATA, HALF_TYPES, SCALE, QdqModel, size_of
 from export.read import read_onnx
 from qat.base.errors import UserError
@@ -41,12 +41,14 @@ class FloatTwin:
         scales: of the tensors that were quantized, by name.
         reads: which operations read which tensors quantized.
         weights: by the name of the float weight.
+        padded: widths of groups that the file has padded with zeros; ``model`` is without them.
     """
 
     model: ir.Model
     scales: dict[str, float]
     reads: frozenset[Read]
     weights: dict[str, WeightCodes]
+    padded: dict[str, Widths]
 
     @classmethod
     def of(cls, path: Path) -> FloatTwin:
@@ -57,7 +59,7 @@ class FloatTwin:
         model = read_onnx(path)
         if any(value.dtype in HALF_TYPES for node in model.graph for value in node.outputs):
             raise UserError(f"{path} stores floats in half precision: give the file without --float-type")
-        without_padding(model)
+        padded = without_padding(model)
         reads = frozenset(network_from_onnx(model).reads)
         qdq, known = QdqModel.from_ir(model, INT8), constants(model.graph)
         scales: dict[str, float] = {}
@@ -85,21 +87,24 @@ class FloatTwin:
         if not scales:
             raise UserError(f"{path} quantizes no activation: give a Q/DQ file")
         passes.RemoveUnusedNodesPass()(model)
-        return cls(model, scales, reads, weights)
+        return cls(model, scales, reads, weights, padded)
 
     def quantized(self, keep_float: Collection[str]) -> Placement:
         """Quantizes ``model`` again, in place, by the rules; what ``keep_float`` names stays in float.
 
+        Which layers have INT8 kernels the file has decided. Groups that it has padded are padded again.
+
         Raises UserError when a pattern matches nothing.
         """
         view = network_from_onnx(self.model)
-        own = [glob.escape(op.name) for op in view.network if op.weight and not self._has_codes(view.nodes[op.name])]
+        coded = {op.name for op in view.network if op.weight and self._has_codes(view.nodes[op.name])}
+        own = [glob.escape(op.name) for op in view.network if op.weight and op.name not in coded]
         scales_of = {
             tensor: scale for tensor in view.network.ops if (scale := self._scale(view.network, tensor)) is not None
         }
         unknown: set[str] = set()
         while True:  # without a tensor the placement is another one, which may want other tensors
-            placement = place(view.network, [*keep_float, *own], unknown)
+            placement = place(view.network, [*keep_float, *own], unknown, quantizable=coded)
             missing = {tensor.tensor for tensor in placement.tensors} - scales_of.keys() - unknown
             if not missing:
                 break
@@ -109,6 +114,8 @@ class FloatTwin:
             scales[tensor.quantizer] = max(scales.get(tensor.quantizer, 0.0), scales_of[tensor.tensor])
         placement = self._with_other_reads(placement)
         insert(self.model, view, placement, scales, INT8, lambda weight, _: self.weights[weight.name or ""])
+        quantized = {decision.op for decision in placement.weights if decision.quantized}
+        set_group_widths(self.model, {name: widths for name, widths in self.padded.items() if name in quantized})
         return placement
 
     def _with_other_reads(self, placement: Placement) -> Placement:
@@ -149,7 +156,6 @@ def write_variant(path: Path, keep_float: Collection[str], output: Path) -> bool
     """
     twin = FloatTwin.of(path)
     placement = twin.quantized([glob.escape(label) for label in sorted(keep_float)])
-    pad_groups(twin.model, placement)
     ir.save(twin.model, output)
     return bool(placement.tensors)
 

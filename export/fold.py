@@ -39,6 +39,7 @@ from qat.graph.modes import keep_evaluation
 from qat.graph.outputs import flatten_outputs
 
 _Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+_PATHS = "paths_of_functions"  # in the meta of a folded module: {operation: the module that it has become}
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,13 @@ def fold_float(prepared: fx.GraphModule) -> fx.GraphModule:
     return _finish(folded)
 
 
+def layer_paths(folded: fx.GraphModule) -> dict[str, str]:
+    """The module that each operation of the prepared network has become, by the operation's name."""
+    called = {node.name: str(node.target) for node in folded.graph.nodes if node.op == "call_module"}
+    functions: dict[str, str] = folded.meta.get(_PATHS, {})
+    return called | functions
+
+
 def remaining_dead_channels(folded: nn.Module, dead: list[DeadChannel]) -> list[DeadChannel]:
     """The channels among ``dead`` that still exist and are zero: merging removes layers and changes weights."""
     layers: dict[str, Any] = dict(folded.named_modules())
@@ -189,6 +197,7 @@ def _layers_from_functions(folded: fx.GraphModule) -> None:
             call = folded.graph.call_module(path, (given,))
         node.replace_all_uses_with(call)
         call.meta = dict(node.meta)
+        folded.meta.setdefault(_PATHS, {})[node.name] = path
         folded.graph.erase_node(node)
         for source in (*bystanders, *(weight.args[0] for weight in weights)):
             if not source.users:

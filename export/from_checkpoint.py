@@ -24,7 +24,7 @@ from export.emit import emit, example_input, input_quantizer, input_scale, with_
 from export.file_form import FileForm
 from export.float_types import store_floats_as
 from export.float_weights import save_onnx
-from export.fold import fold, fold_float, remaining_dead_channels, warn_of_dead_channels
+from export.fold import fold, fold_float, layer_paths, remaining_dead_channels, warn_of_dead_channels
 from export.hard_rules import hard_findings
 from export.merge_shortcuts import VECTOR
 from export.merge_shortcuts import merge_shortcuts as merge
@@ -159,7 +159,7 @@ def export_onnx(
     dtype = torch.float16 if precision == "float16" else torch.float32
     ready = with_ends(folded, network.preprocessing, input, dtype)
     model = emit(ready, examples, _metadata(network, details), outputs)
-    wider = pad_groups(model, placement_of(network.model)) if form.quantized else {}
+    wider = pad_groups(model, placement_of(network.model), layer_paths(folded)) if form.quantized else {}
     compared = network.sample(parity_images)
     pairs = partial(_pairs, network, folded, compared, input, inputs)
     in_float32 = None

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from export.names import unused_name
+from export.names import all_names, unused_name
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork
 from export.qdq import output_axis
 from qat.base.number_format import NumberFormat
@@ -88,7 +88,7 @@ class _Writer:
     """Adds nodes and initializers to a graph, under names that nothing in it has."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._graph, self._taken = graph, _names(graph)
+        self._graph, self._taken = graph, all_names(graph)
 
     def node(
         self, operator: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, like: ir.Value, **attributes: int
@@ -113,14 +113,6 @@ class _Writer:
         unique = unused_name(name, self._taken)
         self._taken.add(unique)
         return unique
-
-
-def _names(graph: ir.Graph) -> set[str]:
-    """The names of all nodes and tensors, with those of the graphs inside nodes."""
-    nodes = list(graph.all_nodes())
-    values = [value for inner in (graph, *graph.subgraphs()) for value in (*inner.inputs, *inner.initializers.values())]
-    values += [value for node in nodes for value in node.outputs]
-    return {node.name or "" for node in nodes} | {value.name or "" for value in values}
 
 
 def _store_scale(writer: _Writer, name: str, scale: float, number_format: NumberFormat) -> tuple[ir.Value, ir.Value]:

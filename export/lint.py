@@ -18,6 +18,7 @@ import tyro
 
 from qat.base.console import Command, run_command
 from qat.base.exit_codes import DONE, LINT_ERRORS
+from qat.rules.kernel_profile import given_profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class LintOptions(Command):
 
     model: Annotated[Path, tyro.conf.Positional]
     """An ONNX file with QuantizeLinear and DequantizeLinear nodes, from whatever tool."""
+    profile: Path | None = None
+    """What deploy.kernels measured on the GPU that the engine is for; by default what was measured on an H200."""
     json: Path | None = None
     """Also write all findings here."""
     strict: bool = False
@@ -38,7 +41,7 @@ def main(options: LintOptions) -> int:
     """Prints what is found. ONNX is imported here, so that --help answers at once."""
     from export.linter import report_findings
 
-    findings = report_findings(options.model, options.json, options.show)
+    findings = report_findings(options.model, options.json, options.show, given_profile(options.profile))
     broken = [finding for finding in findings if options.strict or finding.severity == "error"]
     return LINT_ERRORS if broken else DONE
 

@@ -19,13 +19,16 @@ from qat.base.artifact import check_writable, write_json
 from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.text import megabytes
+from qat.rules.kernel_profile import KernelProfile
 
 
-def lint_onnx(path: Path | str) -> list[LintFinding]:
+def lint_onnx(path: Path | str, profile: KernelProfile | None = None) -> list[LintFinding]:
     """Checks the Q/DQ nodes of an ONNX file, from whatever tool, against TensorRT's rules.
 
         for finding in lint_onnx("model.onnx"):
             print(finding.severity, finding)
+
+    ``profile``: what deploy.kernels measured on a GPU; None for what was measured on an H200.
 
     Returns what TensorRT refuses or computes differently (errors), then what it runs slowly (warnings); [] when
     everything is right. Of a float network only what TensorRT refuses.
@@ -35,7 +38,7 @@ def lint_onnx(path: Path | str) -> list[LintFinding]:
     path = Path(path)
     model = read_onnx(path)
     if is_quantized(model):
-        return lint_model(model)
+        return lint_model(model, profile)
     findings = hard_findings(model)
     if any(finding.severity == "error" for finding in findings):
         return findings
@@ -45,17 +48,19 @@ def lint_onnx(path: Path | str) -> list[LintFinding]:
     )
 
 
-def lint_model(model: ir.Model) -> list[LintFinding]:
+def lint_model(model: ir.Model, profile: KernelProfile | None = None) -> list[LintFinding]:
     """All findings in ``model`` (from export.read.read_onnx), errors first; [] when everything is right."""
     findings = [
         *hard_findings(model),
-        *placement_findings(network_from_onnx(model)),
+        *placement_findings(network_from_onnx(model), profile),
         *repeat_findings(model.graph),
     ]
     return sorted(findings, key=lambda finding: finding.severity != "error")
 
 
-def report_findings(model: Path, json: Path | None = None, show: int = 8) -> list[LintFinding]:
+def report_findings(
+    model: Path, json: Path | None = None, show: int = 8, profile: KernelProfile | None = None
+) -> list[LintFinding]:
     """Lints ``model``, prints up to ``show`` findings of each rule, and writes all of them to ``json``.
 
     Returns all findings. Raises UserError as ``lint_onnx`` does, and when ``json`` cannot be written.
@@ -66,7 +71,7 @@ def report_findings(model: Path, json: Path | None = None, show: int = 8) -> lis
         if json.resolve() == model.resolve():
             raise UserError(f"--json {json} is the model itself: give another name")
         check_writable(json)
-    findings = lint_onnx(model)
+    findings = lint_onnx(model, profile)
     _print(findings, show)
     if json is not None:
         write_json(json, _report(model, findings))

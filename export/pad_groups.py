@@ -9,22 +9,22 @@ channels fit. Needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from export.names import unused_name
-from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork, network_from_onnx
+from export.names import all_names, unused_name
+from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork, constant, network_from_onnx
 from export.qdq import DATA, SCALE
 from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.rules.channel_regions import ChannelRegion, channel_region
 from qat.rules.placement import Placement
 
-_PADDED = "padded_groups"  # metadata: {node: the widths that its groups had}
+_PADDED = "padded_groups"  # metadata: {tensor that the convolution makes: the widths that its groups had}
 _BIAS, _ZERO_POINT = 2, 2
 Widths = tuple[int, int]
 """Input and output channels of a group."""
@@ -51,93 +51,107 @@ class GroupedAxis:
         return GroupedAxis(self.groups, self.new, self.width)
 
 
-def pad_groups(model: ir.Model, placement: Placement) -> dict[str, GroupedAxis]:
+def pad_groups(model: ir.Model, placement: Placement, paths: Mapping[str, str] | None = None) -> dict[str, GroupedAxis]:
     """Pads, in place, the groups that ``placement`` pads; those that do not fit are named in a warning.
 
-    ``placement`` is of this model, or of the one that it was exported from. Returns how the channels of each tensor
-    between the convolutions have changed, by its name.
+    Args:
+        model: the Q/DQ network.
+        placement: of this network, or of the PyTorch network that it was exported from.
+        paths: for the latter: the module whose weight each of its operations reads (export.fold.layer_paths).
+
+    Returns how the channels of each tensor between the convolutions have changed, by its name.
     """
-    wanted = {one.label: one.group_widths for one in placement.weights if one.quantized and one.group_widths}
-    done = _set_group_widths(model, wanted)
-    if left := sorted(done.left):
+    labels = {one.op: one.label for one in placement.weights if one.quantized and one.group_widths}
+    wanted = {one.op: one.group_widths for one in placement.weights if one.op in labels and one.group_widths}
+    names = dict(zip(labels, labels, strict=True))
+    if wanted and paths is not None:
+        of_weight = {op.weight.tensor: op.name for op in network_from_onnx(model).network if op.weight is not None}
+        names = {op: of_weight.get(f"{paths.get(op)}.weight", "") for op in labels}
+    done = set_group_widths(model, {names[op]: widths for op, widths in wanted.items() if names[op]})
+    if left := [labels[op] for op in labels if names[op] not in done.original]:
         warn(
             f"the groups of {', '.join(left[:3])}{' ...' * (len(left) > 3)} could not be padded, and have no fast INT8 "
-            f"kernel: leave them in float with --keep-float"
+            "kernel: leave out --merge-shortcuts if it is given, else quantize with these in float (--keep-float)"
         )
-    if done.original:
-        model.metadata_props[_PADDED] = json.dumps(done.original)
     return done.tensors
 
 
-def without_padding(model: ir.Model) -> None:
-    """Takes the zero channels out again, in place. Raises UserError when the model says that it has some, wrongly."""
+def without_padding(model: ir.Model) -> dict[str, Widths]:
+    """Takes the zero channels out again, in place. Returns the widths of the padded layers, by the tensor they make.
+
+    Raises UserError when the model says that it has some, wrongly.
+    """
     if (stated := model.metadata_props.pop(_PADDED, None)) is None:
-        return
+        return {}
     try:
-        widths = {str(label): (int(inside), int(outside)) for label, (inside, outside) in json.loads(stated).items()}
-        if left := _set_group_widths(model, widths).left:
-            raise ValueError(f"{min(left)} cannot be found")
+        widths = {str(name): (int(inside), int(outside)) for name, (inside, outside) in json.loads(stated).items()}
+        done = _resize_groups(model, widths)
+        if missing := widths.keys() - done.original.keys():
+            raise ValueError(f"{min(missing)} cannot be found")
+        return done.original
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the padding of its groups cannot be taken out ({error}): export the file again") from error
 
 
 @dataclass(frozen=True)
-class _Resized:
-    """How tensors have changed, the widths that layers had, by their labels in the file, and what was not found."""
+class Resized:
+    """How tensors have changed, and the widths that layers had, by the tensors that they make."""
 
     tensors: dict[str, GroupedAxis]
     original: dict[str, Widths]
-    left: set[str]
 
 
-def _set_group_widths(model: ir.Model, wanted: Mapping[str, Widths]) -> _Resized:
+def set_group_widths(model: ir.Model, wanted: Mapping[str, Widths]) -> Resized:
+    """Pads grouped convolutions, in place, to widths by the tensors that they make. Those that do not fit are left."""
+    done = _resize_groups(model, wanted, only_wider=True)
+    if done.original:
+        model.metadata_props[_PADDED] = json.dumps(done.original)
+    return done
+
+
+def _resize_groups(model: ir.Model, wanted: Mapping[str, Widths], *, only_wider: bool = False) -> Resized:
     """Gives grouped convolutions other widths, in place."""
     if not wanted:
-        return _Resized({}, {}, set())
+        return Resized({}, {})
     ShapeInferencePass()(model)  # the exporter leaves some out
     view = network_from_onnx(model)
+    writer = _Writer(model.graph)
     changed: dict[str, GroupedAxis] = {}
     original: dict[str, Widths] = {}
-    found: set[str] = set()
     for op in view.network:
         weight = op.weight
-        if weight is None or op.kind != "convolution" or weight.groups < 2:
+        if weight is None or op.kind != "convolution" or weight.groups < 2 or op.name not in wanted:
             continue
-        # A convolution that a function computes has its label in training only as the name of its weight.
-        label = next((one for one in (op.label, weight.tensor.removesuffix(".weight")) if one in wanted), None)
-        if label is None:
+        pairs = list(zip(weight.group_widths, wanted[op.name], strict=True))
+        if only_wider and any(new < width for width, new in pairs):
             continue
-        axes = [
-            GroupedAxis(weight.groups, width, new)
-            for width, new in zip(weight.group_widths, wanted[label], strict=True)
-        ]
+        axes = [GroupedAxis(weight.groups, width, new) for width, new in pairs]
         regions = [channel_region(view.network, tensor) for tensor in (op.inputs[0], op.name)]
         fitting = [one for one in regions if one is not None and _fits(view, one)]
         if len(fitting) < len(regions):
             continue
         for region, axis in zip(fitting, axes, strict=True):
             for name in sorted(region.makers):
-                _resize_outputs(view.nodes[name], axis)
+                writer.resize_outputs(view.nodes[name], axis)
             for name in sorted(region.takers):
                 own = GroupedAxis(1, axis.width, axis.new) if name == op.name else axis
-                _resize_inputs(view.nodes[name], own)
+                writer.resize_inputs(view.nodes[name], own)
             changed |= {value.name or "": axis for value in _values(view, region)}
-        original[op.label] = weight.group_widths
-        found.add(label)
+        original[op.name] = weight.group_widths
     if original:
         for node in model.graph:
             for value in node.outputs:
                 if value not in model.graph.outputs:
                     value.shape = None
         ShapeInferencePass()(model)
-    return _Resized(changed, original, wanted.keys() - found)
+    return Resized(changed, original)
 
 
 def _fits(view: OnnxNetwork, region: ChannelRegion) -> bool:
-    """Whether the constants of the region can be resized: those of its convolutions, which nothing else reads."""
+    """Whether all constants of the region are initializers that can be resized, or one value for all channels."""
     inside = [view.nodes[name] for name in region.tensors - region.makers]
-    scalars = all(value.const_value is None or value.const_value.size == 1 for node in inside for value in _given(node))
-    return scalars and all(_weight(view.nodes[name]) is not None for name in region.makers | region.takers)
+    scalars = all(array is None or array.size == 1 for node in inside for array in map(constant, node.inputs))
+    return scalars and all(_parts(view.nodes[name]) is not None for name in region.makers | region.takers)
 
 
 def _values(view: OnnxNetwork, region: ChannelRegion) -> Iterator[ir.Value]:
@@ -149,50 +163,75 @@ def _values(view: OnnxNetwork, region: ChannelRegion) -> Iterator[ir.Value]:
         waiting += [node.outputs[0] for node in value.consumers() if node.op_type in (QUANTIZE, DEQUANTIZE)]
 
 
-def _given(node: ir.Node) -> Iterable[ir.Value]:
-    return (value for value in node.inputs if value is not None)
+def _parts(node: ir.Node) -> list[tuple[ir.Node, int, int]] | None:
+    """What a convolution's output channels are stated by: (node, input, axis) of each constant, the weight first.
+
+    None if one of them is no initializer of the right extent. Scales of one value for all channels are left out.
+    """
+    quantizers: list[ir.Node] = []  # from the convolution to the constant
+    at, index = node, WEIGHT
+    while (value := at.inputs[index]) is not None and (maker := value.producer()) is not None:
+        if maker.op_type not in (QUANTIZE, DEQUANTIZE):
+            return None
+        quantizers.append(maker)
+        at, index = maker, DATA
+    found = [(at, index, 0)]
+    channels = _extent(at, index)
+    if channels is None:
+        return None
+    others = [(one, place) for one in quantizers for place in (SCALE, _ZERO_POINT)] + [(node, _BIAS)]
+    for one, place in others:
+        if place >= len(one.inputs) or one.inputs[place] is None or _is_single(one, place):
+            continue
+        if _extent(one, place) != channels:
+            return None
+        found.append((one, place, 0))
+    return found
 
 
-def _weight(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """Where a convolution's constant weight is, or its codes: node and input; None if it is computed otherwise."""
-    value = node.inputs[WEIGHT]
-    maker = None if value is None else value.producer()
-    at = (maker, DATA) if maker is not None and maker.op_type == DEQUANTIZE else (node, WEIGHT)
-    found = at[0].inputs[at[1]]
-    return at if found is not None and found.const_value is not None else None
+def _extent(node: ir.Node, index: int) -> int | None:
+    """The first extent of an initializer that ``node`` reads; None of anything else."""
+    value = node.inputs[index]
+    if value is None or value.const_value is None or value.graph is None or value.producer() is not None:
+        return None
+    shape = value.const_value.numpy().shape
+    return shape[0] if shape else None
 
 
-def _resize_outputs(node: ir.Node, axis: GroupedAxis) -> None:
-    at = _weight(node)
-    assert at is not None, "_fits has seen it"
-    _replace(*at, axis, 0)
-    if at[0] is not node:
-        _replace(at[0], SCALE, axis, 0, fill=1)
-        _replace(at[0], _ZERO_POINT, axis, 0)
-    _replace(node, _BIAS, axis, 0)
+def _is_single(node: ir.Node, index: int) -> bool:
+    """Whether a scale or zero point is one value for all channels."""
+    array = constant(node.inputs[index])
+    return index != _BIAS and array is not None and array.size == 1
 
 
-def _resize_inputs(node: ir.Node, axis: GroupedAxis) -> None:
-    at = _weight(node)
-    assert at is not None, "_fits has seen it"
-    _replace(*at, axis, 1)
+class _Writer:
+    """Replaces initializers of a graph by resized ones."""
 
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph, self._taken = graph, all_names(graph)
 
-def _replace(node: ir.Node, index: int, axis: GroupedAxis, along: int, fill: float = 0) -> None:
-    """Resizes a constant input of ``node``; one for all channels stays."""
-    value = node.inputs[index] if index < len(node.inputs) else None
-    if value is None or value.const_value is None or value.graph is None:
-        return
-    array = value.const_value.numpy()
-    if array.ndim <= along:
-        return
-    graph = value.graph
-    name = value.name or "constant"
-    resized = axis.resized(array, along, fill)
-    alone = len(value.uses()) == 1
-    if alone:
-        graph.initializers.pop(name)
-    unique = name if alone else unused_name(name, graph.initializers)
-    constant = ir.Value(name=unique, type=value.type, shape=ir.Shape(resized.shape), const_value=ir.tensor(resized))
-    graph.register_initializer(constant)
-    node.replace_input_with(index, constant)
+    def resize_outputs(self, node: ir.Node, axis: GroupedAxis) -> None:
+        """Resizes everything that states the output channels of a convolution."""
+        for one, index, along in _parts(node) or ():
+            is_scale = index == SCALE and one is not node
+            self._replace(one, index, axis, along, fill=1 if is_scale else 0)
+
+    def resize_inputs(self, node: ir.Node, axis: GroupedAxis) -> None:
+        """Resizes the input channels of a convolution's weight."""
+        for one, index, _ in (_parts(node) or ())[:1]:
+            self._replace(one, index, axis, 1)
+
+    def _replace(self, node: ir.Node, index: int, axis: GroupedAxis, along: int, fill: float = 0) -> None:
+        value = node.inputs[index]
+        assert value is not None
+        assert value.const_value is not None
+        resized = axis.resized(value.const_value.numpy(), along, fill)
+        name = value.name or "constant"
+        if len(value.uses()) == 1:
+            self._graph.initializers.pop(name)
+        else:
+            name = unused_name(name, self._taken)
+            self._taken.add(name)
+        new = ir.Value(name=name, type=value.type, shape=ir.Shape(resized.shape), const_value=ir.tensor(resized))
+        self._graph.register_initializer(new)
+        node.replace_input_with(index, new)

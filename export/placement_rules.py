@@ -15,6 +15,7 @@ from qat.base.text import megabytes
 from qat.graph.data_movement import copies_of, final_reads, first_reads
 from qat.graph.network import Op
 from qat.graph.operations import COMMUTING, WEIGHTED
+from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import RULES, place
 from qat.rules.placement import Decision, Placement
 from qat.rules.rule import Reads
@@ -23,9 +24,12 @@ _FP16_BYTES = 2
 _COPYING = (*COMMUTING, "concat")
 
 
-def placement_findings(view: OnnxNetwork) -> list[LintFinding]:
-    """What makes the engine slower than it could be, in the order of the network; [] when the placement is right."""
-    wanted = place(view.network)
+def placement_findings(view: OnnxNetwork, profile: KernelProfile | None = None) -> list[LintFinding]:
+    """What makes the engine slower than it could be, in the order of the network; [] when the placement is right.
+
+    ``profile``: what deploy.kernels measured on a GPU; None for what was measured on an H200.
+    """
+    wanted = place(view.network, profile=profile)
     compared = _Comparison(view, wanted)
     return [finding for decision in wanted.decisions for finding in compared.decision(decision)] + [
         finding for op in view.network for finding in compared.tensor(op)
@@ -81,7 +85,9 @@ class _Comparison:
                 yield self._finding(op, decision.rule, message, 0)
             return
         missing = [what for what, there in (("input", given), ("weight", weight)) if not there]
-        if missing:
+        if decision.group_widths and not missing:
+            yield self._finding(op, decision.rule, f"its groups are not padded: {decision.reason}", 0)
+        elif missing:
             half = "" if len(missing) == 2 else ", and the Q/DQ on the other only adds work"
             message = f"no Q/DQ on its {' and '.join(missing)}, so it runs in float{half}"
             yield self._finding(op, decision.rule, message, self.network[op.inputs[0]].elements)

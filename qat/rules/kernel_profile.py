@@ -56,7 +56,7 @@ class LayerKind:
     def __post_init__(self) -> None:
         known = self.operation in get_args(Operation) and self.weight_scales in get_args(WeightScales)
         counts = (self.in_channels, self.out_channels, self.groups, self.stride, self.dilation, self.pixels)
-        if not known or len(self.kernel) != 2 or not all(isinstance(one, int) for one in (*counts, *self.kernel)):
+        if not known or len(self.kernel) != 2 or not all(type(one) is int for one in (*counts, *self.kernel)):
             raise ValueError(f"{self!r} does not describe a layer")
         if min(counts) < 1 or min(self.kernel) < 0 or self.in_channels % self.groups:
             raise ValueError(f"{self!r} does not describe a layer")
@@ -103,8 +103,10 @@ class MeasuredKind:
 
     def __post_init__(self) -> None:
         for milliseconds in (self.int8_ms, self.float_ms):
-            if milliseconds is not None and not (isinstance(milliseconds, float) and milliseconds > 0):
+            if milliseconds is not None and not (type(milliseconds) in (int, float) and 0 < milliseconds < math.inf):
                 raise ValueError(f"{milliseconds!r} is no time")
+        if self.in_int8 not in (None, True, False) or type(self.significant) is not bool or type(self.error) is not str:
+            raise ValueError(f"{self.kind} has entries of other types")
 
     @property
     def gain(self) -> float | None:
@@ -113,18 +115,18 @@ class MeasuredKind:
 
     @property
     def gains(self) -> bool:
-        """Whether it is faster in INT8, beyond the spread."""
-        return self.gain is not None and self.gain > 1 and self.significant
+        """Whether it is faster in INT8, beyond the spread, and was in INT8 as far as the builder tells."""
+        return self.gain is not None and self.gain > 1 and self.significant and self.in_int8 is not False
 
     @property
     def loses(self) -> bool:
         """Whether it is slower in INT8, beyond the spread, or TensorRT has no INT8 kernel for it."""
-        return self.gain is None or (self.gain < 1 and self.significant)
+        return self.int8_ms is None or (self.gain is not None and self.gain < 1 and self.significant)
 
     @property
     def outcome(self) -> str:
         """For people."""
-        return "refused in INT8" if self.gain is None else f"{self.gain:.2f} times as fast in INT8"
+        return "refused in INT8" if self.int8_ms is None else f"{self.gain or 0:.2f} times as fast in INT8"
 
     @classmethod
     def from_json(cls, entry: dict[str, Any]) -> MeasuredKind:
@@ -149,8 +151,9 @@ class KernelProfile:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             kinds = tuple(MeasuredKind.from_json(entry) for entry in content.pop("kinds"))
-            if not isinstance(content["batch"], int):
-                raise ValueError(f"the batch is {content['batch']!r}")
+            stated = [content[key] for key in ("gpu", "compute_capability", "tensorrt", "date")]
+            if type(content["batch"]) is not int or not all(isinstance(text, str) for text in stated):
+                raise ValueError(f"it is of batch {content['batch']!r} and {stated}")
             return cls(kinds=kinds, **content)
         except OSError as error:
             raise UserError(f"cannot read the profile {path} ({error}): check the path") from error
@@ -180,7 +183,7 @@ class KernelProfile:
 
         Alike are layers of the same extents and strides, or that cut an image into patches; both have few channels or
         neither, unless they are transposed; both are depthwise, or have groups of the same width. Grouped ones need not
-        have the same extents.
+        have the same extents. Dilations are not told apart.
         """
         wanted = _traits(
             operation, weight.in_channels, weight.out_channels, weight.groups, weight.kernel, weight.stride

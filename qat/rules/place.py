@@ -17,7 +17,7 @@ qat/rules/scale_groups.py gives them one scale and one quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from qat.graph.network import Network, Op
@@ -66,7 +66,8 @@ class Pass:
         """Asks the rules about every operation and applies their verdicts."""
         for op in reversed(state.network) if self.backward else state.network:
             if op.kind in WEIGHTED or not self.only_weighted:
-                answers = (rule.decide(op, state) for rule in self.rules)
+                asked = (rule for rule in self.rules if not (rule.about_kernels and op.name in state.quantizable))
+                answers = (rule.decide(op, state) for rule in asked)
                 if (verdict := next((answer for answer in answers if answer is not None), None)) is not None:
                     state.record(op, _unless_stopped(verdict, op, state))
 
@@ -102,6 +103,7 @@ def place(
     keep_float: Iterable[str] = (),
     unknown: Iterable[str] = (),
     profile: KernelProfile | None = None,
+    quantizable: Collection[str] = (),
 ) -> Placement:
     """Applies the rules to ``network``.
 
@@ -113,6 +115,7 @@ def place(
             operation is matched only by its exact name or label, and then its output is not quantized.
         unknown: tensors whose range is not known, so that they cannot be quantized.
         profile: what was measured on a GPU (deploy.kernels); None for what comes with the rules.
+        quantizable: layers that are known to have INT8 kernels: no rule about kernels is asked about them.
 
     Raises:
         UserError: a pattern matches nothing.
@@ -122,7 +125,7 @@ def place(
     measured = KernelProfile.shipped() if profile is None else profile
     slow: dict[str, str] = {}
     while True:  # a layer that returns to float may make another one lose too
-        state = PlacementState(network, kept, without_range, slow, measured)
+        state = PlacementState(network, kept, without_range, slow, measured, frozenset(quantizable))
         for one in PASSES:
             one.run(state)
         more = {op.name: rule.name for rule in _NEIGHBOUR_RULES for op in network if rule.loses(op, state)}

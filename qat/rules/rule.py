@@ -65,6 +65,9 @@ class Rule(ABC):
     cost: ClassVar[str] = ""
     """The consequence if the rule wants all inputs of an operation quantized and some are not."""
 
+    about_kernels: ClassVar[bool] = False
+    """Whether it says which layers have INT8 kernels."""
+
     @abstractmethod
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
         """The rule's verdict on ``op``, given everything decided so far in ``state``; None if it does not apply."""
@@ -90,7 +93,7 @@ class PlacementState:
     ``kept``: what the user keeps in float; ``without_range``: tensors for which calibration found no range;
     ``slow_in_int8``: layers that an earlier attempt found to be slower in INT8, given what their neighbours do, and the
     name of the rule that found it;
-    ``profile``: what was measured on a GPU.
+    ``profile``: what was measured on a GPU; ``quantizable``: layers that are known to have INT8 kernels.
     """
 
     network: Network
@@ -98,6 +101,7 @@ class PlacementState:
     without_range: frozenset[str] = frozenset()
     slow_in_int8: Mapping[str, str] = field(default_factory=dict)
     profile: KernelProfile = field(default_factory=KernelProfile.shipped)
+    quantizable: frozenset[str] = frozenset()
     decisions: dict[str, Decision] = field(default_factory=dict)
     reads: dict[Read, str] = field(default_factory=dict)
 

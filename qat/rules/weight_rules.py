@@ -34,6 +34,8 @@ class TransposedConvolution(Rule):
     )
     source = PROFILE
 
+    about_kernels = True
+
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
         """Float, if no such layer was measured to gain."""
         weight = op.weight
@@ -50,8 +52,10 @@ class TransposedConvolution(Rule):
             return self.keep_float(
                 f"no transposed convolution of extent {extent}, stride {stride} was measured in INT8"
             )
-        if found.gains:
+        if found.gains and weight.in_channels <= found.kind.in_channels:  # wider ones gain less and less
             return None
+        if found.gains:
+            return self.keep_float(f"wider than {found.kind}: {found.outcome} ({state.profile})")
         return self.keep_float(f"like {found.kind}: {found.outcome} ({state.profile})")
 
 
@@ -61,6 +65,8 @@ class FewChannels(Rule):
     name = "few_channels"
     sentence = "a convolution with few channels, neither number a multiple of 8, has no fast INT8 kernel"
     source = HEURISTICS
+
+    about_kernels = True
 
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
         """Float, depending on the numbers of channels; grouped convolutions have their own rule."""
@@ -80,10 +86,13 @@ class MeasuredLoss(Rule):
     sentence = "a layer like this one was measured to be slower in INT8"
     source = PROFILE
 
+    about_kernels = True
+
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
-        """Float, if such a layer was measured, and loses; grouped convolutions have their own rule."""
+        """Float, if such a layer was measured, and loses; grouped and transposed ones have their own rules."""
         weight = op.weight
-        if weight is None or (weight.groups > 1 and weight.groups != weight.in_channels):
+        grouped = weight is not None and 1 < weight.groups != weight.in_channels
+        if weight is None or grouped or op.kind == "transposed_convolution":
             return None
         found = state.profile.like("linear" if op.kind == "linear" else "convolution", weight)
         if found is None or not found.loses:
@@ -106,6 +115,8 @@ class GroupedChannels(Rule):
     )
     source = PROFILE
 
+    about_kernels = True
+
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
         """Float, if one of the conditions fails; INT8 with groups to be padded."""
         weight = op.weight
@@ -113,22 +124,27 @@ class GroupedChannels(Rule):
             return None
         widths = inside, outside = weight.group_widths
         fast = widths if inside == 1 else tuple(map(state.profile.fast_group_width, widths))
+        outputs = weight.groups * (fast[1] or outside)
         multiple = 2 if inside == 1 else 8
-        if max(weight.kernel) < 3 or (fast == widths and weight.out_channels % multiple):
-            shown = f"grouped, {weight.out_channels} output channels, kernel {max(weight.kernel)}"
+        if max(weight.kernel) < 3 or outputs % multiple:
+            shown = f"grouped, {outputs} output channels, kernel {max(weight.kernel)}"
             return self.keep_float(f"{shown}: must be a multiple of {multiple}, and at least 3")
         if fast == widths:
             return None
-        shown = f"grouped, {inside if inside == outside else f'{inside} -> {outside}'} channels in a group"
-        if measured := state.profile.of_group_width(inside, weight.stride[0]):
-            shown += f", {measured.outcome} ({state.profile})"
+        shown = f"grouped, {_both(widths)} channels in a group"
+        slow = next(width for width, other in zip(widths, fast, strict=True) if width != other)
+        if measured := state.profile.of_group_width(slow, weight.stride[0]):
+            shown += f", {measured.outcome}{f' with {slow}' * (inside != outside)} ({state.profile})"
         if fast[0] is None or fast[1] is None:
             return self.keep_float(f"{shown}: no width of up to 1.6 times as many channels has a fast INT8 kernel")
         if not all(channel_region(state.network, tensor) for tensor in (op.inputs[0], op.name)):
             return self.keep_float(f"{shown}, and zero channels do not fit between it and its neighbours")
-        return Verdict(
-            self.name, True, op.inputs[:1], f"{shown}, padded to {max(fast[0], fast[1])}", (fast[0], fast[1])
-        )
+        padded = (fast[0], fast[1])
+        return Verdict(self.name, True, op.inputs[:1], f"{shown}, padded to {_both(padded)}", padded)
+
+
+def _both(widths: tuple[int, int]) -> str:
+    return " -> ".join(map(str, dict.fromkeys(widths)))
 
 
 class WeightedInput(Rule):

@@ -265,3 +265,13 @@ def test_a_layer_that_is_float_in_one_profile_is_found():
     assert finding.cause.startswith("in profile 1: ")
     (finding,) = audit_precision([declared("conv")], [layer("", "INT8"), layer(" [profile 1]", "INT8")]).findings
     assert (finding.precision, finding.cause) == ("INT8", "")
+
+
+def test_a_builder_without_a_kernel_breaks_nothing():
+    layers = list(layers_from_log(RTX_CONVOLUTION))
+    up = replace(declared("/gone/Conv"), kind="DECONVOLUTION")
+    (finding,) = audit_precision([up], layers).broken
+    assert finding.has_kernel
+    found = audit_precision([up], layers, ("DECONVOLUTION",))
+    assert found.broken == ()
+    assert not found.findings[0].has_kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,13 +20,15 @@ from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
 from export.emit import emit
 from export.fewer_quantizers import write_float_twin, write_variant
-from export.fold import fold, fold_float
+from export.fold import fold, fold_float, layer_paths
 from export.from_checkpoint import export_onnx
 from export.from_float_onnx import quantize_onnx
-from export.pad_groups import GroupedAxis, pad_groups, without_padding
+from export.linter import lint_onnx
+from export.pad_groups import GroupedAxis, pad_groups, set_group_widths, without_padding
 from export.session import run, session
 from qat.base.errors import UserError
 from qat.fake_quantize.prepare import placement_of
+from qat.rules.kernel_profile import KernelProfile, LayerKind, MeasuredKind
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -65,11 +68,28 @@ class Functional(Block):
         return self.head(F.adaptive_avg_pool2d(self.last(y).relu(), 1).flatten(1))
 
 
+class TwoFunctions(nn.Module):
+    """Two grouped convolutions that one module's functions compute, with ``first`` and ``second`` channels a group."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__()
+        self.stem, self.middle = nn.Conv2d(3, 4 * first, 3, padding=1), nn.Conv2d(4 * first, 4 * second, 1)
+        self.a = nn.Parameter(0.1 * torch.randn(4 * first, first, 3, 3))
+        self.b = nn.Parameter(0.1 * torch.randn(4 * second, second, 3, 3))
+        self.last = nn.Conv2d(4 * second, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(self.stem(x).relu(), self.a, padding=1, groups=4).relu()
+        x = F.conv2d(self.middle(x).relu(), self.b, padding=1, groups=4).relu()
+        return self.last(x).mean((2, 3))
+
+
 def emitted(model: nn.Module) -> tuple[ir.Model, ir.Model, dict[str, GroupedAxis]]:
     """The file as it would be without padding, the padded one, and how tensors have changed."""
     ready = prepared(lively(model))
-    plain, padded = (emit(fold(ready)[0], X[:2], {}) for _ in range(2))
-    return plain, padded, pad_groups(padded, placement_of(ready))
+    folded, _ = fold(ready)
+    plain, padded = (emit(folded, X[:2], {}) for _ in range(2))
+    return plain, padded, pad_groups(padded, placement_of(ready), layer_paths(folded))
 
 
 def content(model: ir.Model) -> bytes:
@@ -129,6 +149,46 @@ def test_zero_channels_stand_between_the_convolutions_and_no_answer_changes(mode
     assert {(axis.groups, axis.width, axis.new) for axis in changed.values()} == {(4, width, wider)}
 
 
+@pytest.mark.parametrize(("widths", "padded"), [((48, 12), (64, 16)), ((24, 24), (32, 32)), ((16, 24), (16, 32))])
+def test_functions_with_one_label_are_told_apart(widths: tuple[int, int], padded: tuple[int, int]) -> None:
+    before, after, _ = emitted(TwoFunctions(*widths))
+    plain, wider = content(before), content(after)
+    np.testing.assert_allclose(answers(wider), answers(plain), rtol=1e-3, atol=1e-3)
+    shapes = [one.shape for one in constants(wider).values() if one.ndim == 4 and one.shape[2] == 3]
+    assert sorted(shapes) == sorted([(4 * padded[0], 3, 3, 3), *((4 * width, width, 3, 3) for width in padded)])
+
+
+def test_widths_are_never_cut() -> None:
+    plain, _, _ = emitted(Block(width=16))
+    (grouped,) = (node for node in plain.graph if node.name == "grouped")
+    assert not set_group_widths(plain, {grouped.outputs[0].name or "": (8, 8)}).original
+
+
+def test_constants_that_are_no_initializers_are_left() -> None:
+    plain, _padded, _ = emitted(Block())
+    proto = ir.to_proto(plain)
+    (bias,) = (one for one in proto.graph.initializer if one.name == "stem.bias")
+    proto.graph.initializer.remove(bias)
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["stem.bias"], "constant", value=bias))
+    model = ir.from_proto(proto)
+    assert not set_group_widths(model, {"grouped": (32, 32)}).original
+    assert (answers(content(model)) == answers(content(plain))).all()
+
+
+def test_new_constants_get_names_that_nothing_has() -> None:
+    """One bias serves two convolutions, and a tensor has the name that its copy would get."""
+    plain, _, _ = emitted(Block(gated=True))
+    bias = plain.graph.initializers["grouped.bias"]
+    excite, grouped, squeeze = (
+        next(node for node in plain.graph if node.name == name) for name in ("excite", "grouped", "squeeze")
+    )
+    excite.replace_input_with(2, bias)
+    squeeze.outputs[0].name = "grouped.bias_1"
+    before = answers(content(plain))
+    assert set_group_widths(plain, {grouped.outputs[0].name or "": (32, 32)}).original
+    np.testing.assert_allclose(answers(content(plain)), before, rtol=1e-5, atol=1e-5)
+
+
 def test_what_was_padded_can_be_taken_out_again() -> None:
     plain, padded, _ = emitted(Block(gated=True))
     without_padding(padded)
@@ -184,11 +244,40 @@ def test_exported_files_are_padded_and_agree_with_pytorch(
     assert audit.broken == ()
 
 
-def test_float_files_are_padded(tmp_path: Path) -> None:
-    path = tmp_path / "float.onnx"
-    model = prepared(lively(Block()))
-    ir.save(emit(fold_float(model), X[:2], {}), path)
-    found = quantize_onnx(path, inputs=X.numpy())
-    assert found.figures["parity"]["sqnr_db"] > 20
-    shapes = [one.shape for one in constants((tmp_path / "float.int8.onnx").read_bytes()).values()]
-    assert (128, 32, 3, 3) in shapes
+@pytest.fixture
+def float_file(tmp_path: Path) -> Path:
+    ir.save(emit(fold_float(prepared(lively(Block()))), X[:2], {}), tmp_path / "float.onnx")
+    return tmp_path / "float.onnx"
+
+
+def grouped_shapes(path: Path) -> list[tuple[int, ...]]:
+    found = [one.shape for one in constants(path.read_bytes()).values()]
+    return [shape for shape in found if shape[2:] == (3, 3) and shape[1] > 3]
+
+
+@pytest.mark.parametrize("weights", ["int8", "float"])
+def test_float_files_are_padded(weights: Any, float_file: Path) -> None:
+    found = quantize_onnx(float_file, inputs=X.numpy(), weights=weights)
+    assert found.figures["parity"]["sqnr_db"] > 30
+    quantized = float_file.with_suffix(".int8.onnx")
+    assert grouped_shapes(quantized) == [(128, 32, 3, 3)]
+    write_float_twin(quantized, float_file.with_name("twin.onnx"), half=False)
+    assert grouped_shapes(float_file.with_name("twin.onnx")) == [(96, 24, 3, 3)]
+    assert write_variant(quantized, [], float_file.with_name("variant.onnx"))
+    assert grouped_shapes(float_file.with_name("variant.onnx")) == [(128, 32, 3, 3)]
+    variant, same = (answers(path.read_bytes()) for path in (float_file.with_name("variant.onnx"), quantized))
+    np.testing.assert_allclose(variant, same, rtol=1e-4, atol=1e-4)
+
+
+def test_a_given_profile_decides_what_is_padded_and_lint_knows_it(float_file: Path) -> None:
+    kind = LayerKind(operation="convolution", in_channels=96, out_channels=96, groups=4, kernel=(3, 3))
+    gains = MeasuredKind(kind=kind, int8_ms=1.0, float_ms=2.0, in_int8=True, significant=True)
+    profile = KernelProfile("A GPU", "12.0", "10.16", "2026-11-30", 32, (gains,))
+    quantize_onnx(float_file, inputs=X.numpy(), profile=profile)
+    quantized = float_file.with_suffix(".int8.onnx")
+    assert grouped_shapes(quantized) == [(96, 24, 3, 3)]
+    assert lint_onnx(quantized, profile) == []
+    (finding,) = lint_onnx(quantized)
+    assert "its groups are not padded: grouped, 24 channels in a group" in str(finding)
+    assert write_variant(quantized, ["head"], float_file.with_name("variant.onnx"))  # as in the file
+    assert grouped_shapes(float_file.with_name("variant.onnx")) == [(96, 24, 3, 3)]

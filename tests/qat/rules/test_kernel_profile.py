@@ -10,6 +10,7 @@ import pytest
 
 from qat.base.errors import UserError
 from qat.graph.network import ConstantWeight
+from qat.options import CalibrateOptions, TrainOptions
 from qat.rules.kernel_profile import KernelProfile, LayerKind, MeasuredKind, given_profile
 
 PLAIN = {"operation": "convolution", "in_channels": 8, "out_channels": 8, "kernel": [3, 3]}
@@ -98,10 +99,10 @@ def test_any_other_text_is_refused(text: str, tmp_path: Path) -> None:
         KernelProfile.read(tmp_path / "missing.json")
 
 
-def measured(gain: float | None, *, significant: bool = True, **kind: Any) -> MeasuredKind:
+def measured(gain: float | None, *, significant: bool = True, in_int8: bool | None = None, **kind: Any) -> MeasuredKind:
     layer = LayerKind(operation=kind.pop("operation", "convolution"), **kind)
     times = (None, None) if gain is None else (1.0, gain)
-    return MeasuredKind(kind=layer, int8_ms=times[0], float_ms=times[1], in_int8=None, significant=significant)
+    return MeasuredKind(kind=layer, int8_ms=times[0], float_ms=times[1], in_int8=in_int8, significant=significant)
 
 
 def profile(*kinds: MeasuredKind) -> KernelProfile:
@@ -189,3 +190,28 @@ def test_a_given_profile_says_what_it_lacks(tmp_path: Path, capsys: pytest.Captu
     given_profile(path)
     assert "missing" not in capsys.readouterr().out
     assert given_profile(None) is None
+
+
+@pytest.mark.parametrize("options", [TrainOptions, CalibrateOptions])
+def test_commands_read_a_profile(options: Any, tmp_path: Path) -> None:
+    PROFILE.write(tmp_path / "h.json")
+    assert options(profile=tmp_path / "h.json").kernel_profile() == PROFILE
+    assert options().kernel_profile() is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("error", ["x"]), ("significant", "no"), ("significant", []), ("in_int8", [1]), ("int8_ms", True)],
+)
+def test_entries_of_other_types_are_refused(entry: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "h.json"
+    PROFILE.write(path)
+    content = json.loads(path.read_text())
+    content["kinds"][0][entry] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is no profile of kernels"):
+        KernelProfile.read(path)
+
+
+def test_a_layer_that_the_builder_ran_in_float_does_not_gain() -> None:
+    assert not measured(2.0, in_channels=16, out_channels=16, in_int8=False).gains
