@@ -29,6 +29,7 @@ from qat.base.errors import UserError
 from qat.base.exit_codes import NOT_INT8
 from qat.base.number_format import INT8
 from qat.base.text import megabytes
+from qat.rules.tuned import warn_if_tuned_elsewhere
 
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
 UNKNOWN_PROVENANCE = "unknown: the ONNX file has no sidecar"
@@ -116,6 +117,8 @@ def build_engine(
     type_rules(options)
     check_writable(output)
     toolkit = find_toolkit(builder)
+    if source and toolkit.device:
+        warn_if_tuned_elsewhere(source.details, toolkit.device.name, toolkit.version)
     if verify_speed or fall_back:
         check_comparable(toolkit, options, verify=verify_speed)
     toolkit.typing(options.precision)

@@ -157,7 +157,11 @@ def _sidecar(model: Path, tuned: Path, placement: TunedPlacement) -> Sidecar:
         source,
         parent=Parent.from_file(tuned, model, digest),
         figures={},
-        details=details | {"tuned": {"keep_float": placement.keep_float, "gpu": placement.gpu}, "reference": None},
+        details=details
+        | {
+            "tuned": {"keep_float": placement.keep_float, "gpu": placement.gpu, "tensorrt": placement.tensorrt},
+            "reference": None,
+        },
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from qat.base.artifact import write_json
-from qat.base.console import say
+from qat.base.console import say, warn
 from qat.base.errors import UserError, one_line
 
 
@@ -84,6 +86,19 @@ class TunedPlacement:
     def write(self, path: Path) -> None:
         """Writes it as JSON. Raises UserError when the disk does not take it."""
         write_json(path, asdict(self))
+
+
+def warn_if_tuned_elsewhere(details: Mapping[str, Any], gpu: str, tensorrt: str) -> None:
+    """Warns when a file was tuned for another GPU or version; ``details`` are those of its sidecar."""
+    tuned = details.get("tuned")
+    if not tuned:
+        return
+    here, there = (gpu, tensorrt), (tuned.get("gpu"), tuned.get("tensorrt"))
+    if here != there:
+        warn(
+            f"the file was tuned for {there[0]} with TensorRT {there[1]}, and this is {gpu} with {tensorrt}: what it "
+            "leaves in float may be slower here; tune it again (python -m deploy.tune)"
+        )
 
 
 class TunedName(str):

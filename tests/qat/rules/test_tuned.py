@@ -17,7 +17,7 @@ from qat.options import CalibrateOptions, TrainOptions
 from qat.placement import PlacementOptions
 from qat.placement import main as show_placement
 from qat.rules.place import place
-from qat.rules.tuned import FrontierPoint, Trial, TunedPlacement, tuned_names
+from qat.rules.tuned import FrontierPoint, Trial, TunedPlacement, tuned_names, warn_if_tuned_elsewhere
 
 TUNED = TunedPlacement(
     keep_float=("layer1.0.conv1", "layer2.0.downsample.0"),
@@ -37,6 +37,19 @@ TUNED = TunedPlacement(
 def path(tmp_path: Path) -> Path:
     TUNED.write(tmp_path / "t.json")
     return tmp_path / "t.json"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tensorrt", "warned"), [("A GPU", "8.6.0", False), ("Another", "8.6.0", True), ("A GPU", "11.1", True)]
+)
+def test_a_file_that_was_tuned_elsewhere_is_warned_of(
+    gpu: str, tensorrt: str, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    details = {"tuned": {"gpu": "A GPU", "tensorrt": "8.6.0"}}
+    warn_if_tuned_elsewhere(details, gpu, tensorrt)
+    warn_if_tuned_elsewhere({}, gpu, tensorrt)
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("tuned for A GPU with TensorRT 8.6.0, and this is" in said) is warned
 
 
 def test_it_is_read_as_it_was_written(path: Path) -> None:
