@@ -48,6 +48,7 @@ from qat.graph.torch_patches import without_autocast
 
 _PARITY_BATCH = 32
 _ALIKE = 0.95  # cosine of the logits; rounding does not bring a useful network below it
+_LEAST_DB = 30.0  # of a stretch between two quantizers, which gets the same inputs; float16 leaves 60 and more
 
 
 @without_autocast()
@@ -183,7 +184,8 @@ def export_onnx(
             folded, in_float32 or path, pairs(), layer_images, logits=is_classifier, wider=wider
         )
         say(f"PyTorch against ONNX Runtime on {compared.source}: {parity}")
-        if parity.smallest_logit_cosine is not None and parity.smallest_logit_cosine < _ALIKE:
+        cosine, least = parity.smallest_logit_cosine, parity.least_db
+        if (cosine is not None and cosine < _ALIKE) or (least is not None and least < _LEAST_DB):
             warn(
                 "ONNX Runtime computes other answers than PyTorch: check whether the network's own answers are of any "
                 "use, and report it if they are"

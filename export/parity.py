@@ -58,6 +58,11 @@ class Parity:
         """The layer that agrees least; None of a network that has only outputs of integers."""
         return min(self.layers, key=lambda layer: math.inf if layer.sqnr_db is None else layer.sqnr_db, default=None)
 
+    @property
+    def least_db(self) -> float | None:
+        """That of the worst layer; None if all are bitwise equal."""
+        return None if self.worst is None else self.worst.sqnr_db
+
     def to_json(self) -> dict[str, Any]:
         """For the sidecar."""
         return asdict(self) | {"worst_layer": None if self.worst is None else asdict(self.worst)}

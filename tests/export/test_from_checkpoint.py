@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import export.from_checkpoint
 from deploy.reference import network_input
 from export.fold import fold
 from export.from_checkpoint import export_onnx
+from export.parity import LayerParity, Parity
 from export.session import run, session, session_with_tensors
 from qat.base.artifact import Parent, Sidecar, TensorSpec, read_parent, read_sidecar, sha256_of
 from qat.base.errors import UserError
@@ -100,13 +101,20 @@ def test_answers_that_differ_are_warned_of(
     assert "other answers" not in capsys.readouterr().err
     real = export.from_checkpoint.measure
 
-    def negated(*given: Any, **options: Any) -> Any:
-        parity, *answers = real(*given, **options)
-        return dataclasses.replace(parity, smallest_logit_cosine=-parity.smallest_logit_cosine), *answers
+    def changed(parity: Parity) -> Iterator[Parity]:
+        assert parity.smallest_logit_cosine is not None
+        yield dataclasses.replace(parity, smallest_logit_cosine=-parity.smallest_logit_cosine)
+        yield dataclasses.replace(parity, layers=(*parity.layers, LayerParity("somewhere", 12.0)))
 
-    monkeypatch.setattr(export.from_checkpoint, "measure", negated)
-    export_onnx(*files)
-    assert "ONNX Runtime computes other answers than PyTorch" in capsys.readouterr().err
+    for index in range(2):
+
+        def other(*given: Any, at: int = index, **options: Any) -> Any:
+            parity, *answers = real(*given, **options)
+            return list(changed(parity))[at], *answers
+
+        monkeypatch.setattr(export.from_checkpoint, "measure", other)
+        export_onnx(*files)
+        assert "ONNX Runtime computes other answers than PyTorch" in capsys.readouterr().err
 
 
 def test_the_file_alone_says_how_to_use_it(chain: Path, exported: Sidecar) -> None:
