@@ -78,6 +78,10 @@ def kinds_of_layers() -> dict[str, list[LayerKind]]:
             *(transposed(inside, inside // 2, 2, 2) for inside in (32, 64, 128, 256)),
             transposed(64, 32, 3, 2),
             *(transposed(inside, outside, 4, 2) for inside, outside in ((64, 64), (128, 64), (256, 256))),
+            *(
+                replace(transposed(inside, inside // 2, 2, 2), operation="shuffled_convolution", weight_scales="output")
+                for inside in (32, 64, 128, 256)
+            ),
         ],
         "depthwise": [
             *(depthwise(size) for size in (3, 5, 7, 31)),

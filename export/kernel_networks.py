@@ -66,6 +66,8 @@ class _Network:
             return self._average_pool(self._codes(x) if quantized else x, kind)
         if kind.operation == "gate":
             return self._gate(x, kind, quantized)
+        if kind.operation == "shuffled_convolution":
+            return self._shuffled(x, kind, quantized)
         return self.weighted(x, LAYER, kind, quantized=quantized)
 
     def weighted(self, x: str, name: str, kind: LayerKind, *, quantized: bool) -> str:
@@ -128,6 +130,13 @@ class _Network:
         linear = LayerKind(operation="convolution", in_channels=kind.in_channels, out_channels=kind.out_channels)
         gate = self._node("Sigmoid", [self.weighted(mean, "gate", linear, quantized=False)], "sigmoid")
         return self._node("Mul", [self._codes(x) if quantized else x, gate], LAYER)
+
+    def _shuffled(self, x: str, kind: LayerKind, quantized: bool) -> str:
+        """A 1x1 convolution, whose channels become pixels."""
+        channels = kind.out_channels * kind.stride**2
+        convolution = LayerKind(operation="convolution", in_channels=kind.in_channels, out_channels=channels)
+        made = self.weighted(x, LAYER, convolution, quantized=quantized)
+        return self._node("DepthToSpace", [made], "shuffled", blocksize=kind.stride, mode="CRD")
 
     def _codes(self, x: str) -> str:
         """``x`` behind a QuantizeLinear and a DequantizeLinear, which all its readers share."""

@@ -24,7 +24,7 @@ _MOST_PADDING = 1.6  # times as many channels: the most that was measured, and I
 _FEW = 16  # with fewer input or output channels other kernels are used
 _PATCH = 4  # a convolution whose stride is its extent, and at least this, cuts an image into patches
 
-Operation = Literal["convolution", "transposed_convolution", "linear", "average_pool", "gate"]
+Operation = Literal["convolution", "transposed_convolution", "shuffled_convolution", "linear", "average_pool", "gate"]
 WeightScales = Literal["output", "input", "tensor"]
 """Which channels of a weight have a scale of their own: those of its output, those of its input, or none."""
 
@@ -34,7 +34,9 @@ class LayerKind:
     """A layer by what kernels depend on.
 
     Attributes:
-        operation: what it computes. A gate is squeeze-and-excitation: x * sigmoid(linear(mean of x)).
+        operation: what it computes. A gate is squeeze-and-excitation: x * sigmoid(linear(mean of x)). A shuffled
+            convolution computes what a transposed one of the same extent and stride does: a 1x1 convolution makes the
+            pixels of each patch as channels, which are then moved there.
         in_channels, out_channels: of a linear layer, its features.
         groups: of a convolution; ``in_channels`` of them make it depthwise.
         kernel: extents in height and width; (0, 0): those of the whole image.
