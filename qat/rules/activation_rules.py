@@ -127,6 +127,8 @@ class GateProduct(CodesThroughout):
     source = MEASURED
     cost = "the gate multiplies in FP16, so the convolutions around it write and read FP16"
 
+    writes_with_others = True
+
     def applies(self, op: Op, state: PlacementState) -> bool:
         """Products that are gates."""
         return op.name in gate_products(state.network)

@@ -340,16 +340,17 @@ def test_a_weight_that_is_computed_from_parameters_is_quantized(layer):
 
 
 class Gated(nn.Module):
-    """A depthwise convolution, squeeze-and-excite, and a convolution that reads the product."""
+    """A depthwise convolution, squeeze-and-excite, and a convolution that reads the product, or an activation of it."""
 
-    def __init__(self):
+    def __init__(self, activation=nn.Identity):
         super().__init__()
+        self.activation = activation()
         self.wide, self.squeeze, self.excite, self.head = conv(groups=16), conv(kernel=1), conv(kernel=1), conv()
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.wide(x))
         gate = F.relu(self.squeeze(F.adaptive_avg_pool2d(x, 1)))
-        return self.head(x * torch.sigmoid(self.excite(gate)))
+        return self.head(self.activation(x * torch.sigmoid(self.excite(gate))))
 
 
 def test_a_gate_and_what_it_multiplies_are_quantized():
@@ -362,6 +363,15 @@ def test_a_gate_and_what_it_multiplies_are_quantized():
         "mul": [("head_0", "weighted_input")],
     }
     assert all(decision.quantized for decision in placement(Gated()).decisions)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.SiLU])
+def test_a_gate_whose_product_goes_through_an_activation_is_quantized_too(activation):
+    found = placement(Gated(activation))
+    assert all(decision.quantized for decision in found.decisions)
+    assert {tensor.tensor for tensor in found.tensors} == {
+        *("x", "relu", "adaptive_avg_pool2d", "relu_1", "sigmoid", "activation"),
+    }
 
 
 def test_a_product_of_a_tensor_and_its_own_activation_is_an_activation():
