@@ -139,7 +139,7 @@ class _Reader:
                 if part is not None and len(part.uses()) == 1:
                     self.ops.pop(part.name or "", None)
         weight, dequantize = self._weight(node, kind)
-        kind = exact_kind(kind, weight, rolled is None and node.inputs[0] not in live)
+        kind = exact_kind(kind, weight, len(live), rolled is None and node.inputs[0] not in live)
         if node.op_type == "Gemm" and weight is None:
             kind = "matrix_product"
         outputs = [value for value in node.outputs if value.name]

@@ -57,7 +57,7 @@ def network_from_fx(traced: fx.GraphModule) -> Network:
         if weight is not None:
             weight = replace(weight, tensor=weight_names.get(weight.tensor, weight.tensor))
         first = node.args[0] if node.args else None
-        kind = exact_kind(kind, weight, isinstance(first, fx.Node) and first.name not in ops)
+        kind = exact_kind(kind, weight, len(inputs), isinstance(first, fx.Node) and first.name not in ops)
         made = found.get(node.name)
         floating = made is not None or kind == "output"
         ops[node.name] = Op(node.name, kind, inputs, label(node), weight, made, floating)

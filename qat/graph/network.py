@@ -57,14 +57,17 @@ class Op:
         return math.prod(self.shape[1:]) if self.shape else 0
 
 
-def exact_kind(kind: OpKind, weight: ConstantWeight | None, constant_data: bool) -> OpKind:
+def exact_kind(kind: OpKind, weight: ConstantWeight | None, inputs: int, constant_data: bool) -> OpKind:
     """Refines ``kind``, which the table gave an operation by its name, by what its inputs are.
 
-    A product with a constant matrix is a linear layer. Data movement whose data are constant, while a tensor says where
-    to, is a table lookup, which is "other".
+    A product with a constant matrix is a linear layer. The sum or product of one tensor, of ``inputs`` that are not
+    constant, and a constant is a pointwise function of that tensor, as an activation is. Data movement whose data are
+    constant, while a tensor says where to, is a table lookup, which is "other".
     """
     if kind == "matrix_product" and weight is not None:
         return "linear"
+    if kind in ("add", "multiply") and inputs == 1:
+        return "activation"
     return "other" if kind in COMMUTING and constant_data else kind
 
 

@@ -155,7 +155,7 @@ def test_what_is_computed_from_constants_alone_is_constant(view):
     graph.node("Mul", ["x", factor], "product")
     assert shown(view(graph.model())) == {
         "x": ("input", ()),
-        "product": ("multiply", ("x",)),
+        "product": ("activation", ("x",)),
         "output product": ("output", ("product",)),
     }
 

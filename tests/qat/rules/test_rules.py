@@ -374,6 +374,27 @@ def test_a_gate_whose_product_goes_through_an_activation_is_quantized_too(activa
     }
 
 
+class Scaled(nn.Module):
+    """A depthwise convolution whose output is scaled by constants before the next one reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.head, self.gain = conv(groups=16), conv(), nn.Parameter(torch.ones(1, 16, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.silu(self.wide(x) * 1.7) * self.gain + 0.5)
+
+
+def test_a_product_or_sum_with_a_constant_is_an_activation():
+    found = placement(Scaled())
+    assert [(one.label, one.rule) for one in found.weights] == [
+        ("wide.0", "weighted_input"),
+        ("head.0", "weighted_input"),
+    ]
+    assert found.decisions_about("add", "multiply") == ()
+    assert {tensor.tensor for tensor in found.tensors} == {"x", "add"}
+
+
 def test_a_product_of_a_tensor_and_its_own_activation_is_an_activation():
     class Swish(nn.Module):
         def __init__(self):
