@@ -19,7 +19,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from export.names import all_names, unused_name
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork, constant, network_from_onnx
 from export.qdq import DATA, SCALE
-from qat.base.console import warn
+from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.rules.channel_regions import ChannelRegion, channel_region
 from qat.rules.placement import Placement
@@ -73,6 +73,8 @@ def pad_groups(model: ir.Model, placement: Placement, paths: Mapping[str, str] |
             f"the groups of {', '.join(left[:3])}{' ...' * (len(left) > 3)} could not be padded, and have no fast INT8 "
             "kernel: leave out --merge-shortcuts if it is given, else quantize with these in float (--keep-float)"
         )
+    if padded := [labels[op] for op in labels if names[op] in done.original]:
+        say(f"groups padded with zero channels: {', '.join(padded[:3])}{' ...' * (len(padded) > 3)} ({len(padded)})")
     return done.tensors
 
 

@@ -229,6 +229,7 @@ def test_exported_files_are_padded_and_agree_with_pytorch(
     sidecar = export_onnx(checkpoint_of(tmp_path, "net.py:net"), "model.onnx")
     layers = sidecar.figures["parity"]["layers"]
     assert len(layers) > 4
+    assert "groups padded with zero channels: grouped (1)" in capsys.readouterr().out
     assert all(layer["sqnr_db"] is None or layer["sqnr_db"] > 100 for layer in layers)
     assert constants(Path("model.onnx").read_bytes())["grouped.weight"].shape == (128, 32, 3, 3)
 
