@@ -61,13 +61,15 @@ def pad_groups(model: ir.Model, placement: Placement, paths: Mapping[str, str] |
 
     Returns how the channels of each tensor between the convolutions have changed, by its name.
     """
-    labels = {one.op: one.label for one in placement.weights if one.quantized and one.group_widths}
-    wanted = {one.op: one.group_widths for one in placement.weights if one.op in labels and one.group_widths}
-    names = dict(zip(labels, labels, strict=True))
-    if wanted and paths is not None:
+    padding = [one for one in placement.weights if one.quantized and one.group_widths]
+    labels = {one.op: one.label for one in padding}
+    names = {op: op for op in labels}
+    if padding and paths is not None:
         of_weight = {op.weight.tensor: op.name for op in network_from_onnx(model).network if op.weight is not None}
         names = {op: of_weight.get(f"{paths.get(op)}.weight", "") for op in labels}
-    done = set_group_widths(model, {names[op]: widths for op, widths in wanted.items() if names[op]})
+    done = set_group_widths(
+        model, {names[one.op]: one.group_widths for one in padding if one.group_widths and names[one.op]}
+    )
     if left := [labels[op] for op in labels if names[op] not in done.original]:
         warn(
             f"the groups of {', '.join(left[:3])}{' ...' * (len(left) > 3)} could not be padded, and have no fast INT8 "
@@ -165,10 +167,10 @@ def _values(view: OnnxNetwork, region: ChannelRegion) -> Iterator[ir.Value]:
         waiting += [node.outputs[0] for node in value.consumers() if node.op_type in (QUANTIZE, DEQUANTIZE)]
 
 
-def _parts(node: ir.Node) -> list[tuple[ir.Node, int, int]] | None:
-    """What a convolution's output channels are stated by: (node, input, axis) of each constant, the weight first.
+def _parts(node: ir.Node) -> list[tuple[ir.Node, int]] | None:
+    """The constants that state a convolution's output channels along their first axis: (node, input), the weight first.
 
-    None if one of them is no initializer of the right extent. Scales of one value for all channels are left out.
+    A scale that serves all channels is left out. None if one of the others is not an initializer of the right extent.
     """
     quantizers: list[ir.Node] = []  # from the convolution to the constant
     at, index = node, WEIGHT
@@ -177,7 +179,7 @@ def _parts(node: ir.Node) -> list[tuple[ir.Node, int, int]] | None:
             return None
         quantizers.append(maker)
         at, index = maker, DATA
-    found = [(at, index, 0)]
+    found = [(at, index)]
     channels = _extent(at, index)
     if channels is None:
         return None
@@ -187,7 +189,7 @@ def _parts(node: ir.Node) -> list[tuple[ir.Node, int, int]] | None:
             continue
         if _extent(one, place) != channels:
             return None
-        found.append((one, place, 0))
+        found.append((one, place))
     return found
 
 
@@ -214,14 +216,14 @@ class _Writer:
 
     def resize_outputs(self, node: ir.Node, axis: GroupedAxis) -> None:
         """Resizes everything that states the output channels of a convolution."""
-        for one, index, along in _parts(node) or ():
+        for one, index in _parts(node) or ():
             is_scale = index == SCALE and one is not node
-            self._replace(one, index, axis, along, fill=1 if is_scale else 0)
+            self._replace(one, index, axis, along=0, fill=1 if is_scale else 0)
 
     def resize_inputs(self, node: ir.Node, axis: GroupedAxis) -> None:
         """Resizes the input channels of a convolution's weight."""
-        for one, index, _ in (_parts(node) or ())[:1]:
-            self._replace(one, index, axis, 1)
+        for one, index in (_parts(node) or ())[:1]:
+            self._replace(one, index, axis, along=1)
 
     def _replace(self, node: ir.Node, index: int, axis: GroupedAxis, along: int, fill: float = 0) -> None:
         value = node.inputs[index]

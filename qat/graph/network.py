@@ -30,6 +30,11 @@ class ConstantWeight:
     stride: tuple[int, ...] = ()
 
     @property
+    def is_depthwise(self) -> bool:
+        """Whether each input channel has a group of its own, of several."""
+        return 1 < self.groups == self.in_channels
+
+    @property
     def group_widths(self) -> tuple[int, int]:
         """Input and output channels of a group."""
         return self.in_channels // self.groups, self.out_channels // self.groups

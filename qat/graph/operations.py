@@ -35,6 +35,8 @@ OpKind = Literal[
 
 WEIGHTED: tuple[OpKind, ...] = ("convolution", "transposed_convolution", "linear")
 POOLS: tuple[OpKind, ...] = ("average_pool", "global_pool")
+# Each value of their output depends on the values at the same place alone.
+POINTWISE: tuple[OpKind, ...] = ("activation", "unfused_activation", "batch_norm", "dropout", "multiply")
 # TensorRT moves Q and DQ across these, because the codes of the input are the codes of the output.
 COMMUTING: tuple[OpKind, ...] = ("max_pool", "dropout", "data_movement", "split")
 

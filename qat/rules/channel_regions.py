@@ -9,14 +9,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from qat.graph.network import Network, Op
-from qat.graph.operations import OpKind
+from qat.graph.operations import POINTWISE, POOLS, OpKind
 from qat.rules.fusion import stands_alone
 
 # Every channel of their output depends on the same channel of their inputs alone.
-_APART: tuple[OpKind, ...] = (
-    *("activation", "unfused_activation", "batch_norm", "dropout", "multiply"),
-    *("max_pool", "average_pool", "global_pool"),
-)
+_APART: tuple[OpKind, ...] = (*POINTWISE, "max_pool", *POOLS)
 
 
 @dataclass(frozen=True)

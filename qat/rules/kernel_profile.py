@@ -192,8 +192,11 @@ class KernelProfile:
         )
         channels = math.log(weight.in_channels * weight.out_channels)
         alike = [one for one in self.kinds if _traits_of(one.kind) == wanted and one.kind.dilation == 1]
-        key = {one: abs(math.log(one.kind.in_channels * one.kind.out_channels) - channels) for one in alike}
-        return min(alike, key=key.__getitem__, default=None)
+        return min(
+            alike,
+            key=lambda one: abs(math.log(one.kind.in_channels * one.kind.out_channels) - channels),
+            default=None,
+        )
 
     def of_group_width(self, width: int, stride: int = 1) -> MeasuredKind | None:
         """The grouped convolution with groups of ``width`` channels, if possible with this stride."""

@@ -10,11 +10,9 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 from qat.graph.network import Op
-from qat.graph.operations import WEIGHTED, OpKind
+from qat.graph.operations import POINTWISE, WEIGHTED
 from qat.rules.rule import MEASURED, PlacementState, Rule, Verdict
 from qat.rules.weight_rules import GroupedChannels
-
-_BETWEEN: tuple[OpKind, ...] = ("activation", "unfused_activation", "batch_norm", "dropout", "multiply")
 
 
 class NeighbourRule(Rule):
@@ -73,7 +71,7 @@ def _has_no_kernel(op: Op, state: PlacementState) -> bool:
 def _before(op: Op, state: PlacementState) -> Iterator[Op]:
     """The layer that ``op`` reads, with what fuses into it between."""
     source = state.network[op.inputs[0]]
-    while source.kind in _BETWEEN:
+    while source.kind in POINTWISE:
         source = state.network[source.inputs[0]]
     if source.kind in WEIGHTED:
         yield source
@@ -84,7 +82,7 @@ def _behind(op: Op, state: PlacementState) -> Iterator[Op]:
     waiting = [op]
     while waiting:
         for reader in state.network.readers(waiting.pop().name):
-            if reader.kind in _BETWEEN:
+            if reader.kind in POINTWISE:
                 waiting.append(reader)
             else:
                 yield reader

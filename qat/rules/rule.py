@@ -134,7 +134,7 @@ class PlacementState:
         """
         found = self.fusing_convolution(tensor)
         weight = None if found is None else self.network[found].weight
-        return weight is not None and (weight.groups == 1 or weight.groups != weight.in_channels)
+        return weight is not None and not weight.is_depthwise
 
     def written_by(self, op: Op) -> str:
         """The tensor that the kernel of ``op`` writes, including everything that fuses into that kernel."""

@@ -91,8 +91,7 @@ class MeasuredLoss(Rule):
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
         """Float, if such a layer was measured, and loses; grouped and transposed ones have their own rules."""
         weight = op.weight
-        grouped = weight is not None and 1 < weight.groups != weight.in_channels
-        if weight is None or grouped or op.kind == "transposed_convolution":
+        if weight is None or op.kind == "transposed_convolution" or (weight.groups > 1 and not weight.is_depthwise):
             return None
         found = state.profile.like("linear" if op.kind == "linear" else "convolution", weight)
         if found is None or not found.loses:
@@ -123,9 +122,9 @@ class GroupedChannels(Rule):
         if weight is None or weight.groups == 1:
             return None
         widths = inside, outside = weight.group_widths
-        fast = widths if inside == 1 else tuple(map(state.profile.fast_group_width, widths))
+        fast = widths if weight.is_depthwise else tuple(map(state.profile.fast_group_width, widths))
         outputs = weight.groups * (fast[1] or outside)
-        multiple = 2 if inside == 1 else 8
+        multiple = 2 if weight.is_depthwise else 8
         if max(weight.kernel) < 3 or outputs % multiple:
             shown = f"grouped, {outputs} output channels, kernel {max(weight.kernel)}"
             return self.keep_float(f"{shown}: must be a multiple of {multiple}, and at least 3")
