@@ -5,7 +5,7 @@
 
 FOLDER/NAME/ours.onnx are Q/DQ files (benchmarks/placement_models.py, benchmarks/random_networks.py). OUTPUT/NAME.json
 is the tuned placement, with what was tried; OUTPUT/tuning.jsonl has a line for each network, and a table is printed.
-With --exhaustive all combinations of so many regions that lose, the first the search would try, are measured, too.
+With --exhaustive all combinations of so many layers, those that gain least in INT8, are measured, too.
 Needs TensorRT, a GPU and onnx, and no torch.
 """
 
@@ -24,7 +24,6 @@ from deploy.tuned_engine import tune_engine
 from deploy.tuning_bench import EngineBench
 from qat.base.console import table
 from qat.base.errors import UserError, one_line
-from qat.rules.regions import losing_regions
 
 
 def tune(model: Path, output: Path, minutes: float, batch: int) -> dict[str, Any]:
@@ -44,26 +43,22 @@ def tune(model: Path, output: Path, minutes: float, batch: int) -> dict[str, Any
 
 
 def exhaustive(model: Path, count: int, batch: int) -> dict[str, Any]:
-    """The best of all combinations of the ``count`` regions that lose most."""
+    """The best of all combinations of the ``count`` layers that lose most in INT8, or gain least."""
     toolkit = find_toolkit("tensorrt")
     with tempfile.TemporaryDirectory() as folder:
         bench = EngineBench(toolkit, model, Path(folder), batch, 200)
-        network = bench.network
-        regions = losing_regions(network, bench.losses(frozenset()))[:count]
-        parts = range(len(regions) + 1)
-        unions = {
-            frozenset().union(*(region.labels for region in chosen))
-            for size in parts
-            for chosen in itertools.combinations(regions, size)
-        }
-        best, least = frozenset[str](), float("inf")
-        for kept in sorted(unions, key=lambda one: (len(one), sorted(one))):
-            found = bench.compare(best, kept)
-            if found is not None and found[1].median < min(least, found[0].median):
-                best, least = kept, found[1].median
+        losses = bench.losses(frozenset())
+        layers = sorted(losses, key=lambda label: -losses[label])[:count]
+        sizes = range(1, len(layers) + 1)
+        choices = [frozenset(chosen) for size in sizes for chosen in itertools.combinations(layers, size)]
+        best, ratio = frozenset[str](), 1.0
+        for kept in choices:
+            found = bench.compare(frozenset(), kept)
+            if found is not None and found[1].median / found[0].median < ratio:
+                best, ratio = kept, found[1].median / found[0].median
         rules, _, last = bench.final(best)
-    found = {"regions": len(regions), "combinations": len(unions)}
-    return found | {"best_ms": round(last.median, 5), "rules_ms": round(rules.median, 5)}
+    found_best = {"best_ms": round(last.median, 5), "best": sorted(best), "rules_ms": round(rules.median, 5)}
+    return {"layers": layers, "combinations": len(choices), **found_best}
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from deploy.engine_file import EngineFile, build_engine
 from deploy.float_twin import float_precision
 from deploy.installed import find_toolkit
 from deploy.settings import BuilderOptions, Profile
-from deploy.tuning import Kept, frontier, search
+from deploy.tuning import frontier, search
 from deploy.tuning_bench import EngineBench
 from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.console import say, table, warn
@@ -19,6 +19,7 @@ from qat.base.errors import UserError
 from qat.graph.network import Network
 from qat.graph.operations import WEIGHTED
 from qat.rules.float_steps import FloatStep, read_float_steps
+from qat.rules.regions import Kept
 from qat.rules.tuned import FrontierPoint, TunedPlacement
 
 

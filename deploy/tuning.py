@@ -1,7 +1,8 @@
-"""Which layers to leave in float, by the time of the whole engine: tries regions, and keeps only what is faster.
+"""Which layers to leave in float, by the time of the whole engine: tries placements, and keeps only what is faster.
 
-The search starts from the placement of the rules. The times of the layers say where INT8 loses; they only propose. What
-decides is the latency of the whole engine against the best so far, both in turns in one measurement.
+The search starts from the placement of the rules. The times of its layers and a price of conversions between types say
+which placement would take the least time (qat/rules/regions.py). Each trial tells the price better. The times only
+propose: what decides is the latency of the whole engine against the best so far, both in turns in one measurement.
 """
 
 from __future__ import annotations
@@ -15,20 +16,18 @@ from deploy.measure import Latency
 from qat.base.console import say
 from qat.graph.network import Network
 from qat.rules.float_steps import FloatStep
-from qat.rules.regions import changes, grown, losing_regions
+from qat.rules.regions import Kept, TypeCosts, changes
 from qat.rules.tuned import FrontierPoint, Trial
 
-Kept = frozenset[str]
-"""Labels of the operations that stay in float."""
-_CLOSE = 1.05
-"""A region that costs less than this is tried once more with what is next to it: its ends may be the cost."""
+_OTHER_PRICES = (2.0, 0.5, 4.0, 0.25)  # times what conversions seem to cost, which the model of their cost may miss
+_MOST_PRICES = 8
 
 
 class Bench(Protocol):
     """Builds and times engines."""
 
     def losses(self, kept: Kept) -> Mapping[str, float]:
-        """Milliseconds that each layer takes longer than in the float engine, conversions included, by label."""
+        """Milliseconds that each layer takes longer than in the float engine, by label; only those that are in INT8."""
 
     def compare(self, best: Kept, other: Kept) -> tuple[Latency, Latency] | None:
         """The latencies of two engines, in turns; None if the other one cannot be built."""
@@ -85,38 +84,51 @@ class _Searching:
     def __init__(self, network: Network, bench: Bench, clock: Callable[[], float], end: float) -> None:
         self._network, self._bench, self._clock, self._end = network, bench, clock, end
         self._best: Kept = frozenset()
+        self._ratio = 1.0  # of the best's time to that of the rules' placement
         self._tried: set[Kept] = {self._best}
         self._trials: list[Trial] = []
         self._ended = False
 
     def run(self) -> Search:
-        """First whole regions, then small changes to what was found."""
-        while self._try_regions():
-            pass
+        """First the cheapest placements, then small changes to what was found."""
+        self._try_cheapest()
         while self._try_changes():
             pass
         return Search(self._best, tuple(self._trials), complete=not self._ended)
 
-    def _try_regions(self) -> bool:
-        """Tries regions until one is kept; False if none is."""
-        losses = self._bench.losses(self._best)
-        waiting = losing_regions(self._network, losses, self._best)
-        while waiting:
-            region = waiting.pop(0)
-            ratio = self._try(f"{region} in float", self._best | region.labels)
-            if ratio is not None and ratio < 1:
-                return True
-            if ratio is not None and ratio < _CLOSE and "grown" not in region.kind:
-                waiting.insert(0, grown(self._network, region, losses))
-        return False
+    def _try_cheapest(self) -> None:
+        """The cheapest placement if conversions cost nothing; then at the price that the last trial showed, and others.
+
+        It ends when that price leads to a placement that was tried.
+        """
+        costs = TypeCosts(self._network, self._bench.losses(self._best))
+        if not costs.can_gain:
+            return
+        price = 0.0
+        for _ in range(_MOST_PRICES):
+            kept = costs.cheapest(price)
+            if (found := self._try(_cheapest_at(price, kept), kept)) is None:
+                break
+            converted = costs.converted(kept)
+            if not converted:
+                break
+            gained = found.rules_ms * (1 - found.ratio)
+            price = max(0.0, costs.loss(kept) - gained) / converted
+        for factor in _OTHER_PRICES:
+            other = factor * (price or costs.dearest / 8)
+            kept = costs.cheapest(other)
+            self._try(_cheapest_at(other, kept), kept)
 
     def _try_changes(self) -> bool:
         """Tries small changes until one is kept; False if none is."""
-        ratios = (self._try(change, kept) for change, kept in changes(self._network, self._best))
-        return any(ratio is not None and ratio < 1 for ratio in ratios)
+        return any(self._is_kept(self._try(change, kept)) for change, kept in changes(self._network, self._best))
 
-    def _try(self, what: str, kept: Kept) -> float | None:
-        """Tries a placement unless it was tried or time is over. Its time against the best's, below 1 if it is kept."""
+    @staticmethod
+    def _is_kept(outcome: _Outcome | None) -> bool:
+        return outcome is not None and outcome.kept
+
+    def _try(self, what: str, kept: Kept) -> _Outcome | None:
+        """Tries a placement. None if it was tried before, time is over, or TensorRT refuses it."""
         self._ended = self._ended or (kept not in self._tried and self._clock() >= self._end)
         if self._ended or kept in self._tried:
             return None
@@ -127,10 +139,24 @@ class _Searching:
         _say(self._trials[-1], found)
         if found is None:
             return None
+        rules_ms = found[0].median / self._ratio
+        ratio = found[1].median / rules_ms
         if faster:
-            self._best = kept
-        ratio = found[1].median / found[0].median
-        return ratio if faster else max(ratio, 1.0)
+            self._best, self._ratio = kept, ratio
+        return _Outcome(faster, ratio, rules_ms)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of a trial: whether it was kept, its time as a ratio to that of the rules' placement, and the latter."""
+
+    kept: bool
+    ratio: float
+    rules_ms: float
+
+
+def _cheapest_at(price: float, kept: Kept) -> str:
+    return f"{len(kept)} in float, the least time where a million converted values take {price:.3g} ms"
 
 
 def _say(trial: Trial, found: tuple[Latency, Latency] | None) -> None:

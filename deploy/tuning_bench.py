@@ -13,10 +13,11 @@ from deploy.measure import Latency, latencies_of_built, layer_times
 from deploy.runtime import Engine
 from deploy.settings import BuildSettings, Profile
 from deploy.trt import Toolkit
-from deploy.tuning import Kept
 from qat.base.console import say
 from qat.base.errors import UserError
+from qat.base.number_format import INT8
 from qat.graph.network import Network
+from qat.rules.regions import Kept
 
 _LAYER_RUNS = 50
 
@@ -67,7 +68,8 @@ class EngineBench:
                 costs.charge(layer_times(stack.enter_context(self._load(built)), self._batch, _LAYER_RUNS))
                 for built in (self.engine(kept), self.float_engine())
             )
-        return {label: int8[label] - floats[label] for label in int8.keys() & floats.keys()}
+        inside = {one.node for one in self.engine(kept).audit.findings if one.precision == INT8.name}
+        return {label: int8[label] - floats[label] for label in int8.keys() & floats.keys() & inside}
 
     def compare(self, best: Kept, other: Kept) -> tuple[Latency, Latency] | None:
         """As Bench.compare. Only these two engines are kept in memory."""

@@ -1,83 +1,121 @@
-"""Parts of a network that may be left in float together: what lies between two places where one tensor passes.
+"""Which layers to leave in float together, by the times of layers and what the conversions between types cost.
 
-Leaving single layers in float rarely pays, because both of their ends convert. Inside of a region nothing does.
+Leaving single layers in float rarely pays, because their ends convert. Given a price of a conversion, the placement of
+the least time is a minimum cut of a graph: on one side the operations in float, on the other those in INT8. The cut
+goes through what each layer takes longer in its type, and through the tensors that are converted.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 
-from qat.graph.network import Network
-from qat.graph.operations import WEIGHTED
+import networkx as nx
+
+from qat.graph.network import Network, Op
+from qat.graph.operations import COMMUTING, WEIGHTED
 from qat.rules.keep_float import CHOOSABLE
 
-
-@dataclass(frozen=True)
-class Region:
-    """Operations by label, the milliseconds that INT8 loses on them, and how they were found."""
-
-    labels: frozenset[str]
-    loss: float
-    kind: str
-
-    def __str__(self) -> str:
-        first = min(self.labels)
-        return f"{self.kind}: {len(self.labels)} from {first} (INT8 loses {1000 * self.loss:.1f} us)"
+_VECTOR = 32  # channels that INT8 tensors are stored in at a time
+_UNIT = 1e9  # capacities are whole numbers, in which a cut is exact
+_FLOAT, _INT8 = ("float", ""), ("int8", "")  # the two ends of the graph; its other nodes are (role, operation)
+Kept = frozenset[str]
+"""Labels of the operations that stay in float."""
 
 
-def segments(network: Network) -> list[list[str]]:
-    """The operations between neighbouring cuts, in order. A cut is a tensor that alone leads from what is before it on.
-
-    Each list has the names of its operations; together they are the whole network.
-    """
-    order = list(network.ops)
-    position = {name: index for index, name in enumerate(order)}
-    last_read = {name: max((position[reader.name] for reader in network.readers(name)), default=-1) for name in order}
-    found: list[list[str]] = [[]]
-    furthest = -1  # how far what is before is read
-    for index, name in enumerate(order):
-        found[-1].append(name)
-        alone = furthest <= index
-        furthest = max(furthest, last_read[name])
-        if alone and index < len(order) - 1:
-            found.append([])
-    return [segment for segment in found if segment]
-
-
-def losing_regions(network: Network, loss: Mapping[str, float], kept: Collection[str] = ()) -> list[Region]:
-    """Regions to leave in float, the one that promises most first.
+class TypeCosts:
+    """Times of a network's layers in both types, for any price of a conversion.
 
     Args:
         network: the neutral view.
         loss: milliseconds that each layer takes longer in INT8 than in FP16, by label; less than 0 where it gains.
-        kept: labels that are in float already.
-
-    Regions are: neighbouring layers that lose; all layers that lose; segments, and runs of segments, that lose as a
-    whole. Those that hold nothing new are left out.
+            Other layers have no INT8 kernel.
     """
-    losing = {op.name for op in network if op.kind in WEIGHTED and loss.get(op.label, 0.0) > 0}
-    parts = segments(network)
-    found: list[tuple[str, Iterable[str]]] = [("neighbours", part) for part in _neighbours(network, losing)]
-    found.append(("all layers that lose", losing))
-    found += [("segment", part) for part in parts]
-    found += [("run of segments", [name for part in run for name in part]) for run in _runs(network, parts, loss)]
-    regions: dict[frozenset[str], Region] = {}
-    for kind, names in found:
-        labels = frozenset(network[name].label for name in names if network[name].kind in CHOOSABLE) - set(kept)
-        total = sum(loss.get(label, 0.0) for label in labels)
-        if labels and total > 0 and any(network[name].kind in WEIGHTED for name in names):
-            regions.setdefault(labels, Region(labels, total, kind))
-    return sorted(regions.values(), key=lambda region: (-region.loss, len(region.labels), sorted(region.labels)))
+
+    def __init__(self, network: Network, loss: Mapping[str, float]) -> None:
+        self._network, self._loss = network, loss
+
+    @property
+    def can_gain(self) -> bool:
+        """Whether any layer loses in INT8."""
+        return any(loss > 0 for loss in self._loss.values())
+
+    @property
+    def dearest(self) -> float:
+        """The price at which conversions cost as much as all layers that lose would gain in float by themselves."""
+        kept = self.cheapest(0.0)
+        return self.loss(kept) / (self.converted(kept) or 1.0)
+
+    def loss(self, kept: Kept) -> float:
+        """Milliseconds that the layers ``kept`` in float take less there, without conversions."""
+        return sum(self._loss.get(label, 0.0) for label in kept)
+
+    def cheapest(self, price: float) -> Kept:
+        """What to leave in float where converting a million values takes ``price`` milliseconds."""
+        graph = self._conversions(price)
+        for op in self._network:
+            loss = self._loss.get(op.label, 0.0) if op.kind in WEIGHTED else 0.0
+            if self._has_no_kernel(op):
+                graph.add_edge(_FLOAT, ("op", op.name))
+            elif loss > 0:  # what it costs to be INT8
+                graph.add_edge(_FLOAT, ("op", op.name), capacity=_whole(loss))
+            elif loss < 0:
+                graph.add_edge(("op", op.name), _INT8, capacity=_whole(-loss))
+        # Of several minimum cuts networkx takes that with the smallest part at the end: as little as possible in float.
+        _, (_, floats) = nx.minimum_cut(graph.reverse(copy=False), _INT8, _FLOAT)
+        return frozenset(
+            op.label
+            for op in self._network
+            if ("op", op.name) in floats and op.kind in CHOOSABLE and not self._has_no_kernel(op)
+        )
+
+    def converted(self, kept: Kept) -> float:
+        """Millions of values that are converted where ``kept`` is in float and all other layers in INT8."""
+        graph = self._conversions(1.0)
+        for op in self._network:
+            if self._has_no_kernel(op) or op.label in kept:
+                graph.add_edge(_FLOAT, ("op", op.name))
+            elif op.kind in WEIGHTED:
+                graph.add_edge(("op", op.name), _INT8)
+        return int(nx.minimum_cut_value(graph, _FLOAT, _INT8)) / _UNIT
+
+    def _has_no_kernel(self, op: Op) -> bool:
+        return op.kind == "other" or (op.kind in WEIGHTED and op.label not in self._loss)
+
+    def _conversions(self, price: float) -> nx.DiGraph:
+        """Edges between operations: a tensor costs once if its maker and a reader have other types.
+
+        TensorRT moves a Q in front of what only moves data, so that is in INT8 if one of its readers is. The network's
+        inputs and outputs are float in all engines, and are in the layers' times.
+        """
+        graph = nx.DiGraph()
+        graph.add_nodes_from((_FLOAT, _INT8))
+        for op in self._network:
+            readers = [reader for reader in self._network.readers(op.name) if reader.kind != "output"]
+            if op.kind in ("input", "output") or not readers:
+                continue
+            maker, cost = ("op", op.name), _whole(price * _stored_values(op) / 1e6)
+            graph.add_edge(("to float", op.name), maker, capacity=cost)
+            graph.add_edge(maker, ("to int8", op.name), capacity=cost)
+            for reader in readers:
+                graph.add_edge(("op", reader.name), ("to float", op.name))  # without a capacity, it is never cut
+                graph.add_edge(("to int8", op.name), ("op", reader.name))
+                if op.kind in COMMUTING:
+                    graph.add_edge(maker, ("op", reader.name))
+        return graph
 
 
-def grown(network: Network, region: Region, loss: Mapping[str, float]) -> Region:
-    """The region with the weighted layers next to it on all sides."""
-    names = {op.name for op in network if op.label in region.labels}
-    beside = {other for name in names for other in _beside(network, name)} - names
-    labels = region.labels | {network[name].label for name in beside}
-    return Region(labels, sum(loss.get(label, 0.0) for label in labels), f"{region.kind}, grown")
+def _whole(milliseconds: float) -> int:
+    return round(_UNIT * milliseconds)
+
+
+def _stored_values(op: Op) -> float:
+    """Values of its output for one image, with channels in whole vectors; 1 if the shape is not known."""
+    if not op.shape or len(op.shape) < 2:
+        return 1.0
+    channels = math.ceil(op.shape[1] / _VECTOR) * _VECTOR if len(op.shape) == 4 else op.shape[1]
+    return float(channels * math.prod(op.shape[2:]))
 
 
 def changes(network: Network, kept: Collection[str]) -> list[tuple[str, frozenset[str]]]:
@@ -134,17 +172,4 @@ def _beside(network: Network, name: str) -> set[str]:
                         found.add(other)
                     else:
                         waiting.append(other)
-    return found
-
-
-def _runs(network: Network, parts: list[list[str]], loss: Mapping[str, float]) -> list[list[list[str]]]:
-    """For each segment the run that ends with it and loses most, if it is longer than one."""
-    found = []
-    total, start = 0.0, 0
-    for end, part in enumerate(parts):
-        if total <= 0:
-            total, start = 0.0, end
-        total += sum(loss.get(network[name].label, 0.0) for name in part)
-        if total > 0 and start < end:
-            found.append(parts[start : end + 1])
     return found
