@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from export import ops
 from export.names import unused_name
-from qat.base.errors import UserError
+from qat.graph.attention import attention_of_products
 from qat.graph.fx_network import arguments, function_name, kind_of
 from qat.graph.rewrites import PLAIN_NORMS
 
@@ -137,32 +137,6 @@ def lower(folded: fx.GraphModule) -> None:
             path = unused_path(folded, node.name)
             folded.add_submodule(path, Clip(*bounds))
             node.op, node.target, node.args, node.kwargs = "call_module", path, (node.args[0],), {}
-
-
-def attention_of_products(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention in evaluation, of operators that every TensorRT parses.
-
-    query, key, value: [N, heads, length, width]. Raises UserError for grouped queries.
-    """
-    if enable_gqa:
-        raise UserError("attention with grouped queries (enable_gqa) cannot be exported: repeat its keys and values")
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
-    if is_causal:
-        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return scores.softmax(-1) @ value
 
 
 def roll_of_slices(x: Tensor, shifts: int | tuple[int, ...], dims: int | tuple[int, ...]) -> Tensor:

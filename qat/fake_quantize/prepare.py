@@ -20,13 +20,14 @@ from qat.base.errors import UserError
 from qat.fake_quantize.folded_norms import FOLDED_NORMS, fold_norm_behind
 from qat.fake_quantize.layers import quantized_layer
 from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
+from qat.graph.attention import fuse_attention
 from qat.graph.constants import constant_value
 from qat.graph.fx_network import weight_axis, weight_source
 from qat.graph.reparameterization import advice
 from qat.graph.tracing import Shapes, TracedModel, network_of, trace
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
-from qat.rules.placement import Placement
+from qat.rules.placement import Placement, QuantizedTensor
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
 WEIGHT_QUANTIZERS = "weight_quantizers"  # for weights that a function reads; a module has its own quantizer
@@ -77,7 +78,8 @@ def prepare(
         if decision.quantized:
             fold_norm_behind(traced, nodes[decision.op])
             _quantize_weight(traced, nodes[decision.op])
-    quantizers = nn.ModuleDict({tensor.quantizer: ActivationQuantizer() for tensor in placement.tensors})
+    fuse_attention(traced, {decision.op for decision in placement.decisions if decision.quantized})
+    quantizers = nn.ModuleDict({tensor.quantizer: _activation_quantizer(tensor) for tensor in placement.tensors})
     traced.add_submodule(ACTIVATION_QUANTIZERS, quantizers.train(traced.training))
     for tensor in placement.tensors:
         source = nodes[tensor.tensor]
@@ -89,6 +91,13 @@ def prepare(
     traced.recompile()
     traced.meta["placement"] = placement
     return traced.to(_device(model))
+
+
+def _activation_quantizer(tensor: QuantizedTensor) -> ActivationQuantizer:
+    quantizer = ActivationQuantizer()
+    if tensor.amax is not None:
+        quantizer.fix(tensor.amax)
+    return quantizer
 
 
 def _quantize_weight(traced: fx.GraphModule, node: fx.Node) -> None:

@@ -53,4 +53,5 @@ def learn_ranges(prepared: fx.GraphModule) -> None:
     for _, _, quantizer in weights_and_quantizers(prepared):
         quantizer.learn()
     for activation in activation_quantizers(prepared).values():
-        activation.learn()
+        if not activation.fixed:
+            activation.learn()

@@ -1,12 +1,25 @@
-"""Multi-head attention of torch.nn as single operations, so that its projections and products can be quantized."""
+"""Attention as single operations, so that its projections and products can be quantized, and as one again.
+
+Both of PyTorch's functions are traced as what they compute: multi_head_attention_forward with its projections, and
+scaled_dot_product_attention. The latter is put back together where its products stay in float, because PyTorch has fast
+kernels for it.
+"""
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Collection
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch import fx
 
 from qat.base.errors import UserError
+
+FUSED = "scaled_dot_product_attention"
+"""``meta`` of a product that was the end of such a function."""
 
 
 def attention(
@@ -68,3 +81,93 @@ def attention(
         weights = weights.mean(1) if average_attn_weights else weights
     joined = mixed.permute(2, 0, 1, 3).reshape(length, batch, width)
     return F.linear(joined, out_proj_weight, out_proj_bias), weights
+
+
+def attention_of_products(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """torch.nn.functional.scaled_dot_product_attention, whose arguments these are, of operators that TensorRT parses.
+
+    query, key, value: [N, heads, length, width]. What scales and transposes comes before the products, so that codes of
+    their factors can be multiplied. Raises UserError for grouped queries.
+    """
+    if enable_gqa:
+        raise UserError("attention with grouped queries (enable_gqa) is not supported: repeat its keys and values")
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = scores.softmax(-1)
+    if dropout_p:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ value
+
+
+def fuse_attention(traced: fx.GraphModule, products: Collection[str]) -> None:
+    """Makes attentions one operation again, except of those that end with one of ``products``, names of nodes.
+
+    One with a mask of bools or with dropout stays as it was traced, and so does one of whose inside something else reads.
+    """
+    for mixed in list(traced.graph.nodes):
+        if not mixed.meta.get(FUSED) or mixed.name in products:
+            continue
+        weights, value = mixed.args
+        scores = weights.args[0] if weights.target == "softmax" else None
+        if scores is None:
+            continue
+        product, mask = scores, None
+        if scores.target is operator.add:
+            product, mask = scores.args
+        if product.target is not operator.matmul:
+            continue
+        scaled, transposed = product.args
+        inside = [weights, scores, product, scaled, transposed]
+        if any(len(node.users) != 1 for node in inside):
+            continue
+        (query, factor), key = scaled.args, transposed.args[0]
+        with traced.graph.inserting_before(mixed):
+            fused = traced.graph.call_function(
+                F.scaled_dot_product_attention, (query, key, value), {"attn_mask": mask, "scale": factor}
+            )
+        fused.meta = dict(mixed.meta)
+        mixed.replace_all_uses_with(fused)
+        for node in dict.fromkeys([mixed, *inside]):
+            traced.graph.erase_node(node)
+
+
+def scale_before_product(traced: fx.GraphModule) -> None:
+    """Multiplies the first factor of a product of two tensors by the number that its result is multiplied by.
+
+    So attentions have one form, in which their factors can be quantized: (s * q) @ k instead of s * (q @ k).
+    """
+    products = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm")
+    for node in list(traced.graph.nodes):
+        times = node.target in (operator.mul, torch.mul, "mul")
+        by = node.target in (operator.truediv, torch.div, "div")
+        if not (times or by) or len(node.args) != 2:
+            continue
+        product, factor = node.args
+        if times and isinstance(product, (int, float)):
+            product, factor = factor, product
+        scales = isinstance(factor, (int, float)) and isinstance(product, fx.Node) and product.target in products
+        if not scales or len(product.users) != 1 or len(product.all_input_nodes) != 2:
+            continue
+        first = product.args[0]
+        if not isinstance(first, fx.Node) or not first.meta.get("tensor"):
+            continue
+        with traced.graph.inserting_before(product):
+            scaled = traced.graph.call_function(operator.mul, (first, factor if times else 1 / factor))
+        scaled.meta = dict(node.meta)
+        product.args = (scaled, *product.args[1:])
+        node.replace_all_uses_with(product)
+        traced.graph.erase_node(node)

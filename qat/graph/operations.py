@@ -29,6 +29,8 @@ OpKind = Literal[
     "dropout",  # absent from the engine, but in training it scales up the values it keeps
     "data_movement",  # keeps values unchanged, or adds only zeros, so its output has the scale of its input
     "split",  # data movement with several outputs; "data_movement" operations select one of them
+    "softmax",  # its values are between 0 and 1
+    "mask",  # sets some values of a tensor to a constant
     "shape",  # reads no values: a size, or arithmetic on sizes
     "other",
 ]
@@ -37,6 +39,7 @@ WEIGHTED: tuple[OpKind, ...] = ("convolution", "transposed_convolution", "linear
 POOLS: tuple[OpKind, ...] = ("average_pool", "global_pool")
 # Each value of their output depends on the values at the same place alone.
 POINTWISE: tuple[OpKind, ...] = ("activation", "unfused_activation", "batch_norm", "dropout", "multiply")
+FLOAT_ONLY: tuple[OpKind, ...] = ("softmax", "mask", "other")
 # TensorRT moves Q and DQ across these, because the codes of the input are the codes of the output.
 COMMUTING: tuple[OpKind, ...] = ("max_pool", "dropout", "data_movement", "split")
 
@@ -161,6 +164,8 @@ OPERATIONS = (
         "data_movement", (), ("clone", "detach", "float", "view_as", "reshape_as", "expand_as", "select", "t"), ()
     ),
     Operation("data_movement", (), ("to",), (), _keeps_floats),
+    Operation("softmax", ("Softmax",), ("softmax",), ("Softmax",)),
+    Operation("mask", (), ("masked_fill", "where"), ("Where",)),
     Operation("shape", (), ("size", "dim", "numel"), ("Shape", "Size")),
     Operation("shape", (), ("getattr",), (), _states_a_size),
     Operation("data_movement", (), ("getattr",), (), lambda attributes: attributes.get("name") in ("T", "mT", "data")),

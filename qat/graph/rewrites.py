@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from qat.base.errors import UserError
+from qat.graph.attention import scale_before_product
 from qat.graph.fx_network import function_name, kind_of, label
 from qat.graph.set_item import set_item, with_item
 from qat.graph.tracer import parts_of_norm
@@ -45,6 +46,7 @@ def rewrite(traced: fx.GraphModule) -> None:
     _plain_norms(traced)
     _stacks_as_concats(traced)
     _drop_identities(traced)
+    scale_before_product(traced)
     _follow_device(traced)
     for node in traced.graph.nodes:
         if hasattr(nn.ModuleDict, node.name):  # x.to(...) makes a node "to", but no submodule may have that name

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 
 from qat.base.errors import UserError, one_line
-from qat.graph.attention import attention
+from qat.graph.attention import FUSED, attention, attention_of_products
 from qat.graph.inputs import Inputs
 from qat.graph.outputs import leaves
 from qat.graph.stand_in import Shape, Traced, UntraceableError, any_traced, are_equal, is_traced, sample_of
@@ -134,6 +134,10 @@ class Tracer(fx.Tracer):
         """Records one operation; returns a plain value if its result is known, otherwise stand-ins."""
         if kind == "call_function" and target is nn.functional.multi_head_attention_forward:
             return attention(*args, **kwargs)
+        if kind == "call_function" and target is nn.functional.scaled_dot_product_attention:
+            mixed = attention_of_products(*args, **kwargs)
+            mixed.node.meta[FUSED] = True
+            return mixed
         if kind == "call_method" and target in _NEW and not any_traced((args[1:], kwargs)):
             sample: Tensor = args[0].samples[0]
             return getattr(torch.empty(0, dtype=sample.dtype, device=sample.device), target)(*args[1:], **kwargs)

@@ -63,7 +63,7 @@ class ResidualAddOfConvolutions(ResidualAdd):
 
 
 class ProductOfActivations(Rule):
-    """A matrix product without a constant factor, as in attention."""
+    """A matrix product without a constant factor that is not one of an attention."""
 
     name = "product_of_activations"
     sentence = "a product of two activations stays in float"

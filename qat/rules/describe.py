@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qat.base.console import console, say
 from qat.graph.network import Network
-from qat.graph.operations import WEIGHTED
+from qat.graph.operations import FLOAT_ONLY, WEIGHTED
 from qat.rules.obstacles import KeptFloat
 from qat.rules.place import RULES
 from qat.rules.placement import Decision, Placement
@@ -71,9 +71,9 @@ def print_placement(view: PlacementView) -> None:
     decisions = view.placement.decisions
     _print_decisions("INT8", names, [decision for decision in decisions if decision.quantized])
     _print_decisions("float", names, [decision for decision in decisions if not decision.quantized])
-    others = [names[op.name] for op in view.network if op.kind == "other"]
+    others = [names[op.name] for op in view.network if op.kind in FLOAT_ONLY]
     if others:
-        say(f"\nfloat, because no rule knows these operations ({len(others)})")
+        say(f"\nfloat, because no rule makes these operations INT8 ({len(others)})")
         _print_names(others)
     groups = view.placement.scale_groups()
     if groups:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qat.graph.data_movement import first_reads
 from qat.graph.network import Network, Op
-from qat.graph.operations import COMMUTING
+from qat.graph.operations import COMMUTING, FLOAT_ONLY
 from qat.rules.describe import PlacementView
 from qat.rules.graph_layout import Point, Wire, lay_out
 from qat.rules.obstacles import KeptFloat
@@ -103,7 +103,7 @@ class _Picture:
     def size(self, op: Op) -> tuple[float, float]:
         """Width and height of a box, from the length of its text."""
         letters = len(f"{op.label} {_kind(op)}")
-        if op.name in self.decisions or op.kind == "other":
+        if op.name in self.decisions or op.kind in FLOAT_ONLY:
             return letters * LETTER + 16, HEIGHT
         return letters * SMALL_LETTER + 14, SMALL_HEIGHT
 
@@ -127,7 +127,7 @@ class _Picture:
             computes = "INT8" if decision.quantized else "float"
             tip += f"\n{computes} by {self._rule(decision.rule)}"
             tip += f"\n{decision.reason}" if decision.reason else ""
-        elif op.kind == "other":
+        elif op.kind in FLOAT_ONLY:
             tip += f"\nfloat: {UNKNOWN}"
         x, y = centre[0] - width / 2, centre[1] - height / 2
         return _Box(x, y, width, height, _state(op, decision), op.label, _kind(op), tip)
@@ -167,7 +167,7 @@ class _Picture:
 
 def _state(op: Op, decision: Decision | None) -> str:
     if decision is None:
-        return "float" if op.kind == "other" else "neutral"
+        return "float" if op.kind in FLOAT_ONLY else "neutral"
     if decision.quantized:
         return "int8"
     return "kept" if decision.rule == KeptFloat.name else "float"

@@ -13,7 +13,7 @@ from qat.graph.operations import POOLS, WEIGHTED
 from qat.rules.fusion import stands_alone
 from qat.rules.tuned import TunedName
 
-CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply")
+CHOOSABLE = (*WEIGHTED, *POOLS, "add", "concat", "multiply", "matrix_product")
 """Kinds of operations that may be INT8, as some norms may."""
 
 

@@ -34,6 +34,7 @@ from qat.rules.activation_rules import (
     UnfusedAdd,
     UnfusedNorm,
 )
+from qat.rules.attention_rules import AttentionProduct
 from qat.rules.keep_float import KeepFloat
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.neighbour_rules import BesideFloatGroups, GroupedFloatOutput
@@ -87,7 +88,7 @@ PASSES = (
         only_weighted=True,
     ),
     Pass((SharedWeight(),), only_weighted=True),
-    Pass((ResidualAdd(), ResidualAddOfConvolutions(), ProductOfActivations())),
+    Pass((ResidualAdd(), ResidualAddOfConvolutions(), AttentionProduct(), ProductOfActivations())),
     Pass(
         (PoolInput(), SharedConcatScale(), GateProduct(), UnfusedAdd(), UnfusedNorm(), UnfusedActivation()),
         backward=True,

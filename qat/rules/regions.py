@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 import networkx as nx
 
 from qat.graph.network import Network, Op
-from qat.graph.operations import COMMUTING, WEIGHTED
+from qat.graph.operations import COMMUTING, FLOAT_ONLY, WEIGHTED
 from qat.rules.keep_float import CHOOSABLE
 
 _VECTOR = 32  # channels that INT8 tensors are stored in at a time
@@ -81,7 +81,7 @@ class TypeCosts:
         return int(nx.minimum_cut_value(graph, _FLOAT, _INT8)) / _UNIT
 
     def _has_no_kernel(self, op: Op) -> bool:
-        return op.kind == "other" or (op.kind in WEIGHTED and op.label not in self._loss)
+        return op.kind in FLOAT_ONLY or (op.kind in WEIGHTED and op.label not in self._loss)
 
     def _conversions(self, price: float) -> nx.DiGraph:
         """Edges between operations: a tensor costs once if its maker and a reader have other types.

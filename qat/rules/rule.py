@@ -130,11 +130,12 @@ class PlacementState:
     def takes_sum(self, tensor: str) -> bool:
         """Whether an addition can fuse into the INT8 convolution that makes ``tensor``: not into a depthwise one.
 
-        TensorRT 8.6.0 has no INT8 kernel for a depthwise convolution with a sum (seen at 8 channels).
+        TensorRT 8.6.0 has no INT8 kernel for a depthwise convolution with a sum (seen at 8 channels). Nor into a linear
+        layer: transformers are faster where their sums, and so what their normalizations read, stay in float.
         """
         found = self.fusing_convolution(tensor)
-        weight = None if found is None else self.network[found].weight
-        return weight is not None and not weight.is_depthwise
+        layer = None if found is None else self.network[found]
+        return layer is not None and layer.kind == "convolution" and not (layer.weight and layer.weight.is_depthwise)
 
     def written_by(self, op: Op) -> str:
         """The tensor that the kernel of ``op`` writes, including everything that fuses into that kernel."""

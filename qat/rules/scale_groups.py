@@ -2,7 +2,8 @@
 
 A tensor and its moved copies hold the same values. TensorRT can move a Q from one to the other, but only if all have
 the same scale. So a tensor and its moved copies form a tree with one scale, and a quantized concatenation joins the
-trees of its inputs with the tree of its output. Within a tree, quantizers stand as late as possible, with one
+trees of its inputs with the tree of its output. Only the factors of an attention, which are parts of one tensor and go
+to one kernel, have scales of their own. Within a tree, quantizers stand as late as possible, with one
 exception: where paths part and all that follows is read quantized, one quantizer stands before the branch.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from qat.graph.data_movement import Read, final_reads, source_of
 from qat.graph.network import Network, Op
 from qat.graph.operations import COMMUTING
+from qat.rules.attention_rules import ATTENTION_PRODUCT
 from qat.rules.placement import QuantizedRead, QuantizedTensor
 from qat.rules.rule import GUIDE, PlacementState, Reads, Rule, Verdict
 
@@ -24,16 +26,18 @@ def share_scales(network: Network, reads: Reads) -> tuple[QuantizedTensor, ...]:
     for source in dict.fromkeys(source_of(network, tensor) for _, tensor in reads):
         settled |= _quantizers_behind(source, state)
     scales = _scales(network, reads)
+    owners = {tensor: _owner(network, tensor, rule) for (_, tensor), rule in settled.items()}
     readers: dict[str, list[str]] = {}
     for reader, tensor in sorted(settled, key=lambda read: network.position(read[0])):
         readers.setdefault(tensor, []).append(reader)
     tensors = sorted(readers, key=network.position)
-    quantizer = {scales[source_of(network, tensor)]: tensor for tensor in tensors}  # named after its last tensor
+    quantizer = {scales[owners[tensor]]: tensor for tensor in tensors}  # named after its last tensor
     return tuple(
         QuantizedTensor(
             tensor,
-            quantizer[scales[source_of(network, tensor)]],
+            quantizer[scales[owners[tensor]]],
             tuple(QuantizedRead(reader, settled[reader, tensor]) for reader in readers[tensor]),
+            1.0 if network[source_of(network, tensor)].kind == "softmax" else None,
         )
         for tensor in tensors
     )
@@ -59,6 +63,8 @@ class OneQuantizer(Rule):
         if op.kind == "dropout":
             behind = [state.reads[read] for read in final_reads(network, op.name, state.reads) if read in state.reads]
             return Verdict(behind[0] if len(behind) == 1 else self.name, True, (tensor,))
+        if any(state.reads.get(read) == ATTENTION_PRODUCT for read in final_reads(network, op.name, state.reads)):
+            return None
         parts = len(_readers_of_codes(tensor, state)) > 1 or (
             op.kind == "split" and sum(_moves_codes(part, state) for part in network.readers(op.name)) > 1
         )
@@ -66,6 +72,17 @@ class OneQuantizer(Rule):
 
 
 ONE_QUANTIZER = OneQuantizer()
+
+
+def _owner(network: Network, tensor: str, rule: str) -> str:
+    """The tensor whose scale ``tensor`` has: the one that it is a copy of, or, as a factor of an attention, a part of."""
+    op = network[tensor]
+    while op.kind in COMMUTING:
+        before = network[op.inputs[0]]
+        if rule == ATTENTION_PRODUCT and (before.kind == "split" or op.elements < before.elements):
+            break
+        op = before
+    return op.name
 
 
 def _quantizers_behind(source: str, state: PlacementState) -> dict[Read, str]:
