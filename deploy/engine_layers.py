@@ -47,6 +47,7 @@ _PROFILE = re.compile(r" \[profile (\d+)\]$")
 _FOREIGN = re.compile(r"\{ForeignNode\[(.*)\]\}")
 _POINTWISE = "PWN("
 _BETWEEN_NAMES = re.compile(r" \+ | \|\| ")
+_ATTENTION = "_gemm_mha"
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
 
 
@@ -114,7 +115,12 @@ class EngineLayer:
     @property
     def names_product(self) -> bool:
         """Whether the layer is a generated kernel whose name lists a convolution or a matrix product."""
-        return _PRODUCT_WORD.search(_operations(self.name)) is not None
+        return _PRODUCT_WORD.search(_operations(self.name)) is not None or self.is_attention
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether the layer is a kernel that computes both products of an attention and the softmax between."""
+        return self.name.startswith(_ATTENTION)
 
     @property
     def dequantizes_first(self) -> bool:
