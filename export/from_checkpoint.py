@@ -34,6 +34,7 @@ from export.pad_groups import pad_groups
 from export.parity import measure
 from export.reference import Sample, reference_path, write_reference
 from export.session import sqnr_db
+from export.split_projections import split_projections
 from export.tensor_names import names_of_inputs, names_of_outputs, output_shapes
 from export.trained_network import Images, TrainedNetwork
 from qat.base.artifact import Sidecar, TensorSpec, check_writable, read_sidecar, sidecar_path, write_artifact
@@ -130,6 +131,8 @@ def export_onnx(
 
     start = time.perf_counter()
     folded, dead = fold(network.model) if form.quantized else (fold_float(network.model), [])
+    if form.quantized:
+        split_projections(folded, network.inputs)
     shapes = output_shapes(folded, network.inputs)
     inputs, outputs = names_of_inputs(network.inputs, input_names), names_of_outputs(folded, shapes, output_names)
     _check_classes(network, shapes)

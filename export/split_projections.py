@@ -1,0 +1,197 @@
+"""Makes one linear layer whose output is only cut into parts several layers, as q, k and v of an attention.
+
+TensorRT-RTX multiplies such a layer in float: it moves the cut in front of the product, and dequantizes the weight for
+that. Layers of their own stay INT8, and the builder computes them at once. Codes, scales and answers stay the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from export.fold import Dequantize
+from export.lower import unused_path
+from qat.fake_quantize.layers import QuantizedLinear
+from qat.graph.fx_network import kind_of
+from qat.graph.inputs import Inputs
+from qat.graph.operations import COMMUTING
+
+_BATCHES = (2, 3)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor that holds ``features`` of a layer's output, and how they lie in it.
+
+    The layer's rows, [..., features], become it when they are reshaped to ``shape`` and permuted by ``order``.
+    """
+
+    node: fx.Node
+    features: range
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+def split_projections(folded: fx.GraphModule, inputs: Inputs) -> list[str]:
+    """Splits them in a folded network, in place; ``inputs`` are its inputs. Returns the paths of the layers it split."""
+    modules = dict(folded.named_modules())
+    _read_sizes_from_input(folded, [_run(folded, inputs, batch) for batch in _BATCHES])
+    values = [_run(folded, inputs, batch) for batch in _BATCHES]
+    done = []
+    for node in list(folded.graph.nodes):
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(layer, QuantizedLinear) and isinstance(layer.weight_quantizer, Dequantize):
+            if sum(other.target == node.target for other in folded.graph.nodes) > 1:
+                continue
+            if parts := _parts(node, modules, values):
+                _split(folded, node, layer, parts)
+                done.append(str(node.target))
+    if done:
+        folded.graph.eliminate_dead_code()
+        folded.delete_all_unused_submodules()
+        folded.graph.lint()
+        folded.recompile()
+    return done
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node, and keeps what it gives."""
+        self.values[n] = super().run_node(n)
+        return self.values[n]
+
+
+def _run(folded: fx.GraphModule, inputs: Inputs, batch: int) -> dict[fx.Node, Any]:
+    """What every node gives for a batch, as tensors without data."""
+    recorder = _Recorder(folded)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        recorder.run(*(mode.from_tensor(torch.zeros(batch, *shape)) for shape in inputs.shapes.values()))
+    return recorder.values
+
+
+def _read_sizes_from_input(folded: fx.GraphModule, values: list[dict[fx.Node, Any]]) -> None:
+    """Makes sizes constants, or multiples of the batch size, so that no tensor is read for its size alone."""
+    given = folded.graph.find_nodes(op="placeholder")
+    with folded.graph.inserting_after(given[-1]):
+        batch = folded.graph.call_method("size", (given[0], 0))
+    for node in [node for node in folded.graph.nodes if node is not batch]:
+        one, two = (found.get(node) for found in values)
+        if type(one) is not int or type(two) is not int or node.op == "placeholder":
+            continue
+        if one == two:
+            node.replace_all_uses_with(one)  # type: ignore[arg-type]
+        elif one * _BATCHES[1] == two * _BATCHES[0] and one % _BATCHES[0] == 0:
+            with folded.graph.inserting_after(batch):
+                size = (
+                    batch
+                    if one == _BATCHES[0]
+                    else folded.graph.call_function(operator.mul, (batch, one // _BATCHES[0]))
+                )
+            node.replace_all_uses_with(size)
+    folded.graph.eliminate_dead_code()
+    folded.recompile()
+
+
+def _parts(node: fx.Node, modules: Mapping[str, nn.Module], values: list[dict[fx.Node, Any]]) -> list[_Part]:
+    """The parts that a layer's output is cut into, in order; [] if it is not cut, or something else reads it."""
+    shapes = [tuple(one[node].shape) for one in values]
+    growing = [axis for axis, extents in enumerate(zip(*shapes, strict=True)) if len(set(extents)) > 1]
+    if len(growing) != 1:
+        return []
+    shape = shapes[0]
+    numbered = torch.arange(math.prod(shape)).reshape(shape)
+    parts = []
+    for leaf, found in _leaves(node, numbered, modules, values[0]):
+        part = None if found is None else _part(leaf, found, shape, growing[0])
+        if part is None:
+            return []
+        parts.append(part)
+    parts.sort(key=lambda part: part.features.start)
+    ends = [0, *(part.features.stop for part in parts)]
+    whole = [part.features.start for part in parts] == ends[:-1] and ends[-1] == shape[-1]
+    return parts if whole and len(parts) > 1 else []
+
+
+def _leaves(
+    node: fx.Node, numbered: Tensor, modules: Mapping[str, nn.Module], values: dict[fx.Node, Any]
+) -> Iterator[tuple[fx.Node, Tensor | None]]:
+    """The moved copies of a tensor that something else than data movement reads, of ``numbered``, which stands for it.
+
+    None is given where that is not known.
+    """
+    waiting: list[tuple[fx.Node, Any]] = [(node, numbered)]
+    while waiting:
+        current, value = waiting.pop()
+        moves = [kind_of(reader, dict(modules)) in COMMUTING and reader.op != "call_module" for reader in current.users]
+        if not all(moves) or not moves:
+            yield current, value if not any(moves) and isinstance(value, Tensor) else None
+            continue
+        for reader in current.users:
+            known = values | {current: value}
+            args, kwargs = fx.map_arg((reader.args, reader.kwargs), known.__getitem__)
+            try:
+                moved = getattr(args[0], reader.target)(*args[1:], **kwargs) if reader.op == "call_method" else None
+                moved = reader.target(*args, **kwargs) if reader.op == "call_function" else moved
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                yield reader, None
+                continue
+            waiting.append((reader, moved))
+
+
+def _part(node: fx.Node, found: Tensor, shape: tuple[int, ...], growing: int) -> _Part | None:
+    """How ``found``, whose values are positions in a layer's output of ``shape``, is made of some features; or None."""
+    width = shape[-1]
+    columns = found.remainder(width)
+    features = range(int(columns.min()), int(columns.max()) + 1)
+    rows = math.prod(shape[:-1])
+    if found.numel() != rows * len(features) or found.ndim < 2:
+        return None
+    positions = found.div(width, rounding_mode="floor") * len(features) + columns - features.start
+    strides = [
+        int(positions.select(axis, 1).flatten()[0] - positions.flatten()[0]) if extent > 1 else 0
+        for axis, extent in enumerate(found.shape)
+    ]
+    order = sorted(range(found.ndim), key=lambda axis: (-strides[axis], axis))
+    extents = [found.shape[axis] for axis in order]
+    permutation = tuple(order.index(axis) for axis in range(found.ndim))
+    rebuilt = torch.arange(positions.numel()).reshape(extents).permute(permutation)
+    batch_stride = math.prod(shape[growing + 1 : -1]) * len(features)
+    if not torch.equal(rebuilt, positions) or batch_stride not in strides:
+        return None
+    free = order.index(strides.index(batch_stride))
+    return _Part(node, features, tuple(-1 if at == free else extent for at, extent in enumerate(extents)), permutation)
+
+
+def _split(folded: fx.GraphModule, node: fx.Node, layer: QuantizedLinear, parts: list[_Part]) -> None:
+    quantizer = layer.weight_quantizer
+    assert isinstance(quantizer, Dequantize)
+    for number, part in enumerate(parts):
+        chosen = slice(part.features.start, part.features.stop)
+        own = copy.copy(layer)
+        own._parameters, own._buffers, own._modules = {}, {}, {}
+        own.out_features = len(part.features)
+        own.register_buffer("weight", layer.weight[chosen].clone())
+        own.bias = None if layer.bias is None else nn.Parameter(layer.bias[chosen].clone(), requires_grad=False)
+        own.add_module("weight_quantizer", Dequantize(quantizer.scale[chosen], quantizer.axis, quantizer.format))
+        path = unused_path(folded, f"{node.target}_{number}")
+        folded.add_submodule(path, own)
+        with folded.graph.inserting_before(node):
+            made = folded.graph.call_module(path, (node.args[0],))
+        with folded.graph.inserting_before(part.node):
+            shaped = folded.graph.call_method("reshape", (made, part.shape))
+            moved = folded.graph.call_method("permute", (shaped, part.order))
+        for new in (made, shaped, moved):
+            new.meta = dict(node.meta)
+        part.node.replace_all_uses_with(moved)
