@@ -47,7 +47,7 @@ _PROFILE = re.compile(r" \[profile (\d+)\]$")
 _FOREIGN = re.compile(r"\{ForeignNode\[(.*)\]\}")
 _POINTWISE = "PWN("
 _BETWEEN_NAMES = re.compile(r" \+ | \|\| ")
-_ATTENTION = "_gemm_mha"
+_ATTENTION = ("_gemm_mha", "_gemv_mha")
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
 
 

@@ -30,6 +30,7 @@ from export.pad_groups import pad_groups
 from export.read import is_quantized, read_onnx
 from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
+from export.scaled_products import scale_before_product
 from export.session import run, runs_in_onnx_runtime, session, session_with_tensors
 from export.weight_codes import WeightQuantizer
 from qat.base.artifact import (
@@ -245,6 +246,7 @@ def _read_float_network(path: Path) -> ir.Model:
     norms = [rewrites.fuse_batchnorm_into_conv_rule, rewrites.fuse_batchnorm_into_conv_transpose_rule]
     model = onnxscript.rewriter.rewrite(model, norms)
     reuse_concats(model.graph)
+    scale_before_product(model.graph)
     return model
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from export.fold import Dequantize
 from export.lower import unused_path
@@ -41,11 +41,11 @@ class _Part:
 
 
 def split_projections(folded: fx.GraphModule, inputs: Inputs) -> list[str]:
-    """Splits them in a folded network, in place; ``inputs`` are its inputs. Returns the paths of the layers it split."""
+    """Splits them in a folded network, in place; ``inputs`` are its inputs. Returns the paths of those layers."""
     modules = dict(folded.named_modules())
     _read_sizes_from_input(folded, [_run(folded, inputs, batch) for batch in _BATCHES])
     values = [_run(folded, inputs, batch) for batch in _BATCHES]
-    done = []
+    done: list[str] = []
     for node in list(folded.graph.nodes):
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(layer, QuantizedLinear) and isinstance(layer.weight_quantizer, Dequantize):
@@ -88,17 +88,15 @@ def _read_sizes_from_input(folded: fx.GraphModule, values: list[dict[fx.Node, An
         batch = folded.graph.call_method("size", (given[0], 0))
     for node in [node for node in folded.graph.nodes if node is not batch]:
         one, two = (found.get(node) for found in values)
+        size: Any
         if type(one) is not int or type(two) is not int or node.op == "placeholder":
             continue
         if one == two:
-            node.replace_all_uses_with(one)  # type: ignore[arg-type]
+            node.replace_all_uses_with(one)
         elif one * _BATCHES[1] == two * _BATCHES[0] and one % _BATCHES[0] == 0:
+            times = one // _BATCHES[0]
             with folded.graph.inserting_after(batch):
-                size = (
-                    batch
-                    if one == _BATCHES[0]
-                    else folded.graph.call_function(operator.mul, (batch, one // _BATCHES[0]))
-                )
+                size = folded.graph.call_function(operator.mul, (batch, times)) if times > 1 else batch
             node.replace_all_uses_with(size)
     folded.graph.eliminate_dead_code()
     folded.recompile()
@@ -136,14 +134,15 @@ def _leaves(
         current, value = waiting.pop()
         moves = [kind_of(reader, dict(modules)) in COMMUTING and reader.op != "call_module" for reader in current.users]
         if not all(moves) or not moves:
-            yield current, value if not any(moves) and isinstance(value, Tensor) else None
+            known = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
+            yield current, value if not any(moves) and known else None
             continue
         for reader in current.users:
-            known = values | {current: value}
-            args, kwargs = fx.map_arg((reader.args, reader.kwargs), known.__getitem__)
+            args, kwargs = fx.map_arg((reader.args, reader.kwargs), (values | {current: value}).__getitem__)
+            target: Any = reader.target
             try:
-                moved = getattr(args[0], reader.target)(*args[1:], **kwargs) if reader.op == "call_method" else None
-                moved = reader.target(*args, **kwargs) if reader.op == "call_function" else moved
+                moved = getattr(args[0], target)(*args[1:], **kwargs) if reader.op == "call_method" else None
+                moved = target(*args, **kwargs) if reader.op == "call_function" else moved
             except (RuntimeError, TypeError, ValueError, IndexError):
                 yield reader, None
                 continue

@@ -116,7 +116,7 @@ def attention_of_products(
 def fuse_attention(traced: fx.GraphModule, products: Collection[str]) -> None:
     """Makes attentions one operation again, except of those that end with one of ``products``, names of nodes.
 
-    One with a mask of bools or with dropout stays as it was traced, and so does one of whose inside something else reads.
+    One with a mask of bools or with dropout stays as it was traced, and so does one whose insides something else reads.
     """
     for mixed in list(traced.graph.nodes):
         if not mixed.meta.get(FUSED) or mixed.name in products:

@@ -73,7 +73,7 @@ class AttentionProduct(Rule):
 
     name = ATTENTION_PRODUCT
     sentence = (
-        "the two products of an attention read INT8 where TensorRT fuses them: heads of 16, 32 or 64 values, at most 512 "
+        "the two products of an attention read INT8 where TensorRT fuses them: heads of 16, 32 or 64 values, 2 to 512 "
         "tokens, and nothing else reads the softmax"
     )
     source = GUIDE
@@ -101,6 +101,8 @@ class AttentionProduct(Rule):
         head, tokens = query[-1], max(query[-2], values[-2])
         if head not in HEAD_SIZES:
             return f"heads of {head} values: 16, 32 and 64 are fused"
+        if query[-2] < 2:
+            return "one query: TensorRT multiplies vectors in float"
         if tokens > MOST_TOKENS:
             return f"{tokens} tokens: at most {MOST_TOKENS} are fused"
         tensor = attention.softmax

@@ -9,6 +9,7 @@ exception: where paths part and all that follows is read quantized, one quantize
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from qat.graph.data_movement import Read, final_reads, source_of
@@ -75,11 +76,13 @@ ONE_QUANTIZER = OneQuantizer()
 
 
 def _owner(network: Network, tensor: str, rule: str) -> str:
-    """The tensor whose scale ``tensor`` has: the one that it is a copy of, or, as a factor of an attention, a part of."""
+    """The tensor whose scale ``tensor`` has: what it is a copy of, or, as a factor of an attention, a part of."""
     op = network[tensor]
     while op.kind in COMMUTING:
         before = network[op.inputs[0]]
-        if rule == ATTENTION_PRODUCT and (before.kind == "split" or op.elements < before.elements):
+        if rule == ATTENTION_PRODUCT and (
+            before.kind == "split" or math.prod(op.shape or ()) < math.prod(before.shape or ())
+        ):
             break
         op = before
     return op.name

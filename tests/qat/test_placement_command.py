@@ -97,7 +97,7 @@ def test_the_whole_page_of_a_small_network(capsys: pytest.CaptureFixture[str], n
         "float by pool_input: nothing after it reads INT8 (1 global pool)",
         "  mean",
         "",
-        "float, because no rule knows these operations (1)",
+        "float, because no rule makes these operations INT8 (1)",
         "  norm",
         "",
         "shared scales",
@@ -130,7 +130,7 @@ def test_a_module_of_many_operations_is_listed_by_its_parts(capsys: pytest.Captu
 def test_segmentation_models_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     page = printed(capsys, "fcn_resnet50", image_size=64, num_classes=21)
     assert "INT8: 55 of 55 convolutions and linear layers" in page
-    assert "float, because no rule knows these operations (1)\n  interpolate" in page
+    assert "float, because no rule makes these operations INT8 (1)\n  interpolate" in page
 
 
 def test_a_checkpoint_is_shown_as_it_was_trained(
