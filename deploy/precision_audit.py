@@ -24,7 +24,7 @@ Operation = Literal["convolution", "matrix product"]
 CONVOLUTION_TYPES = ("CONVOLUTION", "DECONVOLUTION")
 MATRIX_TYPES = ("MATRIX_MULTIPLY", "FULLY_CONNECTED")
 # Layers that move values without changing them, so that a DequantizeLinear before them counts.
-_MOVING_TYPES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "SLICE", "RESIZE", "CONCATENATION", "MAX")
+_MOVING_TYPES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "SLICE", "GATHER", "RESIZE", "CONCATENATION", "MAX")
 
 # Layers without any product. Their metadata may name a convolution that they do not compute.
 _POINTWISE_KINDS = ("kgen", "shape_call", "pointwise", "pointwisev2", "reformat", "noop", "constant")

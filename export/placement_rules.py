@@ -15,6 +15,7 @@ from qat.base.text import megabytes
 from qat.graph.data_movement import copies_of, final_reads, first_reads
 from qat.graph.network import Op
 from qat.graph.operations import COMMUTING, WEIGHTED
+from qat.rules.attention_rules import ATTENTION_PRODUCT
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import RULES, place
 from qat.rules.placement import Decision, Placement
@@ -142,9 +143,14 @@ class _Comparison:
         return self.view.scale(*next(first_reads(self.network, (reader, tensor), self.found, _COPYING)))
 
     def _scales_behind(self, tensor: str) -> set[float | None]:
-        """All scales by which a tensor, and what data movement makes of it, is read."""
-        copies = copies_of(self.network, tensor)
-        scales = {self.view.scale(reader.name, copy) for copy in copies for reader in self.network.readers(copy)}
+        """All scales by which a tensor, and what data movement makes of it, is read; but not by an attention.
+
+        Its factors may be parts of one tensor, and have scales of their own.
+        """
+        reads = {
+            (reader.name, copy) for copy in copies_of(self.network, tensor) for reader in self.network.readers(copy)
+        }
+        scales = {self.view.scale(*read) for read in reads if self.wanted.get(read) != ATTENTION_PRODUCT}
         return scales - {None}
 
     def _convolution(self, tensor: str) -> str:

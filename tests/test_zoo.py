@@ -19,8 +19,10 @@ from export.float_types import store_floats_as
 from export.fold import fold
 from export.linter import lint_onnx
 from export.parity import measure
+from export.split_projections import split_projections
 from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
+from qat.graph.operations import WEIGHTED
 from qat.graph.tracing import network_of, trace
 from qat.rules.place import place
 
@@ -39,6 +41,7 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         calibrate_ranges(prepared, [x], "max")
     folded, _ = fold(prepared)
+    split = split_projections(folded, prepared.meta["inputs"])
     path = tmp_path / "model.onnx"
     ir.save(emit(folded, x, {}), path)
 
@@ -55,8 +58,8 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
     assert lint_onnx(tmp_path / "half.onnx") == []
     assert build(find_toolkit("tensorrt-rtx"), tmp_path / "half.onnx", settings).audit.broken == ()
     declared = [finding.declared_int8 for finding in audit.findings]
-    weights = [decision.quantized for decision in placement_of(prepared).weights]
-    assert sum(declared) == sum(weights)
+    decided = placement_of(prepared).decisions_about(*WEIGHTED, "matrix_product")
+    assert sum(declared) == sum(decision.quantized for decision in decided) + 2 * len(split)  # q, k and v
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.vision_transformer import Encoder
 
 TORCHVISION = (
     *("alexnet", "vgg16_bn", "googlenet", "inception_v3", "resnet18", "resnet50", "resnet101", "resnext50_32x4d"),
@@ -19,9 +21,33 @@ TIMM = (
     *("resnet50d", "efficientnet_lite0", "repvgg_a0", "cspresnet50", "dla34", "darknet53", "hrnet_w18_small"),
     "mobilenetv4_conv_small",
 )
-NAMES = (*TORCHVISION, "unet", *(f"timm/{name}" for name in TIMM))
+# Attention and layer normalization; of most two blocks, because each is like the others.
+TRANSFORMERS = (
+    *("vit_b_16", "swin_t", "swin_v2_t", "timm/vit_small_patch16_224", "timm/deit3_small_patch16_224"),
+    *("timm/vit_small_patch14_dinov2", "timm/swin_tiny_patch4_window7_224", "timm/cait_xxs24_224", "timm/levit_128s"),
+    *("timm/convnextv2_atto", "timm/edgenext_xx_small", "timm/mobilenetv4_hybrid_medium", "timm/fastvit_t8"),
+    "maxvit_t",
+)
+NAMES = (*TORCHVISION, "unet", *(f"timm/{name}" for name in TIMM), *TRANSFORMERS)
 # The smallest inputs, in pixels, that exercise every layer; of the others it is 64.
-_SMALLEST = {"alexnet": 224, "vgg16_bn": 224, "inception_v3": 96, "densenet121": 64}
+_SMALLEST = {
+    "alexnet": 224,
+    "vgg16_bn": 224,
+    "inception_v3": 96,
+    "densenet121": 64,
+    "timm/vit_small_patch14_dinov2": 56,
+    "timm/levit_128s": 224,
+    "maxvit_t": 224,
+}
+# What makes them small.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "vit_b_16": {"image_size": 64},
+    "timm/vit_small_patch16_224": {"img_size": 64, "depth": 2},
+    "timm/deit3_small_patch16_224": {"img_size": 64, "depth": 2},
+    "timm/vit_small_patch14_dinov2": {"img_size": 56, "depth": 2},
+    "timm/swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "depths": (2, 2)},
+    "timm/cait_xxs24_224": {"img_size": 64, "depth": 2},
+}
 
 
 class UNet(nn.Module):
@@ -105,12 +131,14 @@ def _network(name: str) -> nn.Module:
     if name.startswith("timm/"):
         import timm
 
-        found: nn.Module = timm.create_model(name.removeprefix("timm/"))
+        found: nn.Module = timm.create_model(name.removeprefix("timm/"), **_OPTIONS.get(name, {}))
         return found
     if name in ("fcn_resnet50", "deeplabv3_resnet50"):
         return Segmentation(name)
     bare = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model: nn.Module = torchvision.models.get_model(name, weights=None, **bare)
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **bare, **_OPTIONS.get(name, {}))
+    for encoder in [part for part in model.modules() if isinstance(part, Encoder)]:
+        encoder.layers = encoder.layers[:2]
     return model
 
 

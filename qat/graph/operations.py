@@ -29,6 +29,7 @@ OpKind = Literal[
     "dropout",  # absent from the engine, but in training it scales up the values it keeps
     "data_movement",  # keeps values unchanged, or adds only zeros, so its output has the scale of its input
     "split",  # data movement with several outputs; "data_movement" operations select one of them
+    "layer_norm",
     "softmax",  # its values are between 0 and 1
     "mask",  # sets some values of a tensor to a constant
     "shape",  # reads no values: a size, or arithmetic on sizes
@@ -39,7 +40,7 @@ WEIGHTED: tuple[OpKind, ...] = ("convolution", "transposed_convolution", "linear
 POOLS: tuple[OpKind, ...] = ("average_pool", "global_pool")
 # Each value of their output depends on the values at the same place alone.
 POINTWISE: tuple[OpKind, ...] = ("activation", "unfused_activation", "batch_norm", "dropout", "multiply")
-FLOAT_ONLY: tuple[OpKind, ...] = ("softmax", "mask", "other")
+FLOAT_ONLY: tuple[OpKind, ...] = ("layer_norm", "softmax", "mask", "other")
 # TensorRT moves Q and DQ across these, because the codes of the input are the codes of the output.
 COMMUTING: tuple[OpKind, ...] = ("max_pool", "dropout", "data_movement", "split")
 
@@ -164,6 +165,7 @@ OPERATIONS = (
         "data_movement", (), ("clone", "detach", "float", "view_as", "reshape_as", "expand_as", "select", "t"), ()
     ),
     Operation("data_movement", (), ("to",), (), _keeps_floats),
+    Operation("layer_norm", ("LayerNorm",), ("layer_norm",), ("LayerNormalization",)),
     Operation("softmax", ("Softmax",), ("softmax",), ("Softmax",)),
     Operation("mask", (), ("masked_fill", "where"), ("Where",)),
     Operation("shape", (), ("size", "dim", "numel"), ("Shape", "Size")),

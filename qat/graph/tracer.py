@@ -28,6 +28,7 @@ from torch.fx.node import map_aggregate
 
 from qat.base.errors import UserError, one_line
 from qat.graph.attention import FUSED, attention, attention_of_products
+from qat.graph.einsum import product_of_einsum
 from qat.graph.inputs import Inputs
 from qat.graph.outputs import leaves
 from qat.graph.stand_in import Shape, Traced, UntraceableError, any_traced, are_equal, is_traced, sample_of
@@ -138,6 +139,10 @@ class Tracer(fx.Tracer):
             mixed = attention_of_products(*args, **kwargs)
             mixed.node.meta[FUSED] = True
             return mixed
+        if target is torch.einsum and len(args) == 3 and isinstance(args[0], str):
+            product = product_of_einsum(*args)
+            if product is not None:
+                return product
         if kind == "call_method" and target in _NEW and not any_traced((args[1:], kwargs)):
             sample: Tensor = args[0].samples[0]
             return getattr(torch.empty(0, dtype=sample.dtype, device=sample.device), target)(*args[1:], **kwargs)

@@ -62,6 +62,30 @@ class ResidualAddOfConvolutions(ResidualAdd):
         return max(fusing, key=lambda tensor: (layers[tensor], network.position(tensor)))
 
 
+class TransformerAdd(Rule):
+    """A sum with what a linear layer or a layer normalization made, as at the end of a transformer's blocks."""
+
+    name = "transformer_add"
+    sentence = (
+        "a sum with the output of a linear layer or a layer normalization stays in float: other sums and "
+        "normalizations read it"
+    )
+    source = GUIDE
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float for such sums."""
+        if not _is_sum(op) or not any(_of_linear(tensor, state.network) for tensor in op.inputs):
+            return None
+        return self.keep_float("one of its inputs comes from a linear layer or a layer normalization")
+
+
+def _of_linear(tensor: str, network: Network) -> bool:
+    op = network[tensor]
+    while op.kind in ("activation", "dropout", "data_movement", "batch_norm"):
+        op = network[op.inputs[0]]
+    return op.kind in ("linear", "layer_norm")
+
+
 class ProductOfActivations(Rule):
     """A matrix product without a constant factor that is not one of an attention."""
 

@@ -18,6 +18,7 @@ from deploy.settings import BuildSettings
 from export.emit import emit
 from export.fold import fold, fold_float
 from export.from_float_onnx import quantize_onnx
+from export.linter import lint_onnx
 from export.session import session
 from export.split_projections import split_projections
 from qat.calibration.activation_ranges import calibrate_ranges
@@ -166,6 +167,7 @@ def test_the_engine_computes_it_in_int8_and_answers_as_pytorch(form: str, tmp_pa
     assert not kinds["CastLike"] + kinds["Einsum"] + kinds["Shape"]
     path = tmp_path / "m.onnx"
     ir.save(exported, path)
+    assert lint_onnx(path) == []
     with torch.no_grad():
         expected = prepared(images())
     (found,) = session(path).run(None, {"input": images().numpy()})
