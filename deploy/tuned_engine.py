@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def tune_engine(
         raise UserError(
             "--max-drop is at least 0 percentage points, and needs --costs: python -m qat.sensitivity --json"
         )
-    steps = () if costs is None else read_float_steps(Path(costs))
+    steps: Sequence[FloatStep] = () if costs is None else read_float_steps(Path(costs))
     if not model.is_file():
         raise UserError(f"no file {model}: check the path, or make it with python -m export.onnx")
     if given.suffix == ".qat":
@@ -86,14 +86,15 @@ def tune_engine(
     with tempfile.TemporaryDirectory() as folder:
         bench = EngineBench(toolkit, model, Path(folder), batch, runs)
         network = bench.network
-        _check_steps(steps, network, costs)
+        steps = [replace(step, kept=_parts(step.kept, network, bench)) for step in steps]
+        _check_steps(steps, network, {bench.whole(op.label) for op in network}, costs)
         found = search(network, bench, minutes)
         points = frontier(bench, found.kept, steps, minutes)
         kept = _within(points, max_drop, found.kept)
         rules, floats, last = bench.final(kept)
         placement = TunedPlacement(
-            keep_float=tuple(sorted(kept)),
-            layers=tuple(op.label for op in network if op.kind in WEIGHTED),
+            keep_float=tuple(sorted({bench.whole(label) for label in kept})),
+            layers=tuple(dict.fromkeys(bench.whole(op.label) for op in network if op.kind in WEIGHTED)),
             gpu=toolkit.device.name,
             tensorrt=toolkit.version,
             batch=batch,
@@ -110,7 +111,7 @@ def tune_engine(
         warn(f"{minutes:g} minutes ended the search: a larger --budget may find more")
     _show(placement)
     options = BuilderOptions()
-    if kept.issuperset(placement.layers):  # nothing is left in INT8
+    if set(placement.keep_float).issuperset(placement.layers):  # nothing is left in INT8
         options = BuilderOptions(precision=float_precision(toolkit))
     built = build_engine(tuned, engine, builder="tensorrt", profiles=[Profile(batch, batch, batch)], settings=options)
     if not last.beats(floats):
@@ -119,10 +120,17 @@ def tune_engine(
     return TunedEngine(placement, tuned, built, last.beats(floats))
 
 
-def _check_steps(steps: Sequence[FloatStep], network: Network, costs: str | Path | None) -> None:
+def _parts(kept: Kept, network: Network, bench: EngineBench) -> Kept:
+    """The labels of the file for those of the model."""
+    return kept | {op.label for op in network if bench.whole(op.label) in kept}
+
+
+def _check_steps(
+    steps: Sequence[FloatStep], network: Network, wholes: Collection[str], costs: str | Path | None
+) -> None:
     """Raises UserError when the steps name operations that the network has not."""
     known = {op.label for op in network}
-    if unknown := sorted({label for step in steps for label in step.kept} - known):
+    if unknown := sorted({label for step in steps for label in step.kept} - known.union(wholes)):
         raise UserError(f"{costs} is of another network: this one has no {unknown[0]}; measure its own")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,8 +40,26 @@ class EngineBench:
         self._timings = b""
         self._built: dict[Kept, BuiltEngine] = {}
         self._float: BuiltEngine | None = None
+        self._wholes = self._read_wholes()
 
-    @property
+    def whole(self, label: str) -> str:
+        """The label that a layer has in the model that was exported: export may make one layer several."""
+        return next((whole for whole in self._wholes if label.startswith(f"{whole}.")), label)
+
+    def _with_siblings(self, kept: Kept) -> Kept:
+        """``kept``, with all parts of the layers of which some part is in it."""
+        if not self._wholes or not kept:
+            return kept
+        wholes = {self.whole(label) for label in kept}
+        return kept | {op.label for op in self.network if self.whole(op.label) in wholes}
+
+    def _read_wholes(self) -> tuple[str, ...]:
+        with onnx_package():
+            from export.fewer_quantizers import split_layers
+
+            return split_layers(self._model)
+
+    @functools.cached_property
     def network(self) -> Network:
         """The neutral view of the float network. Raises UserError when the file cannot be read or has no Q/DQ nodes."""
         with onnx_package():
@@ -56,7 +75,7 @@ class EngineBench:
         with onnx_package():
             from export.fewer_quantizers import write_variant
 
-            return write_variant(self._model, kept, path)
+            return write_variant(self._model, self._with_siblings(kept), path)
 
     def losses(self, kept: Kept) -> Mapping[str, float]:
         """As Bench.losses."""

@@ -7,6 +7,7 @@ so that engines can be tuned where only TensorRT is.
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import onnx_ir.passes.common as passes
 
 from export.float_types import store_floats_as
 from export.insert import WeightCodes, insert
+from export.names import SPLIT
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, constants, network_from_onnx, permutation
 from export.pad_groups import Widths, set_group_widths, without_padding
 from export.qdq import DATA, HALF_TYPES, SCALE, QdqModel, size_of
@@ -145,6 +147,14 @@ class FloatTwin:
 def float_network(path: Path) -> Network:
     """The neutral view of the float network behind a Q/DQ file. Raises UserError as ``FloatTwin.of`` does."""
     return network_from_onnx(FloatTwin.of(path).model).network
+
+
+def split_layers(path: Path) -> tuple[str, ...]:
+    """The layers that an export made several (export/split_projections.py), by their names in the model."""
+    try:
+        return tuple(map(str, json.loads(read_onnx(path).metadata_props.get(SPLIT, "[]"))))
+    except (ValueError, TypeError):
+        return ()
 
 
 def write_variant(path: Path, keep_float: Collection[str], output: Path) -> bool:

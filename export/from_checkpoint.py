@@ -28,6 +28,7 @@ from export.fold import fold, fold_float, layer_paths, remaining_dead_channels, 
 from export.hard_rules import hard_findings
 from export.merge_shortcuts import VECTOR
 from export.merge_shortcuts import merge_shortcuts as merge
+from export.names import SPLIT
 from export.pad_channels import CHANNELS
 from export.pad_channels import pad_channels as pad
 from export.pad_groups import pad_groups
@@ -131,8 +132,7 @@ def export_onnx(
 
     start = time.perf_counter()
     folded, dead = fold(network.model) if form.quantized else (fold_float(network.model), [])
-    if form.quantized:
-        split_projections(folded, network.inputs)
+    split = split_projections(folded, network.inputs) if form.quantized else []
     shapes = output_shapes(folded, network.inputs)
     inputs, outputs = names_of_inputs(network.inputs, input_names), names_of_outputs(folded, shapes, output_names)
     _check_classes(network, shapes)
@@ -162,7 +162,7 @@ def export_onnx(
     is_classifier = bool(network.class_names)
     dtype = torch.float16 if precision == "float16" else torch.float32
     ready = with_ends(folded, network.preprocessing, input, dtype)
-    model = emit(ready, examples, _metadata(network, details), outputs)
+    model = emit(ready, examples, _metadata(network, details) | {SPLIT: json.dumps(split)}, outputs)
     wider = pad_groups(model, placement_of(network.model), layer_paths(folded)) if form.quantized else {}
     compared = network.sample(parity_images)
     pairs = partial(_pairs, network, folded, compared, input, inputs)

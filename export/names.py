@@ -6,6 +6,9 @@ from collections.abc import Container
 
 import onnx_ir as ir
 
+SPLIT = "split_layers"
+"""The metadata of layers that were made several (export/split_projections.py): their paths, as JSON."""
+
 
 def unused_name(name: str, taken: Container[str]) -> str:
     """``name``, or ``name_1``, ``name_2``, ...: the first of these that is not ``taken``."""

@@ -2,6 +2,7 @@
 
 TensorRT-RTX multiplies such a layer in float: it moves the cut in front of the product, and dequantizes the weight for
 that. Layers of their own stay INT8, and the builder computes them at once. Codes, scales and answers stay the same.
+Parts of ``attn.qkv`` are called ``attn.qkv.0``, ``attn.qkv.1``, ``attn.qkv.2``; the file's metadata names the wholes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from export.fold import Dequantize
-from export.lower import unused_path
 from qat.fake_quantize.layers import QuantizedLinear
 from qat.graph.fx_network import kind_of
 from qat.graph.inputs import Inputs
@@ -174,8 +174,9 @@ def _part(node: fx.Node, found: Tensor, shape: tuple[int, ...], growing: int) ->
 
 
 def _split(folded: fx.GraphModule, node: fx.Node, layer: QuantizedLinear, parts: list[_Part]) -> None:
-    quantizer = layer.weight_quantizer
+    quantizer, whole = layer.weight_quantizer, str(node.target)
     assert isinstance(quantizer, Dequantize)
+    folded.set_submodule(whole, nn.Module())
     for number, part in enumerate(parts):
         chosen = slice(part.features.start, part.features.stop)
         own = copy.copy(layer)
@@ -184,7 +185,7 @@ def _split(folded: fx.GraphModule, node: fx.Node, layer: QuantizedLinear, parts:
         own.register_buffer("weight", layer.weight[chosen].clone())
         own.bias = None if layer.bias is None else nn.Parameter(layer.bias[chosen].clone(), requires_grad=False)
         own.add_module("weight_quantizer", Dequantize(quantizer.scale[chosen], quantizer.axis, quantizer.format))
-        path = unused_path(folded, f"{node.target}_{number}")
+        path = f"{whole}.{number}"
         folded.add_submodule(path, own)
         with folded.graph.inserting_before(node):
             made = folded.graph.call_module(path, (node.args[0],))
@@ -193,4 +194,6 @@ def _split(folded: fx.GraphModule, node: fx.Node, layer: QuantizedLinear, parts:
             moved = folded.graph.call_method("permute", (shaped, part.order))
         for new in (made, shaped, moved):
             new.meta = dict(node.meta)
+        stack = {key: at for key, at in node.meta.get("nn_module_stack", {}).items() if at[0] != whole}
+        made.meta["nn_module_stack"] = stack | {path: (path, type(own))}
         part.node.replace_all_uses_with(moved)

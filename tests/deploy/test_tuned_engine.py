@@ -10,6 +10,8 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
+from attention_forms import Attention
 from qdq_models import residual
 
 from deploy import builder, cuda, float_twin, tuned_engine, tuning_bench
@@ -20,12 +22,18 @@ from deploy.settings import BuildSettings
 from deploy.tune import TuneOptions, main
 from deploy.tuned_engine import tune_engine
 from deploy.tuning_bench import EngineBench
+from export.emit import emit
 from export.float_types import store_floats_as
+from export.fold import fold
 from export.linter import lint_onnx
+from export.names import SPLIT
 from export.session import session
+from export.split_projections import split_projections
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
-from qat.rules.tuned import TunedPlacement
+from qat.calibration.activation_ranges import calibrate_ranges
+from qat.fake_quantize.prepare import placement_of, prepare
+from qat.rules.tuned import TunedPlacement, tuned_names
 
 
 @pytest.fixture
@@ -85,6 +93,27 @@ def test_a_layer_that_loses_is_left_in_float(
     assert session(tuned).get_outputs()[0].name == session(model).get_outputs()[0].name
     assert read_sidecar(tuned, "onnx").details["tuned"]["keep_float"] == ["/conv1/Conv"]
     assert model.with_suffix(".tuned.engine").is_file()
+
+
+def test_a_layer_that_export_made_several_is_left_in_float_as_a_whole(gpu: dict[str, float], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, network = tmp_path / "m.onnx", Attention("unbind").eval()
+    prepared = prepare(network, input_shape=(3, 64, 64))
+    calibrate_ranges(prepared, [torch.randn(2, 3, 64, 64)], "max")
+    folded, _ = fold(prepared)
+    split = split_projections(folded, prepared.meta["inputs"])
+    ir.save(emit(folded, torch.zeros(2, 3, 64, 64), {SPLIT: json.dumps(split)}), path)
+    gpu["qkv.1"] = 5.0
+    found = tune_engine(path, minutes=5)
+    assert found.placement.keep_float == ("qkv",)
+    assert {"qkv", "project", "classify"} <= set(found.placement.layers)
+    assert not any(name.startswith("qkv.") for name in found.placement.layers)
+    codes = {
+        value.name for value in ir.load(found.model).graph.initializers.values() if value.dtype == ir.DataType.INT8
+    }
+    assert not any((name or "").startswith("qkv.") and (name or "").endswith("weight") for name in codes)
+    again = prepare(network, input_shape=(3, 64, 64), keep_float=tuned_names(path.with_suffix(".tuned.json")))
+    assert not next(one for one in placement_of(again).weights if one.label == "qkv").quantized
 
 
 def test_where_nothing_loses_the_rules_stay(gpu: dict[str, float], model: Path) -> None:
