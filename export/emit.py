@@ -31,12 +31,12 @@ from export.fold import DequantizeInput, QuantizeDequantize
 from export.names import unused_name
 from export.onnx_network import WEIGHTED
 from export.reuse_concats import reuse_concats
+from export.shapes import constant_of, simplify_shapes
 from qat.base.choices import InputKind
 from qat.base.errors import UserError
 from qat.data.preprocessing import Preprocessing
 
 INPUT_NAME, OUTPUT_NAME = "input", "logits"  # of a network that takes one image and answers logits
-_TO_THE_END = np.iinfo(np.int64).max  # the end of a Slice of any length
 _EXAMPLE_BATCH = 2  # not 0 or 1: torch.export would take these for constants
 
 
@@ -187,7 +187,7 @@ def emit(
     _split_into_tensors(model.graph)
     # Computes sizes and bounds now that the exporter computes in the graph. Weights stay codes.
     fold_constants_ir(model, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None)
-    _simplify_shapes(model.graph)
+    simplify_shapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     reuse_concats(model.graph)
     lower_equations(model.graph)
@@ -227,7 +227,7 @@ def _split_into_tensors(graph: ir.Graph) -> None:
         assert isinstance(extent, int), "only the batch is dynamic, and it is not split"
         if not parts.shape:
             parts = np.diff([*range(0, extent, int(parts)), extent])
-        lengths = _constant(graph, f"{node.outputs[0].name}_lengths", parts.tolist())
+        lengths = constant_of(graph, f"{node.outputs[0].name}_lengths", parts.tolist())
         split = ir.Node("", "Split", [given, lengths], [ir.AttrInt64("axis", axis)], num_outputs=len(parts))
         split.metadata_props.update(node.metadata_props)
         graph.insert_before(node, split)
@@ -239,39 +239,6 @@ def _split_into_tensors(graph: ir.Graph) -> None:
             part.shape, part.type = taker.outputs[0].shape, taker.outputs[0].type
             ir.convenience.replace_all_uses_with(taker.outputs[0], part)
         graph.remove([*takers, node], safe=True)
-
-
-def _simplify_shapes(graph: ir.Graph) -> None:
-    """Makes the shape of each Reshape a constant, and cuts parts out of shapes by Slice.
-
-    The exporter computes the shape of a Reshape in the graph. It cuts out a part of a shape by attributes of the Shape
-    node, which TensorRT 8.6 ignores: it takes the whole shape and does not say so.
-    """
-    for node in list(graph):
-        shape = node.outputs[0].shape
-        if node.op_type == "Reshape" and shape is not None:
-            lengths = [dim if isinstance(dim, int) else -1 for dim in shape]
-            if lengths.count(-1) <= 1 and 0 not in lengths:
-                node.replace_input_with(1, _constant(graph, f"{node.outputs[0].name}_shape", lengths))
-                node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
-        elif node.op_type == "Shape" and {"start", "end"} & node.attributes.keys():
-            start = node.attributes.pop("start", ir.AttrInt64("start", 0)).as_int()
-            end = node.attributes.pop("end", ir.AttrInt64("end", _TO_THE_END)).as_int()
-            whole = node.outputs[0]
-            readers = whole.uses()
-            bounds = [_constant(graph, f"{whole.name}_{name}", [at]) for name, at in (("start", start), ("end", end))]
-            part = ir.Node("", "Slice", [whole, *bounds, _constant(graph, f"{whole.name}_axis", [0])])
-            part.metadata_props.update(node.metadata_props)
-            graph.insert_after(node, part)
-            for reader, index in readers:
-                reader.replace_input_with(index, part.outputs[0])
-
-
-def _constant(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
-    """A new int64 [len(values)] constant of ``graph``."""
-    constant = ir.Value(name=unused_name(name, graph.initializers), const_value=ir.tensor(np.array(values, np.int64)))
-    graph.register_initializer(constant)
-    return constant
 
 
 def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:

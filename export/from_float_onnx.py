@@ -32,6 +32,8 @@ from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
 from export.scaled_products import scale_before_product
 from export.session import run, runs_in_onnx_runtime, session, session_with_tensors
+from export.shapes import find_shapes, simplify_shapes
+from export.split_products import split_products
 from export.weight_codes import WeightQuantizer
 from qat.base.artifact import (
     Parent,
@@ -246,7 +248,12 @@ def _read_float_network(path: Path) -> ir.Model:
     norms = [rewrites.fuse_batchnorm_into_conv_rule, rewrites.fuse_batchnorm_into_conv_transpose_rule]
     model = onnxscript.rewriter.rewrite(model, norms)
     reuse_concats(model.graph)
+    with runs_in_onnx_runtime(path):
+        find_shapes(model)
+    simplify_shapes(model.graph)
+    passes.RemoveUnusedNodesPass()(model)
     scale_before_product(model.graph)
+    split_products(model)
     return model
 
 

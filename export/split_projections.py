@@ -11,7 +11,6 @@ import copy
 import math
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,25 +18,13 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from export.fold import Dequantize
+from export.projection_parts import Part, are_whole, part_of
 from qat.fake_quantize.layers import QuantizedLinear
 from qat.graph.fx_network import kind_of
 from qat.graph.inputs import Inputs
 from qat.graph.operations import COMMUTING
 
 _BATCHES = (2, 3)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A tensor that holds ``features`` of a layer's output, and how they lie in it.
-
-    The layer's rows, [..., features], become it when they are reshaped to ``shape`` and permuted by ``order``.
-    """
-
-    node: fx.Node
-    features: range
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
 
 
 def split_projections(folded: fx.GraphModule, inputs: Inputs) -> list[str]:
@@ -102,7 +89,9 @@ def _read_sizes_from_input(folded: fx.GraphModule, values: list[dict[fx.Node, An
     folded.recompile()
 
 
-def _parts(node: fx.Node, modules: Mapping[str, nn.Module], values: list[dict[fx.Node, Any]]) -> list[_Part]:
+def _parts(
+    node: fx.Node, modules: Mapping[str, nn.Module], values: list[dict[fx.Node, Any]]
+) -> list[tuple[fx.Node, Part]]:
     """The parts that a layer's output is cut into, in order; [] if it is not cut, or something else reads it."""
     shapes = [tuple(one[node].shape) for one in values]
     growing = [axis for axis, extents in enumerate(zip(*shapes, strict=True)) if len(set(extents)) > 1]
@@ -112,14 +101,12 @@ def _parts(node: fx.Node, modules: Mapping[str, nn.Module], values: list[dict[fx
     numbered = torch.arange(math.prod(shape)).reshape(shape)
     parts = []
     for leaf, found in _leaves(node, numbered, modules, values[0]):
-        part = None if found is None else _part(leaf, found, shape, growing[0])
+        part = None if found is None else part_of(found.numpy(), shape, growing[0])
         if part is None:
             return []
-        parts.append(part)
-    parts.sort(key=lambda part: part.features.start)
-    ends = [0, *(part.features.stop for part in parts)]
-    whole = [part.features.start for part in parts] == ends[:-1] and ends[-1] == shape[-1]
-    return parts if whole and len(parts) > 1 else []
+        parts.append((leaf, part))
+    parts.sort(key=lambda one: one[1].features.start)
+    return parts if are_whole([part for _, part in parts], shape[-1]) else []
 
 
 def _leaves(
@@ -149,35 +136,11 @@ def _leaves(
             waiting.append((reader, moved))
 
 
-def _part(node: fx.Node, found: Tensor, shape: tuple[int, ...], growing: int) -> _Part | None:
-    """How ``found``, whose values are positions in a layer's output of ``shape``, is made of some features; or None."""
-    width = shape[-1]
-    columns = found.remainder(width)
-    features = range(int(columns.min()), int(columns.max()) + 1)
-    rows = math.prod(shape[:-1])
-    if found.numel() != rows * len(features) or found.ndim < 2:
-        return None
-    positions = found.div(width, rounding_mode="floor") * len(features) + columns - features.start
-    strides = [
-        int(positions.select(axis, 1).flatten()[0] - positions.flatten()[0]) if extent > 1 else 0
-        for axis, extent in enumerate(found.shape)
-    ]
-    order = sorted(range(found.ndim), key=lambda axis: (-strides[axis], axis))
-    extents = [found.shape[axis] for axis in order]
-    permutation = tuple(order.index(axis) for axis in range(found.ndim))
-    rebuilt = torch.arange(positions.numel()).reshape(extents).permute(permutation)
-    batch_stride = math.prod(shape[growing + 1 : -1]) * len(features)
-    if not torch.equal(rebuilt, positions) or batch_stride not in strides:
-        return None
-    free = order.index(strides.index(batch_stride))
-    return _Part(node, features, tuple(-1 if at == free else extent for at, extent in enumerate(extents)), permutation)
-
-
-def _split(folded: fx.GraphModule, node: fx.Node, layer: QuantizedLinear, parts: list[_Part]) -> None:
+def _split(folded: fx.GraphModule, node: fx.Node, layer: QuantizedLinear, parts: list[tuple[fx.Node, Part]]) -> None:
     quantizer, whole = layer.weight_quantizer, str(node.target)
     assert isinstance(quantizer, Dequantize)
     folded.set_submodule(whole, nn.Module())
-    for number, part in enumerate(parts):
+    for number, (leaf, part) in enumerate(parts):
         chosen = slice(part.features.start, part.features.stop)
         own = copy.copy(layer)
         own._parameters, own._buffers, own._modules = {}, {}, {}
@@ -189,11 +152,11 @@ def _split(folded: fx.GraphModule, node: fx.Node, layer: QuantizedLinear, parts:
         folded.add_submodule(path, own)
         with folded.graph.inserting_before(node):
             made = folded.graph.call_module(path, (node.args[0],))
-        with folded.graph.inserting_before(part.node):
+        with folded.graph.inserting_before(leaf):
             shaped = folded.graph.call_method("reshape", (made, part.shape))
             moved = folded.graph.call_method("permute", (shaped, part.order))
         for new in (made, shaped, moved):
             new.meta = dict(node.meta)
         stack = {key: at for key, at in node.meta.get("nn_module_stack", {}).items() if at[0] != whole}
         made.meta["nn_module_stack"] = stack | {path: (path, type(own))}
-        part.node.replace_all_uses_with(moved)
+        leaf.replace_all_uses_with(moved)
