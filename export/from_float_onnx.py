@@ -21,6 +21,7 @@ from export.calibration_cache import placement_from_cache
 from export.equations import lower_equations
 from export.float_types import KeptFloat32, store_floats_as
 from export.float_weights import save_onnx
+from export.fold_constants import fold_constants
 from export.hard_rules import hard_findings
 from export.insert import insert
 from export.network_inputs import Channels, NetworkInputs, load_inputs
@@ -31,7 +32,7 @@ from export.read import is_quantized, read_onnx
 from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
 from export.scaled_products import scale_before_product
-from export.session import run, runs_in_onnx_runtime, session, session_with_tensors
+from export.session import if_onnx_runtime_can, run, runs_in_onnx_runtime, session, session_with_tensors
 from export.shapes import find_shapes, simplify_shapes
 from export.split_products import split_products
 from export.weight_codes import WeightQuantizer
@@ -136,7 +137,7 @@ def quantize_onnx(
         raise UserError("--images and --parity-images must be at least 1")
     for path in (output, reference):
         check_writable(path)
-    network = _read_float_network(model)
+    network = read_float_network(model)
     view = network_from_onnx(network)
     fed = None
     if given is not None:
@@ -220,7 +221,7 @@ def quantize_onnx(
     return written
 
 
-def _read_float_network(path: Path) -> ir.Model:
+def read_float_network(path: Path) -> ir.Model:
     """The float network, with constants computed and batch normalization folded into convolutions."""
     model = read_onnx(path)
     if is_quantized(model):
@@ -248,7 +249,8 @@ def _read_float_network(path: Path) -> ir.Model:
     norms = [rewrites.fuse_batchnorm_into_conv_rule, rewrites.fuse_batchnorm_into_conv_transpose_rule]
     model = onnxscript.rewriter.rewrite(model, norms)
     reuse_concats(model.graph)
-    with runs_in_onnx_runtime(path):
+    with if_onnx_runtime_can():
+        fold_constants(model)
         find_shapes(model)
     simplify_shapes(model.graph)
     passes.RemoveUnusedNodesPass()(model)

@@ -43,6 +43,16 @@ def runs_in_onnx_runtime(model: Path) -> Iterator[None]:
         raise UserError(f"ONNX Runtime cannot run {model}: {one_line(error)}") from error
 
 
+@contextmanager
+def if_onnx_runtime_can() -> Iterator[None]:
+    """Leaves the block where ONNX Runtime does not know an operator of the network."""
+    try:
+        yield
+    except Exception as error:  # as above
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+
+
 def session_with_tensors(model: Path | onnx.ModelProto, names: Iterable[str]) -> onnxruntime.InferenceSession:
     """As ``session``, with the tensors ``names`` inside the network as outputs too. Changes a ModelProto in place."""
     proto = onnx.load(model) if isinstance(model, Path) else model

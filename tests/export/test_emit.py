@@ -12,10 +12,11 @@ import torchvision
 from torch import Tensor, fx, nn
 
 from export import parity
-from export.emit import _simplify_shapes, emit, example_input, with_ends
+from export.emit import emit, example_input, with_ends
 from export.fold import fold, fold_float
 from export.hard_rules import hard_findings
 from export.session import session, sqnr_db
+from export.shapes import simplify_shapes
 from qat.base.errors import UserError
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import prepare
@@ -348,7 +349,7 @@ def test_a_part_of_a_shape_is_what_its_bounds_said(bounds, expected):
     graph = onnx.helper.make_graph(nodes, "graph", [x], [part])
     opset = onnx.helper.make_opsetid("", 20)
     model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10))
-    _simplify_shapes(model.graph)
+    simplify_shapes(model.graph)
     assert not model.graph[0].attributes
     (got,) = session(ir.to_proto(model).SerializeToString()).run(None, {"x": np.zeros((3, 4, 5), np.float32)})
     assert got.tolist() == expected

@@ -1,0 +1,129 @@
+"""Attention in float ONNX files, as both of PyTorch's exporters write it: its shapes, its parts, its constants."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from attention_forms import Attention
+from torch import nn
+from torchvision.models import SwinTransformer
+
+from deploy.builder import build
+from deploy.installed import find_toolkit
+from deploy.settings import BuildSettings
+from export.from_float_onnx import quantize_onnx, read_float_network
+from export.linter import lint_onnx
+from export.names import SPLIT
+from export.projection_parts import Part, are_whole, part_of
+from export.session import run, session
+
+IMAGES = np.random.default_rng(0).standard_normal((4, 3, 64, 64)).astype(np.float32)
+
+
+def exported(model: nn.Module, path: Path, *, dynamo: bool) -> Path:
+    """A float file with a dynamic batch."""
+    options: dict[str, object] = {"dynamic_axes": {"input": {0: "batch"}}, "opset_version": 17}
+    if dynamo:
+        options = {"dynamic_shapes": ({0: torch.export.Dim("batch")},), "opset_version": 20, "verbose": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.eval(),
+            (torch.from_numpy(IMAGES),),
+            path,
+            dynamo=dynamo,
+            input_names=["input"],
+            **options,  # type: ignore[arg-type]
+        )
+    return path
+
+
+def network(form: str) -> nn.Module:
+    torch.manual_seed(0)
+    if form == "windows":
+        return SwinTransformer([4, 4], 32, [2], [2], [2, 2], num_classes=10)
+    return Attention(form)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("form", ["module", "unbind", "chunk", "windows"])
+def test_it_is_int8_throughout_and_answers_the_same(form: str, dynamo: bool, tmp_path: Path) -> None:
+    path, output = exported(network(form), tmp_path / "f.onnx", dynamo=dynamo), tmp_path / "q.onnx"
+    sidecar = quantize_onnx(path, output, inputs=IMAGES, calibrator="max")
+    decisions = sidecar.details["placement"]["decisions"]
+    assert all(one["quantized"] for one in decisions if one["kind"] in ("matrix_product", "linear"))
+    assert sidecar.figures["parity"]["sqnr_db"] > 25
+    assert lint_onnx(output) == []
+    built = build(find_toolkit("tensorrt-rtx"), output, BuildSettings(capabilities=("8.9",)))
+    assert not built.audit.broken
+    in_int8, of = built.audit.count("matrix product")
+    assert in_int8 == of
+    assert any(layer.is_attention for layer in built.audit.layers)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("form", ["unbind", "windows"])
+def test_nothing_that_is_rewritten_changes_the_answers(form: str, dynamo: bool, tmp_path: Path) -> None:
+    path = exported(network(form), tmp_path / "f.onnx", dynamo=dynamo)
+    (expected,) = run(session(path), IMAGES).values()
+    model = read_float_network(path)
+    unknown = [
+        value
+        for node in model.graph
+        for value in node.outputs
+        if value.dtype == ir.DataType.FLOAT
+        and (value.shape is None or sum(not isinstance(extent, int) for extent in value.shape.dims) > 1)
+    ]
+    assert unknown == []
+    assert model.metadata_props[SPLIT].count("qkv") + model.metadata_props[SPLIT].count("MatMul")
+    ir.save(model, path)
+    (found,) = run(session(path), IMAGES).values()
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+SHAPE = (2, 5, 24)  # images, tokens, 3 parts of 2 heads of 4
+
+
+def numbered() -> np.ndarray:
+    return np.arange(2 * 5 * 24).reshape(SHAPE)
+
+
+def test_a_part_is_told_by_where_its_values_come_from() -> None:
+    parts = numbered().reshape(2, 5, 3, 2, 4).transpose(2, 0, 3, 1, 4)
+    found = [part_of(part, SHAPE, 0) for part in parts]
+    assert found[1] == Part(range(8, 16), (-1, 5, 2, 4), (0, 2, 1, 3))
+    assert are_whole([part for part in found if part], 24)
+    rows = np.arange(2 * 5 * 8).reshape(2, 5, 8)  # a layer of these features alone
+    assert np.array_equal(rows.reshape(2, 5, 2, 4).transpose(0, 2, 1, 3) * 0 + parts[1], parts[1])
+    key = part_of(parts[1].swapaxes(-1, -2), SHAPE, 0)
+    assert key is not None
+    assert key.order == (0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        numbered()[:, :3],
+        numbered()[..., ::2],
+        numbered()[:1, ..., :8],
+        numbered().reshape(-1),
+        numbered()[..., [1, 0, 2]],
+    ],
+    ids=["some rows", "every other feature", "some images", "flat", "other order"],
+)
+def test_other_parts_are_none(moved: np.ndarray) -> None:
+    assert part_of(moved, SHAPE, 0) is None
+
+
+def test_parts_with_a_gap_or_an_overlap_are_not_whole() -> None:
+    one, two, three = (Part(range(a, a + 8), (-1, 8), (0, 1)) for a in (0, 8, 16))
+    assert are_whole([one, two, three], 24)
+    assert not are_whole([one, three], 24)
+    assert not are_whole([one, two], 24)
+    assert not are_whole([one, one, two, three], 24)
+    assert not are_whole([Part(range(24), (-1, 24), (0, 1))], 24)
