@@ -43,7 +43,7 @@ def from_onnx(name: str, x: Tensor, folder: Path) -> None:
     source = folder / "float_legacy.onnx"
     axes = {"input": {0: "batch"}, "output": {0: "batch"}}
     names = {"input_names": ["input"], "output_names": ["output"], "dynamic_axes": axes}
-    torch.onnx.export(zoo.build(name), (x[:1],), source, dynamo=False, opset_version=OPSET, **names)
+    torch.onnx.export(zoo.build(name, full=True), (x[:1],), source, dynamo=False, opset_version=OPSET, **names)
     quantize(
         str(source),
         quantize_mode="int8",
@@ -59,7 +59,7 @@ def from_torch(name: str, x: Tensor, folder: Path) -> None:
         with torch.no_grad():
             model(x)
 
-    model = Named(mtq.quantize(zoo.build(name), mtq.INT8_DEFAULT_CFG, forward).eval()).eval()
+    model = Named(mtq.quantize(zoo.build(name, full=True), mtq.INT8_DEFAULT_CFG, forward).eval()).eval()
     axes = {"input": {0: "batch"}}
     found, _ = get_onnx_bytes_and_metadata(
         model, (x[:1],), model_name=name, onnx_opset=OPSET, weights_dtype="fp32", dynamic_axes=axes

@@ -20,6 +20,7 @@ import zoo
 from export.emit import emit
 from export.fold import fold, fold_float, layer_paths
 from export.pad_groups import pad_groups
+from export.split_projections import split_projections
 from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
 
@@ -28,11 +29,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     root, *names = sys.argv[1:]
     for name, folder in zoo.folders(Path(root), names):
-        model, x = zoo.build(name), zoo.full_images(name, 4)
+        model, x = zoo.build(name, full=True), zoo.full_images(name, 4)
         prepared = prepare(model, input_shape=x.shape[1:])
         with torch.no_grad():
             calibrate_ranges(prepared, [x], "max")
         folded, _ = fold(prepared)
+        split_projections(folded, prepared.meta["inputs"])
         ours = emit(folded, x[:2], {})
         pad_groups(ours, placement_of(prepared), layer_paths(folded))
         ir.save(ours, folder / "ours.onnx")

@@ -31,7 +31,7 @@ from export.fold import DequantizeInput, QuantizeDequantize
 from export.names import unused_name
 from export.onnx_network import WEIGHTED
 from export.reuse_concats import reuse_concats
-from export.shapes import constant_of, simplify_shapes
+from export.shapes import constant_of, drop_expands, simplify_shapes
 from qat.base.choices import InputKind
 from qat.base.errors import UserError
 from qat.data.preprocessing import Preprocessing
@@ -188,6 +188,7 @@ def emit(
     # Computes sizes and bounds now that the exporter computes in the graph. Weights stay codes.
     fold_constants_ir(model, should_fold=lambda node: False if node.op_type == "DequantizeLinear" else None)
     simplify_shapes(model.graph)
+    drop_expands(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     reuse_concats(model.graph)
     lower_equations(model.graph)

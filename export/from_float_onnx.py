@@ -33,7 +33,7 @@ from export.reference import reference_path, write_reference
 from export.reuse_concats import reuse_concats
 from export.scaled_products import scale_before_product
 from export.session import if_onnx_runtime_can, run, runs_in_onnx_runtime, session, session_with_tensors
-from export.shapes import find_shapes, simplify_shapes
+from export.shapes import drop_expands, find_shapes, simplify_shapes
 from export.split_products import split_products
 from export.weight_codes import WeightQuantizer
 from qat.base.artifact import (
@@ -253,6 +253,7 @@ def read_float_network(path: Path) -> ir.Model:
         fold_constants(model)
         find_shapes(model)
     simplify_shapes(model.graph)
+    drop_expands(model.graph)
     passes.RemoveUnusedNodesPass()(model)
     scale_before_product(model.graph)
     split_products(model)

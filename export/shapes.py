@@ -72,6 +72,24 @@ def simplify_shapes(graph: ir.Graph) -> None:
                 reader.replace_input_with(index, part.outputs[0])
 
 
+def drop_expands(graph: ir.Graph) -> None:
+    """Removes each Expand whose readers would broadcast anyway, because their other input has the expanded shape."""
+    for node in list(graph):
+        if node.op_type == "Expand" and not node.outputs[0].is_graph_output():
+            given, expanded = node.inputs[0], node.outputs[0]
+            readers = expanded.consumers()
+            if given is not None and readers and all(_broadcasts(reader, expanded) for reader in readers):
+                expanded.replace_all_uses_with(given)
+                graph.remove(node, safe=True)
+
+
+def _broadcasts(node: ir.Node, expanded: ir.Value) -> bool:
+    """Whether a node is a pointwise function of ``expanded`` and another tensor of its shape."""
+    others = [value for value in node.inputs if value is not expanded and value is not None]
+    known = expanded.shape is not None and len(others) == 1 and others[0].shape is not None
+    return node.op_type in ("Add", "Sub", "Mul", "Div") and known and others[0].shape == expanded.shape
+
+
 def constant_of(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
     """A new int64 [len(values)] constant of ``graph``."""
     constant = ir.Value(name=unused_name(name, graph.initializers), const_value=ir.tensor(np.array(values, np.int64)))

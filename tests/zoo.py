@@ -82,10 +82,14 @@ class Segmentation(nn.Module):
         return answer
 
 
-def build(name: str) -> nn.Module:
-    """The network, with random weights and the batch statistics of random images, in evaluation mode."""
+def build(name: str, *, full: bool = False) -> nn.Module:
+    """The network, with random weights and the batch statistics of random images, in evaluation mode.
+
+    ``full``: a transformer as deep as it is, for 224 px. Other networks are always whole.
+    """
+    full = full and name in TRANSFORMERS
     torch.manual_seed(0)
-    model = _network(name)
+    model = _network(name, small=not full)
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.momentum = None  # the plain mean over what is seen
@@ -94,7 +98,7 @@ def build(name: str) -> nn.Module:
             nn.init.uniform_(norm.bias, -0.1, 0.1)
     model.train()
     with torch.no_grad():
-        model(images(name, 8))
+        model(full_images(name, 8) if full else images(name, 8))
     return model.eval()
 
 
@@ -125,19 +129,20 @@ def _random(count: int, size: int, seed: int) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def _network(name: str) -> nn.Module:
+def _network(name: str, *, small: bool) -> nn.Module:
+    options = _OPTIONS.get(name, {}) if small else {"img_size": 224} if "dinov2" in name else {}
     if name == "unet":
         return UNet()
     if name.startswith("timm/"):
         import timm
 
-        found: nn.Module = timm.create_model(name.removeprefix("timm/"), **_OPTIONS.get(name, {}))
+        found: nn.Module = timm.create_model(name.removeprefix("timm/"), **options)
         return found
     if name in ("fcn_resnet50", "deeplabv3_resnet50"):
         return Segmentation(name)
     bare = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model: nn.Module = torchvision.models.get_model(name, weights=None, **bare, **_OPTIONS.get(name, {}))
-    for encoder in [part for part in model.modules() if isinstance(part, Encoder)]:
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **bare, **options)
+    for encoder in [part for part in model.modules() if isinstance(part, Encoder) and small]:
         encoder.layers = encoder.layers[:2]
     return model
 

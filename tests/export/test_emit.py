@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, fx, nn
 
@@ -353,3 +354,19 @@ def test_a_part_of_a_shape_is_what_its_bounds_said(bounds, expected):
     assert not model.graph[0].attributes
     (got,) = session(ir.to_proto(model).SerializeToString()).run(None, {"x": np.zeros((3, 4, 5), np.float32)})
     assert got.tolist() == expected
+
+
+class Normalized(nn.Module):
+    """Divides each vector by its length, which PyTorch expands before: [N, 8, 4] -> [N, 8, 4]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As PyTorch's function."""
+        return F.normalize(x, dim=-1)
+
+
+def test_nothing_is_expanded_that_broadcasts() -> None:
+    x = torch.randn(2, 8, 4)
+    model = emit(fold_float(prepare(Normalized().eval(), input_shape=(8, 4))), x, {})
+    assert not {"Expand", "Shape", "Concat"} & {node.op_type for node in model.graph}
+    (found,) = session(ir.to_proto(model).SerializeToString()).run(None, {"input": x.numpy()})
+    assert np.allclose(found, F.normalize(x, dim=-1), atol=1e-6)
