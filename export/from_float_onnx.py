@@ -137,7 +137,7 @@ def quantize_onnx(
         raise UserError("--images and --parity-images must be at least 1")
     for path in (output, reference):
         check_writable(path)
-    network = read_float_network(model)
+    network = read_float_network(model, same_tensors=cache is not None)
     view = network_from_onnx(network)
     fed = None
     if given is not None:
@@ -221,8 +221,11 @@ def quantize_onnx(
     return written
 
 
-def read_float_network(path: Path) -> ir.Model:
-    """The float network, with constants computed and batch normalization folded into convolutions."""
+def read_float_network(path: Path, *, same_tensors: bool = False) -> ir.Model:
+    """The float network, with constants computed and batch normalization folded into convolutions.
+
+    ``same_tensors``: attentions keep all of their tensors, which a calibration cache names.
+    """
     model = read_onnx(path)
     if is_quantized(model):
         raise UserError(f"{path} is quantized already: give the float network (python -m export.lint checks this one)")
@@ -251,12 +254,16 @@ def read_float_network(path: Path) -> ir.Model:
     reuse_concats(model.graph)
     with if_onnx_runtime_can():
         fold_constants(model)
+    with if_onnx_runtime_can():
         find_shapes(model)
     simplify_shapes(model.graph)
     drop_expands(model.graph)
     passes.RemoveUnusedNodesPass()(model)
+    if same_tensors:
+        return model
     scale_before_product(model.graph)
-    split_products(model)
+    with if_onnx_runtime_can():
+        split_products(model)
     return model
 
 

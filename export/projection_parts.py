@@ -21,14 +21,26 @@ class Part:
     shape: tuple[int, ...]
     order: tuple[int, ...]
 
+    def for_any_batch(self, other: Part) -> Part | None:
+        """This part, found for one batch, and ``other``, the same one found for another, for any; None if they differ.
 
-def part_of(found: np.ndarray, shape: Sequence[int], growing: int) -> Part | None:
+        One axis at most may grow with the batch.
+        """
+        if self == other:
+            return self
+        if (self.features, self.order, len(self.shape)) != (other.features, other.order, len(other.shape)):
+            return None
+        growing = [a != b for a, b in zip(self.shape, other.shape, strict=True)]
+        shape = tuple(-1 if grows else extent for grows, extent in zip(growing, self.shape, strict=True))
+        return Part(self.features, shape, self.order) if sum(growing) == 1 else None
+
+
+def part_of(found: np.ndarray, shape: Sequence[int]) -> Part | None:
     """The part that ``found`` is; None if it is no plain one.
 
     Args:
         found: for each of its values, the position in the layer's output, counted in the order of memory.
         shape: of the layer's output.
-        growing: its axis that grows with the batch.
     """
     width, rows = shape[-1], math.prod(shape[:-1])
     row, column = np.divmod(found, width)
@@ -41,14 +53,10 @@ def part_of(found: np.ndarray, shape: Sequence[int], growing: int) -> Part | Non
         int(positions.take(1, axis).flat[0] - origin) if extent > 1 else 0 for axis, extent in enumerate(found.shape)
     ]
     by_stride = sorted(range(found.ndim), key=lambda axis: (-strides[axis], axis))
-    extents = [found.shape[axis] for axis in by_stride]
+    extents = tuple(found.shape[axis] for axis in by_stride)
     order = tuple(by_stride.index(axis) for axis in range(found.ndim))
     rebuilt = np.arange(positions.size).reshape(extents).transpose(order)
-    of_batch = math.prod(shape[growing + 1 : -1]) * len(features)
-    if not np.array_equal(rebuilt, positions) or of_batch not in strides:
-        return None
-    free = by_stride.index(strides.index(of_batch))
-    return Part(features, tuple(-1 if at == free else extent for at, extent in enumerate(extents)), order)
+    return Part(features, extents, order) if np.array_equal(rebuilt, positions) else None
 
 
 def are_whole(parts: Sequence[Part], width: int) -> bool:

@@ -15,7 +15,7 @@ def scale_before_product(graph: ir.Graph) -> None:
     """
     taken = {value.name or "" for node in graph for value in node.outputs}
     for node in list(graph):
-        if node.op_type not in ("Mul", "Div"):
+        if node.op_type not in ("Mul", "Div") or not _goes_to_softmax(node):
             continue
         position = next((at for at, value in enumerate(node.inputs) if _is_product(value)), None)
         if position is None or (node.op_type == "Div" and position == 1):
@@ -35,8 +35,24 @@ def scale_before_product(graph: ir.Graph) -> None:
             scaled.outputs[0].type, scaled.outputs[0].shape = first.type, first.shape
         graph.insert_before(maker, scaled)
         maker.replace_input_with(0, scaled.outputs[0])
-        node.outputs[0].replace_all_uses_with(product, replace_graph_outputs=True)
+        node.outputs[0].replace_all_uses_with(product)
         graph.remove(node, safe=True)
+
+
+def _goes_to_softmax(node: ir.Node) -> bool:
+    """Whether a softmax reads what comes of ``node``, and no product before; an output of the network is none."""
+    waiting, seen = [node.outputs[0]], {node.outputs[0]}
+    found = False
+    while waiting:
+        value = waiting.pop()
+        if value.is_graph_output():
+            return False
+        for reader in value.consumers():
+            found = found or reader.op_type == "Softmax"
+            if reader.op_type not in ("Softmax", "MatMul", "Gemm", "Conv", "Einsum"):
+                waiting += [made for made in reader.outputs if made not in seen]
+                seen.update(reader.outputs)
+    return found
 
 
 def _is_product(value: ir.Value | None) -> bool:

@@ -11,34 +11,57 @@ from onnx_ir.passes.common import ShapeInferencePass
 from export.names import unused_name
 from export.session import session_with_tensors
 
-_BATCHES = (2, 3)
+_BATCHES = (2, 3, 7)
 _TO_THE_END = np.iinfo(np.int64).max  # the end of a Slice of any length
+# How large what they give is depends on the values that they get, or is not the same at each step.
+_BY_VALUE = ("NonZero", "NonMaxSuppression", "Unique", "Compress", "Loop", "If", "Scan")
 
 
 def find_shapes(model: ir.Model) -> None:
     """States the shapes of all tensors, in place, where only the first axis of the inputs is not known.
 
-    What inference does not find is measured: ONNX Runtime runs the network on zeros, for two batch sizes.
+    What inference does not find is measured: ONNX Runtime runs the network for several batch sizes. Extents that depend
+    on values are not stated.
     """
     ShapeInferencePass()(model)
-    unknown = {value.name: value for node in model.graph for value in node.outputs if value.name and not _known(value)}
-    shapes = [list(value.shape.dims if value.shape is not None else ()) for value in model.graph.inputs]
-    if not unknown or any(not dims or not all(isinstance(one, int) for one in dims[1:]) for dims in shapes):
-        return
-    names = [name for name in unknown if name]
-    runner = session_with_tensors(ir.to_proto(model), names)
-    found: list[list[np.ndarray]] = []
+    by_value: set[ir.Value] = set()
+    for node in model.graph:
+        if node.op_type in _BY_VALUE or not by_value.isdisjoint(value for value in node.inputs if value is not None):
+            by_value.update(node.outputs)
+    unknown = [
+        value
+        for node in model.graph
+        for value in node.outputs
+        if value.name and value not in by_value and not _known(value)
+    ]
+    for value, shapes in measured_shapes(model, unknown).items():
+        if len({len(shape) for shape in shapes}) == 1:
+            extents = zip(*shapes, strict=True)
+            value.shape = ir.Shape([several[0] if len(set(several)) == 1 else "batch" for several in extents])
+
+
+def measured_shapes(model: ir.Model, values: Sequence[ir.Value]) -> dict[ir.Value, list[tuple[int, ...]]]:
+    """The shapes of some tensors for batches of 2, 3 and 7, or for the file's own; their types are stated.
+
+    {} if another axis of an input is not known. Raises what ONNX Runtime raises.
+    """
+    given = [list(value.shape.dims if value.shape is not None else ()) for value in model.graph.inputs]
+    if not values or any(not dims or not all(isinstance(one, int) for one in dims[1:]) for dims in given):
+        return {}
+    names = [value.name or "" for value in values]
+    runner, random = session_with_tensors(ir.to_proto(model), names), np.random.default_rng(0)
+    found: dict[ir.Value, list[tuple[int, ...]]] = {value: [] for value in values}
     for batch in _BATCHES:
         feeds = {}
-        for value, dims in zip(model.graph.inputs, shapes, strict=True):
+        for value, dims in zip(model.graph.inputs, given, strict=True):
             extents = [one if isinstance(one, int) else batch for one in dims]
-            feeds[value.name] = np.zeros(extents, (value.dtype or ir.DataType.FLOAT).numpy())
-        found.append(runner.run(names, feeds))
-    for name, one, two in zip(names, *found, strict=True):
-        if one.ndim == two.ndim:
-            value = unknown[name]
-            value.shape = ir.Shape([a if a == b else "batch" for a, b in zip(one.shape, two.shape, strict=True)])
-            value.dtype = ir.DataType.from_numpy(one.dtype)
+            dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+            feeds[value.name] = random.random(extents).astype(dtype)
+        for value, array in zip(values, runner.run(names, feeds), strict=True):
+            if isinstance(array, np.ndarray):
+                found[value].append(array.shape)
+                value.dtype = ir.DataType.from_numpy(array.dtype)
+    return {value: shapes for value, shapes in found.items() if len(shapes) == len(_BATCHES)}
 
 
 def _known(value: ir.Value) -> bool:

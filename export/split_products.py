@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -17,22 +19,21 @@ from onnx.reference import ReferenceEvaluator
 from export.names import SPLIT, all_names, unused_name
 from export.onnx_network import constant
 from export.projection_parts import Part, are_whole, part_of
+from export.shapes import measured_shapes
 from qat.graph.operations import COMMUTING, kind_of_onnx
-
-_BATCH = 2
 
 
 def split_products(model: ir.Model) -> list[str]:
     """Splits them in a float network whose shapes are known, in place. Returns the names of the nodes it split."""
+    layers = [found for node in model.graph if (found := _layer(node)) is not None and _is_moved(found.end)]
+    if not layers:
+        return []
+    shapes = measured_shapes(model, [layer.end for layer in layers])
     done = []
-    for node in list(model.graph):
-        weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
-        if weight is None or weight.ndim != 2:
-            continue
-        end, bias = _with_bias(node, weight.shape[1])
-        if parts := _parts(end):
-            _split(model.graph, node, weight, bias, parts)
-            done.append(node.name or node.outputs[0].name or "")
+    for layer in layers:
+        if layer.end in shapes and (parts := _parts(layer.end, *shapes[layer.end][:2])):
+            _split(model.graph, layer, parts)
+            done.append(layer.name)
     if done:
         passes.RemoveUnusedNodesPass()(model)
         model.graph.sort()
@@ -40,51 +41,81 @@ def split_products(model: ir.Model) -> list[str]:
     return done
 
 
-def _with_bias(node: ir.Node, width: int) -> tuple[ir.Value, np.ndarray | None]:
-    """The layer's output, and the bias that is added to the product, if one is."""
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A product with a constant matrix [I, O], its bias [O], and its output."""
+
+    node: ir.Node
+    weight: np.ndarray
+    bias: np.ndarray | None
+    end: ir.Value
+
+    @property
+    def name(self) -> str:
+        return self.node.name or self.node.outputs[0].name or "matmul"
+
+
+def _layer(node: ir.Node) -> _Layer | None:
+    weight = constant(node.inputs[1]) if node.op_type in ("MatMul", "Gemm") else None
+    if weight is None or weight.ndim != 2:
+        return None
     product = node.outputs[0]
+    if node.op_type == "Gemm":
+        plain = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+        turned = {name: node.attributes.get_int(name, 0) for name in ("transA", "transB")}
+        if not plain or turned["transA"]:
+            return None
+        if turned["transB"]:
+            weight = weight.T
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+        if (bias is None) != (len(node.inputs) < 3) or (bias is not None and bias.shape != (weight.shape[1],)):
+            return None
+        return _Layer(node, weight, bias, product)
     readers = product.consumers()
     if len(readers) == 1 and readers[0].op_type == "Add" and not product.is_graph_output():
         for value in readers[0].inputs:
             added = constant(value)
-            if added is not None and added.shape == (width,):
-                return readers[0].outputs[0], added
-    return product, None
+            if added is not None and added.shape == (weight.shape[1],):
+                return _Layer(node, weight, added, readers[0].outputs[0])
+    return _Layer(node, weight, None, product)
 
 
-def _parts(end: ir.Value) -> list[tuple[ir.Value, Part]]:
-    """The parts that a layer's output is cut into, in order; [] if it is not cut, or something else reads it."""
-    if end.shape is None or end.is_graph_output():
-        return []
-    growing = [axis for axis, extent in enumerate(end.shape.dims) if not isinstance(extent, int)]
-    if len(growing) != 1 or growing[0] == end.shape.rank() - 1:
-        return []
-    shape = [extent if isinstance(extent, int) else _BATCH for extent in end.shape.dims]
+def _is_moved(value: ir.Value) -> bool:
+    """Whether all that reads a value moves its data."""
+    readers = value.consumers()
+    return bool(readers) and not value.is_graph_output() and all(_moves(reader, value) for reader in readers)
+
+
+def _parts(end: ir.Value, *shapes: Sequence[int]) -> list[tuple[ir.Value, Part]]:
+    """The parts that a layer's output is cut into, in order; [] if it is not cut, or something else reads it.
+
+    ``shapes``: of the output, for two batches.
+    """
     movers: list[ir.Node] = []
     leaves: list[ir.Value] = []
     waiting = [end]
     while waiting:
         value = waiting.pop()
-        moves = [_moves(reader, value) for reader in value.consumers()]
-        if moves and all(moves):
+        if _is_moved(value):
             for reader in value.consumers():
                 movers.append(reader)
                 waiting += reader.outputs
-        elif value is end or any(moves) or value.is_graph_output():
+        elif value.is_graph_output() or any(_moves(reader, value) for reader in value.consumers()):
             return []
         else:
             leaves.append(value)
+    one, two = (_moved(end, shape, movers, leaves) for shape in shapes)
     found = []
-    moved = _moved(end, shape, movers, leaves)
-    if len(moved) < len(leaves):
+    if len(one) < len(leaves) or len(two) < len(leaves):
         return []
-    for leaf, positions in zip(leaves, moved, strict=True):
-        part = part_of(positions, shape, growing[0])
+    for leaf, *positions in zip(leaves, one, two, strict=True):
+        first, second = (part_of(array, shape) for array, shape in zip(positions, shapes, strict=True))
+        part = None if first is None or second is None else first.for_any_batch(second)
         if part is None:
             return []
         found.append((leaf, part))
-    found.sort(key=lambda one: one[1].features.start)
-    return found if are_whole([part for _, part in found], shape[-1]) else []
+    found.sort(key=lambda part: part[1].features.start)
+    return found if are_whole([part for _, part in found], shapes[0][-1]) else []
 
 
 def _moves(node: ir.Node, value: ir.Value) -> bool:
@@ -98,7 +129,7 @@ def _moves(node: ir.Node, value: ir.Value) -> bool:
 _MOVERS = ("Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Gather", "Split", "Flatten", "Identity")
 
 
-def _moved(end: ir.Value, shape: list[int], movers: list[ir.Node], leaves: list[ir.Value]) -> list[np.ndarray]:
+def _moved(end: ir.Value, shape: Sequence[int], movers: list[ir.Node], leaves: list[ir.Value]) -> list[np.ndarray]:
     """What the leaves are if the values of ``end`` are their positions."""
     constants = {value.name or "": constant(value) for node in movers for value in node.inputs[1:] if value is not None}
     name, helper = end.name or "", onnx.helper
@@ -113,15 +144,13 @@ def _moved(end: ir.Value, shape: list[int], movers: list[ir.Node], leaves: list[
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset or onnx.defs.onnx_opset_version())])
     try:
         return list(ReferenceEvaluator(model).run(None, {name: np.arange(math.prod(shape)).reshape(shape)}))
-    except (ValueError, RuntimeError, IndexError):  # what grows with the batch is a multiple of it
+    except (ValueError, RuntimeError, IndexError, TypeError):
         return []
 
 
-def _split(
-    graph: ir.Graph, node: ir.Node, weight: np.ndarray, bias: np.ndarray | None, parts: list[tuple[ir.Value, Part]]
-) -> None:
+def _split(graph: ir.Graph, layer: _Layer, parts: list[tuple[ir.Value, Part]]) -> None:
     taken = all_names(graph)
-    name = node.name or node.outputs[0].name or "matmul"
+    node, weight, bias, name = layer.node, layer.weight, layer.bias, layer.name
 
     def stored(what: str, array: np.ndarray) -> ir.Value:
         unique = unused_name(what, taken)

@@ -93,20 +93,22 @@ def _parts(
     node: fx.Node, modules: Mapping[str, nn.Module], values: list[dict[fx.Node, Any]]
 ) -> list[tuple[fx.Node, Part]]:
     """The parts that a layer's output is cut into, in order; [] if it is not cut, or something else reads it."""
-    shapes = [tuple(one[node].shape) for one in values]
-    growing = [axis for axis, extents in enumerate(zip(*shapes, strict=True)) if len(set(extents)) > 1]
-    if len(growing) != 1:
-        return []
-    shape = shapes[0]
-    numbered = torch.arange(math.prod(shape)).reshape(shape)
-    parts = []
-    for leaf, found in _leaves(node, numbered, modules, values[0]):
-        part = None if found is None else part_of(found.numpy(), shape, growing[0])
-        if part is None:
-            return []
-        parts.append((leaf, part))
-    parts.sort(key=lambda one: one[1].features.start)
-    return parts if are_whole([part for _, part in parts], shape[-1]) else []
+    for_batches = []
+    for known in values:
+        shape, found = tuple(known[node].shape), {}
+        numbered = torch.arange(math.prod(shape)).reshape(shape)
+        for leaf, moved in _leaves(node, numbered, modules, known):
+            part = None if moved is None else part_of(moved.numpy(), shape)
+            if part is None:
+                return []
+            found[leaf] = part
+        for_batches.append(found)
+    one, two = for_batches
+    parts = [(leaf, part.for_any_batch(two[leaf])) for leaf, part in one.items() if leaf in two]
+    known_parts = [(leaf, part) for leaf, part in parts if part is not None]
+    known_parts.sort(key=lambda part: part[1].features.start)
+    whole = len(known_parts) == len(one) == len(two)
+    return known_parts if whole and are_whole([part for _, part in known_parts], values[0][node].shape[-1]) else []
 
 
 def _leaves(

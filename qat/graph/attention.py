@@ -18,6 +18,7 @@ from torch import fx
 
 from qat.base.errors import UserError
 
+_PRODUCTS = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm")
 FUSED = "scaled_dot_product_attention"
 """``meta`` of a product that was the end of such a function."""
 
@@ -145,22 +146,41 @@ def fuse_attention(traced: fx.GraphModule, products: Collection[str]) -> None:
             traced.graph.erase_node(node)
 
 
+def _goes_to_softmax(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether a softmax reads what comes of ``node``, and no layer or product before."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for reader in waiting.pop().users:
+            name = getattr(reader.target, "__name__", str(reader.target))
+            layer = traced.get_submodule(str(reader.target)) if reader.op == "call_module" else None
+            if name == "softmax" or isinstance(layer, torch.nn.Softmax):
+                return True
+            if layer is None and reader.target not in _PRODUCTS and reader.op != "output" and reader not in seen:
+                seen.add(reader)
+                waiting.append(reader)
+    return False
+
+
 def scale_before_product(traced: fx.GraphModule) -> None:
     """Multiplies the first factor of a product of two tensors by the number that its result is multiplied by.
 
     So attentions have one form, in which their factors can be quantized: (s * q) @ k instead of s * (q @ k).
     """
-    products = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm")
     for node in list(traced.graph.nodes):
         times = node.target in (operator.mul, torch.mul, "mul")
         by = node.target in (operator.truediv, torch.div, "div")
         if not (times or by) or len(node.args) != 2:
             continue
         product, factor = node.args
+        if node.kwargs or not _goes_to_softmax(node, traced):
+            continue
         if times and isinstance(product, (int, float)):
             product, factor = factor, product
-        scales = isinstance(factor, (int, float)) and isinstance(product, fx.Node) and product.target in products
-        if not scales or len(product.users) != 1 or len(product.all_input_nodes) != 2:
+        if not isinstance(factor, (int, float)) or not factor:
+            continue
+        if not isinstance(product, fx.Node) or product.target not in _PRODUCTS:
+            continue
+        if len(product.users) != 1 or len(product.all_input_nodes) != 2:
             continue
         first = product.args[0]
         if not isinstance(first, fx.Node) or not first.meta.get("tensor"):

@@ -28,6 +28,7 @@ _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding",
 _ARGUMENTS: dict[str, Sequence[str]] = {
     **dict.fromkeys(("matmul", "mm", "bmm"), ("input", "other")),
     "mean": ("input", "dim", "keepdim"),
+    "softmax": ("input", "dim", "dtype"),
     "getattr": ("input", "name"),
     "flatten": ("input", "start_dim", "end_dim"),
     **dict.fromkeys(("clamp", "clip", "clamp_", "clip_"), ("input", "min", "max")),
@@ -237,7 +238,7 @@ def _nodes_needed(traced: fx.GraphModule, modules: Mapping[str, nn.Module]) -> s
 
 
 class _ShapeRecorder(fx.Interpreter):
-    """Runs a module on tensors without data and records the shape of each floating-point tensor."""
+    """Runs a module on tensors without data and records the shape of each float32 tensor."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -246,14 +247,14 @@ class _ShapeRecorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
         result = super().run_node(n)
-        if isinstance(result, Tensor) and result.is_floating_point():
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
             self.shapes[n.name] = tuple(result.shape)
         return result
 
 
 @without_autocast()
 def shapes(traced: fx.GraphModule) -> dict[str, tuple[int, ...]]:
-    """The shape of every floating-point tensor for a batch of one, by the name of its node, in evaluation."""
+    """The shape of every float32 tensor for a batch of one, by the name of its node, in evaluation."""
     training, recorder = traced.training, _ShapeRecorder(traced.eval())
     device = next((parameter.device for parameter in traced.parameters()), None)
     inputs: Inputs = traced.meta["inputs"]

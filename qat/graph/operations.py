@@ -88,6 +88,12 @@ def _over_space(attributes: dict[str, Any]) -> bool:
     return isinstance(axes, (tuple, list)) and sorted(axes) == [2, 3] and attributes.get("rank", 4) == 4
 
 
+def _over_the_last_axis(attributes: dict[str, Any]) -> bool:
+    """Where an axis is counted from the front and the rank is not known, images and heads are taken to come first."""
+    axis = attributes.get("dim", attributes.get("axis", -1))
+    return isinstance(axis, int) and (axis == -1 or axis == attributes.get("rank", max(axis, 2) + 1) - 1)
+
+
 def _plain_sum(attributes: dict[str, Any]) -> bool:
     return bool(attributes.get("alpha", 1) == 1)
 
@@ -166,7 +172,8 @@ OPERATIONS = (
     ),
     Operation("data_movement", (), ("to",), (), _keeps_floats),
     Operation("layer_norm", ("LayerNorm",), ("layer_norm",), ("LayerNormalization",)),
-    Operation("softmax", ("Softmax",), ("softmax",), ("Softmax",)),
+    Operation("softmax", ("Softmax",), ("softmax",), ("Softmax",), _over_the_last_axis),
+    Operation("data_movement", (), ("type_as",), ()),
     Operation("mask", (), ("masked_fill", "where"), ("Where",)),
     Operation("shape", (), ("size", "dim", "numel"), ("Shape", "Size")),
     Operation("shape", (), ("getattr",), (), _states_a_size),

@@ -139,6 +139,8 @@ class Tracer(fx.Tracer):
             mixed = attention_of_products(*args, **kwargs)
             mixed.node.meta[FUSED] = True
             return mixed
+        if target is torch.einsum and len(args) == 2 and isinstance(args[1], (list, tuple)):
+            args = (args[0], *args[1])
         if target is torch.einsum and len(args) == 3 and isinstance(args[0], str):
             product = product_of_einsum(*args)
             if product is not None:
@@ -260,7 +262,16 @@ def _in_evaluation(module: nn.Module) -> Iterator[nn.Module]:
 def _positive_axes(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Counts the axes of a mean from the front: so a mean over height and width is known as one."""
+    """Counts the axes of a mean from the front, so that a mean over height and width is known as one.
+
+    That of a softmax is counted from the back.
+    """
+    if target in ("softmax", torch.softmax, torch.nn.functional.softmax) and args and is_traced(args[0]):
+        rank, (given, *others) = args[0].samples[0].ndim, args
+        if others and isinstance(others[0], int) and others[0] >= 0:
+            return (given, others[0] - rank, *others[1:]), kwargs
+        if isinstance(kwargs.get("dim"), int) and kwargs["dim"] >= 0:
+            return args, kwargs | {"dim": kwargs["dim"] - rank}
     if target not in ("mean", torch.mean) or not args or not is_traced(args[0]):
         return args, kwargs
     axes = args[1] if len(args) > 1 else kwargs.get("dim")

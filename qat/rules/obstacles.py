@@ -40,17 +40,16 @@ class KeptFloat(Obstacle):
 
 
 class Integers(Obstacle):
-    """A tensor does not hold floating-point numbers."""
+    """A tensor does not hold float32 numbers."""
 
     name = "integers"
-    sentence = "integers are not quantized"
-    source = "they have no scale"
+    sentence = "integers, and numbers in half precision, are not quantized"
+    source = "they have no scale, or one of another type"
 
     def reason(self, op: Op, tensors: Iterable[str], state: PlacementState) -> str:
         """Names the tensor."""
-        return next(
-            (f"its input {tensor} holds integers" for tensor in tensors if not state.network[tensor].floating), ""
-        )
+        others = [tensor for tensor in tensors if not state.network[tensor].floating]
+        return f"its input {others[0]} holds no float32 numbers" if others else ""
 
 
 class NoRange(Obstacle):

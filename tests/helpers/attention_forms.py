@@ -83,3 +83,42 @@ class Attention(nn.Module):
             return parts.unbind(0) if self.form == "unbind" else (parts[0], parts[1], parts[2])
         made = (self.q(y[:, :queries]), self.k(y), self.v(y))
         return [one.view(batch, -1, HEADS, self.head).transpose(1, 2) for one in made]
+
+
+class Odd(nn.Module):
+    """What a part of may look like one of ``Attention``: [N, 16, 64] -> [N, 16, 64] or less.
+
+    Args:
+        form: "flat", whose layer has the images' rows in one axis; "windows", with two windows an image and a mask for
+            each; "half", in half precision; "heads", with a softmax over the heads; "behind", scaled after the second
+            product; "similarity", a product that is the answer.
+    """
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.qkv, self.out = form, nn.Linear(64, 192), nn.Linear(64, 64)
+        self.register_buffer("bias", torch.randn(2, 16, 16))
+        self.register_buffer("mask", torch.randn(2, 1, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The answer."""
+        batch, tokens, width = x.shape
+        if self.form == "similarity":
+            y = self.out(x)
+            return (y @ y.transpose(1, 2)) * 0.25
+        if self.form == "windows":
+            parts = self.qkv(x.reshape(batch * 2, 8, width)).reshape(batch, 2, 8, 3, 2, 32).permute(3, 0, 1, 4, 2, 5)
+            q, k, v = parts.unbind(0)
+            weights = ((q * 0.2) @ k.transpose(-2, -1) + self.mask).softmax(-1)
+            return self.out((weights @ v).permute(0, 1, 3, 2, 4).reshape(batch, tokens, width))
+        rows = self.qkv(x.reshape(-1, width) if self.form == "flat" else x)
+        q, k, v = rows.reshape(batch, tokens, 3, 2, 32).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.form == "half":
+            mixed = F.scaled_dot_product_attention(q.half(), k.half(), v.half()).float()
+        elif self.form == "heads":
+            mixed = ((q * 0.2) @ k.mT).softmax(1) @ v
+        elif self.form == "behind":
+            mixed = F.scaled_dot_product_attention(q, k, v) * 0.5
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, self.bias)
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, width))

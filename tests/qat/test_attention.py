@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from attention_forms import FORMS, Attention
+from attention_forms import FORMS, Attention, Odd
 from torch import Tensor, fx, nn
 
 from deploy.builder import build
@@ -221,3 +221,26 @@ def _scale_behind_product(path: Path) -> None:
     scaled.replace_input_with(0, product.outputs[0])
     model.graph.sort()
     ir.save(model, path)
+
+
+@pytest.mark.parametrize(
+    ("form", "quantized"),
+    [("flat", True), ("windows", True), ("half", False), ("heads", False), ("behind", True), ("similarity", False)],
+)
+def test_odd_ones_answer_the_same_for_any_batch(form: str, quantized: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, given = Odd(form).eval(), torch.randn(5, 16, 64)
+    prepared = prepare(model, input_shape=(16, 64))
+    assert {one.quantized for one in products(prepared)} == {quantized}
+    with torch.no_grad():
+        calibrate_ranges(prepared, [given], "max")
+    folded, _ = fold(prepared)
+    split_projections(folded, prepared.meta["inputs"])
+    path = tmp_path / "m.onnx"
+    ir.save(emit(folded, given[:2], {}), path)
+    for batch in (1, 2, 3, 5):
+        with torch.no_grad():
+            expected = prepared(given[:batch])
+        (found,) = session(path).run(None, {"input": given[:batch].numpy()})
+        assert found.shape == tuple(expected.shape)
+        assert sqnr(expected, torch.from_numpy(found)) > (50 if form == "half" else 80)
