@@ -259,8 +259,8 @@ def _name_by_module(graph: ir.Graph, layers: set[str]) -> None:
 
 def _layers(network: nn.Module) -> set[str]:
     """Paths of the modules that are one layer: they have no children but the quantizer of their weight."""
-    modules = network.named_modules()
-    return {path for path, module in modules if {name for name, _ in module.named_children()} <= {"weight_quantizer"}}
+    found = {path: {name for name, _ in module.named_children()} for path, module in network.named_modules() if path}
+    return {path for path, children in found.items() if children <= {"weight_quantizer"}}
 
 
 def _node_name(node: ir.Node, layers: set[str]) -> str:

@@ -52,8 +52,10 @@ def network(form: str) -> nn.Module:
     return Attention(form)
 
 
-@pytest.mark.parametrize("dynamo", [True, False])
-@pytest.mark.parametrize("form", ["module", "unbind", "chunk", "windows"])
+@pytest.mark.parametrize("dynamo", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize(
+    "form", ["module", *(pytest.param(form, marks=pytest.mark.slow) for form in ("unbind", "windows"))]
+)
 def test_it_is_int8_throughout_and_answers_the_same(form: str, dynamo: bool, tmp_path: Path) -> None:
     path, output = exported(network(form), tmp_path / "f.onnx", dynamo=dynamo), tmp_path / "q.onnx"
     sidecar = quantize_onnx(path, output, inputs=IMAGES, calibrator="max")
@@ -68,8 +70,14 @@ def test_it_is_int8_throughout_and_answers_the_same(form: str, dynamo: bool, tmp
     assert any(layer.is_attention for layer in built.audit.layers)
 
 
-@pytest.mark.parametrize("dynamo", [True, False])
-@pytest.mark.parametrize("form", ["unbind", "windows"])
+@pytest.mark.parametrize(
+    ("form", "dynamo"),
+    [
+        ("unbind", True),
+        ("windows", False),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in (("unbind", False), ("windows", True))),
+    ],
+)
 def test_nothing_that_is_rewritten_changes_the_answers(form: str, dynamo: bool, tmp_path: Path) -> None:
     path = exported(network(form), tmp_path / "f.onnx", dynamo=dynamo)
     (expected,) = run(session(path), IMAGES).values()

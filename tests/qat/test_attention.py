@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -28,6 +29,13 @@ from qat.graph.tracing import network_of
 from qat.rules.placement import Decision, Placement
 
 SHAPE = (3, 64, 64)
+
+
+def quick(*forms: str) -> list[Any]:
+    """Three that differ, and the others as slow tests."""
+    return [
+        form if form in ("unbind", "bias", "module") else pytest.param(form, marks=pytest.mark.slow) for form in forms
+    ]
 
 
 def network(form: str = "fused", **options: float) -> Attention:
@@ -80,7 +88,7 @@ def test_all_four_factors_are_quantized_however_it_is_spelt(form: str) -> None:
         assert sqnr(model(images()), prepared(images())) > 25
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", quick(*FORMS))
 def test_sums_and_what_a_normalization_reads_stay_in_float(form: str) -> None:
     placement = placement_of(prepare(network(form), input_shape=SHAPE))
     read = {tensor.tensor for tensor in placement.tensors}
@@ -156,7 +164,7 @@ def test_a_placement_is_read_as_it_was_written() -> None:
     assert all(tensor.amax is None for tensor in Placement.from_json(old).tensors)
 
 
-@pytest.mark.parametrize("form", [*FORMS, "cross"])
+@pytest.mark.parametrize("form", quick(*FORMS, "cross"))
 def test_the_engine_computes_it_in_int8_and_answers_as_pytorch(form: str, tmp_path: Path) -> None:
     prepared = calibrated(network(form))
     folded, _ = fold(prepared)
@@ -187,7 +195,7 @@ def test_one_query_is_not_declared_and_not_missed(tmp_path: Path) -> None:
     assert {one.precision for one in built.audit.findings if "matmul" in one.node} == {"FP32"}
 
 
-@pytest.mark.parametrize("form", ["three", "late", "divided", "module", "bias"])
+@pytest.mark.parametrize("form", ["late", "divided", pytest.param("module", marks=pytest.mark.slow)])
 def test_a_float_onnx_file_is_placed_alike(form: str, tmp_path: Path) -> None:
     model = network(form)
     path, output = tmp_path / "f.onnx", tmp_path / "q.onnx"
