@@ -17,7 +17,8 @@ from torchvision.models import SwinTransformer
 from deploy.builder import build
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
-from export.from_float_onnx import quantize_onnx, read_float_network
+from export.float_network import read_float_network
+from export.from_float_onnx import quantize_onnx
 from export.linter import lint_onnx
 from export.names import SPLIT
 from export.projection_parts import Part, are_whole, part_of
