@@ -14,7 +14,6 @@ from onnxscript.rewriter.rules import common as rewrites
 from export.equations import lower_equations
 from export.fold_constants import fold_constants
 from export.hard_rules import hard_findings
-from export.ops import OPSET
 from export.read import is_quantized, read_onnx
 from export.reuse_concats import reuse_concats
 from export.scaled_products import scale_before_product
@@ -24,6 +23,8 @@ from export.split_products import split_products
 from qat.base.console import warn
 from qat.base.errors import UserError
 
+OPSET = 17
+"""Models of an older operator set are converted to this one: Q/DQ of single channels exist from 13 on."""
 _FIRST_PER_CHANNEL = 13
 _MOST_FOLDED = 1 << 30  # elements of a constant that is computed now, and not in the engine
 

@@ -48,9 +48,6 @@ from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
 from qat.rules.placement import Placement
 
-OPSET = 17
-"""Models of an older operator set are converted to this one: Q/DQ of single channels exist from 13 on."""
-
 
 def quantize_onnx(
     model: Path | str,
