@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,17 +31,17 @@ _BATCHES = (2, 3)
 def split_projections(folded: fx.GraphModule, inputs: Inputs) -> list[str]:
     """Splits them in a folded network, in place; ``inputs`` are its inputs. Returns the paths of those layers."""
     modules = dict(folded.named_modules())
-    _read_sizes_from_input(folded, [_run(folded, inputs, batch) for batch in _BATCHES])
+    calls = Counter(str(node.target) for node in folded.graph.find_nodes(op="call_module"))
     values = [_run(folded, inputs, batch) for batch in _BATCHES]
+    _read_sizes_from_input(folded, values)
     done: list[str] = []
     for node in list(folded.graph.nodes):
         layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(layer, QuantizedLinear) and isinstance(layer.weight_quantizer, Dequantize):
-            if sum(other.target == node.target for other in folded.graph.nodes) > 1:
-                continue
-            if parts := _parts(node, modules, values):
-                _split(folded, node, layer, parts)
-                done.append(str(node.target))
+        if not isinstance(layer, QuantizedLinear) or not isinstance(layer.weight_quantizer, Dequantize):
+            continue
+        if calls[str(node.target)] == 1 and (parts := _parts(node, modules, values)):
+            _split(folded, node, layer, parts)
+            done.append(str(node.target))
     if done:
         folded.graph.eliminate_dead_code()
         folded.delete_all_unused_submodules()
@@ -69,22 +70,28 @@ def _run(folded: fx.GraphModule, inputs: Inputs, batch: int) -> dict[fx.Node, An
 
 
 def _read_sizes_from_input(folded: fx.GraphModule, values: list[dict[fx.Node, Any]]) -> None:
-    """Makes sizes constants, or multiples of the batch size, so that no tensor is read for its size alone."""
+    """Makes sizes constants, or multiples of the batch size, so that no tensor is read for its size alone.
+
+    What the new nodes give is added to ``values``.
+    """
     given = folded.graph.find_nodes(op="placeholder")
     with folded.graph.inserting_after(given[-1]):
         batch = folded.graph.call_method("size", (given[0], 0))
+    sizes: dict[int, Any] = {1: batch}
     for node in [node for node in folded.graph.nodes if node is not batch]:
         one, two = (found.get(node) for found in values)
-        size: Any
         if type(one) is not int or type(two) is not int or node.op == "placeholder":
             continue
         if one == two:
             node.replace_all_uses_with(one)
         elif one * _BATCHES[1] == two * _BATCHES[0] and one % _BATCHES[0] == 0:
             times = one // _BATCHES[0]
-            with folded.graph.inserting_after(batch):
-                size = folded.graph.call_function(operator.mul, (batch, times)) if times > 1 else batch
-            node.replace_all_uses_with(size)
+            if times not in sizes:
+                with folded.graph.inserting_after(batch):
+                    sizes[times] = folded.graph.call_function(operator.mul, (batch, times))
+            node.replace_all_uses_with(sizes[times])
+    for found, images in zip(values, _BATCHES, strict=True):
+        found |= {size: images * times for times, size in sizes.items()}
     folded.graph.eliminate_dead_code()
     folded.recompile()
 
