@@ -19,6 +19,7 @@ import zoo
 
 from export.emit import emit
 from export.fold import fold, fold_float, layer_paths
+from export.fold_factors import fold_factors
 from export.pad_groups import pad_groups
 from export.split_projections import split_projections
 from qat.calibration.activation_ranges import calibrate_ranges
@@ -36,6 +37,7 @@ def main() -> None:
         folded, _ = fold(prepared)
         split_projections(folded, prepared.meta["inputs"])
         ours = emit(folded, x[:2], {})
+        fold_factors(ours)
         pad_groups(ours, placement_of(prepared), layer_paths(folded))
         ir.save(ours, folder / "ours.onnx")
         ir.save(emit(fold_float(prepared), x[:2], {}), folder / "float32.onnx")

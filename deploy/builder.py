@@ -143,10 +143,15 @@ def _try_build(
     """Does what ``build`` does, but returns None if the builder refuses the INT8 weights."""
     log = BuildLog()
     builder: trt.Builder = toolkit.module.Builder(toolkit.logger(log))
-    config = toolkit.create_config(builder, settings)
-    outcome = None if timing_cache is None else toolkit.use_timing_cache(config, timing_cache)
     network = parse_onnx(toolkit, builder, model, log, settings, float_weights=float_weights)
-    _check_float(network, model, settings)
+    quantized = any(network.get_layer(index).type.name == "QUANTIZE" for index in range(network.num_layers))
+    if quantized and settings.precision != "explicit":
+        raise UserError(
+            f"{model} has Q/DQ nodes, which say its precision: leave out --precision {settings.precision}, or give the "
+            "float file (python -m export.onnx --precision float32 makes it)"
+        )
+    config = toolkit.create_config(builder, settings, quantized=quantized)
+    outcome = None if timing_cache is None else toolkit.use_timing_cache(config, timing_cache)
     for name in extra_outputs:
         network.mark_output(_find_tensor(network, name))
     without_range = ranges.apply(network, toolkit.module) if ranges is not None else []
@@ -227,18 +232,6 @@ def parse_onnx(
     if (axis := toolkit.transposed_scale_axis) is not None:
         state_transposed_scales(network, toolkit, model, axis)
     return network
-
-
-def _check_float(network: trt.INetworkDefinition, model: Path, settings: BuildSettings) -> None:
-    """Raises UserError when a precision is asked for and the Q/DQ nodes of the file ask for another."""
-    if settings.precision == "explicit":
-        return
-    for index in range(network.num_layers):
-        if network.get_layer(index).type.name == "QUANTIZE":
-            raise UserError(
-                f"{model} has Q/DQ nodes, which say its precision: leave out --precision {settings.precision}, or give "
-                "the float file (python -m export.onnx --precision float32 makes it)"
-            )
 
 
 def _model_with_float_weights(model: Path) -> bytes:

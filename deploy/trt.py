@@ -115,8 +115,10 @@ class Toolkit:
         wanted = [getattr(flags, name, None) for name in names]
         return builder.create_network(sum(1 << int(flag) for flag in wanted if flag is not None))
 
-    def create_config(self, builder: trt.Builder, settings: BuildSettings) -> trt.IBuilderConfig:
-        """A builder configuration that records every final layer.
+    def create_config(
+        self, builder: trt.Builder, settings: BuildSettings, *, quantized: bool = True
+    ) -> trt.IBuilderConfig:
+        """A builder configuration that records every final layer, for a network with or without Q/DQ nodes.
 
         Raises UserError when this version does not have something that ``settings`` ask for.
         """
@@ -125,7 +127,7 @@ class Toolkit:
         config.profiling_verbosity = self.module.ProfilingVerbosity.DETAILED
         config.builder_optimization_level = settings.optimization_level
         if self.typing(settings.precision) == "weak":
-            weak_typing.allow_precision(self.module, config, settings)
+            weak_typing.allow_precision(self.module, config, settings, quantized=quantized)
         weak_typing.check_platform(self.units(builder), settings.precision)
         if settings.layer or settings.output_type:
             strong = self.typing(settings.precision) == "strong"

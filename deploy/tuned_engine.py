@@ -105,14 +105,12 @@ def tune_engine(
             frontier=tuple(points),
         )
         placement.write(output)
-        sidecar = _sidecar(model, tuned, placement)
-        write_artifact(tuned, sidecar, lambda path: bench.write(kept, path))
+        sidecar, written = _sidecar(model, tuned, placement), list[bool]()
+        write_artifact(tuned, sidecar, lambda path: written.append(bench.write(kept, path)))
     if not found.complete:
         warn(f"{minutes:g} minutes ended the search: a larger --budget may find more")
     _show(placement)
-    options = BuilderOptions()
-    if set(placement.keep_float).issuperset(placement.layers):  # nothing is left in INT8
-        options = BuilderOptions(precision=float_precision(toolkit))
+    options = BuilderOptions() if any(written) else BuilderOptions(precision=float_precision(toolkit))
     built = build_engine(tuned, engine, builder="tensorrt", profiles=[Profile(batch, batch, batch)], settings=options)
     if not last.beats(floats):
         warn(f"FP16 takes {floats.median:.4f} ms, the tuned engine {last.median:.4f}: deploy FP16")

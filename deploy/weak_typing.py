@@ -55,11 +55,16 @@ def check_precision(module: Any, title: str, precision: EnginePrecision) -> None
         )
 
 
-def allow_precision(module: Any, config: trt.IBuilderConfig, settings: BuildSettings) -> None:
-    """Sets the flags of ``settings.precision``."""
-    for name in _FLAGS.get(settings.precision, ()):
-        if not (settings.strict and name == "FP16"):
-            config.set_flag(getattr(module.BuilderFlag, name))
+def allow_precision(module: Any, config: trt.IBuilderConfig, settings: BuildSettings, *, quantized: bool) -> None:
+    """Sets the flags of ``settings.precision``.
+
+    A network that is not ``quantized`` would need a calibrator for INT8, so explicitly it is not allowed that.
+    """
+    left_out = {"FP16"} if settings.strict else set()
+    if settings.precision == "explicit" and not quantized:
+        left_out.add("INT8")
+    for name in set(_FLAGS.get(settings.precision, ())) - left_out:
+        config.set_flag(getattr(module.BuilderFlag, name))
 
 
 def units_of_platform(builder: trt.Builder) -> dict[str, bool]:

@@ -25,6 +25,7 @@ from export.file_form import FileForm
 from export.float_types import store_floats_as
 from export.float_weights import save_onnx
 from export.fold import fold, fold_float, layer_paths, remaining_dead_channels, warn_of_dead_channels
+from export.fold_factors import fold_factors
 from export.hard_rules import hard_findings
 from export.merge_shortcuts import VECTOR
 from export.merge_shortcuts import merge_shortcuts as merge
@@ -34,6 +35,7 @@ from export.pad_channels import pad_channels as pad
 from export.pad_groups import pad_groups
 from export.parity import measure
 from export.reference import Sample, reference_path, write_reference
+from export.scale_rules import SMALLEST_HALF
 from export.session import sqnr_db
 from export.split_projections import split_projections
 from export.tensor_names import names_of_inputs, names_of_outputs, output_shapes
@@ -163,6 +165,7 @@ def export_onnx(
     dtype = torch.float16 if precision == "float16" else torch.float32
     ready = with_ends(folded, network.preprocessing, input, dtype)
     model = emit(ready, examples, _metadata(network, details) | {SPLIT: json.dumps(split)}, outputs)
+    fold_factors(model, SMALLEST_HALF if float_type == "float16" else 0.0)
     wider = pad_groups(model, placement_of(network.model), layer_paths(folded)) if form.quantized else {}
     compared = network.sample(parity_images)
     pairs = partial(_pairs, network, folded, compared, input, inputs)

@@ -16,6 +16,7 @@ from export.calibration_cache import placement_from_cache
 from export.float_network import read_float_network
 from export.float_types import KeptFloat32, store_floats_as
 from export.float_weights import save_onnx
+from export.fold_factors import fold_factors
 from export.hard_rules import hard_findings
 from export.insert import insert
 from export.network_inputs import Channels, NetworkInputs, load_inputs
@@ -23,6 +24,7 @@ from export.onnx_network import network_from_onnx
 from export.output_agreement import OutputSums
 from export.pad_groups import pad_groups
 from export.reference import reference_path, write_reference
+from export.scale_rules import SMALLEST_HALF
 from export.session import run, runs_in_onnx_runtime, session, session_with_tensors
 from export.weight_codes import WeightQuantizer
 from qat.base.artifact import (
@@ -158,6 +160,7 @@ def quantize_onnx(
     insert(network, view, placement, scales, ACTIVATION, weights_of)
     if weights_of.dead:
         warn(f"{weights_of.dead} weight channels are zero; their scales were floored")
+    fold_factors(network, SMALLEST_HALF if float_type == "float16" else 0.0)
     pad_groups(network, placement)
     kept: list[KeptFloat32] = []
     if float_type == "float16":

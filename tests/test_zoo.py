@@ -17,6 +17,7 @@ from deploy.settings import BuildSettings, Profile
 from export.emit import emit
 from export.float_types import store_floats_as
 from export.fold import fold
+from export.fold_factors import fold_factors
 from export.linter import lint_onnx
 from export.parity import measure
 from export.split_projections import split_projections
@@ -43,7 +44,9 @@ def test_the_pipeline(name: str, tmp_path: Path) -> None:
     folded, _ = fold(prepared)
     split = split_projections(folded, prepared.meta["inputs"])
     path = tmp_path / "model.onnx"
-    ir.save(emit(folded, x, {}), path)
+    exported = emit(folded, x, {})
+    fold_factors(exported)
+    ir.save(exported, path)
 
     assert lint_onnx(path) == []  # TensorRT takes it, and the ONNX file is placed as the torch.fx graph was
     parity, *_ = measure(folded, path, [(x, x)], 4)

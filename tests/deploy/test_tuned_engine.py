@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from attention_forms import Attention
-from qdq_models import residual
+from qdq_models import classifier, residual
 
 from deploy import builder, cuda, float_twin, tuned_engine, tuning_bench
 from deploy.engine_file import build_engine as real_build_engine
@@ -114,6 +114,24 @@ def test_a_layer_that_export_made_several_is_left_in_float_as_a_whole(gpu: dict[
     assert not any((name or "").startswith("qkv.") and (name or "").endswith("weight") for name in codes)
     again = prepare(network, input_shape=(3, 64, 64), keep_float=tuned_names(path.with_suffix(".tuned.json")))
     assert not next(one for one in placement_of(again).weights if one.label == "qkv").quantized
+
+
+@pytest.mark.parametrize(("milliseconds", "precision"), [(5.0, "fp16"), (0.5, "explicit")])
+def test_what_is_left_without_int8_is_built_as_a_float_network(
+    milliseconds: float, precision: str, gpu: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu["/conv/Conv"] = milliseconds  # the only layer that is quantized
+    asked, build_engine = [], tuned_engine.build_engine
+
+    def recording(model: Path, output: Path, **options: Any) -> Any:
+        asked.append(options["settings"].precision)
+        return build_engine(model, output, **options)
+
+    monkeypatch.setattr(tuned_engine, "build_engine", recording)
+    monkeypatch.setattr(tuned_engine, "float_precision", lambda toolkit: "fp16")
+    found = tune_engine(classifier(tmp_path / "m.onnx", quantize_fc=False), minutes=5)
+    assert set(found.placement.keep_float) < set(found.placement.layers)  # the other is float by itself
+    assert asked == [precision]
 
 
 def test_where_nothing_loses_the_rules_stay(gpu: dict[str, float], model: Path) -> None:

@@ -62,20 +62,21 @@ def test_a_version_with_all_flags_has_every_precision(precision: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "strict", "flags"),
+    ("precision", "strict", "quantized", "flags"),
     [
-        ("explicit", False, {"INT8", "FP16"}),
-        ("int8", False, {"INT8", "FP16"}),
-        ("int8", True, {"INT8"}),
-        ("fp16", False, {"FP16"}),
-        ("bf16", False, {"BF16"}),
-        ("fp32", False, set()),
-        ("tf32", False, set()),
+        ("explicit", False, True, {"INT8", "FP16"}),
+        ("explicit", False, False, {"FP16"}),
+        ("int8", False, False, {"INT8", "FP16"}),
+        ("int8", True, False, {"INT8"}),
+        ("fp16", False, False, {"FP16"}),
+        ("bf16", False, False, {"BF16"}),
+        ("fp32", False, False, set()),
+        ("tf32", False, False, set()),
     ],
 )
-def test_the_flags_of_a_precision(precision: Any, strict: bool, flags: set[str]) -> None:
-    config: Any = Config()
-    weak_typing.allow_precision(module_of(*ALL_FLAGS), config, BuildSettings(precision=precision, strict=strict))
+def test_the_flags_of_a_precision(precision: Any, strict: bool, quantized: bool, flags: set[str]) -> None:
+    config, settings = Config(), BuildSettings(precision=precision, strict=strict)
+    weak_typing.allow_precision(module_of(*ALL_FLAGS), config, settings, quantized=quantized)  # type: ignore[arg-type]
     assert set(config.flags) == flags
 
 
