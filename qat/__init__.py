@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qat.calibration.adaround import adaround
     from qat.calibration.explain import explain_calibration
     from qat.calibration.explain_page import draw_explanations
+    from qat.calibration.smoothquant import smoothquant
     from qat.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
     from qat.compute.device import compile_for_training
     from qat.data.preprocessing import Preprocessing
@@ -51,6 +52,7 @@ _HOME = {
     "placement_of": "qat.fake_quantize.prepare",
     "prepare": "qat.fake_quantize.prepare",
     "save_checkpoint": "qat.checkpoint",
+    "smoothquant": "qat.calibration.smoothquant",
     "view_placement": "qat.placement_view",
 }
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
     "placement_of",
     "prepare",
     "save_checkpoint",
+    "smoothquant",
     "view_placement",
 ]
 

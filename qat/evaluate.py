@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.base.console import progress
+from qat.base.console import progress, say, table
 from qat.base.errors import UserError
 from qat.base.sqnr import sqnr_db
+from qat.base.text import decibels
 from qat.compute.device import Compute
 from qat.compute.precision import exact_float32
 from qat.compute.processes import SINGLE_PROCESS, Processes
@@ -120,6 +122,30 @@ def compare(
         raise UserError("the network's output has NaN or infinity: a weight is NaN; give other weights")
     agreement = Agreement(100 * same / len(images), sqnr_db(power, noise), len(images))
     return agreement, tuple(count.accuracy() for count in counts)
+
+
+def say_figures(figures: Mapping[str, Any]) -> None:
+    """Prints what a checkpoint records about a network that was calibrated without training."""
+    if not figures:
+        say("nothing was measured: there are too few images to hold any out")
+        return
+    agreement = figures["agreement"]
+    columns, agrees = (
+        ("same class as float", "SQNR of the logits"),
+        (f"{agreement['top1']:.2f} %", decibels(agreement["sqnr_db"])),
+    )
+    if "ptq" not in figures:
+        title = f"Agreement on {agreement['images']} held-out images without labels"
+        table(title, ("network", *columns), [("INT8, post-training", *agrees)])
+        return
+    floats, codes = (
+        (f"{figures[key]['test_top1']:.2f} %", f"{figures[key]['test_loss']:.4f}") for key in ("float", "ptq")
+    )
+    table(
+        f"Accuracy on the test split ({agreement['images']} images)",
+        ("network", "top-1", "loss", *columns),
+        [("float", *floats, "", ""), ("INT8, post-training", *codes, *agrees)],
+    )
 
 
 class _Counts:

@@ -61,6 +61,10 @@ class SharedOptions(Command):
     mse: they are fixed at the least squared quantization error."""
     percentile: float = 99.99
     """Percentage of the values that the percentile calibrator leaves unclipped."""
+    smoothquant: float | None = None
+    """For transformers: outliers of LayerNorms' outputs are moved into the weights of the linear layers that read them,
+    before ranges are chosen (SmoothQuant). How much of them, from 0 to 1; 0.5 is usual. The float network computes the
+    same."""
     calibration_images: int = 512
     """Largest number of images in the calibration split; of labelled images a tenth is taken, at least 64."""
     batch_size: int = 32
@@ -99,7 +103,7 @@ class SharedOptions(Command):
 
     def calibration(self) -> CalibrationSettings:
         """How ranges are chosen. Raises UserError when a value is out of range."""
-        return CalibrationSettings(self.calibrator, self.percentile, self.weight_calibrator)
+        return CalibrationSettings(self.calibrator, self.percentile, self.weight_calibrator, self.smoothquant)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat.base.artifact import atomic_write, check_writable
-from qat.base.console import progress, say, table, warn
+from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
-from qat.base.text import decibels
 from qat.calibration.activation_ranges import observe, set_ranges
 from qat.calibration.adaround import adaround
 from qat.calibration.explain import explain, quantizers_named, say_explanations
@@ -26,6 +25,7 @@ from qat.calibration.explain_page import draw_explanations
 from qat.calibration.histogram import HistogramObserver
 from qat.calibration.pytorch_quantization import match_ranges, set_imported_ranges
 from qat.calibration.settings import CalibrationSettings
+from qat.calibration.smoothquant import say_smoothed, smooth
 from qat.checkpoint import save_checkpoint
 from qat.compute.device import Compute
 from qat.compute.precision import exact_float32
@@ -35,7 +35,7 @@ from qat.data.folders import unlabelled_folder
 from qat.data.preprocessing import ImagePreset
 from qat.data.request import ImageRequest
 from qat.data.splits import Data, load_data, load_unlabelled
-from qat.evaluate import compare, inputs
+from qat.evaluate import compare, inputs, say_figures
 from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import prepare, weights_and_quantizers
 from qat.fake_quantize.weight_ranges import fix_weight_ranges
@@ -122,7 +122,7 @@ def quantize_pretrained(
         },
         images.seed,
     )
-    _say_figures(figures)
+    say_figures(figures)
     if explained:
         explanations = explain(prepared, observers, names, calibration.percentile)
         say_explanations(explanations)
@@ -200,7 +200,7 @@ def choose_placement(
 
 
 def prepare_and_calibrate(
-    model: nn.Module,
+    model: TracedModel,
     placement: Placement,
     ranges: Mapping[str, Tensor],
     data: Data,
@@ -212,8 +212,11 @@ def prepare_and_calibrate(
 ) -> fx.GraphModule:
     """A copy of ``model`` with quantizers whose ranges come from the calibration split, or from ``ranges``.
 
+    With ``calibration.smoothquant``, ``model`` itself is smoothed first, so that both hold the same tensors.
     ``on_observed`` gets what qat.calibration.activation_ranges.observe returned.
     """
+    if calibration.smoothquant is not None:
+        _smooth(model, placement, ranges, data, images, calibration.smoothquant, compute)
     prepared = prepare(model, placement, input_shape=data.preprocessing.input_shape)
     simulate_bits(prepared, bits)
     if len(data.calibration) < _FEW_IMAGES:
@@ -235,6 +238,27 @@ def prepare_and_calibrate(
             changed = f"sets {len(imported.other_weights)} ranges" if imported.other_weights else "changes nothing"
             say(f"--weight-calibrator mse {changed}: {len(imported.weights)} weights keep the checkpoint's")
     return prepared
+
+
+def _smooth(
+    model: TracedModel,
+    placement: Placement,
+    ranges: Mapping[str, Tensor],
+    data: Data,
+    images: ImageRequest,
+    alpha: float,
+    compute: Compute,
+) -> None:
+    """Smooths LayerNorms with SmoothQuant, on the calibration images. Raises UserError when ``ranges`` are given."""
+    if ranges:
+        raise UserError(
+            "the weights come with ranges, which --smoothquant would invalidate: leave it out, or the ranges"
+        )
+    count = batch_count(data.calibration, images.batch_size)
+    with _remedy_for_memory("--batch-size"), progress("smoothing", count) as task:
+        given = _calibration_images(data, images, compute)
+        found = smooth(model, placement, given, alpha, task.advance, compute.processes)
+    say_smoothed(found)
 
 
 @contextmanager
@@ -261,6 +285,7 @@ def record_of_images(images: ImageRequest, data: Data, calibration: CalibrationS
         "seed": images.seed,
         "calibrator": calibration.method,
         "weight_calibrator": calibration.weight_method,
+        "smoothquant": calibration.smoothquant,
     }
 
 
@@ -323,26 +348,3 @@ def _compare_on_test(
         return {}
     figures = zip(("float", "ptq"), (accuracy.test_figures() for accuracy in accuracies), strict=False)
     return {**dict(figures), "agreement": asdict(agreement)}
-
-
-def _say_figures(figures: Mapping[str, Any]) -> None:
-    if not figures:
-        say("nothing was measured: there are too few images to hold any out")
-        return
-    agreement = figures["agreement"]
-    columns, agrees = (
-        ("same class as float", "SQNR of the logits"),
-        (f"{agreement['top1']:.2f} %", decibels(agreement["sqnr_db"])),
-    )
-    if "ptq" not in figures:
-        title = f"Agreement on {agreement['images']} held-out images without labels"
-        table(title, ("network", *columns), [("INT8, post-training", *agrees)])
-        return
-    floats, codes = (
-        (f"{figures[key]['test_top1']:.2f} %", f"{figures[key]['test_loss']:.4f}") for key in ("float", "ptq")
-    )
-    table(
-        f"Accuracy on the test split ({agreement['images']} images)",
-        ("network", "top-1", "loss", *columns),
-        [("float", *floats, "", ""), ("INT8, post-training", *codes, *agrees)],
-    )

@@ -184,11 +184,11 @@ class _Run:
         )
         prepared: fx.GraphModule
         if reached.phase == "float":
-            model = self.fit("float", model, float_recipe)
+            self.fit("float", model, float_recipe)
             reached.figures["float"] = self.test("float", model)
+            prepared = prepare_and_calibrate(model, placement, ranges, self.data, images, calibration, compute, bits)
             if distillation.needs_teacher:
                 reached.teacher = copy.deepcopy(model).state_dict()
-            prepared = prepare_and_calibrate(model, placement, ranges, self.data, images, calibration, compute, bits)
             reached.figures["ptq"] = self.test("post-training quantization", prepared)
             if learn_ranges:
                 make_ranges_learn(prepared)

@@ -1,4 +1,4 @@
-"""Text that several commands print: sizes, signal-to-noise ratios, suggestions for a misspelt name."""
+"""Text that several commands print: sizes, signal-to-noise ratios, suggestions for a misspelt name, long lists."""
 
 from __future__ import annotations
 
@@ -27,3 +27,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     by_lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=3)
     return f" (did you mean {' or '.join(by_lower[match] for match in close)}?)" if close else ""
+
+
+def first_of(names: Iterable[str], most: int = 4) -> str:
+    """``a, b, c, d and 3 others``."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} others" if len(found) > most else "")

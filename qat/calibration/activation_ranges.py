@@ -53,10 +53,8 @@ def observe(
     """
     quantizers = _quantizers(model)
     observers = {name: HistogramObserver(name, q.amax.device) for name, q in quantizers.items()}
-    device = next(model.parameters()).device
     extremes: list[Tensor] = []
-    inputs: Any = getattr(model, "meta", {}).get("inputs", Inputs({}))
-    given_batches = (_in_order(batch, inputs, device) for batch in batches)
+    given_batches = (in_order(batch, model) for batch in batches)
     with _observe_float_network(model, observers), torch.no_grad():
         for batch in _agree_on_limits(model, observers, given_batches, processes):
             channels = [one.transpose(0, 1).flatten(1) if one.ndim > 1 else one[None] for one in batch]
@@ -75,8 +73,10 @@ def observe(
     return observers
 
 
-def _in_order(batch: Batch, inputs: Inputs, device: torch.device) -> tuple[Tensor, ...]:
-    """The inputs in the order of the model's arguments, on ``device``."""
+def in_order(batch: Batch, model: nn.Module) -> tuple[Tensor, ...]:
+    """The inputs in the order of the model's arguments, on its device."""
+    device = next(model.parameters()).device
+    inputs: Any = getattr(model, "meta", {}).get("inputs", Inputs({}))
     if isinstance(batch, Tensor):
         return (batch.to(device),)
     if isinstance(batch, Mapping):

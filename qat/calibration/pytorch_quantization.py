@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from qat.base.errors import UserError
+from qat.base.text import first_of
 from qat.fake_quantize.folded_norms import FOLDED_NORMS
 from qat.fake_quantize.prepare import (
     ACTIVATION_QUANTIZERS,
@@ -108,10 +109,10 @@ class ImportedRanges:
         lines = [f"{tensors} and {weights} are the checkpoint's"]
         if others := (*self.other_tensors, *self.other_weights):
             why = "" if _UNKNOWN in self.not_used.values() else ", as the original does not quantize them"
-            lines.append(f"not in the checkpoint{why}, so calibrated here: {_some(others)}")
+            lines.append(f"not in the checkpoint{why}, so calibrated here: {first_of(others)}")
         for reason, count in Counter(self.not_used.values()).items():
             names = [name for name, why in self.not_used.items() if why == reason]
-            lines.append(f"{count} in the checkpoint, but not used, because {reason}: {_some(names)}")
+            lines.append(f"{count} in the checkpoint, but not used, because {reason}: {first_of(names)}")
         return lines
 
     def record(self) -> dict[str, Any]:
@@ -237,8 +238,3 @@ def _why_not(prepared: fx.GraphModule, quantizer: str, amax: Tensor) -> str:
     if is_weight and f"{owner}.weight_quantizer" in (path for path, _, _ in weights_and_quantizers(prepared)):
         return _NOT_PER_CHANNEL
     return _NOT_PER_TENSOR if not is_weight and amax.numel() != 1 else _IN_FLOAT
-
-
-def _some(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:4]) + (f" and {len(first) - 4} others" if len(first) > 4 else "")

@@ -33,6 +33,7 @@ _ARGUMENTS: dict[str, Sequence[str]] = {
     "flatten": ("input", "start_dim", "end_dim"),
     **dict.fromkeys(("clamp", "clip", "clamp_", "clip_"), ("input", "min", "max")),
     "linear": ("input", "weight", "bias"),
+    "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
     "to": ("input", "dtype"),
     **{f"conv{space}d": _CONVOLUTION for space in (1, 2, 3)},
     **{f"conv_transpose{space}d": _TRANSPOSED for space in (1, 2, 3)},
