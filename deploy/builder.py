@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from deploy import builder_errors
 from deploy.build_log import BuildLog
 from deploy.build_progress import build_progress
 from deploy.calibrator import Calibration
+from deploy.compiled_parts import look_into_parts
 from deploy.dynamic_ranges import RangeTable
 from deploy.engine_layers import layers_from_inspector, layers_from_log
 from deploy.layer_types import LayerType, layers_as_built, set_types, type_rules
@@ -118,7 +119,7 @@ def build(
         say(f"{toolkit.title} refuses {INT8.name} weights in this network: it gets the same codes as float weights")
         built = _try_build(toolkit, model, settings, timing_cache, extra_outputs, True, ranges, calibration)
     assert built is not None
-    return built
+    return replace(built, audit=look_into_parts(built.audit, built.plan, toolkit, settings))
 
 
 def check_ranges(settings: BuilderOptions, *, given: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.engine_layers import EngineLayer
+from deploy.kernel_trace import Kernel
 from deploy.loaded_engine import why_not_here
 from deploy.measure import layer_times
 from deploy.precision_audit import PrecisionFinding
@@ -33,6 +34,8 @@ class EngineAudit:
         batch: the batch size that the times were measured at.
         runs: number of inferences that they are averaged over.
         why_not_measured: why the engine cannot be run here; empty if it was measured.
+        kernels: all kernels of one inference when it was built, in their order, where another compiler handles parts of
+            the network (deploy/compiled_parts.py).
     """
 
     layers: tuple[EngineLayer, ...]
@@ -41,6 +44,7 @@ class EngineAudit:
     batch: int | None = None
     runs: int = 0
     why_not_measured: str = ""
+    kernels: tuple[Kernel, ...] = ()
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Number of layers and their milliseconds by precision. Reformats and separate Q/DQ nodes are counted apart."""
@@ -64,6 +68,7 @@ class EngineAudit:
                 for layer, time in zip(self.layers, times, strict=True)
             ],
             "findings": [asdict(finding) for finding in self.findings],
+            "kernels": [asdict(kernel) for kernel in self.kernels],
         }
 
 
@@ -92,14 +97,15 @@ def audit_engine(engine: str | Path, *, batch: int | None = None, runs: int = 50
         raise UserError(f"--runs {runs}: must be at least 1")
     sidecar = read_sidecar(path, "engine", trust=trust)
     findings = tuple(PrecisionFinding(**finding) for finding in sidecar.details["findings"])
+    kernels = tuple(Kernel(**kernel) for kernel in sidecar.details.get("kernels", []))
     if reason := why_not_here(path, sidecar):
         recorded = tuple(map(EngineLayer.from_json, sidecar.details["layers"]))
-        return EngineAudit(recorded, findings, why_not_measured=reason)
+        return EngineAudit(recorded, findings, why_not_measured=reason, kernels=kernels)
     with Engine.load(path, contexts=1, trust=trust) as loaded:
         batch = batch or loaded.profiles[0].opt
         times = layer_times(loaded, batch, runs)
     layers, milliseconds = tuple(layer for layer, _ in times), tuple(spent for _, spent in times)
-    return EngineAudit(layers, findings, milliseconds, batch, runs)
+    return EngineAudit(layers, findings, milliseconds, batch, runs, kernels=kernels)
 
 
 def print_engine_audit(audit: EngineAudit) -> None:
@@ -126,12 +132,28 @@ def print_engine_audit(audit: EngineAudit) -> None:
         share = f"{spent:.3f} ms, {100 * spent / total:.1f} %" if total else "not measured"
         summary.append((name, f"{entry['layers']:.0f}", share))
     table("Total", ("precision", "layers", "time"), summary)
+    _print_kernels(audit.kernels)
     declared = [finding for finding in audit.findings if finding.declared_int8]
     others = [finding for finding in declared if finding.precision != INT8.name]
     for finding in others:
         say(f"declared {INT8.name}, is {finding.precision}: {finding.operation} {finding.node}: {finding.cause}")
     count = f"{len(declared) - len(others)} of {len(declared)}"
     say(f"{count} layers that the ONNX file declares {INT8.name} are {INT8.name}")
+
+
+def _print_kernels(kernels: Sequence[Kernel]) -> None:
+    """Prints the kernels of one inference, those of a kind together, the longest first."""
+    of_kind: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        of_kind.setdefault(kernel.short_name, []).append(kernel)
+    rows = []
+    for name, found in of_kind.items():
+        multiplied = "attention" if found[0].is_attention else found[0].type if found[0].multiplies else ""
+        spent = sum(kernel.microseconds for kernel in found)
+        rows.append((spent, (_shorten(name, NAME_WIDTH), multiplied, str(len(found)), f"{spent:.1f}")))
+    if rows:
+        printed = [row for _, row in sorted(rows, key=lambda row: -row[0])]
+        table("Kernels of one inference, when it was built", ("kernel", "multiplies", "count", "us"), printed)
 
 
 def _group(layer: EngineLayer) -> str:

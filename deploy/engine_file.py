@@ -13,6 +13,7 @@ from typing import Literal
 
 from deploy.builder import BuiltEngine, build, check_ranges
 from deploy.calibration import RangeSources, range_sources
+from deploy.compiled_parts import describe
 from deploy.float_twin import SpeedCheck, check_comparable, verify
 from deploy.installed import find_toolkit
 from deploy.layer_types import LayerType, type_rules
@@ -28,7 +29,7 @@ from qat.base.console import say, table, warn
 from qat.base.errors import UserError
 from qat.base.exit_codes import NOT_INT8
 from qat.base.number_format import INT8
-from qat.base.text import megabytes
+from qat.base.text import first_of, megabytes
 from qat.rules.tuned import warn_if_tuned_elsewhere
 
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")
@@ -230,11 +231,11 @@ def _say_ranges(sources: RangeSources, missing: Sequence[str], *, strict: bool) 
     if table.lopsided:
         say(f"  {table.lopsided} have a min and a max of different size: TensorRT's are symmetric, the larger counts")
     if table.zero:
-        say(f"  {len(table.zero)} are 0, which tells nothing: {_some(table.zero)}")
+        say(f"  {len(table.zero)} are 0, which tells nothing: {first_of(table.zero)}")
     if missing:
         say(
             f"  {len(missing)} tensors have none: those that fused layers keep inside need none, but what reads or "
-            f"writes the others runs in {'FP32' if strict else 'FP16'}: {_some(missing)}"
+            f"writes the others runs in {'FP32' if strict else 'FP16'}: {first_of(missing)}"
         )
 
 
@@ -246,10 +247,6 @@ def _say_layer_types(layers: Sequence[LayerType]) -> None:
     for layer in layers:
         if not layer.obeyed:
             say(f"  {layer}")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def _check_names(model: Path, ranges: Path | None, written: Mapping[str, Path | None]) -> None:
@@ -307,6 +304,7 @@ def _engine_sidecar(
         "provenance": "known" if source else UNKNOWN_PROVENANCE,
         "onnx": {"figures": dict(source.figures), "made_by": dict(source.made_by)} if source else None,
         "findings": [asdict(finding) for finding in built.audit.findings],
+        "kernels": [asdict(kernel) for kernel in built.audit.kernels],
         "layers": [asdict(layer) | {"precision": layer.precision} for layer in built.audit.layers],
         "log": [f"{severity}: {text}" for severity, text in built.log.messages if severity != "VERBOSE"],
     }
@@ -337,11 +335,16 @@ def _print_audit(sidecar: Sidecar, audit: PrecisionAudit) -> None:
         units = [name for name, has in sidecar.details["units"].items() if has]
         rows.append(("units of this GPU", ", ".join(units) or "none of FP16, INT8 and TF32"))
     table("Audit", ("what", "found"), rows)
+    if audit.kernels:
+        say(describe(audit))
     _say_layer_types([LayerType(**layer) for layer in sidecar.details["layer_types"]])
     others = [finding for finding in audit.findings if finding.precision != INT8.name]
     if len(others) > 1 and not any(finding.declared_int8 for finding in audit.findings):
         say(f"not {INT8.name}: all {len(others)} of them, which the ONNX file does not declare {INT8.name}")
         return
+    alike: dict[tuple[str, ...], list[str]] = {}  # a part may hold a hundred of one cause
     for finding in others:
         found = (f"declared {INT8.name}, " if finding.declared_int8 else "") + finding.precision
-        say(f"not {INT8.name}: {finding.operation} {finding.node} ({found}): {finding.cause}")
+        alike.setdefault((finding.operation, found, finding.cause), []).append(finding.node)
+    for (operation, found, cause), nodes in alike.items():
+        say(f"not {INT8.name}: {operation} {first_of(nodes)} ({found}): {cause}")

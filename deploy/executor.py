@@ -47,8 +47,7 @@ class BoundContext:
             accepted &= self.context.set_tensor_address(spec.name, executor.buffers[spec.name].address)
         if not accepted:
             raise RuntimeError(f"TensorRT does not take a batch of {batch}: {engine.log.last_errors()}")
-        self._enqueue()  # the first run does work that cannot be captured
-        executor.stream.synchronize()
+        self.run()  # the first run does work that cannot be captured
         self._graph = self._capture_graph()
 
     def launch(self) -> None:
@@ -57,6 +56,11 @@ class BoundContext:
             self._enqueue()
         else:
             self._graph.launch(self._executor.stream.handle)
+
+    def run(self) -> None:
+        """Runs the engine once, without its graph, and waits."""
+        self._enqueue()
+        self._executor.stream.synchronize()
 
     @property
     def stream(self) -> int:
@@ -88,8 +92,7 @@ class BoundContext:
         self.context.profiler = self._profiler
         self.context.enqueue_emits_profile = True
         for _ in range(runs):
-            self._enqueue()
-            self._executor.stream.synchronize()
+            self.run()
         return {name: total / runs for name, total in totals.items()}
 
     def close(self) -> None:

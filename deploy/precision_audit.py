@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from deploy.engine_layers import EngineLayer
+from deploy.kernel_trace import Kernel
 from deploy.parsed_network import ParsedNetwork, kind_of
 from qat.base.number_format import INT8
 
@@ -42,6 +43,8 @@ class PrecisionFinding:
     cause: str = ""
     has_kernel: bool = True
     """False if this builder is known to have no INT8 kernel for such a layer."""
+    in_part: bool = False
+    """Whether another compiler handles it, with others, as one layer, which does not say what single layers run in."""
 
     @property
     def broken(self) -> bool:
@@ -51,10 +54,14 @@ class PrecisionFinding:
 
 @dataclass(frozen=True)
 class PrecisionAudit:
-    """All findings in the order of the network, and the engine's final layers."""
+    """All findings in the order of the network, and the engine's final layers.
+
+    ``kernels`` are all that one inference runs, where they were needed to look into parts.
+    """
 
     findings: tuple[PrecisionFinding, ...]
     layers: tuple[EngineLayer, ...]
+    kernels: tuple[Kernel, ...] = ()
 
     def count(self, operation: Operation) -> tuple[int, int]:
         """How many layers of this operation are INT8, and how many there are."""
@@ -115,7 +122,8 @@ def _audit_layer(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> Prec
     found = _matching_layer(declared, layers)
     precision = found.product_precision if found else "unknown"
     cause = "" if precision == INT8.name else _cause(declared, found)
-    return PrecisionFinding(declared.node, declared.operation, declared.int8, precision, cause)
+    in_part = bool(found.foreign_ends) if found else any(layer.foreign_ends for layer in layers)
+    return PrecisionFinding(declared.node, declared.operation, declared.int8, precision, cause, in_part=in_part)
 
 
 def declared_layers(network: trt.INetworkDefinition, module: Any) -> list[DeclaredLayer]:
