@@ -36,6 +36,7 @@ class EngineAudit:
         why_not_measured: why the engine cannot be run here; empty if it was measured.
         kernels: all kernels of one inference when it was built, in their order, where another compiler handles parts of
             the network (deploy/compiled_parts.py).
+        engine: SHA-256 of the engine file.
     """
 
     layers: tuple[EngineLayer, ...]
@@ -45,6 +46,7 @@ class EngineAudit:
     runs: int = 0
     why_not_measured: str = ""
     kernels: tuple[Kernel, ...] = ()
+    engine: str = ""
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Number of layers and their milliseconds by precision. Reformats and separate Q/DQ nodes are counted apart."""
@@ -60,6 +62,7 @@ class EngineAudit:
         """As the file of ``python -m deploy.audit --json`` has it."""
         times: Sequence[float | None] = self.milliseconds or [None] * len(self.layers)
         return {
+            "engine": self.engine,
             "batch": self.batch,
             "runs": self.runs,
             "totals": self.totals(),
@@ -100,12 +103,12 @@ def audit_engine(engine: str | Path, *, batch: int | None = None, runs: int = 50
     kernels = tuple(Kernel(**kernel) for kernel in sidecar.details.get("kernels", []))
     if reason := why_not_here(path, sidecar):
         recorded = tuple(map(EngineLayer.from_json, sidecar.details["layers"]))
-        return EngineAudit(recorded, findings, why_not_measured=reason, kernels=kernels)
+        return EngineAudit(recorded, findings, why_not_measured=reason, kernels=kernels, engine=sidecar.sha256)
     with Engine.load(path, contexts=1, trust=trust) as loaded:
         batch = batch or loaded.profiles[0].opt
         times = layer_times(loaded, batch, runs)
     layers, milliseconds = tuple(layer for layer, _ in times), tuple(spent for _, spent in times)
-    return EngineAudit(layers, findings, milliseconds, batch, runs, kernels=kernels)
+    return EngineAudit(layers, findings, milliseconds, batch, runs, kernels=kernels, engine=sidecar.sha256)
 
 
 def print_engine_audit(audit: EngineAudit) -> None:

@@ -1,10 +1,11 @@
-"""Writes one page that shows what was trained, exported and built: accuracies, precisions, and every Q/DQ's reason.
+"""Writes one page about a run: whether to ship it, and what every layer computes in, costs, and why.
 
-    python -m deploy.report runs/model.engine
+    python -m deploy.report runs
     python -m deploy.report runs/model.engine --evaluation runs/evaluation.json --benchmark runs/benchmark.json
+    python -m deploy.report runs/new runs/last
 
-Reads the sidecars of the engine, of its ONNX file and of its checkpoint, and the results of deploy.evaluate and
-deploy.benchmark. Refuses files that do not belong together.
+Reads the sidecars of the engine, of its ONNX file and of its checkpoint, and the results of other commands that lie
+beside them. Refuses files that do not belong together; a stage that is missing is named with its command.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from qat.base.console import Command, run_command
 class ReportOptions(Command):
     """The options of ``python -m deploy.report``."""
 
-    engine: Annotated[Path, tyro.conf.Positional]
-    """The engine that python -m deploy.build wrote."""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """A folder, or an engine, ONNX file or checkpoint; a second one is what it is compared with."""
     output: Path | None = None
-    """The page to write; by default report.html beside the engine."""
+    """The page to write; by default report.html in the folder of the first run."""
     evaluation: Path | None = None
     """What python -m deploy.evaluate --json wrote about this engine."""
     benchmark: Path | None = None
@@ -34,10 +35,11 @@ class ReportOptions(Command):
 
 def main(options: ReportOptions) -> None:
     """Writes the page and prints the table of results."""
-    from deploy.report_page import write_report
+    from deploy.report_page.render import write_report
 
-    output = options.output or options.engine.with_name("report.html")
-    write_report(options.engine, output, options.evaluation, options.benchmark)
+    first = options.runs[0]
+    output = options.output or (first if first.is_dir() else first.parent) / "report.html"
+    write_report(options.runs, output, options.evaluation, options.benchmark)
 
 
 def cli() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -201,7 +202,12 @@ def measure_sensitivity(
     _print(costs, unquantized, quantized, show)
     _suggest(kept, unquantized, quantized, target_drop, checkpoint.sidecar.details.get("bits", BITS))
     if output is not None:
-        content = {"images": quantized.images, "float": _figures(unquantized), "quantized": _figures(quantized)}
+        content: dict[str, Any] = {
+            "checkpoint": checkpoint.sidecar.sha256,
+            "images": quantized.images,
+            "float": _figures(unquantized),
+            "quantized": _figures(quantized),
+        }
         content |= {"operations": [asdict(cost) for cost in costs], "target_drop": target_drop}
         content["keep_float"] = [{"op": cost.op, "label": cost.label, **_figures(after)} for cost, after in kept]
         write_json(output, content)

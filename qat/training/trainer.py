@@ -289,7 +289,7 @@ class Fit:
         measured = self._beside_graphs(lambda: evaluate(*given))
         train_loss = float(state.loss_sum) / max(self.total, 1)
         scores = {"train_loss": train_loss, "validation_top1": measured.top1, "validation_loss": measured.loss}
-        state.history.append(scores)
+        state.history.append(scores | {"learning_rate": self._optimizer.param_groups[0]["lr"]})
         self.log.add(self.phase, self._steps_done(), scores)
         # On a small validation split several epochs may tie in accuracy; then the loss decides.
         better = (measured.top1, -measured.loss) > (state.best_top1, -state.best_loss)

@@ -1,0 +1,229 @@
+"""The network as the page shows it: operations in blocks, each with all that is known about it.
+
+A block is what the names of a network make one: ``layer1.0`` of ``layer1.0.conv1``, ``encoder_layer_3`` of
+``encoder.layers.encoder_layer_3.mlp.0``. An operation that has no block of its own stands alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deploy.report_page.artifacts import Artifacts
+from qat.base.number_format import INT8
+
+State = Literal["int8", "float", "fp32", "broken", "moves"]
+"""Of an operation: what it computes in; ``broken``: declared INT8 and not INT8; ``moves``: it only moves data."""
+
+STATES: Mapping[State, str] = {
+    "int8": INT8.name,
+    "float": "float",
+    "fp32": "FP32",
+    "broken": f"declared {INT8.name}, is not",
+    "moves": "moves data",
+}
+_NUMBERED = re.compile(r"\d$")
+_KINDS = {"linear": "matrix product", "matmul": "matrix product", "add": "sum", "concat": "concatenation"}
+
+
+@dataclass(frozen=True)
+class Read:
+    """A Q/DQ pair at an input: the tensor and its quantizer, the scale, how much is clipped, in percent, and noise."""
+
+    tensor: str
+    quantizer: str
+    scale: float | None
+    clipped: float | None
+    sqnr_db: float | None
+    rule: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One operation of the network.
+
+    Attributes:
+        name: its name in the network; ``label`` is its path in the module, which the ONNX file has too.
+        kind: what it computes.
+        block: the block that it belongs to; its own label if to none.
+        state: what it computes in.
+        precision: of the engine's kernel, such as ``INT8``; '' where the engine lists no such layer.
+        rule, reason: why it is quantized or not.
+        reads: its quantized inputs.
+        milliseconds: its time in the engine; None where it was not measured.
+        kernel: the engine's kernel.
+        loss_saved: by how much the loss of the quantized network falls when only this is in float; None: not measured.
+        sqnr_db: of its output when only this is quantized; None where it was not measured.
+        slower_ms: how much longer it takes in INT8 than in FP16; None where it does not, or that was not measured.
+    """
+
+    name: str
+    label: str
+    kind: str
+    block: str
+    state: State
+    precision: str = ""
+    rule: str = ""
+    reason: str = ""
+    reads: tuple[Read, ...] = ()
+    milliseconds: float | None = None
+    kernel: str = ""
+    loss_saved: float | None = None
+    sqnr_db: float | None = None
+    slower_ms: float | None = None
+
+    @property
+    def clipped(self) -> float | None:
+        """The largest share of an input that its range clips, in percent."""
+        return max((read.clipped for read in self.reads if read.clipped is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Operations that belong together."""
+
+    name: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def summary(self) -> str:
+        """What it consists of: ``4 convolutions, 1 sum: all INT8``."""
+        computing = [layer for layer in self.layers if layer.state != "moves"]
+        kinds = Counter(layer.kind for layer in computing)
+        what = ", ".join(_counted(count, kind) for kind, count in kinds.items())
+        states = Counter(STATES[layer.state] for layer in computing)
+        if len(states) < 2:
+            return f"{what}: all {next(iter(states))}" if len(computing) > 1 else f"{what}: {next(iter(states), '')}"
+        return f"{what}: " + ", ".join(f"{count} {state}" for state, count in states.items())
+
+    @property
+    def milliseconds(self) -> float | None:
+        """Of all its layers; None where none was measured."""
+        known = [layer.milliseconds for layer in self.layers if layer.milliseconds is not None]
+        return sum(known) if known else None
+
+    @property
+    def worst(self) -> State:
+        """The state that a reader should see first."""
+        return min((layer.state for layer in self.layers), key=("broken", "fp32", "float", "int8", "moves").index)
+
+
+def block_of(label: str) -> str:
+    """The block of an operation, by its label; the label itself if it has none."""
+    *above, _ = label.split(".")
+    ends = [at for at, part in enumerate(above) if _NUMBERED.search(part)]
+    if not ends:
+        return ".".join(above) or label
+    last = ends[1] if len(ends) > 1 and ends[1] == ends[0] + 1 else ends[0]
+    return ".".join(above[: last + 1])
+
+
+def blocks_of(layers: Iterable[Layer]) -> tuple[Block, ...]:
+    """Blocks in the order of the network."""
+    found: dict[str, list[Layer]] = {}
+    for layer in layers:
+        found.setdefault(layer.block, []).append(layer)
+    return tuple(Block(name, tuple(inside)) for name, inside in found.items())
+
+
+def layers_of(artifacts: Artifacts) -> tuple[Layer, ...]:
+    """All operations that a rule decided about, or that the engine lists as a product, in the order of the network."""
+    return tuple(_Layers(artifacts).all())
+
+
+class _Layers:
+    """What the artifacts say about operations, by their labels."""
+
+    def __init__(self, artifacts: Artifacts) -> None:
+        self.engine = artifacts.engine.details if artifacts.engine else {}
+        source = artifacts.checkpoint or (
+            artifacts.onnx if artifacts.onnx and "placement" in artifacts.onnx.details else None
+        )
+        self.details: Mapping[str, Any] = source.details if source else {}
+        self.placement = self.details.get("placement", {"decisions": [], "tensors": [], "weights": []})
+        self.findings = {finding["node"]: finding for finding in self.engine.get("findings", [])}
+        self.engine_layers = self._engine_layers(artifacts)
+        self.costs = {one["label"]: one for one in artifacts.results.get("sensitivity", {}).get("operations", [])}
+        self.quantized_loss = artifacts.results.get("sensitivity", {}).get("quantized", {}).get("loss")
+        slower = artifacts.results.get("benchmark", {}).get("slower_in_int8", [])
+        self.slower = {one["node"]: one["int8"] - one["fp16"] for one in slower}
+        self.choices = self._choices(artifacts)
+
+    def all(self) -> Iterator[Layer]:
+        """Every decision of the placement; then what the engine has beyond them."""
+        reads: dict[str, list[Read]] = {}
+        for tensor in self.placement["tensors"]:
+            for read in tensor["reads"]:
+                reads.setdefault(read["reader"], []).append(self._read(tensor, read["rule"]))
+        seen = set()
+        for decision in self.placement["decisions"]:
+            seen.add(decision["label"])
+            yield self._layer(decision, tuple(reads.get(decision["op"], ())))
+        for node, finding in self.findings.items():
+            if node not in seen:
+                yield self._layer({"op": node, "label": node, "kind": finding["operation"]}, ())
+
+    def _layer(self, decision: Mapping[str, Any], reads: tuple[Read, ...]) -> Layer:
+        label = str(decision["label"])
+        finding, cost, listed = (found.get(label, {}) for found in (self.findings, self.costs, self.engine_layers))
+        quantized = bool(decision.get("quantized", finding.get("declared_int8", False)))
+        precision = finding.get("precision") or listed.get("precision", "")
+        broken = finding.get("declared_int8", False) and precision != INT8.name and finding.get("has_kernel", True)
+        state: State = "broken" if broken else "int8" if quantized else "fp32" if precision == "FP32" else "float"
+        saved = self.quantized_loss - cost["loss_without"] if cost and self.quantized_loss is not None else None
+        reason = finding.get("cause", "") if broken or not decision.get("reason") else decision["reason"]
+        return Layer(
+            name=str(decision["op"]),
+            label=label,
+            kind=_KINDS.get(str(decision.get("kind")), str(decision.get("kind", "")).replace("_", " ")),
+            block=block_of(label),
+            state=state,
+            precision=precision,
+            rule=decision.get("rule", ""),
+            reason=reason,
+            reads=reads,
+            milliseconds=listed.get("milliseconds"),
+            kernel=listed.get("tactic", ""),
+            loss_saved=saved,
+            sqnr_db=cost.get("sqnr_db"),
+            slower_ms=self.slower.get(label),
+        )
+
+    def _read(self, tensor: Mapping[str, Any], rule: str) -> Read:
+        quantizer = tensor["quantizer"]
+        amax, choice = self.details.get("amax", {}).get(quantizer), self.choices.get(quantizer, {})
+        return Read(
+            tensor=tensor["tensor"],
+            quantizer=quantizer,
+            scale=None if amax is None else amax / INT8.high,
+            clipped=choice.get("clipped"),
+            sqnr_db=choice.get("sqnr_db"),
+            rule=rule,
+        )
+
+    def _choices(self, artifacts: Artifacts) -> dict[str, Mapping[str, Any]]:
+        """What calibration chose for each quantizer."""
+        ranges = artifacts.results.get("ranges", {})
+        found = {}
+        for one in ranges.get("activations", []):
+            for choice in one["choices"]:
+                if choice["method"] == ranges["calibrator"]:
+                    found[one["quantizer"]] = choice
+        return found
+
+    def _engine_layers(self, artifacts: Artifacts) -> dict[str, Mapping[str, Any]]:
+        """The engine's layer of each ONNX node: measured ones where there is an audit."""
+        measured: Sequence[Mapping[str, Any]] = artifacts.results.get("audit", {}).get("layers", [])
+        found: dict[str, Mapping[str, Any]] = {}
+        for layer in measured or self.engine.get("layers", []):
+            for node in layer["onnx_nodes"]:
+                found.setdefault(node, layer)
+        return found
+
+
+def _counted(count: int, kind: str) -> str:
+    plural = kind if count == 1 else f"{kind}es" if kind.endswith("x") else f"{kind}s"
+    return f"{count} {plural}"

@@ -1,0 +1,249 @@
+"""Renders the page: one file of HTML that needs no other, made of what deploy/report_page/artifacts.py gathers."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deploy.report_page import answers, engine_view
+from deploy.report_page.artifacts import Artifacts, gather
+from deploy.report_page.change import changes
+from deploy.report_page.charts import Chart, Histogram, Series, histogram, line_chart
+from deploy.report_page.layers import STATES, blocks_of, layers_of
+from deploy.report_page.picture import draw
+from deploy.report_page.verdict import judge, speeds_of, stages_of
+from qat.base.artifact import atomic_write, check_writable
+from qat.base.console import say, table
+from qat.base.number_format import INT8
+
+FOLDER = Path(__file__).parent
+_WORST_SHOWN = 10
+# Columns of the table of layers: the key of the rows' data, the title, and 1 for numbers, 2 for those on wide screens.
+_COLUMNS = (
+    ("label", "layer", 0),
+    ("kind", "operation", 0),
+    ("state", "computes in", 0),
+    ("time", "time, us", 1),
+    ("clipped", "clipped, %", 2),
+    ("saved", "loss saved in float", 2),
+)
+
+
+def write_report(
+    runs: Sequence[Path], output: Path, evaluation: Path | None = None, benchmark: Path | None = None
+) -> Path:
+    """Writes the page about the first of ``runs``, compared with the others, and prints the verdict.
+
+    Args:
+        runs: folders, engines, ONNX files or checkpoints.
+        output: the page.
+        evaluation: what python -m deploy.evaluate --json wrote about the first run's engine.
+        benchmark: what python -m deploy.benchmark wrote about its ONNX file.
+
+    Raises UserError when files are missing or do not belong together, and when the page cannot be written.
+    """
+    check_writable(output)
+    named = [path for path in (evaluation, benchmark) if path is not None]
+    gathered = [gather(path, named if index == 0 else ()) for index, path in enumerate(runs)]
+    with atomic_write(output) as temporary:
+        temporary.write_text(render(gathered), encoding="utf-8")
+    _print_result(gathered[0])
+    say(f"report: {output}")
+    return output
+
+
+def render(runs: Sequence[Artifacts]) -> str:
+    """The page about the first of ``runs``; the second is what it is compared with."""
+    import jinja2
+
+    run = runs[0]
+    stages, speeds, layers = stages_of(run), speeds_of(run), layers_of(run)
+    verdict = judge(run, stages, speeds, layers)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    others = runs[1:]
+    change = changes(others[0], run) if others else None
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        int8=INT8.name,
+        origin=_origin(run),
+        verdict=verdict,
+        answers=answers.answers_of(run, stages, speeds, layers, change),
+        attention=answers.attention(layers),
+        stages=stages,
+        speeds=speeds,
+        charts=_charts(runs),
+        training=_training(run),
+        layers=layers,
+        blocks=blocks_of(layers),
+        ids={layer.name: f"l{index}" for index, layer in enumerate(layers)},
+        states=STATES,
+        columns=_COLUMNS,
+        rules=_rules(run),
+        histograms=_histograms(run),
+        weights=_weights(run),
+        picture=draw(run, layers),
+        engine=engine_view.view(run),
+        parity=_parity(run),
+        change=change,
+        missing=run.missing(),
+        provenance=_provenance(run),
+        commands=_commands(run),
+    )
+
+
+def _origin(run: Artifacts) -> str:
+    parts = []
+    if run.checkpoint is not None:
+        details = run.checkpoint.details
+        how = "trained" if run.is_trained else "calibrated"
+        parts.append(f"{len(run.checkpoint.class_names)} classes, {how} on {details['data']['source']}")
+    if run.engine is not None:
+        built = run.engine.details
+        target = built["gpu"] or f"compute capabilities {', '.join(built['compute_capabilities'])}"
+        parts.append(f"engine by {built['builder']['name']} {built['builder']['version']} for {target}")
+    newest = run.engine or run.onnx or run.checkpoint
+    assert newest is not None
+    return "; ".join([*parts, str(newest.made_by.get("date", ""))[:10]])
+
+
+def _rules(run: Artifacts) -> Mapping[str, str]:
+    rules = run.checkpoint.details.get("rules", {}) if run.checkpoint else {}
+    return {name: text if isinstance(text, str) else text[0] for name, text in rules.items()}
+
+
+def _charts(runs: Sequence[Artifacts]) -> list[Chart]:
+    """Curves of the training, and accuracy against speed if several runs are given."""
+    run = runs[0]
+    figures = run.checkpoint.figures if run.checkpoint else {}
+    floats, quantized = (figures.get(f"{phase}_history", []) for phase in ("float", "qat"))
+    start = len(floats)
+
+    def curve(key: str) -> list[Series]:
+        parts = (("float", "--orange", floats, 0), ("quantized", "--green", quantized, start))
+        found = [
+            Series(name, colour, [(first + at + 1, epoch[key]) for at, epoch in enumerate(history) if key in epoch])
+            for name, colour, history, first in parts
+            if history
+        ]
+        if len(found) > 1 and found[0].points:  # the second begins where the first ends
+            found[1] = replace(found[1], points=[found[0].points[-1], *found[1].points])
+        return found
+
+    wanted = [
+        line_chart("Validation accuracy", "epoch", "top-1, %", curve("validation_top1"), least_span=1.0),
+        line_chart("Validation loss", "epoch", "loss", curve("validation_loss")),
+        line_chart("Learning rate", "epoch", "learning rate", curve("learning_rate")),
+    ]
+    frontier = []
+    for one in runs:
+        best, speeds = stages_of(one), speeds_of(one)
+        if best and speeds:
+            frontier.append(Series(one.name, "--blue", [(speeds[-1].int8, best[-1].top1)]))
+    if len(frontier) > 1:
+        wanted.append(line_chart("Accuracy against speed", "latency, ms", "top-1, %", frontier))
+    return [chart for chart in wanted if chart is not None]
+
+
+def _training(run: Artifacts) -> list[str]:
+    """What the accuracies rest on."""
+    if run.checkpoint is None:
+        return []
+    details = run.checkpoint.details
+    splits, found = (
+        details["splits"],
+        f"Ranges from {details['splits']['calibration']} calibration images ({details['calibrator']})",
+    )
+    if run.is_trained:
+        found += f"; weights from {splits['train']} training images"
+        found += f"; epochs chosen on {splits['validation']} validation images"
+    else:
+        steps = details.get("adaround", 0)
+        how = f"rounded by AdaRound in {steps} steps a layer" if steps else "without training"
+        found += f"; weights as they were given, {how}"
+    return [f"{found}. The splits are disjoint."]
+
+
+def _histograms(run: Artifacts) -> dict[str, Histogram]:
+    drawn = {one["quantizer"]: histogram(one) for one in run.results.get("ranges", {}).get("activations", [])}
+    return {name: chart for name, chart in drawn.items() if chart is not None}
+
+
+def _weights(run: Artifacts) -> dict[str, Chart]:
+    """The ranges of weights by channel, sorted, of each layer."""
+    charts = {}
+    for one in run.results.get("ranges", {}).get("weights", []):
+        rising = sorted(one["largest"])
+        every = max(1, len(rising) // 100)
+        points = [
+            (index + 1, value) for index, value in enumerate(rising) if index % every == 0 or index == len(rising) - 1
+        ]
+        dead = f", {len(one['dead'])} dead channels" if one["dead"] else ""
+        title = f"Largest weight of each output channel{dead}"
+        chart = line_chart(title, "channels, by their range", "max |w|", [Series(one["label"], "--blue", points)])
+        if chart is not None:
+            charts[one["label"]] = chart
+    return charts
+
+
+def _parity(run: Artifacts) -> dict[str, Any] | None:
+    parity = run.onnx.figures.get("parity") if run.onnx else None
+    if not parity or not parity.get("layers"):
+        return None
+    worst = sorted(parity["layers"], key=lambda layer: float("inf") if layer["sqnr_db"] is None else layer["sqnr_db"])
+    other = parity["other_top1"]
+    found = "" if other is None else f"{other} of {parity['images']} images get another class. "
+    sentence = f"PyTorch against ONNX Runtime on {parity['source']}: {found}"
+    given = run.onnx.figures.get("against_float") if run.onnx else None
+    if given and given["other_top1"] is not None:
+        different = f"{given['other_top1']} of {given['images']}"
+        sentence += f"The float network's own code and ONNX Runtime differ on {different}. "
+    evaluation = run.results.get("evaluation")
+    if evaluation and (pairs := evaluation.get("agreement")):
+        sentence += "The engine agrees: " + ", ".join(f"{pair} {share:.2f} %" for pair, share in pairs.items()) + "."
+    return {"sentence": sentence, "worst": worst[:_WORST_SHOWN], "rest": worst[_WORST_SHOWN:]}
+
+
+def _provenance(run: Artifacts) -> list[dict[str, str]]:
+    rows = []
+    for kind in ("checkpoint", "onnx", "engine"):
+        sidecar = getattr(run, kind)
+        if sidecar is not None:
+            versions = sidecar.made_by.get("versions", {})
+            shown = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "int8-qat-pipeline")
+            date = str(sidecar.made_by.get("date", ""))
+            rows.append({"file": run.paths[kind].name, "date": date, "versions": shown, "sha256": sidecar.sha256[:16]})
+    return rows
+
+
+def _commands(run: Artifacts) -> str:
+    """The commands of all stages, to copy."""
+    found = []
+    for kind in ("checkpoint", "onnx", "engine"):
+        sidecar = getattr(run, kind)
+        command: Iterable[str] = sidecar.made_by.get("command", []) if sidecar is not None else []
+        if command:
+            found.append(shlex.join(map(str, command)))
+    return "\n".join(found)
+
+
+def _print_result(run: Artifacts) -> None:
+    stages, speeds = stages_of(run), speeds_of(run)
+    rows = [(f"{stage.label}, top-1 on {stage.images} test images", f"{stage.top1:.2f} %") for stage in stages]
+    rows += [
+        (f"{INT8.name} against FP16, batch {speed.batch}", f"{speed.int8:.4f} against {speed.fp16:.4f} ms")
+        for speed in speeds
+    ]
+    if run.engine is not None:
+        figures = run.engine.figures
+        rows += [
+            (f"convolutions in {INT8.name}", f"{figures['convolutions_int8']} of {figures['convolutions']}"),
+            (f"matrix products in {INT8.name}", f"{figures['matrix_products_int8']} of {figures['matrix_products']}"),
+        ]
+    if rows:
+        table("Result", ("what", "measured"), rows)
+    say(judge(run, stages, speeds, layers_of(run)).sentence)
