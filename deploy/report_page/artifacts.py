@@ -61,6 +61,7 @@ class Artifacts:
     def name(self) -> str:
         """What a reader calls it: the name of the model and of the folder."""
         model = self.checkpoint.details["model"]["name"] if self.checkpoint else next(iter(self.paths.values())).stem
+        model = Path(model).name if ".py:" in model else model
         folder = next(iter(self.paths.values())).absolute().parent.name
         return f"{model} in {folder}"
 

@@ -30,7 +30,7 @@ def view(run: Artifacts) -> dict[str, Any] | None:
     summary = (
         f"{figures['layers']} layers; {figures['convolutions_int8']} of {figures['convolutions']} convolutions and "
         f"{figures['matrix_products_int8']} of {figures['matrix_products']} matrix products in {INT8.name}; "
-        f"{figures.get('layers_writing_fp32', 0)} float layers write FP32; "
+        f"float layers that write FP32: {figures.get('layers_writing_fp32', 0)}; "
         f"weights {megabytes(figures['weights_bytes'])}, engine {megabytes(figures['engine_bytes'])}; "
         f"{details['typing']}ly typed, built in "
         f"{figures['build_seconds']:.1f} s."

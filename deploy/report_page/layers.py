@@ -26,6 +26,7 @@ STATES: Mapping[State, str] = {
     "moves": "moves data",
 }
 _NUMBERED = re.compile(r"\d$")
+_SEVERAL = ("blocks", "layers", "stages", "units")
 _KINDS = {"linear": "matrix product", "matmul": "matrix product", "add": "sum", "concat": "concatenation"}
 
 
@@ -112,13 +113,19 @@ class Block:
 
 
 def block_of(label: str) -> str:
-    """The block of an operation, by its label; the label itself if it has none."""
+    """The block of an operation, by its label; the label itself if it has none.
+
+    It ends with a number. A second number belongs to it if it follows at once, or a word for several: ``blocks.4``.
+    """
     *above, _ = label.split(".")
-    ends = [at for at, part in enumerate(above) if _NUMBERED.search(part)]
-    if not ends:
+    end = next((at for at, part in enumerate(above) if _NUMBERED.search(part)), None)
+    if end is None:
         return ".".join(above) or label
-    last = ends[1] if len(ends) > 1 and ends[1] == ends[0] + 1 else ends[0]
-    return ".".join(above[: last + 1])
+    while True:
+        further = end + 2 if above[end + 1 : end + 2] and above[end + 1] in _SEVERAL else end + 1
+        if not (further < len(above) and _NUMBERED.search(above[further])):
+            return ".".join(above[: end + 1])
+        end = further
 
 
 def blocks_of(layers: Iterable[Layer]) -> tuple[Block, ...]:
@@ -151,6 +158,7 @@ class _Layers:
         slower = artifacts.results.get("benchmark", {}).get("slower_in_int8", [])
         self.slower = {one["node"]: one["int8"] - one["fp16"] for one in slower}
         self.choices = self._choices(artifacts)
+        self.labels = {op["name"]: op["label"] for op in self.details.get("network", [])}
 
     def all(self) -> Iterator[Layer]:
         """Every decision of the placement; then what the engine has beyond them."""
@@ -161,7 +169,10 @@ class _Layers:
         seen = set()
         for decision in self.placement["decisions"]:
             seen.add(decision["label"])
-            yield self._layer(decision, tuple(reads.get(decision["op"], ())))
+            yield self._layer(decision, tuple(reads.pop(decision["op"], ())))
+        for reader, quantized in reads.items():  # what moves data from one quantizer to several readers
+            label = self.labels.get(reader, reader)
+            yield Layer(reader, label, "data movement", block_of(label), "moves", reads=tuple(quantized))
         for node, finding in self.findings.items():
             if node not in seen:
                 yield self._layer({"op": node, "label": node, "kind": finding["operation"]}, ())
@@ -170,7 +181,7 @@ class _Layers:
         label = str(decision["label"])
         finding, cost, listed = (found.get(label, {}) for found in (self.findings, self.costs, self.engine_layers))
         quantized = bool(decision.get("quantized", finding.get("declared_int8", False)))
-        precision = finding.get("precision") or listed.get("precision", "")
+        precision = finding.get("precision") or ("" if quantized else listed.get("precision", ""))
         broken = finding.get("declared_int8", False) and precision != INT8.name and finding.get("has_kernel", True)
         state: State = "broken" if broken else "int8" if quantized else "fp32" if precision == "FP32" else "float"
         saved = self.quantized_loss - cost["loss_without"] if cost and self.quantized_loss is not None else None

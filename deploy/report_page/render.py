@@ -6,21 +6,19 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from deploy.report_page import answers, engine_view
+from deploy.report_page import agreements, answers, engine_view
 from deploy.report_page.artifacts import Artifacts, gather
 from deploy.report_page.change import changes
 from deploy.report_page.charts import Chart, Histogram, Series, histogram, line_chart
 from deploy.report_page.layers import STATES, blocks_of, layers_of
 from deploy.report_page.picture import draw
-from deploy.report_page.verdict import judge, speeds_of, stages_of
+from deploy.report_page.verdict import judge, latencies_of, speeds_of, stages_of
 from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import say, table
 from qat.base.number_format import INT8
 
 FOLDER = Path(__file__).parent
-_WORST_SHOWN = 10
 # Columns of the table of layers: the key of the rows' data, the title, and 1 for numbers, 2 for those on wide screens.
 _COLUMNS = (
     ("label", "layer", 0),
@@ -88,7 +86,10 @@ def render(runs: Sequence[Artifacts]) -> str:
         weights=_weights(run),
         picture=draw(run, layers),
         engine=engine_view.view(run),
-        parity=_parity(run),
+        parity=agreements.parity(run),
+        rewritten=agreements.rewritten(run),
+        latencies=latencies_of(run),
+        measured=run.results.get("benchmark"),
         change=change,
         missing=run.missing(),
         provenance=_provenance(run),
@@ -188,24 +189,6 @@ def _weights(run: Artifacts) -> dict[str, Chart]:
         if chart is not None:
             charts[one["label"]] = chart
     return charts
-
-
-def _parity(run: Artifacts) -> dict[str, Any] | None:
-    parity = run.onnx.figures.get("parity") if run.onnx else None
-    if not parity or not parity.get("layers"):
-        return None
-    worst = sorted(parity["layers"], key=lambda layer: float("inf") if layer["sqnr_db"] is None else layer["sqnr_db"])
-    other = parity["other_top1"]
-    found = "" if other is None else f"{other} of {parity['images']} images get another class. "
-    sentence = f"PyTorch against ONNX Runtime on {parity['source']}: {found}"
-    given = run.onnx.figures.get("against_float") if run.onnx else None
-    if given and given["other_top1"] is not None:
-        different = f"{given['other_top1']} of {given['images']}"
-        sentence += f"The float network's own code and ONNX Runtime differ on {different}. "
-    evaluation = run.results.get("evaluation")
-    if evaluation and (pairs := evaluation.get("agreement")):
-        sentence += "The engine agrees: " + ", ".join(f"{pair} {share:.2f} %" for pair, share in pairs.items()) + "."
-    return {"sentence": sentence, "worst": worst[:_WORST_SHOWN], "rest": worst[_WORST_SHOWN:]}
 
 
 def _provenance(run: Artifacts) -> list[dict[str, str]]:

@@ -107,6 +107,16 @@ def speeds_of(artifacts: Artifacts) -> tuple[Speed, ...]:
     return tuple(found)
 
 
+def latencies_of(artifacts: Artifacts) -> list[dict[str, Any]]:
+    """All latencies that were measured, each with its factor over FP16 at the same batch size, None where unknown."""
+    entries = artifacts.results.get("benchmark", {}).get("latency", [])
+    fp16 = {entry["batch"]: entry["median"] for entry in entries if entry["name"] == FP16}
+    return [
+        {**entry, "factor": fp16[entry["batch"]] / entry["median"] if entry["batch"] in fp16 else None}
+        for entry in entries
+    ]
+
+
 def judge(artifacts: Artifacts, stages: Sequence[Stage], speeds: Sequence[Speed], layers: Sequence[Layer]) -> Verdict:
     """Whether to ship it.
 
@@ -151,7 +161,8 @@ def _layers_against(layers: Sequence[Layer]) -> Iterator[str]:
     broken = [layer for layer in layers if layer.state == "broken"]
     if broken:
         count = "1 layer is" if len(broken) == 1 else f"{len(broken)} layers are"
-        yield f"{count} declared {INT8.name} and run in another precision, first {broken[0].label}"
+        where = f"in the engine, first {broken[0].label}"
+        yield f"{count} declared {INT8.name} and not {INT8.name} {where}"
 
 
 def _accuracy(artifacts: Artifacts, stages: Sequence[Stage]) -> str:

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +17,24 @@ from qdq_models import classifier, residual
 
 from deploy import build_engine
 from deploy.report import ReportOptions, main
-from deploy.report_page import _layers, _ticks, render_page
+from deploy.report_page.artifacts import gather
+from deploy.report_page.layers import layers_of
+from deploy.report_page.render import render
 from export import quantize_onnx
-from qat.base.artifact import Sidecar, read_sidecar, sidecar_path, write_artifact
+from qat.base.artifact import read_sidecar, sidecar_path, write_artifact
 from qat.base.errors import UserError
 
 NAMES = ("model.qat", "model.onnx", "model.engine")
+SLOW = "conv1"
+
+
+def page_of(*runs: Path, named: Sequence[Path] = ()) -> str:
+    return html.unescape(render([gather(run, named if index == 0 else ()) for index, run in enumerate(runs)]))
 
 
 @pytest.fixture(scope="module")
 def page(chain: Path) -> str:
-    return html.unescape(render_page(chain / "model.engine"))
+    return page_of(chain)
 
 
 @pytest.fixture
@@ -40,116 +48,132 @@ def family(chain: Path, tmp_path: Path) -> Path:
 
 def rows(page: str) -> list[str]:
     """The rows of all tables as text, their cells separated by |."""
-    found = re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
-    return [re.sub(r"<[^>]+>", "", re.sub(r"</td>\s*<td", "|<td", row)).strip() for row in found]
+    found = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.DOTALL)
+    return [re.sub(r"<[^>]+>", "", re.sub(r"</t[dh]>\s*<t[dh]", "|<td", row)).strip() for row in found]
 
 
-def test_a_layer_in_float_shows_the_figure_that_decided() -> None:
-    def finding(node: str, declared: bool) -> dict[str, object]:
-        return {"node": node, "declared_int8": declared, "cause": "the builder's cause"}
-
-    nodes = {"decided": False, "broken": True, "unknown": False}
-    engine = Sidecar(kind="engine", details={"findings": [finding(*one) for one in nodes.items()]})
-    decisions = [
-        {"label": name, "rule": "measured_loss", "reason": "0.57 times as fast in INT8"}
-        for name in ("decided", "broken")
-    ]
-    checkpoint = Sidecar(kind="checkpoint", details={"placement": {"decisions": decisions}})
-    assert [row["why"] for row in _layers(engine, checkpoint)] == [
-        "0.57 times as fast in INT8",
-        "the builder's cause",
-        "the builder's cause",
-    ]
+def text(page: str) -> str:
+    """What a reader sees, without styles and scripts."""
+    visible = re.sub(r"<(style|script).*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]+>", " ", visible).split())
 
 
-def test_every_accuracy_is_on_the_page(chain: Path, page: str) -> None:
+def test_the_verdict_says_what_is_known_and_what_is_not(page: str) -> None:
+    assert 'class="verdict "' in page
+    said = text(page)
+    assert re.search(r"Not known yet: \d+\.\d\d % of 60 test images are right", said)
+    assert "its speed was not measured, which needs the GPU that it is for" in said
+
+
+def test_every_accuracy_is_a_row_with_its_interval(chain: Path, page: str) -> None:
     figures = read_sidecar(chain / "model.qat", "checkpoint").figures
-    for name, label in (("float", "float"), ("ptq", "INT8, post-training"), ("qat", "INT8, trained (QAT)")):
-        assert f"{label}<b>{figures[name]['test_top1']:.2f} %</b>" in page
-        assert f"loss {figures[name]['test_loss']:.4f}" in page
-    assert "Accuracy on 60 test images" in page
-    assert "27 calibration images (mse)" in page
-    assert "81 training images" in page
+    for key, label in (("float", "float"), ("ptq", "INT8, calibrated"), ("qat", "INT8, trained")):
+        (row,) = (row for row in rows(page) if row.startswith(f"{label}|{figures[key]['test_top1']:.2f} %|"))
+        assert row.endswith(f"{figures[key]['test_loss']:.4f}|60")
+        assert re.search(r"\d to \d+\.\d %", row)
 
 
-def test_every_layer_is_a_row_with_its_precision_and_rule(chain: Path, page: str) -> None:
-    findings = read_sidecar(chain / "model.engine", "engine").details["findings"]
-    decisions = read_sidecar(chain / "model.qat", "checkpoint").details["placement"]["decisions"]
-    rules = {d["label"]: d["rule"] for d in decisions if d["kind"] in ("convolution", "linear")}
-    assert {finding["node"] for finding in findings} == rules.keys() == {"conv1", "conv2", "fc"}
-    for finding in findings:
-        name, operation, precision, rule, _ = next(r for r in rows(page) if r.startswith(finding["node"])).split("|")
-        assert (name, operation, precision.strip()) == (finding["node"], finding["operation"], "INT8")
-        assert rule == rules[name]
-
-
-def test_every_quantized_activation_is_a_row_with_its_scale_readers_and_rules(chain: Path, page: str) -> None:
+def test_every_layer_is_a_row_in_its_block_with_what_it_computes_in_and_its_rule(chain: Path, page: str) -> None:
     details = read_sidecar(chain / "model.qat", "checkpoint").details
-    quantizers = [node for node in onnx.load(chain / "model.onnx").graph.node if node.op_type == "QuantizeLinear"]
-    tensors = details["placement"]["tensors"]
-    assert len(tensors) == len(quantizers) > 0
-    table = page.partition("<h2>Q/DQ nodes</h2>")[2]
-    for tensor in tensors:
-        row = next(r for r in rows(table) if r.split("|")[0].split()[0] == tensor["tensor"])
-        assert f"{details['amax'][tensor['quantizer']] / 127:.4g}" in row
+    decisions = details["placement"]["decisions"]
+    assert decisions
+    for decision in decisions:
+        state = "INT8" if decision["quantized"] else "float"
+        assert any(
+            row.startswith(f"{decision['label']}|") and f"|{state}" in row and row.endswith(f"|{decision['rule']}")
+            for row in rows(page)
+        ), decision
+    for rule in {decision["rule"] for decision in decisions}:
+        assert details["rules"][rule] in page
+
+
+def test_every_quantized_input_is_in_the_detail_of_its_layer_with_its_scale(chain: Path, page: str) -> None:
+    details = read_sidecar(chain / "model.qat", "checkpoint").details
+    labels = {decision["op"]: decision["label"] for decision in details["placement"]["decisions"]}
+    templates = dict(re.findall(r'<template id="d-(l\d+)">(.*?)</template>', page, re.DOTALL))
+    ids = {label: key for key, label in re.findall(r'<tr class="layer" id="(l\d+)"[^>]* data-label="([^"]*)"', page)}
+    reads = 0
+    for tensor in details["placement"]["tensors"]:
+        scale = f"scale {details['amax'][tensor['quantizer']] / 127:.4g}"
         for read in tensor["reads"]:
-            assert f"{read['reader']} {read['rule']}" in row
+            detail = templates[ids[labels.get(read["reader"], read["reader"])]]
+            assert f"Q/DQ of <code>{tensor['tensor']}</code>" in detail
+            assert scale in detail
+            reads += 1
+    assert reads > 4
 
 
-def test_every_rule_is_explained(chain: Path, page: str) -> None:
-    details = read_sidecar(chain / "model.qat", "checkpoint").details
-    used = {decision["rule"] for decision in details["placement"]["decisions"]}
-    used |= {read["rule"] for tensor in details["placement"]["tensors"] for read in tensor["reads"]}
-    for rule in used | details["rules"].keys():
-        assert f"<dt><code>{rule}</code></dt><dd>{details['rules'][rule]}</dd>" in page
+def test_stages_that_are_missing_are_named_with_their_command(chain: Path, page: str) -> None:
+    said = text(page)
+    for command in (
+        f"python -m deploy.evaluate {chain / 'model.engine'} --json {chain / 'evaluation.json'}",
+        f"python -m deploy.benchmark {chain / 'model.onnx'} --output {chain / 'benchmark.json'}",
+        f"python -m qat.sensitivity {chain / 'model.qat'} --json {chain / 'sensitivity.json'}",
+    ):
+        assert command in said
 
 
-def test_the_engine_and_the_onnx_file_are_described(chain: Path, page: str) -> None:
-    onnx_sidecar = read_sidecar(chain / "model.onnx", "onnx")
-    assert f"{onnx_sidecar.figures['nodes']} nodes, opset 20, input float32-nchw" in page
-    assert "0 of\n60 images with another top-1" in page
-    assert f"top-1 {onnx_sidecar.details['reference']['top1']:.2f} % of 60 images" in page
-    assert "built by tensorrt-rtx" in page
-    assert "convolutions in INT8<b>2 of 2</b>" in page
-    assert "matrix products in INT8<b>1 of 1</b>" in page
-    assert "without a GPU" in page
+def test_of_a_checkpoint_alone_the_next_stages_are_missing(family: Path) -> None:
+    for name in ("model.onnx", "model.engine"):
+        (family / name).unlink()
+    said = text(page_of(family))
+    assert "There is no engine yet" in said
+    assert f"python -m export.onnx {family / 'model.qat'}" in said
+    assert "python -m deploy.build" in said
 
 
-def test_the_curve_has_a_point_for_every_epoch(page: str) -> None:
-    float_points, qat_points = (line.split() for line in re.findall(r'<polyline points="([^"]*)"', page))
-    assert len(float_points) == 2
-    assert len(qat_points) == 3  # the QAT curve begins where the float one ends
-    assert qat_points[0] == float_points[-1]
-    for point in float_points + qat_points:
-        x, y = map(float, point.split(","))
-        assert 0 <= x <= 600
-        assert 0 <= y <= 160
-    assert re.findall(r'<text x="[0-9.]+" y="172" text-anchor="middle">(\d+)</text>', page) == ["1", "2", "3", "4"]
+def test_an_empty_folder_and_a_missing_file_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no engine, ONNX file or checkpoint with its sidecar: give another folder"):
+        gather(tmp_path)
+    with pytest.raises(UserError, match=r"no file .*gone\.engine"):
+        gather(tmp_path / "gone.engine")
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (44.7, 98.9, [50, 60, 70, 80, 90]),
-        (97.0, 98.0, [97.0, 97.2, 97.4, 97.6, 97.8, 98.0]),
-        (0, 100, [0, 20, 40, 60, 80, 100]),
-        (91.2, 91.9, [91.2, 91.4, 91.6, 91.8]),
-    ],
-)
-def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
-    assert _ticks(low, high) == expected
+def test_the_training_is_drawn_with_titles_and_units(page: str) -> None:
+    for title, unit in (
+        ("Validation accuracy", "top-1, %"),
+        ("Validation loss", "loss"),
+        ("Learning rate", "learning rate"),
+    ):
+        assert f"<figcaption>{title}</figcaption>" in page
+        assert f">{unit}</text>" in page
+        assert f'aria-label="{title}: ' in page
+    assert ">epoch</text>" in page
 
 
 def test_the_page_needs_no_other_file_and_no_network(page: str) -> None:
-    assert page.startswith("<!doctype html>")
-    assert not re.search(r"https?://|<script|<link|src=|@import", page)
+    assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page) == []
+    assert "@import" not in page
+    assert "http" not in re.sub(r"http://www\.w3\.org/\S+", "", page)
+
+
+def test_commands_and_hashes_are_there_to_be_copied(chain: Path, page: str) -> None:
+    for name, kind in (("model.qat", "checkpoint"), ("model.onnx", "onnx"), ("model.engine", "engine")):
+        sidecar = read_sidecar(chain / name, kind)  # type: ignore[arg-type]
+        assert any(row.startswith(f"{name}|") and row.endswith(sidecar.sha256[:16]) for row in rows(page))
+
+
+def test_two_runs_are_compared(family: Path, chain: Path) -> None:
+    same = text(page_of(family, chain))
+    assert "Nothing that this page shows." in same
+    path = family / "model.engine"
+    sidecar, content = read_sidecar(path, "engine"), path.read_bytes()
+    findings = [dict(finding) for finding in sidecar.details["findings"]]
+    findings[0] |= {"precision": "FP32", "cause": "another builder"}
+    changed = dataclasses.replace(sidecar, details={**sidecar.details, "findings": findings})
+    write_artifact(path, changed, lambda file: file.write_bytes(content) and None)
+    page = page_of(family, chain)
+    assert f"{findings[0]['node']}|INT8 INT8|declared INT8, is not FP32" in rows(page)
+    first = findings[0]["node"]
+    assert f"Do not ship it: 1 layer is declared INT8 and not INT8 in the engine, first {first}." in text(page)
+    assert 'class="verdict stop"' in page
 
 
 def test_the_command_writes_the_page_and_prints_the_result(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(ReportOptions(engine=family / "model.engine"))
-    assert (family / "report.html").read_text() == render_page(family / "model.engine")
+    main(ReportOptions(runs=(family / "model.engine",)))
+    assert (family / "report.html").read_text() == render([gather(family)])
     printed = capsys.readouterr().out
-    for words in ("top-1 on 60 test images", "convolutions in INT8", "2 of 2", "0 of 60 images", "report: "):
+    for words in ("top-1 on 60 test images", "convolutions in INT8", "2 of 2", "Not known yet: ", "report: "):
         assert words in printed
 
 
@@ -161,7 +185,7 @@ def test_an_onnx_file_written_again_after_the_build_is_refused_with_both_hashes(
     now = write_artifact(path, before, lambda file: onnx.save(model, file))
     assert now.sha256 != before.sha256
     with pytest.raises(UserError) as caught:
-        main(ReportOptions(engine=family / "model.engine", output=family / "page.html"))
+        main(ReportOptions(runs=(family / "model.engine",), output=family / "page.html"))
     assert before.sha256 in str(caught.value)
     assert now.sha256 in str(caught.value)
     assert not (family / "page.html").exists()
@@ -171,7 +195,7 @@ def test_an_onnx_file_changed_under_its_sidecar_is_refused(family: Path) -> None
     with (family / "model.onnx").open("ab") as file:
         file.write(b"\0")
     with pytest.raises(UserError, match="its sidecar was written for"):
-        render_page(family / "model.engine")
+        page_of(family / "model.engine")
 
 
 def test_a_checkpoint_trained_again_after_the_export_is_refused(family: Path) -> None:
@@ -179,46 +203,63 @@ def test_a_checkpoint_trained_again_after_the_export_is_refused(family: Path) ->
     before = read_sidecar(path, "checkpoint")
     now = write_artifact(path, before, lambda file: file.write_bytes(b"other weights") and None)
     with pytest.raises(UserError, match=f"{before.sha256}.*{now.sha256}"):
-        render_page(family / "model.engine")
+        page_of(family / "model.engine")
 
 
 @pytest.mark.parametrize("gone", ["model.qat", "model.onnx", "model.onnx.json", "model.engine", "model.engine.json"])
 def test_a_file_that_is_gone_is_named(family: Path, gone: str) -> None:
     (family / gone).unlink()
     with pytest.raises(UserError, match=re.escape(gone)):
-        main(ReportOptions(engine=family / "model.engine"))
+        main(ReportOptions(runs=(family / "model.engine",)))
     assert not (family / "report.html").exists()
 
 
 def test_names_with_markup_are_shown_as_text(family: Path) -> None:
-    engine = family / "model.engine"
-    sidecar = read_sidecar(engine, "engine")
-    content = engine.read_bytes()
-    findings = [{**finding, "cause": "<script>alert(1)</script>"} for finding in sidecar.details["findings"]]
-    changed = Sidecar(
-        "engine", sidecar.parent, figures=sidecar.figures, details={**sidecar.details, "findings": findings}
-    )
-    write_artifact(engine, changed, lambda file: file.write_bytes(content) and None)
-    page = render_page(engine)
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
+    evil = "</template><script>alert(1)</script>\"'"
+    for name, kind in (("model.qat", "checkpoint"), ("model.onnx", "onnx"), ("model.engine", "engine")):
+        path = family / name
+        sidecar, content = read_sidecar(path, kind), path.read_bytes()  # type: ignore[arg-type]
+        details = {**sidecar.details}
+        if kind == "engine":
+            details["findings"] = [{**finding, "node": evil, "cause": evil} for finding in details["findings"]]
+        if kind == "checkpoint":
+            placement = details["placement"]
+            details["placement"] = {
+                **placement,
+                "decisions": [{**one, "label": evil} for one in placement["decisions"]],
+            }
+            details["data"] = {**details["data"], "source": evil}
+        names = (evil,) * len(sidecar.class_names)
+        changed = dataclasses.replace(sidecar, details=details, class_names=names)
+        write_artifact(path, changed, lambda file, content=content: file.write_bytes(content) and None)
+        if kind != "engine":  # the next was made of this one
+            child = family / NAMES[NAMES.index(name) + 1]
+            _repoint(child, path)
+    found = render([gather(family)])
+    assert evil not in found
+    assert found.count("<script>") == 1
+    assert "&lt;script&gt;alert(1)" in found
+
+
+def _repoint(child: Path, parent: Path) -> None:
+    """Lets the sidecar of ``child`` name the present hash of ``parent``."""
+    content = json.loads(sidecar_path(child).read_text())
+    content["parent"]["sha256"] = json.loads(sidecar_path(parent).read_text())["sha256"]
+    sidecar_path(child).write_text(json.dumps(content))
 
 
 def test_what_the_export_has_rewritten_is_said(family: Path, page: str) -> None:
-    for name, rewrite in (("model.onnx", True), ("model.engine", False)):
-        path = family / name
-        sidecar, content = read_sidecar(path, "onnx" if rewrite else "engine"), path.read_bytes()
-        if rewrite:
-            details = {**sidecar.details, "merged": ["layer1.last", "layer2.last"], "padded": ["up"]}
-            figures = {**sidecar.figures, "merging": {"images": 60, "other_top1": 1, "sqnr_db": 33.56}}
-            sidecar = dataclasses.replace(sidecar, details=details, figures=figures)
-        write_artifact(path, sidecar, lambda file, content=content: file.write_bytes(content) and None)
-    merged = " ".join(re.sub("<[^>]+>", "", render_page(family / "model.engine")).split())
+    path = family / "model.onnx"
+    sidecar, content = read_sidecar(path, "onnx"), path.read_bytes()
+    details = {**sidecar.details, "merged": ["layer1.last", "layer2.last"], "padded": ["up"]}
+    figures = {**sidecar.figures, "merging": {"images": 60, "other_top1": 1, "sqnr_db": 33.56}}
+    changed = dataclasses.replace(sidecar, details=details, figures=figures)
+    write_artifact(path, changed, lambda file: file.write_bytes(content) and None)
+    merged = text(page_of(family))
     assert "Shortcuts merged into layer1.last, layer2.last: 1 of 60 images with another top-1 than as trained" in merged
-    assert "as trained, logits at 33.6 dB. Zero channels before up." in merged
-    assert "with the rule for each (as trained: the shortcuts were merged afterwards)." in merged
-    assert "merged" not in page
-    assert "Zero channels" not in page
+    assert "as trained, logits at 33.6 dB. Q/DQ and rules are as trained. Zero channels before up." in merged
+    assert "merged" not in text(page)
+    assert "Zero channels" not in text(page)
 
 
 def test_an_engine_of_an_onnx_file_from_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,14 +267,14 @@ def test_an_engine_of_an_onnx_file_from_elsewhere(tmp_path: Path, capsys: pytest
     build_engine(model, builder="tensorrt-rtx", compute_capabilities=("8.9",))
     model.unlink()  # an engine without provenance is shown by itself
     capsys.readouterr()
-    main(ReportOptions(engine=tmp_path / "foreign.engine"))
+    main(ReportOptions(runs=(tmp_path / "foreign.engine",)))
     page = (tmp_path / "report.html").read_text()
     findings = read_sidecar(tmp_path / "foreign.engine", "engine").details["findings"]
     assert len(findings) == 2
     for finding in findings:
         assert any(row.startswith(f"{finding['node']}|{finding['operation']}|INT8") for row in rows(page))
-    assert "Accuracy on" not in page
-    assert "Q/DQ nodes" not in page
+    assert "No accuracy was measured." in page
+    assert "Q/DQ of" not in page
     printed = capsys.readouterr().out
     assert "convolutions in INT8" in printed
     assert "top-1" not in printed
@@ -244,72 +285,120 @@ def test_an_engine_of_a_file_that_export_quantize_made(tmp_path: Path, capsys: p
     np.save(tmp_path / "inputs.npy", np.random.default_rng(0).standard_normal((8, 3, 32, 32)).astype(np.float32))
     quantize_onnx(model, tmp_path / "m.onnx", data=str(tmp_path / "inputs.npy"))
     build_engine(tmp_path / "m.onnx", builder="tensorrt-rtx", compute_capabilities=("8.9",))
-    main(ReportOptions(engine=tmp_path / "m.engine"))
+    main(ReportOptions(runs=(tmp_path / "m.engine",)))
     found = rows((tmp_path / "report.html").read_text())
-    assert sum("|INT8|" in row for row in found) == 4
+    assert sum("|INT8|" in row for row in found) >= 4
+    assert any("residual_add" in row for row in found)  # rules of a file that was not trained are there too
     assert "convolutions in INT8" in capsys.readouterr().out
 
 
 # --- what other commands measured
 
 
-def test_evaluation_and_speed_are_on_the_page(family: Path) -> None:
-    built = read_sidecar(family / "model.engine", "engine")
-    evaluation, benchmark = family / "evaluation.json", family / "benchmark.json"
-    evaluated = {
-        "engine": built.sha256,
+def latency(name: str, median: float, batch: int = 32) -> dict[str, object]:
+    spread = {"low": 0.98 * median, "high": 1.02 * median, "p99": 1.05 * median}
+    return {"name": name, "batch": batch, "median": median, **spread, "images_per_second": 1000 * batch / median}
+
+
+def benchmark(family: Path, int8: float, fp16: float) -> Path:
+    parent = read_sidecar(family / "model.engine", "engine").parent
+    assert parent is not None
+    content = {
+        "date": "2026-01-01",
+        "device": {"name": "NVIDIA Test", "driver": "1.2"},
+        "tensorrt": "8.6.0",
+        "builds": [],
+        "models": {"INT8 (QAT)": {"sha256": parent.sha256}},
+        "latency": [latency("FP16", fp16), latency("INT8 (QAT)", int8), latency("INT8 (QAT)", 0.25, batch=1)],
+        "slower_in_int8": [{"batch": 32, "node": SLOW, "int8": 0.03, "fp16": 0.01}],
+    }
+    path = family / "benchmark.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def evaluation(family: Path, **changes: object) -> Path:
+    content = {
+        "engine": read_sidecar(family / "model.engine", "engine").sha256,
         "images": 60,
         "source": "the test split of squares",
         "top1": {"engine": 91.67, "PyTorch": 90.0},
         "agreement": {"engine, PyTorch": 98.33},
         "first_difference": {"node": "layer1.conv2", "tensor": "t", "sqnr_db": 7.25},
+        **changes,
     }
-    evaluation.write_text(json.dumps(evaluated))
-    latency = {"batch": 32, "low": 0.7, "high": 0.8, "p99": 0.9, "images_per_second": 44000.0}
-    measured = {
-        "date": "2026-01-01",
-        "device": {"name": "NVIDIA Test", "driver": "1.2"},
-        "tensorrt": "8.6.0",
-        "models": {"INT8 (QAT)": {"sha256": built.parent.sha256 if built.parent else ""}},
-        "latency": [
-            {"name": "FP16", "median": 1.5, **latency},
-            {"name": "INT8 (QAT)", "median": 0.75, **latency},
-            {"name": "INT8 (QAT)", "median": 0.25, **latency, "batch": 1},
-        ],
-    }
-    benchmark.write_text(json.dumps(measured))
-    page = html.unescape(render_page(family / "model.engine", evaluation, benchmark))
-    assert "engine<b>91.67 %</b>" in page
-    assert "PyTorch<b>90.00 %</b>" in page
-    assert "98.33 %" in page
-    assert "<code>layer1.conv2</code>: 7.2 dB" in page
-    assert "NVIDIA Test, driver 1.2, TensorRT 8.6.0" in page
-    found = rows(page)
-    assert "INT8 (QAT)|32|0.750|0.700 to 0.800|0.900|44,000|2.00" in [row.replace("\n", "") for row in found]
-    assert any(row.replace("\n", "").startswith("INT8 (QAT)|1|0.250") and row.endswith("|") for row in found)
+    path = family / "evaluation.json"
+    path.write_text(json.dumps(content))
+    return path
 
-    del evaluated["first_difference"]  # where nothing differs
-    evaluation.write_text(json.dumps(evaluated))
-    assert "first layer that differs" not in render_page(family / "model.engine", evaluation)
 
+def test_results_beside_the_artifacts_are_taken(family: Path) -> None:
+    benchmark(family, 0.75, 1.5)
+    evaluation(family)
+    page = page_of(family)
+    said = text(page)
+    assert "engine|91.67 %" in " ".join(rows(page))
+    assert "The same class, engine, PyTorch: 98.33 % of 60 images." in said
+    assert "The first layer that differs from ONNX Runtime is layer1.conv2: 7.2 dB." in said
+    assert "NVIDIA Test, driver 1.2, TensorRT 8.6.0, 2026-01-01" in said
+    assert "INT8 (QAT)|32|0.7500|0.7350 to 0.7650|0.7875|42,667|2.00" in rows(page)
+    assert "INT8 (QAT)|1|0.2500|0.2450 to 0.2550|0.2625|4,000|–" in rows(page)
+    assert "Is it faster than FP16? 2.00 times" in said
+    assert f"Slower than in FP16: {SLOW}" in said
+    assert "20.0 us slower than in FP16." in said
+
+
+@pytest.mark.parametrize(
+    ("int8", "verdict"), [(0.75, "Ship it: "), (1.6, "Do not ship it: it takes 1.07 times as long as FP16 at batch 32")]
+)
+def test_speed_decides_too(int8: float, verdict: str, family: Path) -> None:
+    benchmark(family, int8, 1.5)
+    found = page_of(family)
+    assert verdict in text(found)
+    assert f'class="verdict {"ship" if int8 < 1 else "stop"}"' in found
+
+
+def test_without_differences_and_without_classes(family: Path) -> None:
+    evaluation(family, first_difference=None)
+    assert "first layer that differs" not in page_of(family)
     outputs = {"engine, PyTorch": {"sqnr_db": 31.25, "equal_percent": None}}
-    unknown = {**evaluated, "top1": {"engine": None, "PyTorch": None}, "agreement": {}, "outputs": outputs}
-    evaluation.write_text(json.dumps(unknown))  # a network without classes
-    page = html.unescape(render_page(family / "model.engine", evaluation))
-    assert "PyTorch<b>31.2 dB</b>" in page
-    assert "no labels" not in page
+    evaluation(family, top1={"engine": None, "PyTorch": None}, agreement={}, outputs=outputs, first_difference=None)
+    assert "Outputs, engine, PyTorch: SQNR 31.2 dB on 60 inputs." in text(page_of(family))
 
-    evaluation.write_text(json.dumps({**evaluated, "engine": "0"}))
-    with pytest.raises(UserError, match="is about another engine"):
-        render_page(family / "model.engine", evaluation)
-    measured["models"] |= {"INT8 (QAT)": {"sha256": "0"}, "INT8 (QAT), merged": measured["models"]["INT8 (QAT)"]}
-    benchmark.write_text(json.dumps(measured))
-    assert render_page(family / "model.engine", None, benchmark)  # the engine is of a variant
-    del measured["models"]["INT8 (QAT), merged"]
-    benchmark.write_text(json.dumps(measured))
-    with pytest.raises(UserError, match="is about another ONNX file"):
-        render_page(family / "model.engine", None, benchmark)
-    for content in ("", "[]", "{}"):
-        evaluation.write_text(content)
-        with pytest.raises(UserError, match=r"is not a result of deploy\.evaluate"):
-            render_page(family / "model.engine", evaluation)
+
+def test_results_of_other_files_are_left_out_and_refused_when_named(
+    family: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = evaluation(family, engine="0" * 64)
+    said = text(page_of(family))
+    assert "Left out: evaluation.json is about another engine: run deploy.evaluate again." in said
+    with pytest.raises(UserError, match=r"evaluation\.json is about another engine: run deploy\.evaluate again"):
+        main(ReportOptions(runs=(family,), evaluation=other))
+    (family / "benchmark.json").write_text(json.dumps({"models": {"INT8": {"sha256": "1"}}, "builds": []}))
+    with pytest.raises(UserError, match=r"benchmark\.json is about another ONNX file: run deploy\.benchmark again"):
+        main(ReportOptions(runs=(family,), benchmark=family / "benchmark.json"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"models": 1, "builds": 2}', '{"engine": 1}', "[" * 100_000])
+def test_files_that_are_no_results(content: str, family: Path) -> None:
+    path = family / "result.json"
+    path.write_text(content)
+    page_of(family)  # in the folder it does no harm
+    with pytest.raises(UserError, match=r"result\.json is not"):
+        gather(family, [path])
+
+
+def test_costs_show_the_layer_that_costs_most(family: Path) -> None:
+    labels = [layer.label for layer in layers_of(gather(family)) if layer.state == "int8"]
+    operations = [
+        {"label": label, "loss_without": 0.5 - 0.01 * index, "sqnr_db": 20.0} for index, label in enumerate(labels[:3])
+    ]
+    content = {
+        "checkpoint": read_sidecar(family / "model.qat", "checkpoint").sha256,
+        "operations": operations,
+        "target_drop": 0.1,
+        "quantized": {"loss": 0.5, "top1": 90.0},
+    }
+    (family / "sensitivity.json").write_text(json.dumps(content))
+    said = text(page_of(family))
+    assert f"Which layer costs most accuracy? +0.02000 loss is saved if this one is in float: {labels[2]}" in said

@@ -1,0 +1,223 @@
+"""Parts of the report page: blocks, the verdict, charts and the picture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.report_page.artifacts import Artifacts
+from deploy.report_page.charts import Series, histogram, line_chart, ticks
+from deploy.report_page.layers import Block, Layer, block_of, blocks_of
+from deploy.report_page.picture import draw
+from deploy.report_page.verdict import Speed, Stage, judge
+from qat.base.artifact import Sidecar
+
+ENGINE = Sidecar(kind="engine", details={"gpu": "NVIDIA Test"})
+RUN = Artifacts(Path("runs"), engine=ENGINE, paths={"engine": Path("runs/m.engine")})
+
+
+def layer(label: str, state: Any = "int8", kind: str = "convolution", **more: Any) -> Layer:
+    return Layer(label.replace(".", "_"), label, kind, block_of(label), state, **more)
+
+
+@pytest.mark.parametrize(
+    ("label", "block"),
+    [
+        ("conv1", "conv1"),
+        ("layer1.0.conv1", "layer1.0"),
+        ("layer1.0.downsample.0", "layer1.0"),
+        ("layer2.10.add", "layer2.10"),
+        ("features.denseblock1.denselayer3.conv1", "features.denseblock1.denselayer3"),
+        ("encoder.layers.encoder_layer_3.self_attention.linear", "encoder.layers.encoder_layer_3"),
+        ("encoder.layers.encoder_layer_3.mlp.0", "encoder.layers.encoder_layer_3"),
+        ("blocks.5.mlp.fc1", "blocks.5"),
+        ("features.1.0.block.3", "features.1.0"),
+        ("stages.2.blocks.4.conv_dw", "stages.2.blocks.4"),
+        ("features.3.conv.0.0", "features.3"),
+        ("blocks.1.0.conv_pw", "blocks.1.0"),
+        ("head.fc", "head"),
+    ],
+)
+def test_the_block_of_an_operation(label: str, block: str) -> None:
+    assert block_of(label) == block
+
+
+@pytest.mark.parametrize(
+    ("layers", "summary", "worst"),
+    [
+        ([layer("a.0.x"), layer("a.0.y"), layer("a.0.z", kind="sum")], "2 convolutions, 1 sum: all INT8", "int8"),
+        ([layer("a.0.x"), layer("a.0.y", "float")], "2 convolutions: 1 INT8, 1 float", "float"),
+        ([layer("a.0.x", "fp32")], "1 convolution: FP32", "fp32"),
+        ([layer("a.0.x", "broken"), layer("a.0.m", "moves")], "1 convolution: declared INT8, is not", "broken"),
+        ([layer("p", kind="max pool"), layer("p", kind="max pool")], "2 max pools: all INT8", "int8"),
+    ],
+)
+def test_a_block_is_one_line(layers: list[Layer], summary: str, worst: str) -> None:
+    block = Block("b", tuple(layers))
+    assert (block.summary, block.worst) == (summary, worst)
+
+
+def test_blocks_keep_the_order_of_the_network_and_add_times() -> None:
+    layers = [
+        layer("stem"),
+        layer("s.1.a", milliseconds=0.25),
+        layer("s.0.a"),
+        layer("s.1.b", milliseconds=0.5),
+    ]
+    found = blocks_of(layers)
+    assert [(block.name, len(block.layers), block.milliseconds) for block in found] == [
+        ("stem", 1, None),
+        ("s.1", 2, 0.75),
+        ("s.0", 1, None),
+    ]
+
+
+FLOAT = Stage.of("float", 90.0, 1000, None)
+
+
+def judged(change: float | None, factor: float | None, broken: bool = False, run: Artifacts = RUN) -> tuple[str, str]:
+    stages = [FLOAT] if change is None else [FLOAT, Stage.of("INT8, trained", 90.0 + change, 1000, 90.0)]
+    speeds = [] if factor is None else [Speed(32, 1.0, factor, "NVIDIA Test", factor > 1)]
+    found = judge(run, stages, speeds, [layer("a", "broken" if broken else "int8")])
+    return found.answer, found.sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "factor", "broken", "answer", "says"),
+    [
+        (-0.5, 1.5, False, "ship", "Ship it: 89.50 % of 1000 test images are right, against 90.00 % in float"),
+        (0.0, 1.5, False, "ship", "as the float network"),
+        (-0.5, 1.5, False, "ship", "it is 1.50 times as fast as FP16 at batch 32 on NVIDIA Test"),
+        (-5.0, 1.5, False, "do not ship", "85.00 % of the test images are right, 5.00 points less than in float"),
+        (0.0, 0.8, False, "do not ship", "it takes 1.25 times as long as FP16 at batch 32: deploy FP16"),
+        (0.0, 1.5, True, "do not ship", "1 layer is declared INT8 and not INT8 in the engine, first a"),
+        (0.0, None, False, "not known yet", "its speed was not measured"),
+        (None, 1.5, False, "not known yet", "no accuracy was measured"),
+    ],
+)
+def test_the_verdict(change: float | None, factor: float | None, broken: bool, answer: str, says: str) -> None:
+    found, sentence = judged(change, factor, broken)
+    assert found == answer
+    assert says in sentence
+
+
+def test_the_verdict_without_an_engine() -> None:
+    run = Artifacts(Path("runs"), paths={"onnx": Path("runs/m.onnx")})
+    assert judged(0.0, None, run=run)[0] == "not known yet"
+    assert judged(0.0, None, run=run)[1].startswith("There is no engine yet; ")
+
+
+def test_all_that_speaks_against_it_is_listed() -> None:
+    stages = [FLOAT, Stage.of("INT8, trained", 80.0, 1000, 90.0)]
+    found = judge(RUN, stages, [Speed(32, 1.0, 0.5, "NVIDIA Test", False)], [layer("a", "broken")])
+    assert len(found.against) == 3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (96.1, 99.0, [97.0, 98.0, 99.0]),
+        (12.0, 100.0, [20.0, 40.0, 60.0, 80.0, 100.0]),
+    ],
+)
+def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == expected
+
+
+def test_a_chart_of_lines() -> None:
+    chart = line_chart("Loss", "epoch", "loss", [Series("float", "--orange", [(1, 2.0), (2, 1.0), (3, 0.0)])])
+    assert chart is not None
+    left, top, right, bottom = chart.box
+    assert chart.lines[0].points == [(left, top), ((left + right) / 2, (top + bottom) / 2), (right, bottom)]
+    assert [text for _, text in chart.x_ticks] == ["1", "2", "3"]
+    assert line_chart("Loss", "epoch", "loss", [Series("float", "--orange", [(1, 2.0)])]) is None
+
+
+def distribution(**changes: Any) -> dict[str, Any]:
+    choices = [
+        {"method": "max", "amax": 10.0, "clipped": 0.0, "sqnr_db": 30.0},
+        {"method": "mse", "amax": 5.0, "clipped": 1.25, "sqnr_db": 35.0},
+    ]
+    kl = {"amax": [2.0, 5.0, 10.0], "cost": [0.1, 0.01, 0.05]}
+    given = {"quantizer": "relu", "tensors": ["relu"], "counts": [100, 10, 1, 0], "limit": 10.0, "largest": 10.0}
+    return given | {"amax": 5.0, "choices": choices, "kl": kl, "problem": ""} | changes
+
+
+def test_a_histogram_with_the_thresholds_of_the_methods() -> None:
+    drawn = histogram(distribution())
+    assert drawn is not None
+    (left, top, right, bottom), marks = drawn.box, drawn.marks
+    assert [(method, clipped, used) for _, method, clipped, used in marks] == [("max", 0.0, False), ("mse", 1.25, True)]
+    assert marks[1][0] < marks[0][0] <= right
+    heights = [bottom - float(y) for y in re.findall(r"V(\d+)H", drawn.bars)]
+    assert heights[0] == pytest.approx(bottom - top, abs=1)
+    assert heights == sorted(heights, reverse=True)
+    assert drawn.kl.count(" ") == 3
+    assert drawn.kl_range == ("0.01", "0.1")
+    assert all(left <= x <= right for x, _ in drawn.x_ticks)
+
+
+def test_a_histogram_of_nothing_and_one_without_a_curve() -> None:
+    assert histogram(distribution(counts=[0, 0])) is None
+    assert histogram(distribution(limit=0.0)) is None
+    drawn = histogram(distribution(kl=None))
+    assert drawn is not None
+    assert drawn.kl == ""
+    gaps = histogram(distribution(kl={"amax": [1.0, 2.0], "cost": [None, 0.5]}))  # infinite where it cannot choose
+    assert gaps is not None
+    assert gaps.kl == ""
+
+
+def op(name: str, kind: str, inputs: list[str], label: str = "") -> dict[str, Any]:
+    return {"name": name, "kind": kind, "label": label or name.replace("_", "."), "inputs": inputs, "shape": None}
+
+
+def test_the_picture_has_a_box_for_each_block_and_lines_between_them() -> None:
+    network = [
+        op("x", "input", []),
+        op("conv1", "convolution", ["x"]),
+        op("layer1_0_conv1", "convolution", ["conv1"]),
+        op("layer1_0_add", "add", ["layer1_0_conv1", "conv1"]),
+        op("fc", "linear", ["layer1_0_add"]),
+        op("output", "output", ["fc"]),
+    ]
+    checkpoint = Sidecar(kind="checkpoint", details={"network": network})
+    run = Artifacts(Path("runs"), checkpoint=checkpoint, paths={"checkpoint": Path("runs/m.qat")})
+    layers = [
+        layer("conv1", "float"),
+        layer("layer1.0.conv1", milliseconds=0.5),
+        layer("layer1.0.add", kind="sum"),
+        layer("fc", milliseconds=0.25),
+    ]
+    picture = draw(run, layers)
+    assert picture is not None
+    boxes = {box.name: box for box in picture.boxes}
+    assert list(boxes) == ["x", "conv1", "layer1.0", "fc", "output"]
+    assert (boxes["conv1"].state, boxes["layer1.0"].state, boxes["x"].state) == ("float", "int8", "moves")
+    assert boxes["layer1.0"].summary == "1 convolution, 1 sum: all INT8"
+    assert (boxes["layer1.0"].heat, boxes["fc"].heat, boxes["conv1"].heat) == (1.0, 0.5, 0.0)
+    assert picture.timed
+    tops = [boxes[name].y for name in boxes]
+    assert tops == sorted(tops)
+    assert len(picture.paths) == 4
+    assert all(box.x >= 0 and box.x + box.width <= picture.width for box in picture.boxes)
+    assert draw(Artifacts(Path("runs"), checkpoint=Sidecar(kind="checkpoint")), layers) is None
+
+
+def test_a_block_that_is_left_and_entered_again_does_not_make_a_circle() -> None:
+    network = [
+        op("x", "input", []),
+        op("a_0_one", "convolution", ["x"]),
+        op("mid", "relu", ["a_0_one"]),
+        op("a_0_two", "convolution", ["mid"]),
+        op("output", "output", ["a_0_two"]),
+    ]
+    checkpoint = Sidecar(kind="checkpoint", details={"network": network})
+    run = Artifacts(Path("runs"), checkpoint=checkpoint, paths={"checkpoint": Path("runs/m.qat")})
+    picture = draw(run, [layer("a.0.one"), layer("a.0.two")])
+    assert picture is not None
+    assert [box.name for box in picture.boxes] == ["x", "a.0", "mid", "a.0", "output"]
