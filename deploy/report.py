@@ -31,6 +31,10 @@ class ReportOptions(Command):
     """What python -m deploy.evaluate --json wrote about this engine."""
     benchmark: Path | None = None
     """What python -m deploy.benchmark wrote about this engine's ONNX file."""
+    json: Path | None = None
+    """File for the verdict, the figures and all layers, as JSON; - is the standard output."""
+    markdown: Path | None = None
+    """File for the verdict and the figures, as a table of GitHub's Markdown; - is the standard output."""
 
 
 def main(options: ReportOptions) -> None:
@@ -39,7 +43,9 @@ def main(options: ReportOptions) -> None:
 
     first = options.runs[0]
     output = options.output or (first if first.is_dir() else first.parent) / "report.html"
-    write_report(options.runs, output, options.evaluation, options.benchmark)
+    write_report(
+        options.runs, output, options.evaluation, options.benchmark, json=options.json, markdown=options.markdown
+    )
 
 
 def cli() -> None:

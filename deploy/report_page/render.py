@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from json import dumps
 from pathlib import Path
 
-from deploy.report_page import agreements, answers, engine_view
+from deploy.report_page import agreements, answers, engine_view, summary
 from deploy.report_page.artifacts import Artifacts, gather
 from deploy.report_page.change import changes
 from deploy.report_page.charts import Chart, Histogram, Series, histogram, line_chart
@@ -31,7 +33,13 @@ _COLUMNS = (
 
 
 def write_report(
-    runs: Sequence[Path], output: Path, evaluation: Path | None = None, benchmark: Path | None = None
+    runs: Sequence[Path],
+    output: Path,
+    evaluation: Path | None = None,
+    benchmark: Path | None = None,
+    *,
+    json: Path | None = None,
+    markdown: Path | None = None,
 ) -> Path:
     """Writes the page about the first of ``runs``, compared with the others, and prints the verdict.
 
@@ -40,17 +48,32 @@ def write_report(
         output: the page.
         evaluation: what python -m deploy.evaluate --json wrote about the first run's engine.
         benchmark: what python -m deploy.benchmark wrote about its ONNX file.
+        json, markdown: where the result in short goes; "-" is the standard output.
 
     Raises UserError when files are missing or do not belong together, and when the page cannot be written.
     """
-    check_writable(output)
+    for path in (output, json, markdown):
+        if path is not None and str(path) != "-":
+            check_writable(path)
     named = [path for path in (evaluation, benchmark) if path is not None]
     gathered = [gather(path, named if index == 0 else ()) for index, path in enumerate(runs)]
     with atomic_write(output) as temporary:
         temporary.write_text(render(gathered), encoding="utf-8")
     _print_result(gathered[0])
+    if json is not None:
+        _write(json, dumps(summary.summary(gathered[0]), indent=1) + "\n")
+    if markdown is not None:
+        _write(markdown, summary.markdown(gathered[0]))
     say(f"report: {output}")
     return output
+
+
+def _write(path: Path, text: str) -> None:
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def render(runs: Sequence[Artifacts]) -> str:

@@ -402,3 +402,18 @@ def test_costs_show_the_layer_that_costs_most(family: Path) -> None:
     (family / "sensitivity.json").write_text(json.dumps(content))
     said = text(page_of(family))
     assert f"Which layer costs most accuracy? +0.02000 loss is saved if this one is in float: {labels[2]}" in said
+
+
+def test_the_result_in_short(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark(family, 0.75, 1.5)
+    main(ReportOptions(runs=(family,), json=family / "result.json", markdown=Path("-")))
+    printed = capsys.readouterr().out
+    assert "| what | measured |\n| --- | --- |\n| float | " in printed
+    assert "| INT8, batch 32 | 0.7500 ms, FP16 1.5000 ms: 2.00 times as fast on NVIDIA Test |" in printed
+    assert "**: Ship it: " in printed
+    found = json.loads((family / "result.json").read_text())
+    assert found["verdict"]["answer"] == "ship"
+    assert found["speed"][0]["factor"] == 2.0
+    assert [layer["label"] for layer in found["layers"]] == [layer.label for layer in layers_of(gather(family))]
+    assert found["sha256"]["engine"] == read_sidecar(family / "model.engine", "engine").sha256
+    assert {one["stage"] for one in found["missing"]} >= {"evaluation", "audit", "sensitivity"}

@@ -98,7 +98,7 @@ def test_a_run_learns_and_writes_a_checkpoint_with_its_figures(trained: Path) ->
         assert 0 < figures["test_loss"] < math.log(3)
     for name in ("float_history", "qat_history"):
         assert [sorted(epoch) for epoch in sidecar.figures[name]] == [
-            ["train_loss", "validation_loss", "validation_top1"]
+            ["learning_rate", "train_loss", "validation_loss", "validation_top1"]
         ] * 2
     details = sidecar.details
     assert details["splits"] == {"train": 81, "calibration": 27, "validation": 12, "test": 60}
