@@ -159,7 +159,7 @@ def _sidecar(model: Path, tuned: Path, placement: TunedPlacement) -> Sidecar:
     """That of the tuned file: the model's, without figures, which were measured of another network."""
     source = read_sidecar(model, "onnx") if sidecar_path(model).exists() else Sidecar(kind="onnx")
     digest = source.sha256 or sha256_of(model)
-    details = {key: value for key, value in source.details.items() if key not in ("reference", "placement")}
+    details = {key: value for key, value in source.details.items() if key not in ("reference", "placement", "network")}
     return replace(
         source,
         parent=Parent.from_file(tuned, model, digest),

@@ -45,6 +45,7 @@ from qat.base.text import megabytes
 from qat.calibration.activation_ranges import choose_ranges
 from qat.calibration.histogram import HistogramObserver, check_finite
 from qat.fake_quantize.quantizer import ACTIVATION, scale_from_amax
+from qat.graph.network_record import network_to_json
 from qat.rules.describe import say_placement
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
@@ -173,6 +174,7 @@ def quantize_onnx(
     figures: dict[str, Any] = {"nodes": len(list(network.graph))}
     details: dict[str, Any] = {
         "placement": placement.to_json(),
+        "network": network_to_json(view.network),
         "calibrator": calibrator if fed else None,
         "weight_calibrator": weight_calibrator,
         "calibration_cache": cache.name if cache else None,

@@ -26,6 +26,8 @@ from qat.fake_quantize.prepare import (
     weights_and_quantizers,
 )
 from qat.graph.inputs import Inputs
+from qat.graph.network_record import network_to_json
+from qat.graph.tracing import network_of
 
 Images = Tensor | np.ndarray | Mapping[str, Tensor | np.ndarray]
 """Of the only input, or by input."""
@@ -146,7 +148,10 @@ class TrainedNetwork:
     @property
     def details(self) -> dict[str, Any]:
         """What the ONNX file's sidecar must say because no checkpoint does."""
-        return {} if self.checkpoint is not None else {"placement": placement_of(self.model).to_json()}
+        if self.checkpoint is not None:
+            return {}
+        network = network_to_json(network_of(self.model))
+        return {"placement": placement_of(self.model).to_json(), "network": network}
 
     def sample(self, count: int) -> Sample:
         """Up to ``count`` images to compare on; without preprocessing, float32 inputs as the network takes them."""

@@ -37,7 +37,8 @@ from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import activation_quantizers, placement_of, prepare
 from qat.fake_quantize.weight_ranges import fix_saved_ranges
 from qat.graph.inputs import Inputs
-from qat.graph.tracing import Shapes
+from qat.graph.network_record import network_to_json
+from qat.graph.tracing import Shapes, network_of
 from qat.models import ModelCode, ModelSpec, build_model, code_of, model_file
 from qat.rules.place import RULES
 from qat.rules.placement import Placement
@@ -124,6 +125,7 @@ def save_checkpoint(
         details={
             "model": None if spec is None else asdict(spec),
             "placement": placement_of(model).to_json(),
+            "network": network_to_json(network_of(model)),
             "rules": {name: rule.sentence for name, rule in RULES.items()},
             "amax": ranges,
             **(details or {}),

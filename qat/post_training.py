@@ -18,8 +18,10 @@ from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
+from qat.base.ranges_file import ranges_path, write_distributions
 from qat.calibration.activation_ranges import observe, set_ranges
 from qat.calibration.adaround import adaround
+from qat.calibration.distributions import distributions
 from qat.calibration.explain import explain, quantizers_named, say_explanations
 from qat.calibration.explain_page import draw_explanations
 from qat.calibration.histogram import HistogramObserver
@@ -34,7 +36,7 @@ from qat.data.batches import batch_count
 from qat.data.folders import unlabelled_folder
 from qat.data.preprocessing import ImagePreset
 from qat.data.request import ImageRequest
-from qat.data.splits import Data, load_data, load_unlabelled
+from qat.data.splits import Data, load_data, load_unlabelled, say_data
 from qat.evaluate import compare, inputs, say_figures
 from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import prepare, weights_and_quantizers
@@ -45,7 +47,7 @@ from qat.rules.describe import say_placement
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
 from qat.rules.placement import Placement
-from qat.weights import Pretrained, build_pretrained, preset_of_weights, with_classes_of_output
+from qat.weights import Pretrained, build_pretrained, input_preset, with_classes_of_output
 
 _FEW_IMAGES = 16  # fewer do not represent what a network will see
 
@@ -70,7 +72,7 @@ def quantize_pretrained(
         model: the name of a model, as qat.models.ModelSpec takes it.
         weights: torchvision's name of them, or a file.
         images: images to calibrate on, with labels or without; some are held out to measure on.
-        output: the checkpoint.
+        output: the checkpoint; what calibration saw is written beside it (qat/base/ranges_file.py).
         classes: number of classes of the network, if the weights do not show it.
         calibration: how ranges are chosen.
         keep_float: patterns of what stays in float.
@@ -90,8 +92,8 @@ def quantize_pretrained(
         raise UserError("python -m qat.calibrate runs as a single process: start it without torchrun")
     if adaround_steps < 0:
         raise UserError(f"--adaround {adaround_steps} is not a number of steps: it must be at least 0")
-    page = output.with_suffix(".explain.html")
-    for path in (output, page) if explained else (output,):
+    page, ranges_file = output.with_suffix(".explain.html"), ranges_path(output)
+    for path in (output, ranges_file, *([page] if explained else [])):
         check_writable(path)
     found = build_pretrained(model, weights, classes, images.channels)
     data = _load_images(images, input_preset(model, weights, images))
@@ -105,10 +107,11 @@ def quantize_pretrained(
     prepared = prepare_and_calibrate(
         traced, placement, found.ranges, data, images, calibration, compute, on_observed=observers.update
     )
+    seen = distributions(prepared, observers, calibration, len(data.calibration))
     if adaround_steps:
         _round_weights(prepared, data, images, adaround_steps, compute)
     figures = _compare_on_test(found.model, prepared, data, images, compute)
-    save_checkpoint(
+    written = save_checkpoint(
         output,
         prepared,
         found.spec,
@@ -122,6 +125,7 @@ def quantize_pretrained(
         },
         images.seed,
     )
+    write_distributions(ranges_file, replace(seen, checkpoint=written.sha256))
     say_figures(figures)
     if explained:
         explanations = explain(prepared, observers, names, calibration.percentile)
@@ -135,35 +139,6 @@ def quantize_pretrained(
 
 
 # --- steps that python -m qat.train has too
-
-
-def input_preset(model: str, weights: str | None, images: ImageRequest) -> ImagePreset:
-    """Size and normalization of the network's input.
-
-    Raises UserError when a deviation is not positive, or when there is not one number for each channel.
-    """
-    told = preset_of_weights(model, weights).in_channels(images.channels)
-    for name, values in (("--mean", images.mean), ("--std", images.std)):
-        if values is not None and len(values) != images.channels:
-            shown = " ".join(map(str, values))
-            raise UserError(
-                f"{name} {shown}: {len(values)} for images of {images.channels} channels; give one for each channel, "
-                "and --channels 1 for grey images"
-            )
-    if images.std is not None and not min(images.std) > 0:
-        raise UserError(f"--std {' '.join(map(str, images.std))}: deviations must be above 0")
-    return replace(told, mean=images.mean or told.mean, std=images.std or told.std)
-
-
-def say_data(data: Data) -> None:
-    """Prints which images there are, and how they were split."""
-    sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
-    classes = f"{len(data.class_names)} classes" if data.labelled else "no labels"
-    color = " in grey" if data.preprocessing.color == "grey" else ""
-    size = f"{data.preprocessing.height}x{data.preprocessing.width} pixels{color}"
-    say(f"data {data.source}: {classes}, {size}; images: {sizes}")
-    for note in data.notes:
-        say(f"  {note}")
 
 
 def choose_placement(

@@ -7,13 +7,12 @@ epoch is chosen on validation, and reported accuracies are measured on test.
 from __future__ import annotations
 
 import copy
-import json
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,52 +21,38 @@ from qat.base.artifact import check_writable
 from qat.base.console import console_of_process, say, table
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
+from qat.base.ranges_file import complete_distributions, ranges_path, write_distributions
+from qat.calibration.distributions import distributions
+from qat.calibration.histogram import HistogramObserver
 from qat.calibration.settings import CalibrationSettings
-from qat.checkpoint import load_state, save_checkpoint, save_state
+from qat.checkpoint import save_checkpoint
 from qat.compute.device import Compute
 from qat.compute.processes import Processes, process_group
 from qat.data.batches import batch_count
 from qat.data.request import ImageRequest
-from qat.data.splits import Data, load_data
+from qat.data.splits import Data, load_data, say_data
 from qat.evaluate import Accuracy, evaluate
 from qat.fake_quantize.low_bit import check_bits, simulate_bits
 from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.weight_ranges import fix_saved_ranges
 from qat.fake_quantize.weight_ranges import learn_ranges as make_ranges_learn
-from qat.graph.tracing import network_of, trace
+from qat.graph.tracing import TracedModel, network_of, trace
 from qat.models import ModelSpec, build_model, spec_for
 from qat.post_training import (
     choose_placement,
-    input_preset,
     prepare_and_calibrate,
     record_of_images,
     record_of_ranges,
-    say_data,
     say_next,
 )
 from qat.rules.kernel_profile import KernelProfile
+from qat.rules.placement import Placement
 from qat.training.log import TrainingLog
 from qat.training.loss import CrossEntropy, Distillation, stage_ends
 from qat.training.recipe import DistillationSettings, Recipe
+from qat.training.run_state import Progress, read_progress, resumable, save_progress, state_path
 from qat.training.trainer import Fit, FitState
-from qat.weights import load_weights
-
-# Options that may change when a run is resumed: they do not affect the result.
-_FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root", "log_folder")
-
-
-@dataclass
-class Progress:
-    """How far a run has come; it is saved, so that the run can be resumed."""
-
-    phase: Literal["float", "qat"] = "float"
-    figures: dict[str, Any] = field(default_factory=dict)
-    fit: FitState = field(default_factory=FitState)
-    model: dict[str, Tensor] = field(default_factory=dict)
-    training: dict[str, Tensor] = field(default_factory=dict)
-    """What Fit.tensors returned: the state of the optimizer, the moving average."""
-    teacher: dict[str, Tensor] = field(default_factory=dict)
-    """The float network that distillation follows."""
+from qat.weights import input_preset, load_weights
 
 
 def train(
@@ -95,7 +80,8 @@ def train(
     Args:
         model: the name of a model, as qat.models.ModelSpec takes it.
         images: labelled images, and their splits and batches.
-        output: the checkpoint; the training state is kept beside it until the run is finished.
+        output: the checkpoint; what calibration saw is written beside it (qat/base/ranges_file.py), and the training
+            state is kept there until the run is finished.
         weights: torchvision's name of them, or a file; None: random weights.
         float_recipe: how the float network is trained.
         qat_recipe: how it is fine-tuned with fake quantization.
@@ -120,10 +106,11 @@ def train(
         console_of_process(processes.is_main, f"process {processes.rank}"),
     ):
         compute = replace(compute, processes=processes)
-        check_writable(output)
+        for path in (output, ranges_path(output)):
+            check_writable(path)
         check_bits(bits)
         processes.share_of(images.batch_size)
-        run = _Run(images, output, compute, log_folder, save_seconds, _resumable(recorded, processes), resume)
+        run = _Run(images, output, compute, log_folder, save_seconds, resumable(recorded, processes), resume)
         try:
             run.train(
                 model,
@@ -155,7 +142,7 @@ class _Run:
     ) -> None:
         self.images, self.output, self.compute, self.save_seconds = images, output, compute, save_seconds
         self.recorded = recorded
-        self.reached = _read_state(output, recorded) if resume else Progress()
+        self.reached = read_progress(output, recorded) if resume else Progress()
         self.log = TrainingLog(log_folder if compute.processes.is_main else None, resumed=resume)
         self.data: Data
 
@@ -186,10 +173,9 @@ class _Run:
         if reached.phase == "float":
             self.fit("float", model, float_recipe)
             reached.figures["float"] = self.test("float", model)
-            prepared = prepare_and_calibrate(model, placement, ranges, self.data, images, calibration, compute, bits)
+            prepared = self._calibrated(model, placement, ranges, calibration, bits)
             if distillation.needs_teacher:
                 reached.teacher = copy.deepcopy(model).state_dict()
-            reached.figures["ptq"] = self.test("post-training quantization", prepared)
             if learn_ranges:
                 make_ranges_learn(prepared)
             reached.phase, reached.fit = "qat", FitState()
@@ -215,8 +201,11 @@ class _Run:
             "processes": compute.processes.world_size,
         }
         preprocessing, class_names = self.data.preprocessing, self.data.class_names
-        save_checkpoint(self.output, prepared, spec, preprocessing, class_names, reached.figures, details, images.seed)
-        _state_path(self.output).unlink(missing_ok=True)
+        written = save_checkpoint(
+            self.output, prepared, spec, preprocessing, class_names, reached.figures, details, images.seed
+        )
+        complete_distributions(ranges_path(self.output), written.sha256)
+        state_path(self.output).unlink(missing_ok=True)
         _say_result(self.output, bits, reached.figures)
 
     def _load_images(self, name: str, weights: str | None) -> None:
@@ -241,6 +230,25 @@ class _Run:
                 "the weights come with activation ranges, which float training would invalidate: give --float-epochs 0"
             )
         return model, ranges
+
+    def _calibrated(
+        self,
+        model: TracedModel,
+        placement: Placement,
+        ranges: Mapping[str, Tensor],
+        calibration: CalibrationSettings,
+        bits: int,
+    ) -> fx.GraphModule:
+        """``model`` with quantizers and their ranges, tested; what calibration saw is written beside the output."""
+        observers: dict[str, HistogramObserver] = {}
+        prepared = prepare_and_calibrate(
+            model, placement, ranges, self.data, self.images, calibration, self.compute, bits, observers.update
+        )
+        seen = distributions(prepared, observers, calibration, len(self.data.calibration))
+        self.reached.figures["ptq"] = self.test("post-training quantization", prepared)
+        if self.compute.processes.is_main:
+            write_distributions(ranges_path(self.output), seen)
+        return prepared
 
     def _distillation(self, model: nn.Module, recipe: Recipe, settings: DistillationSettings) -> Distillation | None:
         """The loss that follows the float network; None without distillation."""
@@ -278,56 +286,12 @@ class _Run:
 
     def save(self, model: nn.Module, state: FitState, training: Mapping[str, Tensor]) -> None:
         """Saves the training state in its own file beside the output; only the main process does so."""
-        if not self.compute.processes.is_main:
-            return
-        parts = {"model": model.state_dict(), "best": state.best_weights, "training": training}
-        parts |= {"teacher": self.reached.teacher}
-        tensors = {f"{part}.{name}": value for part, entries in parts.items() for name, value in entries.items()}
-        details = {
-            "phase": self.reached.phase,
-            "figures": self.reached.figures,
-            "fit": state.numbers(),
-            "options": self.recorded,
-        }
-        save_state(_state_path(self.output), tensors, details)
-
-
-def _read_state(output: Path, now: Mapping[str, Any]) -> Progress:
-    path = _state_path(output)
-    if not path.exists():
-        raise UserError(f"nothing to resume: there is no {path}; start without --resume, or correct --output")
-    tensors, details = load_state(path)
-    then = details["options"]
-    differing = [f"{name} was {then.get(name)}, now {now[name]}" for name in now if then.get(name) != now[name]]
-    if differing:
-        raise UserError(
-            f"cannot resume with other options: {'; '.join(differing)}; give the options of the stopped run"
-        )
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "training": {}, "teacher": {}}
-    for key, tensor in tensors.items():
-        part, _, name = key.partition(".")
-        parts[part][name] = tensor
-    state = replace(FitState(**details["fit"]), best_weights=parts["best"])
-    say(f"resuming {details['phase']} training at epoch {state.epoch + 1}, step {state.step}")
-    return Progress(
-        details["phase"], dict(details["figures"]), state, parts["model"], parts["training"], parts["teacher"]
-    )
-
-
-def _resumable(options: Mapping[str, Any], processes: Processes) -> dict[str, Any]:
-    """The options that a resumed run must share, as they come back from JSON."""
-    shared = {name: value for name, value in options.items() if name not in _FREE_ON_RESUME}
-    shared["processes"] = processes.world_size
-    found: dict[str, Any] = json.loads(json.dumps(shared, default=str))
-    return found
-
-
-def _state_path(output: Path) -> Path:
-    return output.with_name(output.name + ".state")
+        if self.compute.processes.is_main:
+            save_progress(self.output, self.reached, model, state, training, self.recorded)
 
 
 def _how_to_resume(output: Path, processes: Processes) -> str:
-    if not _state_path(output).exists():
+    if not state_path(output).exists():
         return "nothing was saved yet; no half-written file was left behind"
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     alone = processes.world_size == 1

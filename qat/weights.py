@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qat.base.errors import UserError, one_line
 from qat.calibration.pytorch_quantization import split_ranges
 from qat.data.preprocessing import ImagePreset, Interpolation, three_floats
+from qat.data.request import ImageRequest
 from qat.models import ModelSpec, build_model, name_of, spec_for, torchvision_names
 from qat.pretrained.state_dict import StateDict, find_state_dict, misfitting_names
 from qat.pretrained.weights_file import SUFFIXES, read_weights_file
@@ -200,6 +201,24 @@ def _load(model: nn.Module, weights: str, found: Mapping[str, Tensor], remedy: s
 def _is_file(weights: str) -> bool:
     path = Path(weights).expanduser()
     return path.exists() or path.suffix in SUFFIXES
+
+
+def input_preset(model: str, weights: str | None, images: ImageRequest) -> ImagePreset:
+    """Size and normalization of the network's input.
+
+    Raises UserError when a deviation is not positive, or when there is not one number for each channel.
+    """
+    told = preset_of_weights(model, weights).in_channels(images.channels)
+    for name, values in (("--mean", images.mean), ("--std", images.std)):
+        if values is not None and len(values) != images.channels:
+            shown = " ".join(map(str, values))
+            raise UserError(
+                f"{name} {shown}: {len(values)} for images of {images.channels} channels; give one for each channel, "
+                "and --channels 1 for grey images"
+            )
+    if images.std is not None and not min(images.std) > 0:
+        raise UserError(f"--std {' '.join(map(str, images.std))}: deviations must be above 0")
+    return dataclasses.replace(told, mean=images.mean or told.mean, std=images.std or told.std)
 
 
 def preset_of_weights(name: str, weights: str | None) -> ImagePreset:

@@ -267,10 +267,12 @@ def test_report_of_a_truncated_engine(place: Workplace, command: Run) -> None:
 # --- a full disk, and --debug
 
 
-def test_a_full_disk_while_training(place: Workplace, command: Run) -> None:
-    done = command("qat.train", *tiny.flags(place.train), file_size=2000)
-    assert_refused(done, place.output, "cannot write", f"{place.output}.state", "choose another folder")
-    assert "float epoch 2/2" in done.stdout  # the training state is what the disk does not take
+@pytest.mark.parametrize(("save_seconds", "file", "after"), [(0, "state", False), (3600, "ranges.json", True)])
+def test_a_full_disk_while_training(place: Workplace, command: Run, save_seconds: int, file: str, after: bool) -> None:
+    """The disk takes no training state, and no file of ranges, which is written before the first state of QAT."""
+    done = command("qat.train", *tiny.flags(place.train | {"save_seconds": save_seconds}), file_size=2000)
+    assert_refused(done, place.output, "cannot write", f"{place.output}.{file}", "choose another folder")
+    assert ("float epoch 2/2" in done.stdout) is after
 
 
 def test_a_full_disk_while_exporting(place: Workplace, command: Run) -> None:

@@ -215,14 +215,17 @@ def _explain(
     if math.isnan(exact):
         return Explanation(*known, None, None, ())
     kl = mse = None
+    ranges: dict[Method, float] = {}
     if exact / number_format.high >= SCALE_FLOOR:
         candidates, divergences = entropy_of_thresholds(counts, observer.limit, levels)
         candidates = torch.minimum(candidates, observer.largest)
         squared_bin = (observer.limit.double() / BINS) ** 2
         kl = _curve(candidates, divergences, levels)
         mse = _curve(candidates, mse_of_thresholds(counts, levels) * squared_bin, levels)
-    ranges: dict[Method, float] = {
-        method: choose_ranges([observer], method, percentile, levels)[0] for method in get_args(Calibrator)
+        ranges = {"mse": mse.amax[mse.best], "entropy": kl.amax[kl.best]}  # as choose_ranges does, which computes anew
+    ranges = {
+        method: ranges[method] if method in ranges else choose_ranges([observer], method, percentile, levels)[0]
+        for method in get_args(Calibrator)
     }
     has = torch.tensor(list(ranges.values())).float() == in_use  # a network has its ranges in float32
     if not math.isnan(in_use) and not has.any():

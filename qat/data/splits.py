@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.image_files import all_image_files
 from qat.data.batches import ImageSet
@@ -281,3 +282,14 @@ def _split(found: Source, source: str, seed: int, calibration_images: int) -> tu
         for name, count in counts.items()
     ]
     return dict(zip([*counts, "train"], groups, strict=True)), notes
+
+
+def say_data(data: Data) -> None:
+    """Prints which images there are, and how they were split."""
+    sizes = ", ".join(f"{name} {size}" for name, size in data.sizes.items())
+    classes = f"{len(data.class_names)} classes" if data.labelled else "no labels"
+    color = " in grey" if data.preprocessing.color == "grey" else ""
+    size = f"{data.preprocessing.height}x{data.preprocessing.width} pixels{color}"
+    say(f"data {data.source}: {classes}, {size}; images: {sizes}")
+    for note in data.notes:
+        say(f"  {note}")

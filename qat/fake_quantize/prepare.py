@@ -23,6 +23,7 @@ from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.graph.attention import fuse_attention
 from qat.graph.constants import constant_value
 from qat.graph.fx_network import weight_axis, weight_source
+from qat.graph.network import Op
 from qat.graph.reparameterization import advice
 from qat.graph.tracing import Shapes, TracedModel, network_of, trace
 from qat.rules.kernel_profile import KernelProfile
@@ -131,6 +132,41 @@ def weights_and_quantizers(prepared: fx.GraphModule) -> Iterator[tuple[str, Tens
             computed = source.op != "get_attr"
             weight = constant_value(source, prepared) if computed else attrgetter(str(source.target))(prepared)
             yield str(node.target), weight, quantizer
+
+
+def constant_weights(prepared: fx.GraphModule) -> Iterator[tuple[Op, Tensor, int | None]]:
+    """Every constant weight, quantized or not: (its first operation, weight, axis of the output channels).
+
+    The axis is that of the scales: None for a transposed convolution, [I, O/groups, *kernel], which has one scale. A
+    weight that is no nn.Parameter was computed from parameters.
+    """
+    nodes = {node.name: node for node in prepared.graph.nodes}
+    seen: set[str] = set()
+    for op in network_of(prepared):
+        if op.weight is None or op.weight.tensor in seen:
+            continue
+        seen.add(op.weight.tensor)
+        node = nodes[op.name]
+        if node.op == "call_module":
+            axis = None if op.kind == "transposed_convolution" else 0
+            yield op, prepared.get_submodule(str(node.target)).get_parameter("weight"), axis
+            continue
+        source = weight_source(node)
+        assert source is not None
+        if str(source.target).startswith(f"{WEIGHT_QUANTIZERS}."):
+            (source,) = source.all_input_nodes
+        yield op, _value_in_evaluation(source, prepared), weight_axis(node)
+
+
+def _value_in_evaluation(source: fx.Node, prepared: fx.GraphModule) -> Tensor:
+    """The value of a constant; in training, computing it may move statistics, such as those of a spectral norm."""
+    modes = {module: module.training for module in prepared.modules()}
+    try:
+        prepared.eval()
+        return constant_value(source, prepared)
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def placement_of(prepared: fx.GraphModule) -> Placement:

@@ -131,6 +131,7 @@ def test_a_model_without_preprocessing(tmp_path: Path) -> None:
     assert sidecar.inputs[0].shape == (-1, 1, 16, 16)
     assert sidecar.preprocessing == {}
     assert sidecar.details["reference"] is None
+    assert sidecar.details["network"][0]["shape"] == [1, 1, 16, 16]  # as no checkpoint records it
     assert sidecar.figures["parity"]["images"] == 6
     assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json"]
     with torch.no_grad():

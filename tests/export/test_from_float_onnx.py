@@ -25,6 +25,7 @@ from export.session import run, session, sqnr_db
 from qat.base.artifact import Sidecar, read_sidecar, write_artifact
 from qat.base.calibration_cache import CalibrationCache
 from qat.base.errors import UserError
+from qat.graph.network_record import network_from_json
 
 
 class Net(nn.Module):
@@ -105,6 +106,10 @@ def test_it_quantizes_places_right_and_answers_nearly_the_same(model: Path, inpu
     assert sidecar.figures["parity"]["sqnr_db"] == pytest.approx(noise, abs=0.01)
     assert sidecar.figures["parity"]["inputs"] == 40
     assert read_sidecar(output, "onnx") == sidecar
+    recorded = {op.name: op for op in network_from_json(sidecar.details["network"])}
+    assert {tensor["tensor"] for tensor in sidecar.details["placement"]["tensors"]} <= recorded.keys()
+    assert next(iter(recorded)) == "input"
+    assert [op.weight for op in recorded.values() if op.weight] == [(16, 3, 3, 3), (16, 16, 3, 3), (4, 16)]
 
 
 def test_tensorrt_builds_it_in_int8(model: Path, inputs: Path, tmp_path: Path) -> None:

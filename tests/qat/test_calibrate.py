@@ -23,8 +23,9 @@ import qat.post_training
 from deploy import build, report
 from deploy.reference import network_input
 from export import export_onnx
-from qat.base.artifact import Sidecar, read_sidecar
+from qat.base.artifact import Sidecar, read_sidecar, sha256_of
 from qat.base.errors import UserError
+from qat.base.ranges_file import Distributions, ranges_path, read_distributions
 from qat.calibrate import main as quantize_pretrained
 from qat.checkpoint import load_checkpoint, training_data
 from qat.compute.device import Compute
@@ -98,6 +99,29 @@ def images_of(data: Data, split: str) -> Tensor:
     return (torch.stack([images[index, 0][0] for index in range(len(images))]) / 255 - mean) / std
 
 
+def ranges_of(output: Path) -> Distributions:
+    return read_distributions(ranges_path(output), sha256_of(output))
+
+
+def test_what_calibration_saw_is_written(trained: Path, unlabelled: Path) -> None:
+    found = ranges_of(unlabelled)
+    assert (found.calibrator, found.percentile) == ("percentile", 60.0)
+    assert found.images == read_sidecar(unlabelled, "checkpoint").details["splits"]["calibration"]
+    for one in found.activations:
+        chosen = {choice.method: choice for choice in one.choices}
+        assert one.amax == chosen["percentile"].amax
+        assert chosen["max"].clipped == 0 < chosen["percentile"].clipped <= 40
+
+
+def test_a_file_of_ranges_that_cannot_be_written_is_told_before_the_work(
+    trained: Path, weights: Path, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "m.ranges.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*m\.ranges\.json: that is a folder"):
+        calibrate(trained, weights, photos, tmp_path / "m.qat")
+    assert not (tmp_path / "m.qat").exists()
+
+
 # --- with labels
 
 
@@ -165,6 +189,8 @@ def test_ranges_of_a_checkpoint_of_pytorch_quantization(
     said = capsys.readouterr().out
     assert "1 of 4 ranges of activations and 0 of 3 of weights are the checkpoint's" in said
     assert "not in the checkpoint, as the original does not quantize them, so calibrated here: x," in said
+    (relu,) = (one for one in ranges_of(tmp_path / "o.qat").activations if one.quantizer == "relu")
+    assert (relu.amax, relu.choices[-1].method, relu.choices[-1].amax) == (7.0, "in use", 7.0)
     recorded = sidecar.details["ranges"]
     assert recorded["from_checkpoint"] == {"tensors": ["relu"], "weights": []}
     assert "x" in recorded["calibrated_here"]["tensors"]
@@ -482,6 +508,9 @@ def test_nothing_quantized_is_said(
 ) -> None:
     calibrate(trained, weights, photos, tmp_path / "model.qat", keep_float=("*",))
     assert "nothing in this network is quantized" in capsys.readouterr().err
+    found = ranges_of(tmp_path / "model.qat")
+    assert found.activations == ()
+    assert [weight.label for weight in found.weights] == ["conv1", "conv2", "fc"]
 
 
 def test_images_that_were_added_since_are_noticed(

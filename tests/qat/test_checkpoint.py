@@ -22,6 +22,8 @@ from qat.calibration.activation_ranges import calibrate_ranges
 from qat.checkpoint import Checkpoint, load_checkpoint, load_state, save_checkpoint, save_state
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import placement_of, prepare
+from qat.graph.network_record import network_from_json
+from qat.graph.tracing import network_of
 from qat.models import ModelSpec, build_model
 
 
@@ -83,6 +85,19 @@ def test_what_was_saved_gives_bitwise_equal_logits(trained: Path, tmp_path: Path
     assert placement_of(loaded.model) == placement_of(prepared)
     assert (written.class_names, written.figures, written.details["note"]) == (("a", "b", "c"), {"x": 1.5}, "n")
     assert written.made_by["seed"] == 9
+
+
+def test_the_sidecar_records_the_network_of_the_placement(trained: Path) -> None:
+    loaded = load_checkpoint(trained / "model.qat")
+    found = network_from_json(loaded.sidecar.details["network"])
+    network = network_of(loaded.model)
+    assert [(op.name, op.kind, op.label, op.inputs, op.shape) for op in found] == [
+        (op.name, op.kind, op.label, op.inputs, op.shape) for op in network
+    ]
+    placement = placement_of(loaded.model)
+    assert {tensor.tensor for tensor in placement.tensors} <= {op.name for op in found}
+    shapes = {op.label: op.weight for op in found if op.weight}
+    assert shapes == {"conv1": (8, 3, 3, 3), "conv2": (8, 8, 3, 3), "fc": (3, 8)}
 
 
 def test_a_loaded_checkpoint_can_be_saved_and_loaded_again(trained: Path, tmp_path: Path, images: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import shlex
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from qat.base.artifact import read_sidecar, sha256_of
 from qat.base.errors import UserError
+from qat.base.ranges_file import ranges_path, read_distributions
 from qat.checkpoint import load_checkpoint, load_state
 from qat.compute.device import Compute
 from qat.data.batches import ImageSet
@@ -38,6 +40,7 @@ from qat.training.trainer import Fit, FitState
 
 CPU = Compute(torch.device("cpu"))
 KILL, INTERRUPT = signal.SIGKILL, signal.SIGINT
+MADE = ["model.qat", "model.qat.json", "model.ranges.json"]
 
 
 @pytest.fixture(autouse=True)
@@ -112,9 +115,19 @@ def test_a_run_learns_and_writes_a_checkpoint_with_its_figures(trained: Path) ->
     assert sidecar.inputs[0].shape == (-1, 3, 16, 16)
 
 
-def test_nothing_but_the_checkpoint_and_its_sidecar_stays(trained: Path) -> None:
+def test_nothing_but_the_checkpoint_its_sidecar_and_the_file_of_ranges_stays(trained: Path) -> None:
     made = {path.name for path in trained.iterdir()} - {"net.py", "images.npz", "__pycache__"}
-    assert made == {"model.qat", "model.qat.json"}
+    assert made == {"model.qat", "model.qat.json", "model.ranges.json"}
+
+
+def test_what_calibration_saw_is_written(trained: Path) -> None:
+    details = read_sidecar(trained / "model.qat", "checkpoint").details
+    found = read_distributions(trained / "model.ranges.json", sha256_of(trained / "model.qat"))
+    assert (found.calibrator, found.percentile, found.images) == ("mse", 99.99, 27)
+    assert {one.quantizer: one.amax for one in found.activations} == pytest.approx(details["amax"], rel=1e-4)
+    assert sum(found.activations[0].counts) == 27 * 3 * 16 * 16
+    assert [weight.label for weight in found.weights] == ["conv1", "conv2", "fc"]
+    assert [len(weight.largest) for weight in found.weights] == [8, 8, 3]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_one_others(trained: Path, output: Path) -> None:
@@ -139,7 +152,14 @@ def test_pretrained_weights_without_float_training_are_quantized_as_they_are(tra
 def test_an_empty_run_folder_is_made(trained: Path, output: Path) -> None:
     assert not output.parent.exists()
     train(trained, output, float_epochs=0, qat_epochs=0)
-    assert sorted(path.name for path in output.parent.iterdir()) == ["model.qat", "model.qat.json"]
+    assert sorted(path.name for path in output.parent.iterdir()) == MADE
+
+
+def test_a_file_of_ranges_that_cannot_be_written_is_told_before_the_work(trained: Path, output: Path) -> None:
+    ranges_path(output).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"cannot write .*model\.ranges\.json: that is a folder"):
+        train(trained, output)
+    assert [path.name for path in output.parent.iterdir()] == ["model.ranges.json"]
 
 
 # --- stopping and resuming
@@ -165,7 +185,29 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert_same(load_file(output), load_file(trained / "model.qat"))
     then, now = (read_sidecar(path, "checkpoint") for path in (trained / "model.qat", output))
     assert now.figures == then.figures
-    assert sorted(path.name for path in output.parent.iterdir()) == ["model.qat", "model.qat.json"]
+    assert sorted(path.name for path in output.parent.iterdir()) == MADE
+    assert ranges_path(output).read_bytes() == (trained / "model.ranges.json").read_bytes()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_resumed_run_completes_the_file_of_ranges_that_it_finds(
+    trained: Path, output: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    options, path = {"float_epochs": 0, "qat_epochs": 1}, ranges_path(output)
+    tiny.stop_in_steps(monkeypatch, (3).__eq__)
+    with pytest.raises(tiny.Stopped):
+        train(trained, output, **options)
+    with pytest.raises(UserError, match="belongs to a run that has not ended"):
+        read_distributions(path, "")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"images": 99}))
+    if gone:
+        path.unlink()
+    train(trained, output, **options, resume=True)
+    if gone:
+        assert not path.exists()
+    else:
+        assert read_distributions(path, sha256_of(output)).images == 99  # it was not written anew
 
 
 def test_a_run_killed_between_two_saves_repeats_the_steps_since_the_last(

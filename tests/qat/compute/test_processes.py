@@ -14,8 +14,9 @@ from processes import NET, train
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qat.base.artifact import read_sidecar
+from qat.base.artifact import read_sidecar, sha256_of
 from qat.base.errors import UserError
+from qat.base.ranges_file import ranges_path, read_distributions
 from qat.calibration.histogram import HistogramObserver
 from qat.compute.processes import SINGLE_PROCESS, Processes
 
@@ -62,6 +63,13 @@ def test_two_processes_train_the_network_that_one_trains(plain: dict[int, Path])
         first, second = (sidecar.figures[key] for sidecar in sidecars)
         assert first["test_images"] == second["test_images"] == 60
         assert first["test_loss"] == pytest.approx(second["test_loss"], abs=2e-3)
+
+
+def test_one_process_writes_what_calibration_saw_of_all_images(plain: dict[int, Path]) -> None:
+    one, two = (read_distributions(ranges_path(path), sha256_of(path)) for path in plain.values())
+    assert one.images == two.images == 27
+    assert [sum(tensor.counts) for tensor in one.activations] == [sum(tensor.counts) for tensor in two.activations]
+    assert one.activations[0] == two.activations[0]  # of the images
 
 
 def test_one_process_writes_the_log_with_the_loss_of_all(plain: dict[int, Path], folder: Path) -> None:

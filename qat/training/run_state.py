@@ -1,0 +1,94 @@
+"""How far a training run has come: what is saved beside its output, and which options a resumed run must share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from qat.base.console import say
+from qat.base.errors import UserError
+from qat.checkpoint import load_state, save_state
+from qat.compute.processes import Processes
+from qat.training.trainer import FitState
+
+# Options that may change when a run is resumed: they do not affect the result.
+_FREE_ON_RESUME = ("output", "resume", "workers", "save_seconds", "debug", "device", "data_root", "log_folder")
+
+
+@dataclass
+class Progress:
+    """How far a run has come; it is saved, so that the run can be resumed."""
+
+    phase: Literal["float", "qat"] = "float"
+    figures: dict[str, Any] = field(default_factory=dict)
+    fit: FitState = field(default_factory=FitState)
+    model: dict[str, Tensor] = field(default_factory=dict)
+    training: dict[str, Tensor] = field(default_factory=dict)
+    """What Fit.tensors returned: the state of the optimizer, the moving average."""
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+    """The float network that distillation follows."""
+
+
+def state_path(output: Path) -> Path:
+    """``model.qat`` -> ``model.qat.state``: the saved state of the run that writes ``output``."""
+    return output.with_name(output.name + ".state")
+
+
+def resumable(options: Mapping[str, Any], processes: Processes) -> dict[str, Any]:
+    """The options that a resumed run must share, as they come back from JSON."""
+    shared = {name: value for name, value in options.items() if name not in _FREE_ON_RESUME}
+    shared["processes"] = processes.world_size
+    found: dict[str, Any] = json.loads(json.dumps(shared, default=str))
+    return found
+
+
+def save_progress(
+    output: Path,
+    reached: Progress,
+    model: nn.Module,
+    fit: FitState,
+    training: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+) -> None:
+    """Saves what ``read_progress`` reads.
+
+    Args:
+        output: what the run writes; the state is one file beside it.
+        reached: phase, figures and teacher.
+        model: the network in training.
+        fit: how far the phase has come.
+        training: what Fit.tensors returned.
+        options: what ``resumable`` returned.
+    """
+    parts = {"model": model.state_dict(), "best": fit.best_weights, "training": training, "teacher": reached.teacher}
+    tensors = {f"{part}.{name}": value for part, entries in parts.items() for name, value in entries.items()}
+    details = {"phase": reached.phase, "figures": reached.figures, "fit": fit.numbers(), "options": options}
+    save_state(state_path(output), tensors, details)
+
+
+def read_progress(output: Path, options: Mapping[str, Any]) -> Progress:
+    """The saved state of a run. Raises UserError when there is none, or when it had other ``options``."""
+    path = state_path(output)
+    if not path.exists():
+        raise UserError(f"nothing to resume: there is no {path}; start without --resume, or correct --output")
+    tensors, details = load_state(path)
+    then = details["options"]
+    differing = [f"{name} was {then.get(name)}, now {now}" for name, now in options.items() if then.get(name) != now]
+    if differing:
+        raise UserError(
+            f"cannot resume with other options: {'; '.join(differing)}; give the options of the stopped run"
+        )
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "training": {}, "teacher": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
+    state = replace(FitState(**details["fit"]), best_weights=parts["best"])
+    say(f"resuming {details['phase']} training at epoch {state.epoch + 1}, step {state.step}")
+    return Progress(
+        details["phase"], dict(details["figures"]), state, parts["model"], parts["training"], parts["teacher"]
+    )
