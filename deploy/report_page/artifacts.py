@@ -21,6 +21,7 @@ from qat.base.artifact import (
     sidecar_path,
 )
 from qat.base.errors import UserError
+from qat.base.ranges_file import Distributions, ranges_path, read_distributions
 
 Result = Mapping[str, Any]
 _SUFFIXES: Mapping[ArtifactKind, str] = {"engine": ".engine", "onnx": ".onnx", "checkpoint": ".qat"}
@@ -45,7 +46,8 @@ class Artifacts:
         path: what was named.
         engine, onnx, checkpoint: the sidecars of its artifacts, None where there is none.
         paths: where these lie, by kind.
-        results: the results of commands, by what they are: evaluation, benchmark, audit, sensitivity, ranges.
+        results: the results of commands, by what they are: evaluation, benchmark, audit, sensitivity.
+        distributions: what calibration saw, from the file beside the checkpoint.
         left_out: files that look like results and were not taken, each with the reason.
     """
 
@@ -55,6 +57,7 @@ class Artifacts:
     checkpoint: Sidecar | None = None
     paths: Mapping[ArtifactKind, Path] = field(default_factory=dict)
     results: Mapping[str, Result] = field(default_factory=dict)
+    distributions: Distributions | None = None
     left_out: tuple[str, ...] = ()
 
     @property
@@ -95,7 +98,7 @@ class Artifacts:
             if kind not in self.results:
                 option = "--output" if kind == "benchmark" else "--json"
                 found.append(Missing(kind, why, f"{command} {option} {folder / f'{kind}.json'}"))
-        if self.checkpoint is not None and "ranges" not in self.results:
+        if self.checkpoint is not None and self.distributions is None:
             command = f"python -m qat.calibrate --model {self.checkpoint.details['model']['name']} ..."
             found.append(Missing("ranges", "distributions of activations", command))
         return tuple(found)
@@ -134,10 +137,17 @@ def gather(path: Path, named: Iterable[Path] = ()) -> Artifacts:
             left_out.append(f"{one.name} {reason}")
         else:
             results.setdefault(kind, content)
+    distributions = None
+    if "checkpoint" in paths and ranges_path(paths["checkpoint"]).is_file():
+        try:
+            distributions = read_distributions(ranges_path(paths["checkpoint"]), hashes["checkpoint"])
+        except UserError as error:
+            left_out.append(str(error))
     return Artifacts(
         path=path,
         paths=paths,
         results=results,
+        distributions=distributions,
         left_out=tuple(left_out),
         **{kind: sidecars.get(kind) for kind in ("engine", "onnx", "checkpoint")},
     )
@@ -189,14 +199,12 @@ _MARKS: Mapping[str, tuple[str, ...]] = {
     "benchmark": ("models", "builds"),
     "audit": ("totals", "layers", "findings"),
     "sensitivity": ("operations", "target_drop"),
-    "ranges": ("activations", "weights", "calibrator"),
 }
 _COMMANDS = {
     "evaluation": "deploy.evaluate",
     "benchmark": "deploy.benchmark",
     "audit": "deploy.audit",
     "sensitivity": "qat.sensitivity",
-    "ranges": "qat.calibrate",
 }
 
 
@@ -222,7 +230,6 @@ def _refusal(kind: str, content: Result, hashes: Mapping[ArtifactKind, str]) -> 
         "audit": ("engine", lambda: [content.get("engine")]),
         "benchmark": ("onnx", lambda: [model["sha256"] for model in content["models"].values()]),
         "sensitivity": ("checkpoint", lambda: [content.get("checkpoint")]),
-        "ranges": ("checkpoint", lambda: [content.get("checkpoint")]),
     }
     artifact, named = about[kind]
     try:

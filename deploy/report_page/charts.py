@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from deploy.report_page.artifacts import Result
+from qat.base.ranges_file import ActivationDistribution, Divergence
 
 WIDTH, HEIGHT = 640, 250
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 44
 _MOST_TICKS = 12
+_SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -115,31 +115,30 @@ class Histogram:
     box: tuple[int, int, int, int] = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
 
 
-def histogram(entry: Result) -> Histogram | None:
-    """The histogram of one entry of the distributions; None if nothing was counted."""
-    counts: Sequence[int] = entry["counts"]
-    if not any(counts) or not entry["limit"] > 0:
+def histogram(given: ActivationDistribution) -> Histogram | None:
+    """The histogram of a tensor; None if nothing was counted."""
+    counts, limit = given.counts, given.limit
+    if not any(counts) or not limit > 0:
         return None
-    right = 1.02 * max(float(entry["largest"]), *(float(choice["amax"]) for choice in entry["choices"]), 1e-30)
+    right = 1.02 * max(given.largest or 0.0, *(choice.amax for choice in given.choices), _SMALLEST)
     width, bottom, top = WIDTH - RIGHT - LEFT, HEIGHT - BOTTOM, TOP
     most = math.log10(max(counts) + 1)
 
     def at_x(x: float) -> float:
         return round(LEFT + width * min(x / right, 1.0), 1)
 
-    step, path = float(entry["limit"]) / len(counts), [f"M{LEFT} {bottom}"]
+    step, path = limit / len(counts), [f"M{LEFT} {bottom}"]
     for index, count in enumerate(counts):
         if step * index > right:
             break
         path.append(f"V{bottom - (bottom - top) * math.log10(count + 1) / most:.0f}H{at_x(step * (index + 1))}")
     path.append(f"V{bottom}Z")
-    kl, kl_range = _kl(entry.get("kl"), at_x)
+    kl, kl_range = _kl(given.kl, at_x)
     return Histogram(
-        title=str(entry["quantizer"]),
+        title=given.quantizer,
         bars="".join(path),
         marks=tuple(
-            (at_x(choice["amax"]), choice["method"], choice["clipped"], choice["amax"] == entry["amax"])
-            for choice in entry["choices"]
+            (at_x(choice.amax), choice.method, choice.clipped, choice.amax == given.amax) for choice in given.choices
         ),
         kl=kl,
         kl_range=kl_range,
@@ -151,15 +150,12 @@ def histogram(entry: Result) -> Histogram | None:
     )
 
 
-def _kl(curve: Any, at_x: Callable[[float], float]) -> tuple[str, tuple[str, str]]:
+def _kl(curve: Divergence | None, at_x: Callable[[float], float]) -> tuple[str, tuple[str, str]]:
     """The curve of the divergence on a logarithmic axis of its own, and its least and largest value."""
-    known = [(x, cost) for x, cost in zip(curve["amax"], curve["cost"], strict=True) if cost] if curve else []
+    known = [(x, cost) for x, cost in zip(curve.amax, curve.cost, strict=True) if cost] if curve else []
     if len(known) < 2:
         return "", ("", "")
     low, high = (math.log(pick(cost for _, cost in known)) for pick in (min, max))
-    span = max(high - low, 1e-9)
-    points = [
-        f"{at_x(x)} {HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (math.log(cost) - low) / span:.0f}"
-        for x, cost in known
-    ]
+    height, span = HEIGHT - BOTTOM - TOP, max(high - low, 1e-9)
+    points = [f"{at_x(x)} {HEIGHT - BOTTOM - height * (math.log(cost) - low) / span:.0f}" for x, cost in known]
     return "M" + "L".join(points), (f"{math.exp(low):.3g}", f"{math.exp(high):.3g}")

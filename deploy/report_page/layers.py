@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from deploy.report_page.artifacts import Artifacts
 from qat.base.number_format import INT8
+from qat.base.ranges_file import RangeChoice
 
 State = Literal["int8", "float", "fp32", "broken", "moves"]
 """Of an operation: what it computes in; ``broken``: declared INT8 and not INT8; ``moves``: it only moves data."""
@@ -205,25 +206,25 @@ class _Layers:
 
     def _read(self, tensor: Mapping[str, Any], rule: str) -> Read:
         quantizer = tensor["quantizer"]
-        amax, choice = self.details.get("amax", {}).get(quantizer), self.choices.get(quantizer, {})
+        amax, choice = self.details.get("amax", {}).get(quantizer), self.choices.get(quantizer)
         return Read(
             tensor=tensor["tensor"],
             quantizer=quantizer,
             scale=None if amax is None else amax / INT8.high,
-            clipped=choice.get("clipped"),
-            sqnr_db=choice.get("sqnr_db"),
+            clipped=choice.clipped if choice else None,
+            sqnr_db=choice.sqnr_db if choice else None,
             rule=rule,
         )
 
-    def _choices(self, artifacts: Artifacts) -> dict[str, Mapping[str, Any]]:
+    def _choices(self, artifacts: Artifacts) -> dict[str, RangeChoice]:
         """What calibration chose for each quantizer."""
-        ranges = artifacts.results.get("ranges", {})
-        found = {}
-        for one in ranges.get("activations", []):
-            for choice in one["choices"]:
-                if choice["method"] == ranges["calibrator"]:
-                    found[one["quantizer"]] = choice
-        return found
+        ranges = artifacts.distributions
+        return {
+            one.quantizer: choice
+            for one in (ranges.activations if ranges else ())
+            for choice in one.choices
+            if choice.amax == one.amax
+        }
 
     def _engine_layers(self, artifacts: Artifacts) -> dict[str, Mapping[str, Any]]:
         """The engine's layer of each ONNX node: measured ones where there is an audit."""

@@ -21,6 +21,7 @@ from qat.base.console import say, table
 from qat.base.number_format import INT8
 
 FOLDER = Path(__file__).parent
+_CHANNELS_SHOWN = 100
 # Columns of the table of layers: the key of the rows' data, the title, and 1 for numbers, 2 for those on wide screens.
 _COLUMNS = (
     ("label", "layer", 0),
@@ -193,24 +194,24 @@ def _training(run: Artifacts) -> list[str]:
 
 
 def _histograms(run: Artifacts) -> dict[str, Histogram]:
-    drawn = {one["quantizer"]: histogram(one) for one in run.results.get("ranges", {}).get("activations", [])}
+    given = run.distributions.activations if run.distributions else ()
+    drawn = {one.quantizer: histogram(one) for one in given}
     return {name: chart for name, chart in drawn.items() if chart is not None}
 
 
 def _weights(run: Artifacts) -> dict[str, Chart]:
     """The ranges of weights by channel, sorted, of each layer."""
     charts = {}
-    for one in run.results.get("ranges", {}).get("weights", []):
-        rising = sorted(one["largest"])
-        every = max(1, len(rising) // 100)
-        points = [
-            (index + 1, value) for index, value in enumerate(rising) if index % every == 0 or index == len(rising) - 1
-        ]
-        dead = f", {len(one['dead'])} dead channels" if one["dead"] else ""
+    for one in run.distributions.weights if run.distributions else ():
+        rising = sorted(value for value in one.largest if value is not None)
+        every = max(1, len(rising) // _CHANNELS_SHOWN)
+        last = len(rising) - 1
+        points = [(at + 1, value) for at, value in enumerate(rising) if at % every == 0 or at == last]
+        dead = f", {len(one.dead)} dead channels" if one.dead else ""
         title = f"Largest weight of each output channel{dead}"
-        chart = line_chart(title, "channels, by their range", "max |w|", [Series(one["label"], "--blue", points)])
+        chart = line_chart(title, "channels, by their range", "max |w|", [Series(one.label, "--blue", points)])
         if chart is not None:
-            charts[one["label"]] = chart
+            charts[one.label] = chart
     return charts
 
 

@@ -23,6 +23,7 @@ from deploy.report_page.render import render
 from export import quantize_onnx
 from qat.base.artifact import read_sidecar, sidecar_path, write_artifact
 from qat.base.errors import UserError
+from qat.base.ranges_file import ranges_path
 
 NAMES = ("model.qat", "model.onnx", "model.engine")
 SLOW = "conv1"
@@ -101,6 +102,33 @@ def test_every_quantized_input_is_in_the_detail_of_its_layer_with_its_scale(chai
             assert scale in detail
             reads += 1
     assert reads > 4
+
+
+def test_a_layer_has_the_distribution_of_its_input_and_the_ranges_of_its_weights(trained: Path, page: str) -> None:
+    assert ranges_path(trained / "model.qat").is_file()
+    found = gather(trained)
+    assert found.distributions is not None
+    drawn = html.unescape(render([found]))
+    for one in found.distributions.activations:
+        assert f"Distribution of |{one.quantizer}| on the calibration images" in drawn
+        for choice in one.choices:
+            assert f"{choice.clipped:.4f} % clipped" in drawn
+    assert "Largest weight of each output channel" in drawn
+    assert 'aria-label="The network, a box for each block"' in drawn
+    assert "Distribution of" not in page  # the chain has no such file
+    assert "distributions of activations" in text(page)
+
+
+def test_distributions_of_another_checkpoint_are_left_out(trained: Path, family: Path) -> None:
+    path = ranges_path(family / "model.qat")
+    shutil.copy(ranges_path(trained / "model.qat"), path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"checkpoint": "0" * 64}))
+    said = text(page_of(family))
+    assert "Left out: " in said
+    assert "belongs to a checkpoint with SHA-256 000" in said
+    path.write_text("{")
+    assert "cannot be read as a file of ranges" in text(page_of(family))
 
 
 def test_stages_that_are_missing_are_named_with_their_command(chain: Path, page: str) -> None:

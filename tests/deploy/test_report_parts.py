@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from deploy.report_page.layers import Block, Layer, block_of, blocks_of
 from deploy.report_page.picture import draw
 from deploy.report_page.verdict import Speed, Stage, judge
 from qat.base.artifact import Sidecar
+from qat.base.ranges_file import ActivationDistribution, Divergence, RangeChoice
 
 ENGINE = Sidecar(kind="engine", details={"gpu": "NVIDIA Test"})
 RUN = Artifacts(Path("runs"), engine=ENGINE, paths={"engine": Path("runs/m.engine")})
@@ -137,14 +139,11 @@ def test_a_chart_of_lines() -> None:
     assert line_chart("Loss", "epoch", "loss", [Series("float", "--orange", [(1, 2.0)])]) is None
 
 
-def distribution(**changes: Any) -> dict[str, Any]:
-    choices = [
-        {"method": "max", "amax": 10.0, "clipped": 0.0, "sqnr_db": 30.0},
-        {"method": "mse", "amax": 5.0, "clipped": 1.25, "sqnr_db": 35.0},
-    ]
-    kl = {"amax": [2.0, 5.0, 10.0], "cost": [0.1, 0.01, 0.05]}
-    given = {"quantizer": "relu", "tensors": ["relu"], "counts": [100, 10, 1, 0], "limit": 10.0, "largest": 10.0}
-    return given | {"amax": 5.0, "choices": choices, "kl": kl, "problem": ""} | changes
+def distribution(**changes: Any) -> ActivationDistribution:
+    choices = (RangeChoice("max", 10.0, 0.0, 30.0), RangeChoice("mse", 5.0, 1.25, 35.0))
+    kl = Divergence((2.0, 5.0, 10.0), (0.1, 0.01, 0.05))
+    given = ActivationDistribution("relu", ("relu",), (100, 10, 1, 0), 10.0, 10.0, 5.0, choices, kl, "")
+    return dataclasses.replace(given, **changes)
 
 
 def test_a_histogram_with_the_thresholds_of_the_methods() -> None:
@@ -162,12 +161,12 @@ def test_a_histogram_with_the_thresholds_of_the_methods() -> None:
 
 
 def test_a_histogram_of_nothing_and_one_without_a_curve() -> None:
-    assert histogram(distribution(counts=[0, 0])) is None
+    assert histogram(distribution(counts=(0, 0))) is None
     assert histogram(distribution(limit=0.0)) is None
     drawn = histogram(distribution(kl=None))
     assert drawn is not None
     assert drawn.kl == ""
-    gaps = histogram(distribution(kl={"amax": [1.0, 2.0], "cost": [None, 0.5]}))  # infinite where it cannot choose
+    gaps = histogram(distribution(kl=Divergence((1.0, 2.0), (None, 0.5))))  # infinite where it cannot choose
     assert gaps is not None
     assert gaps.kl == ""
 
