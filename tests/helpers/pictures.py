@@ -1,6 +1,6 @@
 """Takes the README's pictures of a report page.
 
-    python tests/helpers/pictures.py runs/demo/report.html
+python tests/helpers/pictures.py runs/demo/report.html
 """
 
 from __future__ import annotations
