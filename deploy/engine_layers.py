@@ -48,6 +48,8 @@ _FOREIGN = re.compile(r"\{ForeignNode\[(.*)\]\}")
 _POINTWISE = "PWN("
 _BETWEEN_NAMES = re.compile(r" \+ | \|\| ")
 _ATTENTION = ("_gemm_mha", "_gemv_mha")
+POINTWISE_KINDS = ("kgen", "shape_call", "pointwise", "pointwisev2", "reformat", "noop", "constant")
+"""Kinds of layers without any product. Their metadata may name a convolution that they do not compute."""
 _PRODUCT_WORD = re.compile(r"Fc|Gemm|Mma|Conv|Corr")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from deploy.engine_layers import EngineLayer
+from deploy.engine_layers import POINTWISE_KINDS, EngineLayer
 from deploy.kernel_trace import Kernel
 from deploy.parsed_network import ParsedNetwork, kind_of
 from qat.base.number_format import INT8
@@ -26,9 +26,6 @@ CONVOLUTION_TYPES = ("CONVOLUTION", "DECONVOLUTION")
 MATRIX_TYPES = ("MATRIX_MULTIPLY", "FULLY_CONNECTED")
 # Layers that move values without changing them, so that a DequantizeLinear before them counts.
 _MOVING_TYPES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "SLICE", "GATHER", "RESIZE", "CONCATENATION", "MAX")
-
-# Layers without any product. Their metadata may name a convolution that they do not compute.
-_POINTWISE_KINDS = ("kgen", "shape_call", "pointwise", "pointwisev2", "reformat", "noop", "constant")
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def _matching_layer(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> E
     """The engine layer that computes a node: the one that has its name, else one whose metadata names it."""
     node = declared.node
     naming = [layer for layer in layers if node in layer.onnx_nodes]
-    products = [layer for layer in naming if layer.kind.lower() not in _POINTWISE_KINDS]
+    products = [layer for layer in naming if layer.kind.lower() not in POINTWISE_KINDS]
     of_its_name = [layer for layer in products if node in layer.own_nodes]
     kernels = [layer for layer in naming if layer.names_product]
     # The name of a part that another compiler handles has its first and its last node.

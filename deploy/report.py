@@ -17,6 +17,7 @@ from typing import Annotated
 import tyro
 
 from qat.base.console import Command, run_command
+from qat.base.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,8 @@ def main(options: ReportOptions) -> None:
     """Writes the page and prints the table of results."""
     from deploy.report_page.render import write_report
 
+    if not options.runs:
+        raise UserError("name a run: a folder, an engine, an ONNX file or a checkpoint")
     first = options.runs[0]
     output = options.output or (first if first.is_dir() else first.parent) / "report.html"
     write_report(

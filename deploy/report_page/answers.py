@@ -10,10 +10,10 @@ from typing import Any
 from deploy.engine_layers import EngineLayer
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import Layer
-from deploy.report_page.verdict import Speed, Stage
+from deploy.report_page.verdict import Speed, Stage, final_stage, is_fp16, loss_that_counts
 from qat.base.number_format import INT8
 
-_SHOWN = 5
+_SHOWN, _CHANGES_SHOWN = 5, 3
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ def answers_of(
     ]
 
 
-def attention(layers: Sequence[Layer]) -> list[Note]:
-    """What differs from the file, what is slower in INT8, what is FP32."""
+def attention(run: Artifacts, layers: Sequence[Layer]) -> list[Note]:
+    """What differs from the file, what is slower in INT8, what writes FP32."""
     groups = (
         (
             f"Declared {INT8.name}, and not {INT8.name} in the engine",
             "red",
             [one for one in layers if one.state == "broken"],
         ),
-        ("Slower than in FP16", "red", [one for one in layers if one.slower_ms is not None]),
-        ("In FP32", "orange", [one for one in layers if one.state == "fp32"]),
+        ("Slower than in FP16", "red", [one for one in layers if one.slower is not None]),
+        ("Writes FP32", "orange", writing_fp32(run, layers)[0]),
     )
     return [
         Note(what, colour, tuple(found[:_SHOWN]), f" and {len(found) - _SHOWN} others" if len(found) > _SHOWN else "")
@@ -70,59 +70,64 @@ def attention(layers: Sequence[Layer]) -> list[Note]:
     ]
 
 
+def writing_fp32(run: Artifacts, layers: Sequence[Layer]) -> tuple[list[Layer], int]:
+    """The layers of the network whose engine layers compute in float and write FP32, and the number of those."""
+    listed = map(EngineLayer.from_json, run.engine.details["layers"]) if run.engine else ()
+    wide = [layer for layer in listed if layer.writes_fp32]
+    known = {layer.label: layer for layer in layers}
+    named = dict.fromkeys(next((node for node in layer.onnx_nodes if node in known), "") for layer in wide)
+    return [known[node] for node in named if node], len(wide)
+
+
 def _accuracy(stages: Sequence[Stage]) -> Answer:
     question = "Is it as accurate as in float?"
-    final = next((stage for stage in reversed(stages) if stage.change is not None), None)
-    if final is None or final.change is None:
-        return Answer(
-            question, "not measured", "No accuracy of the float and the quantized network on the same images is known."
-        )
-    base = final.top1 - final.change
-    lost = base > final.high
-    return Answer(
-        question,
-        f"{final.top1:.2f} %",
-        f"{final.label}; {base:.2f} % in float, {final.change:+.2f} points on {final.images} test images. One such "
-        f"figure is known from {final.low:.1f} to {final.high:.1f} %.",
-        "red" if lost else "green",
-    )
+    final = final_stage(stages)
+    if final is None:
+        return Answer(question, "not measured", "No accuracy of the float and the quantized network is known.")
+    if final.change is None:
+        return Answer(question, f"{final.top1:.2f} %", f"{final.label}, on other images than the float network's.")
+    known = f"One such figure is known from {final.low:.1f} to {final.high:.1f} %."
+    against = f"{stages[0].top1:.2f} % in float, {final.change:+.2f} points on {final.images} test images"
+    found = f"{final.label}; {against}. {known}"
+    return Answer(question, f"{final.top1:.2f} %", found, "red" if loss_that_counts(stages) else "green")
 
 
 def _speed(run: Artifacts, speeds: Sequence[Speed]) -> Answer:
     question = "Is it faster than FP16?"
+    if is_fp16(run):
+        return Answer(question, "it is FP16", f"{INT8.name} was not faster when it was built.")
     if not speeds:
         command = next((one.command for one in run.missing() if one.stage == "benchmark"), "")
         return Answer(question, "not measured", "On the GPU that it is for:", command=command)
-    best = max(speeds, key=lambda speed: speed.batch)
-    return Answer(
-        question,
-        f"{best.factor:.2f} times",
-        f"{best.int8:.4f} against {best.fp16:.4f} ms at batch {best.batch} on {best.gpu}.",
-        "green" if best.is_faster else "red",
-    )
+    shown = min((one for one in speeds if one.loses), key=lambda one: one.factor, default=speeds[-1])
+    first = f"{shown.int8:.4f} against {shown.fp16:.4f} ms at batch {shown.batch} on {shown.gpu}"
+    found = "; ".join([first, *(str(one) for one in speeds if one is not shown)])
+    colour = "green" if shown.wins else "red" if shown.loses else "orange"
+    return Answer(question, f"{shown.factor:.2f} times", f"{found}.", colour)
 
 
 def _float_layers(run: Artifacts, layers: Sequence[Layer]) -> Answer:
-    question = "Which layers run in FP32, and why?"
+    question = "Which layers write FP32, and why?"
     if run.engine is None:
         return Answer(question, "no engine yet", "")
-    listed = map(EngineLayer.from_json, run.engine.details["layers"])
-    nodes = [node for layer in listed if layer.writes_fp32 for node in layer.onnx_nodes[:1]]
-    known = {layer.label: layer for layer in layers}
-    named = tuple(known[node] for node in nodes if node in known)
-    if not nodes:
-        return Answer(question, "none", "No layer that computes in float writes FP32.", "green")
+    named, count = writing_fp32(run, layers)
+    listed = list(map(EngineLayer.from_json, run.engine.details["layers"]))
+    inside = sum("FP32" in (*layer.inputs, *layer.outputs) and layer.product_precision != INT8.name for layer in listed)
+    between = f"{inside - count} others compute in FP32 between {INT8.name} layers." if inside > count else ""
+    if not count:
+        return Answer(question, "none", between or "No layer computes in FP32.", "green")
     kept = {one["node"]: one["reason"] for one in (run.onnx.details.get("kept_float32", []) if run.onnx else [])}
-    reasons = Counter(kept[node] for node in nodes if node in kept)
-    why = "because " + reasons.most_common(1)[0][0] if reasons else _why_float(run)
-    return Answer(question, f"{len(nodes)} of {run.engine.figures['layers']}", why, "orange", named[:_SHOWN])
+    reasons = Counter(kept[layer.label] for layer in named if layer.label in kept)
+    why = "These do, because " + reasons.most_common(1)[0][0] + ":" if reasons else _why_float(run)
+    short = f"{count} of {run.engine.figures['layers']}"
+    return Answer(question, short, f"{between} {why}".strip(), "orange", tuple(named[:_SHOWN]))
 
 
 def _why_float(run: Artifacts) -> str:
     strongly = run.engine is not None and run.engine.details["typing"] == "strong"
     if strongly and run.onnx is not None and run.onnx.details.get("float_type", "float32") == "float32":
-        return f"because the ONNX file stores what is not {INT8.name} in float32 (--float-type float16 does not):"
-    return "as the builder chose:"
+        return f"These do, because the file stores what is not {INT8.name} in float32 (--float-type float16 does not):"
+    return "These do, as the builder chose:"
 
 
 def _costliest(run: Artifacts, layers: Sequence[Layer]) -> Answer:
@@ -130,22 +135,28 @@ def _costliest(run: Artifacts, layers: Sequence[Layer]) -> Answer:
     known = [layer for layer in layers if layer.loss_saved is not None]
     if not known:
         command = next((one.command for one in run.missing() if one.stage == "sensitivity"), "")
-        return Answer(question, "not measured", "", command=command)
+        return Answer(question, "not measured", "" if command else "It needs labels.", command=command)
     worst = max(known, key=lambda layer: layer.loss_saved or 0.0)
-    return Answer(question, f"{worst.loss_saved:+.5f} loss", "is saved if this one is in float:", layers=(worst,))
+    images = f"on {run.results['sensitivity'].get('images', 'some')} images"
+    if not (worst.loss_saved or 0.0) > 0:
+        return Answer(question, "none", f"No layer alone lowers the loss {images} when it is in float.", "green")
+    return Answer(
+        question, f"{worst.loss_saved:.5f}", f"of the loss {images} is saved if this one is in float:", "", (worst,)
+    )
 
 
 def _splits(run: Artifacts) -> Answer:
     question = "Was it trained on what it was tested on?"
     if run.checkpoint is None:
         return Answer(question, "not known", "The ONNX file is not from a checkpoint of this program.")
-    splits = run.checkpoint.details["splits"]
+    splits, source = run.checkpoint.details["splits"], run.checkpoint.details["data"]["source"]
     sizes = ", ".join(f"{name} {size}" for name, size in splits.items())
+    if not run.is_trained:
+        return Answer(
+            question, "not known", f"The weights were given. Calibrated and tested on parts of {source}: {sizes}."
+        )
     return Answer(
-        question,
-        "no",
-        f"The splits of {run.checkpoint.details['data']['source']} are disjoint: {sizes} images.",
-        "green",
+        question, "no", f"{source} was split into {sizes} images; copies of one image are not looked for.", "green"
     )
 
 
@@ -153,9 +164,9 @@ def _changed(change: Any) -> Answer:
     question = "What changed against the last run?"
     if change is None:
         return Answer(question, "not compared", "Name both:", command="python -m deploy.report RUN LAST_RUN")
-    count = len(change["rows"])
-    return Answer(
-        question,
-        f"{count} things" if count != 1 else "1 thing",
-        f"against {change['other']}: see Changes." if count else "",
-    )
+    rows = change["rows"]
+    if not rows:
+        return Answer(question, "nothing", f"that this page shows, against {change['other']}.")
+    first = "; ".join(f"{row['what']}: {row['before']}, now {row['after']}" for row in rows[:_CHANGES_SHOWN])
+    more = f"; and {len(rows) - _CHANGES_SHOWN} more" if len(rows) > _CHANGES_SHOWN else ""
+    return Answer(question, "1 thing" if len(rows) == 1 else f"{len(rows)} things", f"{first}{more}.")

@@ -7,6 +7,7 @@ named with the command that fills it.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from qat.base.artifact import (
     sidecar_path,
 )
 from qat.base.errors import UserError
+from qat.base.number_format import INT8
 from qat.base.ranges_file import Distributions, ranges_path, read_distributions
 
 Result = Mapping[str, Any]
@@ -47,8 +49,9 @@ class Artifacts:
         engine, onnx, checkpoint: the sidecars of its artifacts, None where there is none.
         paths: where these lie, by kind.
         results: the results of commands, by what they are: evaluation, benchmark, audit, sensitivity.
+        result_files: the files that these were read from.
         distributions: what calibration saw, from the file beside the checkpoint.
-        left_out: files that look like results and were not taken, each with the reason.
+        left_out: files that were not taken, each with the reason.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Artifacts:
     checkpoint: Sidecar | None = None
     paths: Mapping[ArtifactKind, Path] = field(default_factory=dict)
     results: Mapping[str, Result] = field(default_factory=dict)
+    result_files: tuple[Path, ...] = ()
     distributions: Distributions | None = None
     left_out: tuple[str, ...] = ()
 
@@ -78,30 +82,45 @@ class Artifacts:
         """Whether the network was trained with quantization in the loop."""
         return self.checkpoint is not None and "qat" in self.checkpoint.figures
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files that it was read from."""
+        sidecars = [sidecar_path(path) for path in self.paths.values()]
+        ranges = [ranges_path(self.paths["checkpoint"])] if "checkpoint" in self.paths else []
+        return (*self.paths.values(), *sidecars, *ranges, *self.result_files)
+
     def missing(self) -> tuple[Missing, ...]:
-        """The stages that have not been run."""
-        named = {kind: str(self.paths.get(kind, f"MODEL{suffix}")) for kind, suffix in _SUFFIXES.items()}
-        folder = self.folder
-        wanted = [
-            ("checkpoint", self.checkpoint, "training", "python -m qat.train --model NAME --data FOLDER"),
-            ("onnx", self.onnx, "the ONNX file", f"python -m export.onnx {named['checkpoint']}"),
-            ("engine", self.engine, "the engine", f"python -m deploy.build {named['onnx']}"),
-        ]
-        found = [Missing(kind, why, command) for kind, sidecar, why, command in wanted if sidecar is None]
-        results = {
-            "evaluation": ("the engine's own answers", f"python -m deploy.evaluate {named['engine']}"),
-            "benchmark": ("speed against FP16", f"python -m deploy.benchmark {named['onnx']}"),
-            "audit": ("the time of each layer", f"python -m deploy.audit {named['engine']}"),
-            "sensitivity": ("what each layer costs in accuracy", f"python -m qat.sensitivity {named['checkpoint']}"),
-        }
-        for kind, (why, command) in results.items():
-            if kind not in self.results:
+        """The stages that have not been run, and can be."""
+        found = []
+        if self.checkpoint is None and self.onnx is None:
+            found.append(Missing("checkpoint", "training", "python -m qat.train --model NAME --data FOLDER"))
+        if self.onnx is None and "checkpoint" in self.paths:
+            found.append(Missing("onnx", "the ONNX file", f"python -m export.onnx {_quoted(self.paths['checkpoint'])}"))
+        if self.engine is None and "onnx" in self.paths:
+            found.append(Missing("engine", "the engine", f"python -m deploy.build {_quoted(self.paths['onnx'])}"))
+        labelled = self.checkpoint is not None and "float" in self.checkpoint.figures
+        results: tuple[tuple[str, ArtifactKind, str, str, bool], ...] = (
+            ("evaluation", "engine", "the engine's own answers", "deploy.evaluate", True),
+            ("benchmark", "onnx", "speed against FP16", "deploy.benchmark", True),
+            ("audit", "engine", "the time of each layer", "deploy.audit", True),
+            ("sensitivity", "checkpoint", "what each layer costs in accuracy", "qat.sensitivity", labelled),
+        )
+        for kind, artifact, why, command, possible in results:
+            if kind not in self.results and artifact in self.paths and possible:
                 option = "--output" if kind == "benchmark" else "--json"
-                found.append(Missing(kind, why, f"{command} {option} {folder / f'{kind}.json'}"))
+                target = _quoted(self.folder / f"{kind}.json")
+                found.append(
+                    Missing(kind, why, f"python -m {command} {_quoted(self.paths[artifact])} {option} {target}")
+                )
         if self.checkpoint is not None and self.distributions is None:
-            command = f"python -m qat.calibrate --model {self.checkpoint.details['model']['name']} ..."
-            found.append(Missing("ranges", "distributions of activations", command))
+            command = "qat.train" if self.is_trained else "qat.calibrate"
+            why = "distributions of activations, which this version keeps when it trains or calibrates"
+            found.append(Missing("ranges", why, f"python -m {command} ..."))
         return tuple(found)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def gather(path: Path, named: Iterable[Path] = ()) -> Artifacts:
@@ -112,31 +131,29 @@ def gather(path: Path, named: Iterable[Path] = ()) -> Artifacts:
     Raises UserError when there is nothing, when an artifact is not the one that the next was made from, or when a named
     result is of something else.
     """
-    artifact = _newest(path) if path.is_dir() else path
-    found = _with_parents(artifact)
-    known = {kind: sidecar for kind, sidecar in found.items() if sidecar is not None}
+    left_out: list[str] = []
+    artifact = _newest(path, left_out) if path.is_dir() else path
+    known = _with_parents(artifact)
     paths = {kind: one for kind, (one, _) in known.items()}
     sidecars = {kind: sidecar for kind, (_, sidecar) in known.items()}
     hashes = {kind: sidecar.sha256 for kind, sidecar in sidecars.items()}
-    results: dict[str, Result] = {}
-    left_out: list[str] = []
+    results: dict[str, tuple[Path, Result]] = {}
     for one in named:
         kind, content = _read_result(one)
         if reason := _refusal(kind, content, hashes):
             raise UserError(f"{one} {reason}")
-        results[kind] = content
-    folders = dict.fromkeys(one.absolute().parent for one in paths.values())
-    for one in (file for folder in folders for file in sorted(folder.glob("*.json"))):
-        if any(one == sidecar_path(artifact) for artifact in map(Path.absolute, paths.values())):
-            continue
+        results[kind] = (one, content)
+    for one in _json_files(paths.values()):
         try:
             kind, content = _read_result(one)
         except UserError:  # some other JSON file
             continue
         if reason := _refusal(kind, content, hashes):
             left_out.append(f"{one.name} {reason}")
+        elif kind in results:
+            left_out.append(f"{one.name} is older than {results[kind][0].name}, or that was named")
         else:
-            results.setdefault(kind, content)
+            results[kind] = (one, content)
     distributions = None
     if "checkpoint" in paths and ranges_path(paths["checkpoint"]).is_file():
         try:
@@ -145,33 +162,55 @@ def gather(path: Path, named: Iterable[Path] = ()) -> Artifacts:
             left_out.append(str(error))
     return Artifacts(
         path=path,
+        engine=sidecars.get("engine"),
+        onnx=sidecars.get("onnx"),
+        checkpoint=sidecars.get("checkpoint"),
         paths=paths,
-        results=results,
+        results={kind: content for kind, (_, content) in results.items()},
+        result_files=tuple(file for file, _ in results.values()),
         distributions=distributions,
         left_out=tuple(left_out),
-        **{kind: sidecars.get(kind) for kind in ("engine", "onnx", "checkpoint")},
     )
 
 
-def _newest(folder: Path) -> Path:
-    """The newest artifact of the last stage that a folder has."""
-    for suffix in _SUFFIXES.values():
+def _json_files(artifacts: Iterable[Path]) -> list[Path]:
+    """JSON files beside artifacts, without their sidecars, the newest first."""
+    paths = [path.absolute() for path in artifacts]
+    sidecars = {sidecar_path(path) for path in paths}
+    found = {file for folder in {path.parent for path in paths} for file in folder.glob("*.json")}
+    return sorted(found - sidecars, key=lambda file: (-file.stat().st_mtime, file.name))
+
+
+def _newest(folder: Path, left_out: list[str]) -> Path:
+    """The newest artifact of the last stage that a folder has, INT8 before float; others go into ``left_out``."""
+    for kind, suffix in _SUFFIXES.items():
         found = [path for path in folder.glob(f"*{suffix}") if sidecar_path(path).is_file()]
         if found:
-            return max(found, key=lambda path: path.stat().st_mtime)
+            first, *others = sorted(found, key=lambda path: (_is_float(path, kind), -path.stat().st_mtime))
+            left_out += [f"{path.name} is there too: name it to see it" for path in others]
+            return first
     raise UserError(
         f"{folder} has no engine, ONNX file or checkpoint with its sidecar: give another folder, or make one with "
         "python -m qat.train"
     )
 
 
-def _with_parents(artifact: Path) -> dict[ArtifactKind, tuple[Path, Sidecar] | None]:
+def _is_float(path: Path, kind: ArtifactKind) -> bool:
+    """Whether a file is the float baseline of another."""
+    if kind != "onnx":
+        return False
+    try:
+        return str(json.loads(sidecar_path(path).read_text(encoding="utf-8"))["details"]["precision"]) != INT8.dtype
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _with_parents(artifact: Path) -> dict[ArtifactKind, tuple[Path, Sidecar]]:
     """The sidecars of an artifact and of those that it was made from. Raises UserError if they do not fit together."""
-    found: dict[ArtifactKind, tuple[Path, Sidecar] | None] = dict.fromkeys(_SUFFIXES)
     if not artifact.exists():
         raise UserError(f"no file {artifact}: check the path, or make the file first")
     path, sidecar = artifact, _read_any(artifact)
-    found[sidecar.kind] = (path, sidecar)
+    found: dict[ArtifactKind, tuple[Path, Sidecar]] = {sidecar.kind: (path, sidecar)}
     if sidecar.kind == "engine":
         if sidecar.details["provenance"] != "known":
             return found
@@ -194,11 +233,17 @@ def _read_any(artifact: Path) -> Sidecar:
 
 # --- results of commands
 
-_MARKS: Mapping[str, tuple[str, ...]] = {
-    "evaluation": ("engine", "agreement", "images"),
-    "benchmark": ("models", "builds"),
-    "audit": ("totals", "layers", "findings"),
-    "sensitivity": ("operations", "target_drop"),
+# What each result must have, and of which type.
+_MARKS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "evaluation": {"engine": str, "images": int, "source": str, "top1": dict, "agreement": dict},
+    "benchmark": {"models": dict, "builds": list, "latency": list, "date": str, "tensorrt": str},
+    "audit": {"totals": dict, "layers": list, "findings": list},
+    "sensitivity": {"operations": list, "target_drop": (int, float), "quantized": dict},
+}
+_ENTRIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "benchmark": ("latency", ("name", "batch", "median", "low", "high", "p99", "images_per_second")),
+    "audit": ("layers", ("name", "kind", "inputs", "constants", "outputs", "onnx_nodes")),
+    "sensitivity": ("operations", ("label", "loss_without")),
 }
 _COMMANDS = {
     "evaluation": "deploy.evaluate",
@@ -216,9 +261,10 @@ def _read_result(path: Path) -> tuple[str, Result]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a result of a command ({error}): run the command again") from error
-    if isinstance(content, dict):
-        for kind, marks in _MARKS.items():
-            if all(mark in content for mark in marks):
+    for kind, marks in _MARKS.items():
+        if isinstance(content, dict) and all(isinstance(content.get(name), type_) for name, type_ in marks.items()):
+            entries, names = _ENTRIES.get(kind, ("", ()))
+            if all(isinstance(one, dict) and set(names) <= one.keys() for one in content.get(entries, [])):
                 return kind, content
     raise UserError(f"{path} is not a result of a command: give what its --json or --output wrote")
 

@@ -9,7 +9,16 @@ from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import STATES, layers_of
 from deploy.report_page.verdict import speeds_of, stages_of
 
-_SETTINGS = ("calibrator", "weight_calibrator", "bits", "seed", "calibration_images", "smoothquant", "adaround")
+_SETTINGS = (
+    "keep_float",
+    "calibrator",
+    "weight_calibrator",
+    "bits",
+    "seed",
+    "calibration_images",
+    "smoothquant",
+    "adaround",
+)
 _SLOWER = 1.05
 """A layer whose time changed by less than this factor is not named."""
 
@@ -21,13 +30,11 @@ def changes(before: Artifacts, after: Artifacts) -> dict[str, Any]:
 
 
 def _rows(before: Artifacts, after: Artifacts) -> Iterator[dict[str, str]]:
-    yield _row("verdict of accuracy", *(_stages(run) for run in (before, after)))
+    yield _row("accuracy", *(_stages(run) for run in (before, after)))
     yield _row("speed against FP16", *(_speeds(run) for run in (before, after)))
-    old, new = (run.checkpoint.details if run.checkpoint else {} for run in (before, after))
-    for name in _SETTINGS:
-        yield _row(name.replace("_", " "), str(old.get(name, "–")), str(new.get(name, "–")))
-    builders = [run.engine.details["builder"] if run.engine else {} for run in (before, after)]
-    yield _row("builder", *(" ".join(map(str, (one.get("name", "–"), one.get("version", "")))) for one in builders))
+    old, new = (_settings(run) for run in (before, after))
+    for name in old | new:
+        yield _row(name, old.get(name, "–"), new.get(name, "–"))
     known = {layer.label: layer for layer in layers_of(before)}
     for layer in layers_of(after):
         past = known.pop(layer.label, None)
@@ -39,6 +46,32 @@ def _rows(before: Artifacts, after: Artifacts) -> Iterator[dict[str, str]]:
             yield _row(f"{layer.label}, us", f"{1000 * past.milliseconds:.1f}", f"{1000 * layer.milliseconds:.1f}")
     for label, layer in known.items():
         yield _row(label, STATES[layer.state], "not there")
+
+
+def _settings(run: Artifacts) -> dict[str, str]:
+    """What it was made with, by the names of settings: those of each stage, and versions."""
+    found: dict[str, str] = {}
+    parts = {
+        "": (run.checkpoint, ("model", "data", "recipes", "splits", *_SETTINGS)),
+        "file ": (run.onnx, ("input", "precision", "weights", "float_type", "padded", "merged")),
+        "engine ": (run.engine, ("builder", "gpu", "compute_capabilities", "profiles", "settings", "typing")),
+    }
+    for prefix, (sidecar, names) in parts.items():
+        for name in names if sidecar else ():
+            if sidecar is not None and name in sidecar.details:
+                found |= _leaves(f"{prefix}{name.replace('_', ' ')}", sidecar.details[name])
+        if sidecar is not None:
+            found |= _leaves(f"{prefix}version of", sidecar.made_by.get("versions", {}))
+    return found
+
+
+def _leaves(name: str, value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        return {name: str(value)}
+    found: dict[str, str] = {}
+    for key, inside in value.items():
+        found |= _leaves(f"{name} {key}", inside)
+    return found
 
 
 def _differ(one: float, other: float) -> bool:

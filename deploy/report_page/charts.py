@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qat.base.ranges_file import ActivationDistribution, Divergence
 
@@ -53,15 +53,28 @@ class Chart:
 
 
 def line_chart(
-    title: str, x_label: str, y_label: str, series: Sequence[Series], least_span: float = 0.0
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    least_span: float = 0.0,
+    *,
+    whole: bool = True,
 ) -> Chart | None:
-    """A chart of lines; None without two points. ``least_span``: the axis of y covers at least so much."""
+    """A chart of lines; None without two points. Points that are not finite are left out.
+
+    ``least_span``: the axis of y covers at least so much. ``whole``: whether x are whole numbers, such as epochs.
+    """
+    series = [replace(one, points=[point for point in one.points if all(map(math.isfinite, point))]) for one in series]
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points]
     if len(set(xs)) < 2:
         return None
     low_x, high_x, low, high = min(xs), max(xs), min(ys), max(ys)
-    high = max(high, low + least_span, low + 1e-9)
+    high = max(high, low + least_span, low + max(1e-9, 1e-6 * abs(low)))
+    if not whole:  # points of their own do not stand on the frame
+        beside, over = 0.1 * (high_x - low_x), 0.1 * (high - low)
+        low_x, high_x, low, high = low_x - beside, high_x + beside, low - over, high + over
 
     def at_x(x: float) -> float:
         return round(LEFT + (WIDTH - RIGHT - LEFT) * (x - low_x) / (high_x - low_x), 1)
@@ -79,7 +92,7 @@ def line_chart(
         x_label,
         y_label,
         tuple(lines),
-        tuple((at_x(x), f"{x:g}") for x in _whole_ticks(low_x, high_x)),
+        tuple((at_x(x), f"{x:g}") for x in (_whole_ticks if whole else ticks)(low_x, high_x)),
         tuple((at_y(y), f"{y:g}") for y in ticks(low, high)),
     )
 
@@ -115,12 +128,16 @@ class Histogram:
     box: tuple[int, int, int, int] = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
 
 
-def histogram(given: ActivationDistribution) -> Histogram | None:
-    """The histogram of a tensor; None if nothing was counted."""
+def histogram(given: ActivationDistribution, amax: float | None = None) -> Histogram | None:
+    """The histogram of a tensor; None if nothing was counted. ``amax``: its present range, if training has moved it."""
     counts, limit = given.counts, given.limit
     if not any(counts) or not limit > 0:
         return None
-    right = 1.02 * max(given.largest or 0.0, *(choice.amax for choice in given.choices), _SMALLEST)
+    marks = [(choice.amax, choice.method, choice.clipped, choice.amax == given.amax) for choice in given.choices]
+    if amax is not None and given.amax is not None and not math.isclose(amax, given.amax, rel_tol=1e-4):
+        marks = [(x, method, clipped, False) for x, method, clipped, _ in marks]
+        marks.append((amax, "trained", clipped_by(given, amax), True))
+    right = 1.02 * max(given.largest or 0.0, *(x for x, *_ in marks), _SMALLEST)
     width, bottom, top = WIDTH - RIGHT - LEFT, HEIGHT - BOTTOM, TOP
     most = math.log10(max(counts) + 1)
 
@@ -137,9 +154,7 @@ def histogram(given: ActivationDistribution) -> Histogram | None:
     return Histogram(
         title=given.quantizer,
         bars="".join(path),
-        marks=tuple(
-            (at_x(choice.amax), choice.method, choice.clipped, choice.amax == given.amax) for choice in given.choices
-        ),
+        marks=tuple((at_x(x), method, clipped, used) for x, method, clipped, used in marks),
         kl=kl,
         kl_range=kl_range,
         x_ticks=tuple((at_x(x), f"{x:g}") for x in ticks(0.0, right)),
@@ -148,6 +163,13 @@ def histogram(given: ActivationDistribution) -> Histogram | None:
             for power in range(0, int(most) + 1, max(1, int(most) // 3))
         ),
     )
+
+
+def clipped_by(seen: ActivationDistribution, amax: float) -> float:
+    """The share of the values that calibration saw above ``amax``, in percent, to within a bin of its histogram."""
+    width = seen.limit / len(seen.counts)
+    first = math.ceil(amax / width - 1e-6) if width else len(seen.counts)
+    return 100 * sum(seen.counts[first:]) / max(sum(seen.counts), 1)
 
 
 def _kl(curve: Divergence | None, at_x: Callable[[float], float]) -> tuple[str, tuple[str, str]]:

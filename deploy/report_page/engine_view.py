@@ -40,7 +40,7 @@ def view(run: Artifacts) -> dict[str, Any] | None:
         notes.append(
             "Built ahead of time, without a GPU: types and data paths are checked, its speed was not measured."
         )
-    elif audit and audit.get("batch"):
+    if audit and audit.get("batch"):
         notes.append(
             f"Times at batch {audit['batch']}, mean of {audit['runs']} runs, layer by layer: their sum is more than "
             "the engine takes."

@@ -6,15 +6,17 @@ A block is what the names of a network make one: ``layer1.0`` of ``layer1.0.conv
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from deploy.engine_layers import POINTWISE_KINDS, EngineLayer
 from deploy.report_page.artifacts import Artifacts
-from qat.base.number_format import INT8
-from qat.base.ranges_file import RangeChoice
+from deploy.report_page.charts import clipped_by
+from qat.base.number_format import BITS, INT8
 
 State = Literal["int8", "float", "fp32", "broken", "moves"]
 """Of an operation: what it computes in; ``broken``: declared INT8 and not INT8; ``moves``: it only moves data."""
@@ -38,6 +40,7 @@ class Read:
     tensor: str
     quantizer: str
     scale: float | None
+    amax: float | None
     clipped: float | None
     sqnr_db: float | None
     rule: str
@@ -59,7 +62,8 @@ class Layer:
         kernel: the engine's kernel.
         loss_saved: by how much the loss of the quantized network falls when only this is in float; None: not measured.
         sqnr_db: of its output when only this is quantized; None where it was not measured.
-        slower_ms: how much longer it takes in INT8 than in FP16; None where it does not, or that was not measured.
+        slower: how much longer it takes in INT8 than in FP16, in words; None where it does not, or was not measured.
+        together: operations that the engine computes in the same layers, to which their time is not charged again.
     """
 
     name: str
@@ -75,7 +79,8 @@ class Layer:
     kernel: str = ""
     loss_saved: float | None = None
     sqnr_db: float | None = None
-    slower_ms: float | None = None
+    slower: str | None = None
+    together: tuple[str, ...] = ()
 
     @property
     def clipped(self) -> float | None:
@@ -154,11 +159,17 @@ class _Layers:
         self.placement = self.details.get("placement", {"decisions": [], "tensors": [], "weights": []})
         self.findings = {finding["node"]: finding for finding in self.engine.get("findings", [])}
         self.engine_layers = self._engine_layers(artifacts)
+        self.times = self._times(artifacts)
         self.costs = {one["label"]: one for one in artifacts.results.get("sensitivity", {}).get("operations", [])}
         self.quantized_loss = artifacts.results.get("sensitivity", {}).get("quantized", {}).get("loss")
-        slower = artifacts.results.get("benchmark", {}).get("slower_in_int8", [])
-        self.slower = {one["node"]: one["int8"] - one["fp16"] for one in slower}
-        self.choices = self._choices(artifacts)
+        self.slower = {
+            one["node"]: f"{1000 * (one['int8'] - one['fp16']):.1f} us slower than in FP16 at batch {one['batch']}"
+            for one in artifacts.results.get("benchmark", {}).get("slower_in_int8", [])
+        }
+        self.seen = (
+            {one.quantizer: one for one in artifacts.distributions.activations} if artifacts.distributions else {}
+        )
+        self.high = 2 ** (int(self.details.get("bits", BITS)) - 1) - 1
         self.labels = {op["name"]: op["label"] for op in self.details.get("network", [])}
 
     def all(self) -> Iterator[Layer]:
@@ -197,43 +208,65 @@ class _Layers:
             rule=decision.get("rule", ""),
             reason=reason,
             reads=reads,
-            milliseconds=listed.get("milliseconds"),
+            milliseconds=self.times.get(label),
             kernel=listed.get("tactic", ""),
+            together=tuple(node for node in listed.get("nodes", ()) if node != label),
             loss_saved=saved,
             sqnr_db=cost.get("sqnr_db"),
-            slower_ms=self.slower.get(label),
+            slower=self.slower.get(label),
         )
 
     def _read(self, tensor: Mapping[str, Any], rule: str) -> Read:
         quantizer = tensor["quantizer"]
-        amax, choice = self.details.get("amax", {}).get(quantizer), self.choices.get(quantizer)
+        amax, seen = self.details.get("amax", {}).get(quantizer), self.seen.get(quantizer)
+        choice = next((one for one in seen.choices if _equal(one.amax, amax)), None) if seen else None
         return Read(
             tensor=tensor["tensor"],
             quantizer=quantizer,
-            scale=None if amax is None else amax / INT8.high,
-            clipped=choice.clipped if choice else None,
+            scale=None if amax is None else amax / self.high,
+            amax=amax,
+            clipped=choice.clipped if choice else clipped_by(seen, amax) if seen and amax is not None else None,
             sqnr_db=choice.sqnr_db if choice else None,
             rule=rule,
         )
 
-    def _choices(self, artifacts: Artifacts) -> dict[str, RangeChoice]:
-        """What calibration chose for each quantizer."""
-        ranges = artifacts.distributions
-        return {
-            one.quantizer: choice
-            for one in (ranges.activations if ranges else ())
-            for choice in one.choices
-            if choice.amax == one.amax
-        }
-
-    def _engine_layers(self, artifacts: Artifacts) -> dict[str, Mapping[str, Any]]:
-        """The engine's layer of each ONNX node: measured ones where there is an audit."""
-        measured: Sequence[Mapping[str, Any]] = artifacts.results.get("audit", {}).get("layers", [])
-        found: dict[str, Mapping[str, Any]] = {}
-        for layer in measured or self.engine.get("layers", []):
-            for node in layer["onnx_nodes"]:
-                found.setdefault(node, layer)
+    def _engine_layers(self, artifacts: Artifacts) -> dict[str, dict[str, Any]]:
+        """The engine's layer that computes each ONNX node; of several the one with a product, else the first."""
+        found: dict[str, dict[str, Any]] = {}
+        for entry in self._listed(artifacts):
+            layer = EngineLayer.from_json(entry)
+            product = layer.kind.lower() not in POINTWISE_KINDS and not layer.is_reformat
+            nodes = [node for node in layer.own_nodes or layer.onnx_nodes if node in layer.onnx_nodes]
+            for node in layer.onnx_nodes:
+                known = found.get(node)
+                if known is None or (product and not known["product"]):
+                    found[node] = {**entry, "precision": layer.product_precision, "product": product, "nodes": nodes}
         return found
+
+    def _times(self, artifacts: Artifacts) -> dict[str, float]:
+        """Milliseconds of each operation. A layer of the engine is charged once: to the first product that it names."""
+        labels = dict.fromkeys([decision["label"] for decision in self.placement["decisions"]]) | dict.fromkeys(
+            self.findings
+        )
+        found: dict[str, float] = {}
+        for entry in self._listed(artifacts):
+            if entry.get("milliseconds") is None:
+                continue
+            known = [node for node in entry["onnx_nodes"] if node in labels]
+            owner = next((node for node in known if node in self.findings), next(iter(known), None))
+            if owner is not None:
+                found[owner] = found.get(owner, 0.0) + entry["milliseconds"]
+        return found
+
+    def _listed(self, artifacts: Artifacts) -> Sequence[Mapping[str, Any]]:
+        """The engine's layers: measured ones where there is an audit."""
+        measured: Sequence[Mapping[str, Any]] = artifacts.results.get("audit", {}).get("layers", [])
+        return measured or self.engine.get("layers", [])
+
+
+def _equal(one: float, other: float | None) -> bool:
+    """Whether two ranges are the same, one of which has five digits."""
+    return other is not None and math.isclose(one, other, rel_tol=1e-4)
 
 
 def _counted(count: int, kind: str) -> str:

@@ -15,7 +15,7 @@
     row, block, text: row.dataset.text.toLowerCase(), state: row.dataset.state, detail: null })));
   const sorted = document.createElement("tbody");
   table.append(sorted);
-  const search = document.getElementById("search"), states = document.getElementById("states"), count = document.getElementById("count");
+  const search = document.getElementById("search"), states = document.getElementById("states"), count = document.getElementById("count"), unfold = document.getElementById("unfold");
   let order = null;
 
   const show = () => {
@@ -32,23 +32,27 @@
     for (const block of blocks) {
       if (!block.head) continue;
       block.head.hidden = order !== null || (filtered && !block.layers.some((row) => !row.hidden));
-      block.head.querySelector("button").setAttribute("aria-expanded", String(block.open || filtered));
+      const button = block.head.querySelector("button");
+      button.setAttribute("aria-expanded", String(block.open || filtered));
+      button.disabled = filtered;
     }
     count.textContent = `${shown} of ${layers.length} layers`;
+    unfold.disabled = filtered || order !== null;
   };
   const place = (layer, into) => { into.append(layer.row); if (layer.detail) into.append(layer.detail); };
   const sort = (key, heading) => {
-    const down = order?.key === key && order.down ? false : true;
-    const back = order?.key === key && !order.down;
+    const first = heading.classList.contains("n");  // the largest number, or the first name
+    const down = order?.key === key ? !order.down : first;
+    const back = order?.key === key && order.down !== first;
     for (const other of table.querySelectorAll("thead th")) other.removeAttribute("aria-sort");
     order = back ? null : { key, down };
     if (order === null) { for (const layer of layers) place(layer, layer.block.body); show(); return; }
     heading.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const value = (layer) => { const given = layer.row.dataset[key]; return given === "" || given === undefined ? null : isNaN(given) ? given : Number(given); };
+    const numbers = heading.classList.contains("n"), compare = new Intl.Collator("en", { numeric: true }).compare;
     [...layers].sort((a, b) => {
-      const x = value(a), y = value(b);
-      if (x === null || y === null) return (x === null) - (y === null);
-      return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
+      const x = a.row.dataset[key], y = b.row.dataset[key];
+      if (!x || !y) return !x - !y;
+      return (numbers ? x - y : compare(x, y)) * (down ? -1 : 1);
     }).forEach((layer) => place(layer, sorted));
     show();
   };
@@ -72,19 +76,22 @@
     heading.querySelector("button").addEventListener("click", () => sort(heading.dataset.key, heading));
   search.addEventListener("input", show);
   states.addEventListener("change", show);
-  document.getElementById("unfold").addEventListener("click", () => {
+  unfold.addEventListener("click", () => {
     const all = !blocks.every((block) => block.open);
     for (const block of blocks) block.open = all;
     show();
   });
+  const jump = () => {
+    const layer = layers.find((one) => `#${one.row.id}` === location.hash);
+    if (!layer) return;
+    search.value = ""; states.value = ""; layer.block.open = true; show();
+    if (!layer.detail) open(layer);
+    layer.row.scrollIntoView({ block: "center" });
+    layer.button.focus({ preventScroll: true });
+  };
+  addEventListener("hashchange", jump);
   for (const link of document.querySelectorAll("a[data-layer]"))
-    link.addEventListener("click", (event) => {
-      event.preventDefault();
-      const layer = layers.find((one) => one.row.id === link.dataset.layer);
-      search.value = ""; states.value = ""; layer.block.open = true; show();
-      if (!layer.detail) open(layer);
-      layer.row.scrollIntoView({ block: "center" }); layer.button.focus();
-    });
+    link.addEventListener("click", () => { if (link.hash === location.hash) jump(); });
   const graph = document.getElementById("graph");
   if (graph) {
     const svg = graph.querySelector("svg"), width = Number(svg.dataset.width);
@@ -96,6 +103,13 @@
     heat?.addEventListener("click", () => heat.setAttribute("aria-pressed", String(graph.classList.toggle("heat"))));
     apply();
   }
+  const closed = [];  // on paper nothing can be opened
+  addEventListener("beforeprint", () => {
+    for (const one of document.querySelectorAll("details:not([open])")) { one.open = true; closed.push(one); }
+    for (const row of table.querySelectorAll("tr.layer[hidden]")) { row.hidden = false; }
+  });
+  addEventListener("afterprint", () => { for (const one of closed.splice(0)) one.open = false; show(); });
   table.classList.add("live");
   show();
+  jump();
 })();

@@ -18,7 +18,7 @@ _ENDS = ("input", "output")
 class Box:
     """A block, or operations of it that stand together. ``x``, ``y``: the upper left corner, in pixels.
 
-    ``first``: the name of its first layer, to jump to; '' if it has none. ``heat``: its share of the longest time.
+    ``first``: where its first layer is on the page, to jump to; '' if it has none. ``heat``: its time, of the longest.
     """
 
     x: float
@@ -43,8 +43,8 @@ class Picture:
     timed: bool
 
 
-def draw(run: Artifacts, layers: Sequence[Layer]) -> Picture | None:
-    """The picture; None if the artifacts have not recorded the network."""
+def draw(run: Artifacts, layers: Sequence[Layer], ids: Mapping[int, str]) -> Picture | None:
+    """The picture; None if the artifacts have not recorded the network. ``ids``: of layers on the page, by ``id``."""
     source = run.checkpoint or run.onnx
     ops: Sequence[Mapping[str, Any]] = source.details.get("network", []) if source else []
     if not ops:
@@ -71,7 +71,7 @@ def draw(run: Artifacts, layers: Sequence[Layer]) -> Picture | None:
             block.name,
             block.summary if block.layers else "",
             block.worst if block.layers else "moves",
-            block.layers[0].name if block.layers else "",
+            ids[id(block.layers[0])] if block.layers else "",
             round((block.milliseconds or 0.0) / longest, 3) if longest else 0.0,
         )
         for key, block in blocks.items()

@@ -18,7 +18,9 @@ from deploy.report_page.picture import draw
 from deploy.report_page.verdict import judge, latencies_of, speeds_of, stages_of
 from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import say, table
+from qat.base.errors import UserError
 from qat.base.number_format import INT8
+from qat.base.text import decibels
 
 FOLDER = Path(__file__).parent
 _CHANNELS_SHOWN = 100
@@ -53,20 +55,32 @@ def write_report(
 
     Raises UserError when files are missing or do not belong together, and when the page cannot be written.
     """
-    for path in (output, json, markdown):
-        if path is not None and str(path) != "-":
-            check_writable(path)
+    if str(output) == "-" or (str(json), str(markdown)) == ("-", "-"):
+        raise UserError("only one of --json and --markdown can be -, the standard output, and not --output")
     named = [path for path in (evaluation, benchmark) if path is not None]
     gathered = [gather(path, named if index == 0 else ()) for index, path in enumerate(runs)]
+    _check_outputs([path for path in (output, json, markdown) if path is not None and str(path) != "-"], gathered)
+    page = render(gathered)
     with atomic_write(output) as temporary:
-        temporary.write_text(render(gathered), encoding="utf-8")
-    _print_result(gathered[0])
-    if json is not None:
-        _write(json, dumps(summary.summary(gathered[0]), indent=1) + "\n")
-    if markdown is not None:
-        _write(markdown, summary.markdown(gathered[0]))
-    say(f"report: {output}")
+        temporary.write_text(page, encoding="utf-8")
+    result = summary.summary(gathered[0])
+    for path, text in ((json, dumps(result, indent=1) + "\n"), (markdown, summary.markdown(gathered[0]))):
+        if path is not None:
+            _write(path, text)
+    if "-" not in (str(json), str(markdown)):
+        _print_result(gathered[0])
+        say(f"report: {output}")
     return output
+
+
+def _check_outputs(outputs: Sequence[Path], runs: Iterable[Artifacts]) -> None:
+    """Raises UserError when an output cannot be written, or is a file that is read, or another output."""
+    taken = {file.resolve(): str(file) for run in runs for file in run.files}
+    for path in outputs:
+        if path.resolve() in taken:
+            raise UserError(f"{path} would overwrite {taken[path.resolve()]}: give another name")
+        taken[path.resolve()] = "another output"
+        check_writable(path)
 
 
 def _write(path: Path, text: str) -> None:
@@ -87,6 +101,8 @@ def render(runs: Sequence[Artifacts]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.filters["identity"] = id
+    ids = {id(layer): f"l{index}" for index, layer in enumerate(layers)}
     others = runs[1:]
     change = changes(others[0], run) if others else None
     return environment.get_template("page.html.j2").render(
@@ -95,20 +111,20 @@ def render(runs: Sequence[Artifacts]) -> str:
         origin=_origin(run),
         verdict=verdict,
         answers=answers.answers_of(run, stages, speeds, layers, change),
-        attention=answers.attention(layers),
+        attention=answers.attention(run, layers),
         stages=stages,
         speeds=speeds,
         charts=_charts(runs),
         training=_training(run),
         layers=layers,
         blocks=blocks_of(layers),
-        ids={layer.name: f"l{index}" for index, layer in enumerate(layers)},
+        ids=ids,
         states=STATES,
         columns=_COLUMNS,
         rules=_rules(run),
         histograms=_histograms(run),
         weights=_weights(run),
-        picture=draw(run, layers),
+        picture=draw(run, layers, ids),
         engine=engine_view.view(run),
         parity=agreements.parity(run),
         rewritten=agreements.rewritten(run),
@@ -164,14 +180,25 @@ def _charts(runs: Sequence[Artifacts]) -> list[Chart]:
         line_chart("Validation loss", "epoch", "loss", curve("validation_loss")),
         line_chart("Learning rate", "epoch", "learning rate", curve("learning_rate")),
     ]
-    frontier = []
-    for one in runs:
-        best, speeds = stages_of(one), speeds_of(one)
-        if best and speeds:
-            frontier.append(Series(one.name, "--blue", [(speeds[-1].int8, best[-1].top1)]))
-    if len(frontier) > 1:
-        wanted.append(line_chart("Accuracy against speed", "latency, ms", "top-1, %", frontier))
-    return [chart for chart in wanted if chart is not None]
+    return [chart for chart in (*wanted, _frontier(runs)) if chart is not None]
+
+
+def _frontier(runs: Sequence[Artifacts]) -> Chart | None:
+    """Accuracy against latency of several runs, at the largest batch size that all of them were measured at."""
+    known = [(run, stages_of(run), {speed.batch: speed.int8 for speed in speeds_of(run)}) for run in runs]
+    measured = [(run, stages[-1].top1, speeds) for run, stages, speeds in known if stages and speeds]
+    if len(measured) < 2:
+        return None
+    batches = set.intersection(*(set(speeds) for _, _, speeds in measured))
+    if not batches:
+        return None
+    batch = max(batches)
+    colours = ("--blue", "--orange", "--green", "--violet", "--red")
+    points = [
+        Series(run.name, colours[index % len(colours)], [(speeds[batch], top1)])
+        for index, (run, top1, speeds) in enumerate(measured)
+    ]
+    return line_chart(f"Accuracy against latency at batch {batch}", "latency, ms", "top-1, %", points, whole=False)
 
 
 def _training(run: Artifacts) -> list[str]:
@@ -190,12 +217,18 @@ def _training(run: Artifacts) -> list[str]:
         steps = details.get("adaround", 0)
         how = f"rounded by AdaRound in {steps} steps a layer" if steps else "without training"
         found += f"; weights as they were given, {how}"
-    return [f"{found}. The splits are disjoint."]
+    agreement = run.checkpoint.figures.get("agreement")
+    if agreement is None:
+        return [f"{found}."]
+    alike = f"same class on {agreement['top1']:.2f} % of {agreement['images']} images"
+    noise = f"SQNR of the logits {decibels(agreement['sqnr_db'])}"
+    return [f"{found}.", f"Agreement with the float network: {alike}, {noise}."]
 
 
 def _histograms(run: Artifacts) -> dict[str, Histogram]:
     given = run.distributions.activations if run.distributions else ()
-    drawn = {one.quantizer: histogram(one) for one in given}
+    present = run.checkpoint.details.get("amax", {}) if run.checkpoint else {}
+    drawn = {one.quantizer: histogram(one, present.get(one.quantizer)) for one in given}
     return {name: chart for name, chart in drawn.items() if chart is not None}
 
 
@@ -245,6 +278,10 @@ def _print_result(run: Artifacts) -> None:
         (f"{INT8.name} against FP16, batch {speed.batch}", f"{speed.int8:.4f} against {speed.fp16:.4f} ms")
         for speed in speeds
     ]
+    agreement = run.checkpoint.figures.get("agreement") if run.checkpoint else None
+    if agreement:
+        what = f"{INT8.name} and float, same class on {agreement['images']} images"
+        rows.append((what, f"{agreement['top1']:.2f} %"))
     if run.engine is not None:
         figures = run.engine.figures
         rows += [

@@ -50,4 +50,4 @@ def _top1(top1: float, low: float, high: float, images: int) -> str:
 def _cell(text: str) -> str:
     """``text`` without what Markdown would read as more than text."""
     escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-    return "".join(f"\\{letter}" if letter in "`*_[]" else letter for letter in escaped)
+    return "".join(f"\\{letter}" if letter in "`*_[]@" else letter for letter in escaped)

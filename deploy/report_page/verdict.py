@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,9 @@ from qat.base.interval import interval_of_share
 from qat.base.number_format import BITS, INT8
 
 Answer = Literal["ship", "do not ship", "not known yet"]
+_AGREES, _TELLS, _CHANCE = 99.0, 5.0, 1.5
+"""Percent of the images on which forms of a network must agree; points of accuracy that a test set must be able to
+tell; how many times as good as chance a network must be."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +38,36 @@ class Stage:
         low, high = interval_of_share(round(top1 * images / 100), images)
         return cls(label, top1, 100 * low, 100 * high, images, None if base is None else top1 - base, loss)
 
+    @property
+    def half(self) -> float:
+        """Half the width of its interval, in points."""
+        return (self.high - self.low) / 2
+
 
 @dataclass(frozen=True)
 class Speed:
-    """Latency at one batch size in milliseconds, INT8 against FP16, and the lows and highs of both."""
+    """Median latency at one batch size in milliseconds, INT8 against FP16.
+
+    ``wins``, ``loses``: whether INT8 is faster, or slower, beyond the spread of both.
+    """
 
     batch: int
     int8: float
     fp16: float
     gpu: str
-    is_faster: bool
-    """Whether INT8 is faster beyond the spread."""
+    wins: bool
+    loses: bool
 
     @property
     def factor(self) -> float:
         """How many times as fast as FP16 it is."""
         return self.fp16 / self.int8
+
+    def __str__(self) -> str:
+        if self.loses:
+            return f"{self.int8 / self.fp16:.2f} times as long as FP16 at batch {self.batch}"
+        known = "" if self.wins else ", within the spread"
+        return f"{self.factor:.2f} times as fast as FP16 at batch {self.batch}{known}"
 
 
 @dataclass(frozen=True)
@@ -67,23 +85,23 @@ def stages_of(artifacts: Artifacts) -> tuple[Stage, ...]:
 
 
 def _stages(artifacts: Artifacts) -> Iterator[Stage]:
-    figures = artifacts.checkpoint.figures if artifacts.checkpoint else {}
-    bits = artifacts.checkpoint.details.get("bits", BITS) if artifacts.checkpoint else BITS
+    checkpoint = artifacts.checkpoint
+    figures: Mapping[str, Any] = checkpoint.figures if checkpoint else {}
+    bits = checkpoint.details.get("bits", BITS) if checkpoint else BITS
     labels = {"float": "float", "ptq": f"INT{bits}, calibrated", "qat": f"INT{bits}, trained"}
-    base = None
+    base, images, source = None, None, ""
     for key, label in labels.items():
         if key in figures and "test_top1" in figures[key]:
             found = figures[key]
             yield Stage.of(label, found["test_top1"], found["test_images"], base, found["test_loss"])
-            base = found["test_top1"] if key == "float" else base
-    evaluation: Mapping[str, Any] = artifacts.results.get("evaluation", {})
+            if key == "float" and checkpoint is not None:
+                base, images = found["test_top1"], found["test_images"]
+                source = f"the test split of {checkpoint.details['data']['source']}"
+    evaluation = artifacts.results.get("evaluation", {})
     top1 = evaluation.get("top1", {}).get("engine")
     if top1 is not None:
-        yield Stage.of("engine", top1, evaluation["images"], base if evaluation["images"] == _images(figures) else None)
-
-
-def _images(figures: Mapping[str, Any]) -> int | None:
-    return figures["float"].get("test_images") if "float" in figures else None
+        same = (evaluation["images"], evaluation["source"]) == (images, source)
+        yield Stage.of("engine", top1, evaluation["images"], base if same else None)
 
 
 def speeds_of(artifacts: Artifacts) -> tuple[Speed, ...]:
@@ -94,7 +112,7 @@ def speeds_of(artifacts: Artifacts) -> tuple[Speed, ...]:
         by_batch.setdefault(entry["batch"], {})[entry["name"]] = entry
     gpu = (benchmark.get("device") or {}).get("name", "")
     found = [
-        Speed(batch, of[MODEL]["median"], of[FP16]["median"], gpu, of[MODEL]["high"] < of[FP16]["low"])
+        _speed_of(batch, of[MODEL], of[FP16], gpu)
         for batch, of in sorted(by_batch.items())
         if MODEL in of and FP16 in of
     ]
@@ -102,9 +120,13 @@ def speeds_of(artifacts: Artifacts) -> tuple[Speed, ...]:
     built = engine.details.get("speed") if engine else None
     if engine and built and not found:
         int8, half = built["int8"], built["float16"]
-        gpu = engine.details["gpu"] or ""
-        found.append(Speed(int8["batch"], int8["median"], half["median"], gpu, built["int8_wins"]))
+        found.append(_speed_of(int8["batch"], int8, half, engine.details["gpu"] or ""))
     return tuple(found)
+
+
+def _speed_of(batch: int, int8: Mapping[str, Any], fp16: Mapping[str, Any], gpu: str) -> Speed:
+    wins, loses = int8["high"] < fp16["low"], fp16["high"] < int8["low"]
+    return Speed(batch, int8["median"], fp16["median"], gpu, wins, loses)
 
 
 def latencies_of(artifacts: Artifacts) -> list[dict[str, Any]]:
@@ -117,44 +139,86 @@ def latencies_of(artifacts: Artifacts) -> list[dict[str, Any]]:
     ]
 
 
+def is_fp16(artifacts: Artifacts) -> bool:
+    """Whether the engine is FP16, because INT8 was not faster when it was built."""
+    speed = artifacts.engine.details.get("speed") if artifacts.engine else None
+    return speed is not None and speed["written"] != "int8"
+
+
+def final_stage(stages: Sequence[Stage]) -> Stage | None:
+    """The accuracy of what would be shipped: the engine's own, or else the last quantized one."""
+    return stages[-1] if len(stages) > 1 else None
+
+
 def judge(artifacts: Artifacts, stages: Sequence[Stage], speeds: Sequence[Speed], layers: Sequence[Layer]) -> Verdict:
     """Whether to ship it.
 
-    Against it speak: an accuracy that is below the float network's by more than its interval; an engine that is not
-    faster than FP16; layers that are declared INT8 and are not. Where accuracy or speed is not known, neither is the
-    answer.
+    Against it speak: an accuracy that is below the float network's by more than the intervals of both allow; a network
+    that is hardly better than chance; answers that differ between PyTorch, ONNX Runtime and the engine; an engine that
+    is not faster than FP16; layers that are declared INT8 and are not. Where accuracy or speed is not known, or too few
+    images were tested to tell a loss, neither is the answer.
     """
-    against = [*_accuracy_against(stages), *_speed_against(speeds), *_layers_against(layers)]
-    accuracy, speed = _accuracy(artifacts, stages), _speed(artifacts, speeds)
+    against = [
+        *_accuracy_against(artifacts, stages),
+        *_agreement_against(artifacts),
+        *_speed_against(artifacts, speeds),
+        *_layers_against(layers),
+    ]
     if against:
         return Verdict("do not ship", f"Do not ship it: {against[0]}.", tuple(against))
-    unknown = [what for what, known in (("accuracy", len(stages) > 1), ("speed", bool(speeds))) if not known]
+    accuracy, told = _accuracy(artifacts, stages)
+    speed = _speed(artifacts, speeds)
     if artifacts.engine is None:
         return Verdict("not known yet", f"There is no engine yet; {accuracy}.", ())
-    if unknown:
+    if not told or not (speeds or is_fp16(artifacts)):
         return Verdict("not known yet", f"Not known yet: {accuracy}, and {speed}.", ())
     return Verdict("ship", f"Ship it: {accuracy}, and {speed}.", ())
 
 
-def _final(stages: Sequence[Stage]) -> Stage | None:
-    """The accuracy of what would be shipped: the last quantized one that is comparable with the float network's."""
-    return next((stage for stage in reversed(stages) if stage.change is not None), None)
+def loss_that_counts(stages: Sequence[Stage]) -> bool:
+    """Whether the accuracy is below the float network's by more than the intervals of both allow."""
+    final = final_stage(stages)
+    if final is None or final.change is None:
+        return False
+    return -final.change > math.hypot(final.half, stages[0].half)
 
 
-def _accuracy_against(stages: Sequence[Stage]) -> Iterator[str]:
-    final = _final(stages)
-    if final is not None and final.change is not None and final.top1 - final.change > final.high:
+def _accuracy_against(artifacts: Artifacts, stages: Sequence[Stage]) -> Iterator[str]:
+    final = final_stage(stages)
+    if final is not None and final.change is not None and loss_that_counts(stages):
         yield (
             f"{final.top1:.2f} % of the test images are right, {-final.change:.2f} points less than in float, which "
             f"chance on {final.images} images does not explain"
         )
+    classes = len(artifacts.checkpoint.class_names) if artifacts.checkpoint else 0
+    if stages and classes > 1 and stages[0].top1 < _CHANCE * 100 / classes:
+        yield f"the float network itself is hardly better than chance, {stages[0].top1:.2f} % with {classes} classes"
 
 
-def _speed_against(speeds: Sequence[Speed]) -> Iterator[str]:
-    slow = [speed for speed in speeds if not speed.is_faster]
-    if slow:
-        worst = min(slow, key=lambda speed: speed.factor)
-        yield f"it takes {1 / worst.factor:.2f} times as long as FP16 at batch {worst.batch}: deploy FP16"
+def _agreement_against(artifacts: Artifacts) -> Iterator[str]:
+    evaluation = artifacts.results.get("evaluation", {})
+    for pair, share in evaluation.get("agreement", {}).items():
+        if _differ(round((100 - share) * evaluation["images"] / 100), evaluation["images"]):
+            yield f"{pair}: the same class on only {share:.2f} % of {evaluation['images']} images"
+    parity = artifacts.onnx.figures.get("parity", {}) if artifacts.onnx else {}
+    other = parity.get("other_top1")
+    if other and _differ(other, parity["images"]):
+        yield f"PyTorch and ONNX Runtime give another class on {other} of {parity['images']} images"
+
+
+def _differ(other: int, images: int) -> bool:
+    """Whether so many other answers are more than chance makes of the share that is tolerated."""
+    return 100 * interval_of_share(other, images)[0] > 100 - _AGREES
+
+
+def _speed_against(artifacts: Artifacts, speeds: Sequence[Speed]) -> Iterator[str]:
+    if is_fp16(artifacts):
+        return
+    losing = [speed for speed in speeds if speed.loses]
+    if losing:
+        yield f"it takes {min(losing, key=lambda speed: speed.factor)}: deploy FP16"
+    elif speeds and not any(speed.wins for speed in speeds):
+        yield "it is not faster than FP16 beyond the spread: deploy FP16"
 
 
 def _layers_against(layers: Sequence[Layer]) -> Iterator[str]:
@@ -165,24 +229,28 @@ def _layers_against(layers: Sequence[Layer]) -> Iterator[str]:
         yield f"{count} declared {INT8.name} and not {INT8.name} {where}"
 
 
-def _accuracy(artifacts: Artifacts, stages: Sequence[Stage]) -> str:
-    final = _final(stages)
-    if final is not None and final.change is not None:
-        base, half = final.top1 - final.change, (final.high - final.low) / 2
-        compared = "as the float network" if abs(final.change) < 0.005 else f"against {base:.2f} % in float"
-        return (
-            f"{final.top1:.2f} % of {final.images} test images are right, {compared} (one such figure is known to "
-            f"{half:.1f} points)"
-        )
+def _accuracy(artifacts: Artifacts, stages: Sequence[Stage]) -> tuple[str, bool]:
+    """What is known of the accuracy, and whether that suffices."""
+    final = final_stage(stages)
+    if final is not None:
+        right = f"{final.top1:.2f} % of {final.images} test images are right"
+        if final.change is None:
+            return f"{right} by the engine, on other images than the float network's", False
+        half = math.hypot(final.half, stages[0].half)
+        if half > _TELLS:
+            return f"{right}, and so few cannot tell a loss of less than {half:.0f} points", False
+        compared = "as the float network" if abs(final.change) < 0.005 else f"against {stages[0].top1:.2f} % in float"
+        return f"{right}, {compared} (each figure is known to {final.half:.1f} points)", True
     agreement = artifacts.checkpoint.figures.get("agreement") if artifacts.checkpoint else None
     if agreement:
         kept = f"{agreement['top1']:.2f} % of {agreement['images']} images keep the float network's class"
-        return f"{kept}; no accuracy was measured"
-    return "no accuracy was measured"
+        return f"{kept}; no accuracy was measured", False
+    return "no accuracy was measured", False
 
 
 def _speed(artifacts: Artifacts, speeds: Sequence[Speed]) -> str:
+    if is_fp16(artifacts):
+        return "this engine is FP16, because INT8 was not faster"
     if speeds:
-        best = max(speeds, key=lambda speed: speed.batch)
-        return f"it is {best.factor:.2f} times as fast as FP16 at batch {best.batch} on {best.gpu}"
+        return f"it is {', '.join(map(str, speeds))} on {speeds[0].gpu}"
     return "its speed was not measured, which needs the GPU that it is for"

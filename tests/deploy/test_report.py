@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -147,7 +148,7 @@ def test_of_a_checkpoint_alone_the_next_stages_are_missing(family: Path) -> None
     said = text(page_of(family))
     assert "There is no engine yet" in said
     assert f"python -m export.onnx {family / 'model.qat'}" in said
-    assert "python -m deploy.build" in said
+    assert "python -m deploy.build" not in said  # of a file that is not there yet
 
 
 def test_an_empty_folder_and_a_missing_file_are_one_line(tmp_path: Path) -> None:
@@ -373,7 +374,7 @@ def test_results_beside_the_artifacts_are_taken(family: Path) -> None:
     assert "INT8 (QAT)|1|0.2500|0.2450 to 0.2550|0.2625|4,000|–" in rows(page)
     assert "Is it faster than FP16? 2.00 times" in said
     assert f"Slower than in FP16: {SLOW}" in said
-    assert "20.0 us slower than in FP16." in said
+    assert "20.0 us slower than in FP16 at batch 32." in said
 
 
 @pytest.mark.parametrize(
@@ -402,7 +403,8 @@ def test_results_of_other_files_are_left_out_and_refused_when_named(
     assert "Left out: evaluation.json is about another engine: run deploy.evaluate again." in said
     with pytest.raises(UserError, match=r"evaluation\.json is about another engine: run deploy\.evaluate again"):
         main(ReportOptions(runs=(family,), evaluation=other))
-    (family / "benchmark.json").write_text(json.dumps({"models": {"INT8": {"sha256": "1"}}, "builds": []}))
+    path = benchmark(family, 0.75, 1.5)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"models": {"INT8 (QAT)": {"sha256": "1"}}}))
     with pytest.raises(UserError, match=r"benchmark\.json is about another ONNX file: run deploy\.benchmark again"):
         main(ReportOptions(runs=(family,), benchmark=family / "benchmark.json"))
 
@@ -429,7 +431,12 @@ def test_costs_show_the_layer_that_costs_most(family: Path) -> None:
     }
     (family / "sensitivity.json").write_text(json.dumps(content))
     said = text(page_of(family))
-    assert f"Which layer costs most accuracy? +0.02000 loss is saved if this one is in float: {labels[2]}" in said
+    saved = "Which layer costs most accuracy? 0.02000 of the loss on some images is saved if this one is in float"
+    assert f"{saved}: {labels[2]}" in said
+    for operation in operations:
+        operation["loss_without"] = 0.6
+    (family / "sensitivity.json").write_text(json.dumps(content))
+    assert "none No layer alone lowers the loss on some images when it is in float." in text(page_of(family))
 
 
 def test_the_result_in_short(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -445,3 +452,164 @@ def test_the_result_in_short(family: Path, capsys: pytest.CaptureFixture[str]) -
     assert [layer["label"] for layer in found["layers"]] == [layer.label for layer in layers_of(gather(family))]
     assert found["sha256"]["engine"] == read_sidecar(family / "model.engine", "engine").sha256
     assert {one["stage"] for one in found["missing"]} >= {"evaluation", "audit", "sensitivity"}
+
+
+# --- what speaks against shipping
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"agreement": {"engine, PyTorch": 50.0}}, "engine, PyTorch: the same class on only 50.00 % of 60 images"),
+        ({"top1": {"engine": 10.0}, "agreement": {}}, "by the engine, on other images than the float network's"),
+    ],
+)
+def test_an_engine_that_answers_otherwise_is_not_shipped(changes: dict[str, object], says: str, family: Path) -> None:
+    benchmark(family, 0.75, 1.5)
+    evaluation(family, **changes)
+    said = text(page_of(family))
+    assert says in said
+    assert "Ship it: " not in said
+
+
+def test_an_onnx_file_that_answers_otherwise_is_not_shipped(family: Path) -> None:
+    benchmark(family, 0.75, 1.5)
+    path = family / "model.onnx"
+    sidecar, content = read_sidecar(path, "onnx"), path.read_bytes()
+    parity = {**sidecar.figures["parity"], "other_top1": 30}
+    changed = dataclasses.replace(sidecar, figures={**sidecar.figures, "parity": parity})
+    write_artifact(path, changed, lambda file: file.write_bytes(content) and None)
+    assert "Do not ship it: PyTorch and ONNX Runtime give another class on 30 of 60 images." in text(page_of(family))
+
+
+def test_of_weights_that_were_given_nothing_is_said_about_their_training(family: Path) -> None:
+    path = family / "model.qat"
+    sidecar, content = read_sidecar(path, "checkpoint"), path.read_bytes()
+    figures = {key: value for key, value in sidecar.figures.items() if not key.startswith("qat")}
+    write_artifact(path, dataclasses.replace(sidecar, figures=figures), lambda file: file.write_bytes(content) and None)
+    _repoint(family / "model.onnx", path)
+    assert "Was it trained on what it was tested on? not known The weights were given." in text(page_of(family))
+
+
+def test_an_engine_that_became_fp16_says_so(family: Path) -> None:
+    path = family / "model.engine"
+    sidecar, content = read_sidecar(path, "engine"), path.read_bytes()
+    both = {"int8": latency("INT8", 1.2), "float16": latency("FP16", 1.0)}
+    speed = {**both, "int8_wins": False, "written": "float16"}
+    changed = dataclasses.replace(sidecar, details={**sidecar.details, "speed": speed})
+    write_artifact(path, changed, lambda file: file.write_bytes(content) and None)
+    said = text(page_of(family))
+    assert "Ship it: " in said
+    assert "this engine is FP16, because INT8 was not faster" in said
+
+
+def test_times_are_charged_once_and_kernels_are_those_of_the_products(family: Path) -> None:
+    details = read_sidecar(family / "model.engine", "engine").details
+    layers = [{**layer, "milliseconds": 0.01} for layer in details["layers"]]
+    audit = {
+        "engine": read_sidecar(family / "model.engine", "engine").sha256,
+        "batch": 32,
+        "runs": 50,
+        "totals": {},
+        "layers": layers,
+        "findings": details["findings"],
+    }
+    (family / "audit.json").write_text(json.dumps(audit))
+    found = layers_of(gather(family))
+    known = {layer.label for layer in found}
+    charged = [layer for layer in layers if known & set(layer["onnx_nodes"])]
+    assert sum(layer.milliseconds or 0.0 for layer in found) == pytest.approx(0.01 * len(charged))
+    for finding in details["findings"]:
+        (layer,) = (one for one in found if one.label == finding["node"])
+        of_product = [one["tactic"] for one in layers if layer.label in one["onnx_nodes"] and one["kind"] != "kgen"]
+        assert layer.kernel == of_product[0]
+    assert "mean of 50 runs, layer by layer" in page_of(family)
+
+
+# --- files
+
+
+def test_outputs_never_overwrite_what_is_read_or_each_other(family: Path) -> None:
+    named = evaluation(family)
+    before = {path: path.read_bytes() for path in family.iterdir()}
+    for path in [*before, family / "." / "model.onnx"]:
+        with pytest.raises(UserError, match="would overwrite"):
+            main(ReportOptions(runs=(family,), output=path, evaluation=named))
+    with pytest.raises(UserError, match="would overwrite another output"):
+        main(ReportOptions(runs=(family,), output=family / "x", json=family / "x"))
+    assert {path: path.read_bytes() for path in family.iterdir()} == before
+
+
+def test_standard_output_is_for_one_result_alone(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(ReportOptions(runs=(family,), json=Path("-")))
+    assert json.loads(capsys.readouterr().out)["verdict"]["answer"] == "not known yet"
+    for options in ({"json": Path("-"), "markdown": Path("-")}, {"output": Path("-")}):
+        with pytest.raises(UserError, match="only one of --json and --markdown can be -"):
+            main(ReportOptions(runs=(family,), **options))
+    with pytest.raises(UserError, match="name a run: a folder, an engine, an ONNX file or a checkpoint"):
+        main(ReportOptions(runs=()))
+
+
+def test_the_newest_int8_file_is_shown_and_others_are_named(family: Path) -> None:
+    (family / "model.engine").unlink()
+    sidecar = read_sidecar(family / "model.onnx", "onnx")
+    baseline = dataclasses.replace(sidecar, details={**sidecar.details, "precision": "float32"})
+    content = (family / "model.onnx").read_bytes()
+    write_artifact(family / "model.float32.onnx", baseline, lambda file: file.write_bytes(content) and None)
+    found = gather(family)
+    assert found.paths["onnx"].name == "model.onnx"
+    assert "model.float32.onnx is there too: name it to see it" in found.left_out
+    assert gather(family / "model.float32.onnx").paths["onnx"].name == "model.float32.onnx"
+
+
+def test_of_two_results_the_newer_is_taken(family: Path) -> None:
+    old = evaluation(family).rename(family / "a.json")
+    os.utime(old, (1, 1))
+    evaluation(family, top1={"engine": 95.0})
+    found = gather(family)
+    assert found.results["evaluation"]["top1"] == {"engine": 95.0}
+    assert "a.json is older than evaluation.json, or that was named" in found.left_out
+
+
+def test_commands_can_be_copied(family: Path) -> None:
+    folder = family / "a folder"
+    folder.mkdir()
+    for name in NAMES:
+        shutil.copy(family / name, folder)
+        shutil.copy(sidecar_path(family / name), folder)
+    commands = [one.command for one in gather(folder).missing()]
+    assert f"python -m deploy.evaluate '{folder / 'model.engine'}' --json '{folder / 'evaluation.json'}'" in commands
+
+
+def test_settings_of_all_stages_are_compared(family: Path, chain: Path) -> None:
+    path = family / "model.qat"
+    sidecar, content = read_sidecar(path, "checkpoint"), path.read_bytes()
+    recipes = json.loads(json.dumps(sidecar.details["recipes"]))
+    recipes["qat"]["lr"] = 0.125
+    changed = dataclasses.replace(sidecar, details={**sidecar.details, "recipes": recipes})
+    write_artifact(path, changed, lambda file: file.write_bytes(content) and None)
+    _repoint(family / "model.onnx", path)
+    said = text(page_of(family, chain))
+    assert "What changed against the last run? 1 thing recipes qat lr: " in said
+    assert "now 0.125." in said
+
+
+def test_ranges_that_training_moved_are_those_in_use(trained: Path, family: Path) -> None:
+    found = gather(trained)
+    assert found.distributions is not None
+    one = next(one for one in found.distributions.activations if one.kl is not None)
+    path = family / "model.qat"
+    sidecar, content = read_sidecar(path, "checkpoint"), path.read_bytes()
+    amax = {**sidecar.details["amax"], one.quantizer: 0.5 * (one.amax or 0.0)}
+    details = {**sidecar.details, "amax": amax, "bits": 4}
+    write_artifact(path, dataclasses.replace(sidecar, details=details), lambda file: file.write_bytes(content) and None)
+    content_of_ranges = json.loads(ranges_path(trained / "model.qat").read_text())
+    content_of_ranges["checkpoint"] = read_sidecar(path, "checkpoint").sha256
+    ranges_path(path).write_text(json.dumps(content_of_ranges))
+    moved = gather(path)
+    (read, *_) = (read for layer in layers_of(moved) for read in layer.reads if read.quantizer == one.quantizer)
+    assert read.scale == pytest.approx(0.5 * (one.amax or 0.0) / 7)
+    width = one.limit / len(one.counts)
+    above = sum(count for index, count in enumerate(one.counts) if index * width >= 0.5 * (one.amax or 0.0) - width / 2)
+    assert read.clipped == pytest.approx(100 * above / sum(one.counts), rel=0.5)
+    assert "<b>trained (in use)</b>" in render([moved])

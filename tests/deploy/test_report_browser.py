@@ -90,12 +90,13 @@ def test_the_table_is_filtered_by_words_and_by_state(page: Page, layers: tuple[L
 def test_the_table_is_sorted_and_finds_back(page: Page, layers: tuple[Layer, ...]) -> None:
     heading = page.locator("th[data-key=label]")
     heading.locator("button").click()
-    assert heading.get_attribute("aria-sort") == "descending"
-    labels = [layer.label for layer in layers]
-    assert shown(page) == sorted(labels, reverse=True)
-    heading.locator("button").click()
     assert heading.get_attribute("aria-sort") == "ascending"
+    labels = [layer.label for layer in layers]
     assert shown(page) == sorted(labels)
+    assert page.locator("#unfold").is_disabled()
+    heading.locator("button").click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert shown(page) == sorted(labels, reverse=True)
     heading.locator("button").click()
     assert heading.get_attribute("aria-sort") is None
     page.click("#unfold")
@@ -115,6 +116,28 @@ def test_a_layer_opens_to_what_is_known_about_it(page: Page, layers: tuple[Layer
     assert f"scale {chosen.reads[0].scale:.4g}" in detail.inner_text()
     button.click()
     assert page.locator("tr.detail").count() == 0
+
+
+def test_a_link_into_a_folded_block_opens_it(page: Page, path: Path) -> None:
+    page.goto(f"{path.as_uri()}#l3")
+    page.reload()
+    assert page.locator("#l3").is_visible()
+    assert page.locator("tr.detail").count() == 1
+    page.goto(f"{path.as_uri()}#l4")  # by hand, on the open page
+    assert page.locator("#l4").is_visible()
+
+
+def test_on_paper_all_layers_are_there_and_it_is_light(page: Page, layers: tuple[Layer, ...]) -> None:
+    page.click("#theme")
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert len(shown(page)) == len(layers)
+    assert page.locator("details:not([open])").count() == 0
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not page.locator("#search").is_visible()
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(media="screen")
+    assert shown(page) == []
 
 
 def test_light_and_dark(page: Page) -> None:

@@ -82,7 +82,7 @@ FLOAT = Stage.of("float", 90.0, 1000, None)
 
 def judged(change: float | None, factor: float | None, broken: bool = False, run: Artifacts = RUN) -> tuple[str, str]:
     stages = [FLOAT] if change is None else [FLOAT, Stage.of("INT8, trained", 90.0 + change, 1000, 90.0)]
-    speeds = [] if factor is None else [Speed(32, 1.0, factor, "NVIDIA Test", factor > 1)]
+    speeds = [] if factor is None else [Speed(32, 1.0, factor, "NVIDIA Test", factor > 1, factor < 1)]
     found = judge(run, stages, speeds, [layer("a", "broken" if broken else "int8")])
     return found.answer, found.sentence
 
@@ -112,9 +112,37 @@ def test_the_verdict_without_an_engine() -> None:
     assert judged(0.0, None, run=run)[1].startswith("There is no engine yet; ")
 
 
+def test_few_images_tell_nothing() -> None:
+    stages = [Stage.of("float", 80.0, 5, None), Stage.of("INT8, trained", 60.0, 5, 80.0)]
+    found = judge(RUN, stages, [Speed(32, 1.0, 2.0, "NVIDIA Test", True, False)], [layer("a")])
+    assert found.answer == "not known yet"
+    assert "60.00 % of 5 test images are right, and so few cannot tell a loss of less than" in found.sentence
+
+
+def test_a_tie_is_no_win_and_one_win_is_named() -> None:
+    stages = [FLOAT, Stage.of("INT8, trained", 90.0, 1000, 90.0)]
+    tie, win = (Speed(batch, 1.0, 1.01 * batch, "NVIDIA Test", batch > 1, False) for batch in (1, 32))
+    found = judge(RUN, stages, [tie], [layer("a")])
+    assert found.sentence == "Do not ship it: it is not faster than FP16 beyond the spread: deploy FP16."
+    found = judge(RUN, stages, [tie, win], [layer("a")])
+    assert found.answer == "ship"
+    assert (
+        "1.01 times as fast as FP16 at batch 1, within the spread, 32.32 times as fast as FP16 at batch 32"
+        in found.sentence
+    )
+
+
+def test_a_network_at_chance_is_not_shipped() -> None:
+    checkpoint = Sidecar(kind="checkpoint", class_names=tuple("0123456789"))
+    run = Artifacts(Path("runs"), engine=ENGINE, checkpoint=checkpoint, paths={"engine": Path("runs/m.engine")})
+    stages = [Stage.of("float", 10.5, 1000, None), Stage.of("INT8, trained", 10.5, 1000, 10.5)]
+    found = judge(run, stages, [Speed(32, 1.0, 2.0, "NVIDIA Test", True, False)], [layer("a")])
+    assert "the float network itself is hardly better than chance, 10.50 % with 10 classes" in found.sentence
+
+
 def test_all_that_speaks_against_it_is_listed() -> None:
     stages = [FLOAT, Stage.of("INT8, trained", 80.0, 1000, 90.0)]
-    found = judge(RUN, stages, [Speed(32, 1.0, 0.5, "NVIDIA Test", False)], [layer("a", "broken")])
+    found = judge(RUN, stages, [Speed(32, 1.0, 0.5, "NVIDIA Test", False, True)], [layer("a", "broken")])
     assert len(found.against) == 3
 
 
@@ -137,6 +165,20 @@ def test_a_chart_of_lines() -> None:
     assert chart.lines[0].points == [(left, top), ((left + right) / 2, (top + bottom) / 2), (right, bottom)]
     assert [text for _, text in chart.x_ticks] == ["1", "2", "3"]
     assert line_chart("Loss", "epoch", "loss", [Series("float", "--orange", [(1, 2.0)])]) is None
+
+
+def test_axes_of_points_and_of_values_that_are_hardly_apart() -> None:
+    chart = line_chart(
+        "a", "ms", "%", [Series("a", "--blue", [(0.5, 90.0)]), Series("b", "--red", [(0.6, 91.0)])], whole=False
+    )
+    assert chart is not None
+    left, top, right, bottom = chart.box
+    assert all(left < x < right and top < y < bottom for line in chart.lines for x, y in line.points)
+    assert len(chart.x_ticks) > 2
+    for value in (1e9, 0.0):
+        flat = line_chart("a", "epoch", "loss", [Series("a", "--blue", [(1, value), (2, value), (3, float("inf"))])])
+        assert flat is not None
+        assert len(flat.lines[0].points) == 2
 
 
 def distribution(**changes: Any) -> ActivationDistribution:
@@ -192,7 +234,7 @@ def test_the_picture_has_a_box_for_each_block_and_lines_between_them() -> None:
         layer("layer1.0.add", kind="sum"),
         layer("fc", milliseconds=0.25),
     ]
-    picture = draw(run, layers)
+    picture = draw(run, layers, {id(one): one.label for one in layers})
     assert picture is not None
     boxes = {box.name: box for box in picture.boxes}
     assert list(boxes) == ["x", "conv1", "layer1.0", "fc", "output"]
@@ -204,7 +246,8 @@ def test_the_picture_has_a_box_for_each_block_and_lines_between_them() -> None:
     assert tops == sorted(tops)
     assert len(picture.paths) == 4
     assert all(box.x >= 0 and box.x + box.width <= picture.width for box in picture.boxes)
-    assert draw(Artifacts(Path("runs"), checkpoint=Sidecar(kind="checkpoint")), layers) is None
+    assert boxes["layer1.0"].first == "layer1.0.conv1"
+    assert draw(Artifacts(Path("runs"), checkpoint=Sidecar(kind="checkpoint")), layers, {}) is None
 
 
 def test_a_block_that_is_left_and_entered_again_does_not_make_a_circle() -> None:
@@ -217,6 +260,7 @@ def test_a_block_that_is_left_and_entered_again_does_not_make_a_circle() -> None
     ]
     checkpoint = Sidecar(kind="checkpoint", details={"network": network})
     run = Artifacts(Path("runs"), checkpoint=checkpoint, paths={"checkpoint": Path("runs/m.qat")})
-    picture = draw(run, [layer("a.0.one"), layer("a.0.two")])
+    layers = [layer("a.0.one"), layer("a.0.two")]
+    picture = draw(run, layers, {id(one): one.label for one in layers})
     assert picture is not None
     assert [box.name for box in picture.boxes] == ["x", "a.0", "mid", "a.0", "output"]

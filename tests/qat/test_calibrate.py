@@ -22,6 +22,8 @@ from torch import Tensor, nn
 import qat.post_training
 from deploy import build, report
 from deploy.reference import network_input
+from deploy.report_page.artifacts import gather
+from deploy.report_page.verdict import stages_of
 from export import export_onnx
 from qat.base.artifact import Sidecar, read_sidecar, sha256_of
 from qat.base.errors import UserError
@@ -162,7 +164,7 @@ def test_weights_are_rounded_by_adaround(trained: Path, weights: Path, photos: P
     assert read_sidecar(tmp_path / "rounded.onnx", "onnx").figures["parity"]["other_top1"] == 0
     model = tmp_path / "rounded.onnx"
     assert build.main(build.BuildOptions(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
-    report.main(report.ReportOptions(engine=tmp_path / "rounded.engine"))
+    report.main(report.ReportOptions(runs=(tmp_path / "rounded.engine",)))
     page = (tmp_path / "report.html").read_text()
     assert "rounded by AdaRound in 60 steps a layer" in " ".join(page.split())
 
@@ -421,15 +423,15 @@ def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: py
     model = unlabelled.with_name("m.onnx")
     assert build.main(build.BuildOptions(model=model, builder="tensorrt-rtx", compute_capabilities=("8.9",))) == 0
     capsys.readouterr()
-    report.main(report.ReportOptions(engine=unlabelled.with_name("m.engine")))
+    report.main(report.ReportOptions(runs=(unlabelled.with_name("m.engine"),)))
     agreement = read_sidecar(unlabelled, "checkpoint").figures["agreement"]
     same = f"{agreement['top1']:.2f} %"
     page, said = html.unescape(unlabelled.with_name("report.html").read_text()), capsys.readouterr()
-    assert f"same class<b>{same}</b>" in page
-    assert f"SQNR of the logits<b>{agreement['sqnr_db']:.1f} dB</b>" in page
-    assert "No labels were given, so no accuracy is known." in page
+    known = f"same class on {same} of 16 images, SQNR of the logits {agreement['sqnr_db']:.1f} dB."
+    assert f"Agreement with the float network: {known}" in page
+    assert f"{same} of 16 images keep the float network's class; no accuracy was measured" in page
     assert "64 calibration images (percentile)" in page
-    for absent in ("Accuracy on", "training images", "test images", "epochs chosen", "trained on"):
+    for absent in ("training images", "test images", "epochs chosen", "trained on <", "qat.sensitivity"):
         assert absent not in page
     assert "same class on 16 images" in said.out
     assert same in said.out
@@ -439,13 +441,11 @@ def test_export_and_report_of_images_without_labels(unlabelled: Path, capsys: py
 def test_report_of_a_labelled_checkpoint_has_accuracies_and_no_training(
     trained: Path, weights: Path, tmp_path: Path
 ) -> None:
-    from deploy.report_page import _accuracies
-
     sidecar = calibrate(trained, weights, trained / "images.npz", tmp_path / "c.qat")
-    rows = _accuracies(sidecar)
-    assert [row["label"] for row in rows] == ["float", "INT8, post-training"]
-    assert rows[1]["top1"] == sidecar.figures["ptq"]["test_top1"]
-    assert rows[1]["images"] == 60
+    stages = stages_of(gather(tmp_path / "c.qat"))
+    assert [stage.label for stage in stages] == ["float", "INT8, calibrated"]
+    assert stages[1].top1 == sidecar.figures["ptq"]["test_top1"]
+    assert stages[1].images == 60
 
 
 def test_sensitivity_says_that_it_needs_labels(unlabelled: Path, command: Run) -> None:
