@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).parents[2] / "docs"
 WIDTH, HEIGHT = 1100, 760
-COLOURS = 64  # of a picture: enough for a page, and a third of the bytes
+COLOURS = 128  # of a picture: enough for a page, and less than half of the bytes
 
 
 def main() -> None:
