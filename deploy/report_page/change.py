@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from deploy.report_page import engine_view
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import STATES, layers_of
 from deploy.report_page.verdict import speeds_of, stages_of
@@ -35,6 +36,9 @@ def _rows(before: Artifacts, after: Artifacts) -> Iterator[dict[str, str]]:
     old, new = (_settings(run) for run in (before, after))
     for name in old | new:
         yield _row(name, old.get(name, "–"), new.get(name, "–"))
+    kinds = [_kinds(run) for run in (before, after)]
+    for kind in kinds[0] | kinds[1]:
+        yield _row(f"engine layers: {kind}", *(found.get(kind, "none") for found in kinds))
     known = {layer.label: layer for layer in layers_of(before)}
     for layer in layers_of(after):
         past = known.pop(layer.label, None)
@@ -46,6 +50,16 @@ def _rows(before: Artifacts, after: Artifacts) -> Iterator[dict[str, str]]:
             yield _row(f"{layer.label}, us", f"{1000 * past.milliseconds:.1f}", f"{1000 * layer.milliseconds:.1f}")
     for label, layer in known.items():
         yield _row(label, STATES[layer.state], "not there")
+
+
+def _kinds(run: Artifacts) -> dict[str, str]:
+    """Numbers of the engine's layers by kind and type, with their time where it was measured."""
+    found = engine_view.view(run)
+    return {
+        f"{kind['kind']} {kind['precision']}": f"{kind['count']}"
+        + ("" if kind["microseconds"] is None else f", {kind['microseconds']:.0f} us")
+        for kind in (found["kinds"] if found else ())
+    }
 
 
 def _settings(run: Artifacts) -> dict[str, str]:

@@ -60,11 +60,15 @@ def line_chart(
     least_span: float = 0.0,
     *,
     whole: bool = True,
+    logarithmic: bool = False,
 ) -> Chart | None:
     """A chart of lines; None without two points. Points that are not finite are left out.
 
     ``least_span``: the axis of y covers at least so much. ``whole``: whether x are whole numbers, such as epochs.
+    ``logarithmic``: whether the axis of y is; points of 0 and less are left out then.
     """
+    if logarithmic:
+        series = [replace(one, points=[(x, math.log10(y)) for x, y in one.points if y > 0]) for one in series]
     series = [replace(one, points=[point for point in one.points if all(map(math.isfinite, point))]) for one in series]
     xs = [x for one in series for x, _ in one.points]
     ys = [y for one in series for _, y in one.points]
@@ -93,7 +97,7 @@ def line_chart(
         y_label,
         tuple(lines),
         tuple((at_x(x), f"{x:g}") for x in (_whole_ticks if whole else ticks)(low_x, high_x)),
-        tuple((at_y(y), f"{y:g}") for y in ticks(low, high)),
+        tuple((at_y(y), f"{10**y:.2g}" if logarithmic else f"{y:g}") for y in ticks(low, high)),
     )
 
 

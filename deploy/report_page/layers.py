@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from deploy.engine_layers import POINTWISE_KINDS, EngineLayer
+from deploy.engine_layers import POINTWISE_KINDS, EngineLayer, node_names
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.charts import clipped_by
 from qat.base.number_format import BITS, INT8
@@ -63,6 +63,7 @@ class Layer:
         loss_saved: by how much the loss of the quantized network falls when only this is in float; None: not measured.
         sqnr_db: of its output when only this is quantized; None where it was not measured.
         slower: how much longer it takes in INT8 than in FP16, in words; None where it does not, or was not measured.
+        reformats: how many layers of the engine only change the type or the memory format of what it reads or writes.
         together: operations that the engine computes in the same layers, to which their time is not charged again.
     """
 
@@ -81,6 +82,7 @@ class Layer:
     sqnr_db: float | None = None
     slower: str | None = None
     together: tuple[str, ...] = ()
+    reformats: int = 0
 
     @property
     def clipped(self) -> float | None:
@@ -160,6 +162,7 @@ class _Layers:
         self.findings = {finding["node"]: finding for finding in self.engine.get("findings", [])}
         self.engine_layers = self._engine_layers(artifacts)
         self.times = self._times(artifacts)
+        self.reformats = self._reformats(artifacts)
         self.costs = {one["label"]: one for one in artifacts.results.get("sensitivity", {}).get("operations", [])}
         self.quantized_loss = artifacts.results.get("sensitivity", {}).get("quantized", {}).get("loss")
         self.slower = {
@@ -214,6 +217,7 @@ class _Layers:
             loss_saved=saved,
             sqnr_db=cost.get("sqnr_db"),
             slower=self.slower.get(label),
+            reformats=self.reformats[label],
         )
 
     def _read(self, tensor: Mapping[str, Any], rule: str) -> Read:
@@ -256,6 +260,15 @@ class _Layers:
             owner = next((node for node in known if node in self.findings), next(iter(known), None))
             if owner is not None:
                 found[owner] = found.get(owner, 0.0) + entry["milliseconds"]
+        return found
+
+    def _reformats(self, artifacts: Artifacts) -> Counter[str]:
+        """How many reformats the engine has at each product. Their names tell: ... to NODE [+ NODE ...]."""
+        found: Counter[str] = Counter()
+        for entry in self._listed(artifacts):
+            layer = EngineLayer.from_json(entry)
+            if layer.is_reformat:
+                found.update(set(node_names(layer.name.rpartition(" to ")[2])) & self.findings.keys())
         return found
 
     def _listed(self, artifacts: Artifacts) -> Sequence[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,10 +21,10 @@ from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import say, table
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
-from qat.base.text import decibels
+from qat.base.text import decibels, megabytes
 
 FOLDER = Path(__file__).parent
-_CHANNELS_SHOWN = 100
+_CHANNELS_SHOWN, _DEAD_SHOWN = 100, 20
 # Columns of the table of layers: the key of the rows' data, the title, and 1 for numbers, 2 for those on wide screens.
 _COLUMNS = (
     ("label", "layer", 0),
@@ -115,7 +116,7 @@ def render(runs: Sequence[Artifacts]) -> str:
         stages=stages,
         speeds=speeds,
         charts=_charts(runs),
-        training=_training(run),
+        training=[*_sizes(run), *_training(run)],
         layers=layers,
         blocks=blocks_of(layers),
         ids=ids,
@@ -178,7 +179,7 @@ def _charts(runs: Sequence[Artifacts]) -> list[Chart]:
     wanted = [
         line_chart("Validation accuracy", "epoch", "top-1, %", curve("validation_top1"), least_span=1.0),
         line_chart("Validation loss", "epoch", "loss", curve("validation_loss")),
-        line_chart("Learning rate", "epoch", "learning rate", curve("learning_rate")),
+        line_chart("Learning rate", "epoch", "learning rate (log)", curve("learning_rate"), logarithmic=True),
     ]
     return [chart for chart in (*wanted, _frontier(runs)) if chart is not None]
 
@@ -199,6 +200,20 @@ def _frontier(runs: Sequence[Artifacts]) -> Chart | None:
         for index, (run, top1, speeds) in enumerate(measured)
     ]
     return line_chart(f"Accuracy against latency at batch {batch}", "latency, ms", "top-1, %", points, whole=False)
+
+
+def _sizes(run: Artifacts) -> list[str]:
+    """How large the network is in each form."""
+    found = []
+    source = run.checkpoint or run.onnx
+    weights = [op["weight"] for op in source.details.get("network", []) if op["weight"]] if source else []
+    if weights:
+        found.append(f"weights in float32 {megabytes(4 * sum(map(math.prod, weights)))}")
+    if run.onnx is not None and "bytes" in run.onnx.figures:
+        found.append(f"ONNX file {megabytes(run.onnx.figures['bytes'])}")
+    if run.engine is not None:
+        found.append(f"engine {megabytes(run.engine.figures['engine_bytes'])}")
+    return [f"Sizes: {', '.join(found)}."] if found else []
 
 
 def _training(run: Artifacts) -> list[str]:
@@ -240,7 +255,8 @@ def _weights(run: Artifacts) -> dict[str, Chart]:
         every = max(1, len(rising) // _CHANNELS_SHOWN)
         last = len(rising) - 1
         points = [(at + 1, value) for at, value in enumerate(rising) if at % every == 0 or at == last]
-        dead = f", {len(one.dead)} dead channels" if one.dead else ""
+        listed = ", ".join(map(str, one.dead[:_DEAD_SHOWN])) + (", ..." if len(one.dead) > _DEAD_SHOWN else "")
+        dead = f"; dead channels: {listed}" if one.dead else ""
         title = f"Largest weight of each output channel{dead}"
         chart = line_chart(title, "channels, by their range", "max |w|", [Series(one.label, "--blue", points)])
         if chart is not None:
@@ -255,8 +271,17 @@ def _provenance(run: Artifacts) -> list[dict[str, str]]:
         if sidecar is not None:
             versions = sidecar.made_by.get("versions", {})
             shown = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "int8-qat-pipeline")
-            date = str(sidecar.made_by.get("date", ""))
-            rows.append({"file": run.paths[kind].name, "date": date, "versions": shown, "sha256": sidecar.sha256[:16]})
+            device = sidecar.details.get("device") or {}
+            gpu = f"{device['name']}, driver {device['driver']}" if device else ""
+            seed = f"seed {sidecar.made_by['seed']}" if "seed" in sidecar.made_by else ""
+            rows.append(
+                {
+                    "file": run.paths[kind].name,
+                    "date": str(sidecar.made_by.get("date", "")),
+                    "versions": "; ".join(filter(None, (shown, seed, gpu))),
+                    "sha256": sidecar.sha256,
+                }
+            )
     return rows
 
 

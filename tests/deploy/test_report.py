@@ -25,6 +25,7 @@ from export import quantize_onnx
 from qat.base.artifact import read_sidecar, sidecar_path, write_artifact
 from qat.base.errors import UserError
 from qat.base.ranges_file import ranges_path
+from qat.base.text import megabytes
 
 NAMES = ("model.qat", "model.onnx", "model.engine")
 SLOW = "conv1"
@@ -162,7 +163,7 @@ def test_the_training_is_drawn_with_titles_and_units(page: str) -> None:
     for title, unit in (
         ("Validation accuracy", "top-1, %"),
         ("Validation loss", "loss"),
-        ("Learning rate", "learning rate"),
+        ("Learning rate", "learning rate (log)"),
     ):
         assert f"<figcaption>{title}</figcaption>" in page
         assert f">{unit}</text>" in page
@@ -179,7 +180,25 @@ def test_the_page_needs_no_other_file_and_no_network(page: str) -> None:
 def test_commands_and_hashes_are_there_to_be_copied(chain: Path, page: str) -> None:
     for name, kind in (("model.qat", "checkpoint"), ("model.onnx", "onnx"), ("model.engine", "engine")):
         sidecar = read_sidecar(chain / name, kind)  # type: ignore[arg-type]
-        assert any(row.startswith(f"{name}|") and row.endswith(sidecar.sha256[:16]) for row in rows(page))
+        assert any(row.startswith(f"{name}|") and row.endswith(sidecar.sha256) for row in rows(page))
+
+
+def test_sizes_and_the_seed_are_there(chain: Path, page: str) -> None:
+    engine = read_sidecar(chain / "model.engine", "engine").figures["engine_bytes"]
+    assert re.search(rf"Sizes: weights in float32 .*, ONNX file .*, engine {megabytes(engine)}\.", text(page))
+    assert "; seed 0" in text(page)
+
+
+def test_reformats_are_counted_at_their_layers(family: Path) -> None:
+    path = family / "model.engine"
+    sidecar, content = read_sidecar(path, "engine"), path.read_bytes()
+    node = sidecar.details["findings"][0]["node"]
+    name = f"Reformatting CopyNode for Input Tensor 0 to {node} + relu"
+    extra = {**sidecar.details["layers"][0], "name": name, "kind": "Reformat", "onnx_nodes": []}
+    details = {**sidecar.details, "layers": [*sidecar.details["layers"], extra]}
+    write_artifact(path, dataclasses.replace(sidecar, details=details), lambda file: file.write_bytes(content) and None)
+    assert {layer.label: layer.reformats for layer in layers_of(gather(family)) if layer.reformats} == {node: 1}
+    assert "Reformats at it: 1." in page_of(family)
 
 
 def test_two_runs_are_compared(family: Path, chain: Path) -> None:

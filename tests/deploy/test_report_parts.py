@@ -167,6 +167,16 @@ def test_a_chart_of_lines() -> None:
     assert line_chart("Loss", "epoch", "loss", [Series("float", "--orange", [(1, 2.0)])]) is None
 
 
+def test_a_logarithmic_axis() -> None:
+    series = [Series("a", "--blue", [(1, 0.1), (2, 0.01), (3, 0.001), (4, 0.0)])]
+    chart = line_chart("a", "epoch", "rate", series, logarithmic=True)
+    assert chart is not None
+    heights = [y for _, y in chart.lines[0].points]
+    assert len(heights) == 3
+    assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
+    assert {"0.1", "0.01", "0.001"} <= {text for _, text in chart.y_ticks}
+
+
 def test_axes_of_points_and_of_values_that_are_hardly_apart() -> None:
     chart = line_chart(
         "a", "ms", "%", [Series("a", "--blue", [(0.5, 90.0)]), Series("b", "--red", [(0.6, 91.0)])], whole=False
