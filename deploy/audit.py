@@ -31,6 +31,8 @@ class AuditOptions(Command):
     """Batch size at which times are measured; by default the one that the engine is tuned for."""
     runs: int = 50
     """Number of inferences that the times are averaged over."""
+    peaks: bool = False
+    """Also measure what the GPU can do at most: the report then shows how far each layer is from it."""
     trust: bool = False
     """Load the engine even if it is not the file that its sidecar was written for."""
 
@@ -41,7 +43,9 @@ def main(options: AuditOptions) -> None:
 
     if options.json:
         check_writable(options.json)
-    audit = audit_engine(options.engine, batch=options.batch, runs=options.runs, trust=options.trust)
+    audit = audit_engine(
+        options.engine, batch=options.batch, runs=options.runs, trust=options.trust, peaks=options.peaks
+    )
     if audit.why_not_measured:
         warn(f"the engine cannot be run here, so its times are not measured: {audit.why_not_measured}")
     print_engine_audit(audit)

@@ -11,6 +11,7 @@ from deploy.engine_layers import EngineLayer
 from deploy.kernel_trace import Kernel
 from deploy.loaded_engine import why_not_here
 from deploy.measure import layer_times
+from deploy.peaks import Peaks, measure_peaks
 from deploy.precision_audit import PrecisionFinding
 from deploy.runtime import Engine
 from qat.base.artifact import read_sidecar
@@ -37,6 +38,7 @@ class EngineAudit:
         kernels: all kernels of one inference when it was built, in their order, where another compiler handles parts of
             the network (deploy/compiled_parts.py).
         engine: SHA-256 of the engine file.
+        peaks: what the GPU can do at most; None if it was not measured.
     """
 
     layers: tuple[EngineLayer, ...]
@@ -47,6 +49,7 @@ class EngineAudit:
     why_not_measured: str = ""
     kernels: tuple[Kernel, ...] = ()
     engine: str = ""
+    peaks: Peaks | None = None
 
     def totals(self) -> dict[str, dict[str, float]]:
         """Number of layers and their milliseconds by precision. Reformats and separate Q/DQ nodes are counted apart."""
@@ -63,6 +66,7 @@ class EngineAudit:
         times: Sequence[float | None] = self.milliseconds or [None] * len(self.layers)
         return {
             "engine": self.engine,
+            "peaks": asdict(self.peaks) if self.peaks else None,
             "batch": self.batch,
             "runs": self.runs,
             "totals": self.totals(),
@@ -75,7 +79,9 @@ class EngineAudit:
         }
 
 
-def audit_engine(engine: str | Path, *, batch: int | None = None, runs: int = 50, trust: bool = False) -> EngineAudit:
+def audit_engine(
+    engine: str | Path, *, batch: int | None = None, runs: int = 50, trust: bool = False, peaks: bool = False
+) -> EngineAudit:
     """Lists the layers of an engine file and measures them with TensorRT's profiler.
 
     If the engine cannot be run on this machine, the layers are those that the build recorded, without times, and
@@ -86,6 +92,7 @@ def audit_engine(engine: str | Path, *, batch: int | None = None, runs: int = 50
         batch: the batch size, in images, to measure at; by default the one that the engine is tuned for.
         runs: number of inferences that the times are averaged over.
         trust: accept the file even if it is not the one that the sidecar was written for.
+        peaks: also measure what the GPU can do at most, for which two small engines are built.
 
     Raises UserError when the file is missing, truncated or another one than its sidecar's, and when the engine does not
     take the batch.
@@ -106,9 +113,10 @@ def audit_engine(engine: str | Path, *, batch: int | None = None, runs: int = 50
         return EngineAudit(recorded, findings, why_not_measured=reason, kernels=kernels, engine=sidecar.sha256)
     with Engine.load(path, contexts=1, trust=trust) as loaded:
         batch = batch or loaded.profiles[0].opt
-        times = layer_times(loaded, batch, runs)
+        times, toolkit = layer_times(loaded, batch, runs), loaded.toolkit
     layers, milliseconds = tuple(layer for layer, _ in times), tuple(spent for _, spent in times)
-    return EngineAudit(layers, findings, milliseconds, batch, runs, kernels=kernels, engine=sidecar.sha256)
+    found = measure_peaks(toolkit) if peaks else None
+    return EngineAudit(layers, findings, milliseconds, batch, runs, kernels=kernels, engine=sidecar.sha256, peaks=found)
 
 
 def print_engine_audit(audit: EngineAudit) -> None:

@@ -133,9 +133,9 @@ class KernelSweep:
         """
         from export.kernel_networks import LAYER
 
-        kept = self._build(kind, quantized=False)
+        kept = self.build(kind, quantized=False)
         try:
-            int8 = self._build(kind, quantized=True)
+            int8 = self.build(kind, quantized=True)
         except UserError as error:
             return MeasuredKind(
                 kind=kind, int8_ms=None, float_ms=None, in_int8=None, significant=False, error=str(error)
@@ -151,7 +151,8 @@ class KernelSweep:
             significant=found["int8"].beats(found["float"]) or found["float"].beats(found["int8"]),
         )
 
-    def _build(self, kind: LayerKind, *, quantized: bool) -> BuiltEngine:
+    def build(self, kind: LayerKind, *, quantized: bool) -> BuiltEngine:
+        """The engine of a network with the layer in INT8, or in float. Raises UserError when TensorRT refuses it."""
         from export.kernel_networks import write_kernel_network
 
         path = self._folder / f"{'int8' if quantized else 'float'}.onnx"

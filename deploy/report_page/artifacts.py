@@ -108,6 +108,7 @@ class Artifacts:
         for kind, artifact, why, command, possible in results:
             if kind not in self.results and artifact in self.paths and possible:
                 option = "--output" if kind == "benchmark" else "--json"
+                option = f"--peaks {option}" if kind == "audit" else option
                 target = _quoted(self.folder / f"{kind}.json")
                 found.append(
                     Missing(kind, why, f"python -m {command} {_quoted(self.paths[artifact])} {option} {target}")

@@ -25,6 +25,7 @@ class Series:
     colour: str
     points: Sequence[tuple[float, float]]
     dashed: bool = False
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,15 @@ def line_chart(
     *,
     whole: bool = True,
     logarithmic: bool = False,
+    logarithmic_x: bool = False,
 ) -> Chart | None:
     """A chart of lines; None without two points. Points that are not finite are left out.
 
     ``least_span``: the axis of y covers at least so much. ``whole``: whether x are whole numbers, such as epochs.
-    ``logarithmic``: whether the axis of y is; points of 0 and less are left out then.
+    ``logarithmic``, ``logarithmic_x``: whether that axis is; points of 0 and less are left out then.
     """
+    if logarithmic_x:
+        series = [replace(one, points=[(math.log10(x), y) for x, y in one.points if x > 0]) for one in series]
     if logarithmic:
         series = [replace(one, points=[(x, math.log10(y)) for x, y in one.points if y > 0]) for one in series]
     series = [replace(one, points=[point for point in one.points if all(map(math.isfinite, point))]) for one in series]
@@ -89,16 +93,24 @@ def line_chart(
     lines = []
     for one in series:
         points = [(at_x(x), at_y(y)) for x, y in one.points]
-        path = "M" + "L".join(f"{x} {y}" for x, y in points) if points else ""
+        path = "M" + "L".join(f"{x} {y}" for x, y in points) if points and one.joined else ""
         lines.append(Line(one.label, one.colour, one.dashed, path, points))
     return Chart(
         title,
         x_label,
         y_label,
         tuple(lines),
-        tuple((at_x(x), f"{x:g}") for x in (_whole_ticks if whole else ticks)(low_x, high_x)),
-        tuple((at_y(y), f"{10**y:.2g}" if logarithmic else f"{y:g}") for y in ticks(low, high)),
+        tuple(
+            (at_x(x), _power(x) if logarithmic_x else f"{x:g}")
+            for x in (_whole_ticks if whole else ticks)(low_x, high_x)
+        ),
+        tuple((at_y(y), _power(y) if logarithmic else f"{y:g}") for y in ticks(low, high)),
     )
+
+
+def _power(exponent: float) -> str:
+    """Ten to a power, for people."""
+    return f"{10**exponent:,.0f}" if exponent >= 1 else f"{10**exponent:.2g}"
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -16,6 +16,7 @@ from deploy.report_page.change import changes
 from deploy.report_page.charts import Chart, Histogram, Series, histogram, line_chart
 from deploy.report_page.layers import STATES, blocks_of, layers_of
 from deploy.report_page.picture import draw
+from deploy.report_page.roofline import roofline
 from deploy.report_page.verdict import judge, latencies_of, speeds_of, stages_of
 from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import say, table
@@ -127,6 +128,7 @@ def render(runs: Sequence[Artifacts]) -> str:
         weights=_weights(run),
         picture=draw(run, layers, ids),
         engine=engine_view.view(run),
+        roofline=roofline(run, layers),
         parity=agreements.parity(run),
         rewritten=agreements.rewritten(run),
         latencies=latencies_of(run),

@@ -13,6 +13,7 @@ from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.charts import Series, histogram, line_chart, ticks
 from deploy.report_page.layers import Block, Layer, block_of, blocks_of
 from deploy.report_page.picture import draw
+from deploy.report_page.roofline import roofline
 from deploy.report_page.verdict import Speed, Stage, judge
 from qat.base.artifact import Sidecar
 from qat.base.ranges_file import ActivationDistribution, Divergence, RangeChoice
@@ -175,6 +176,38 @@ def test_a_logarithmic_axis() -> None:
     assert len(heights) == 3
     assert heights[1] - heights[0] == pytest.approx(heights[2] - heights[1], abs=0.2)
     assert {"0.1", "0.01", "0.001"} <= {text for _, text in chart.y_ticks}
+
+
+def measured(state: str, milliseconds: float) -> Layer:
+    return layer("conv" if state == "int8" else "fc", state, milliseconds=milliseconds)
+
+
+def test_the_roofline_says_how_far_layers_are_from_the_limit() -> None:
+    network = [
+        op("x", "input", []) | {"shape": [1, 64, 28, 28], "weight": None},
+        op("conv", "convolution", ["x"]) | {"shape": [1, 128, 28, 28], "weight": [128, 64, 3, 3]},
+        op("fc", "linear", ["conv"]) | {"shape": [1, 10], "weight": [10, 128]},
+    ]
+    peaks = {"bytes_per_s": 4e12, "int8_per_s": 1e15, "fp16_per_s": 5e14}
+    run = Artifacts(
+        Path("runs"),
+        checkpoint=Sidecar(kind="checkpoint", details={"network": network}),
+        paths={"checkpoint": Path("runs/m.qat")},
+        results={"audit": {"peaks": peaks, "batch": 32}},
+    )
+    found = roofline(run, [measured("int8", 0.02), measured("float", 0.001)])
+    assert found is not None
+    (conv,) = (point for point in found.worst if point.layer.label == "conv")
+    operations = 2 * 32 * 128 * 64 * 9 * 28 * 28
+    moved = 32 * (64 + 128) * 28 * 28 + 128 * 64 * 9
+    assert conv.intensity == pytest.approx(operations / moved)
+    assert conv.per_s == pytest.approx(operations / 20e-6)
+    assert conv.least == pytest.approx(1e6 * max(operations / 1e15, moved / 4e12))
+    assert found.worst[0] is conv
+    assert "2 convolutions and linear layers take 21.0 us" in found.sentence
+    assert [line.label for line in found.chart.lines] == ["INT8 limit", "FP16 limit", "INT8 layers", "float layers"]
+    assert found.chart.lines[2].path == ""
+    assert roofline(dataclasses.replace(run, results={}), [measured("int8", 0.02)]) is None
 
 
 def test_axes_of_points_and_of_values_that_are_hardly_apart() -> None:
