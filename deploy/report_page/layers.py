@@ -29,6 +29,7 @@ STATES: Mapping[State, str] = {
     "moves": "moves data",
 }
 _NUMBERED = re.compile(r"\d$")
+_INNER = re.compile(r"^\d+$|(block|layer|stage|unit)_?\d+$")
 _SEVERAL = ("blocks", "layers", "stages", "units")
 _KINDS = {"linear": "matrix product", "matmul": "matrix product", "add": "sum", "concat": "concatenation"}
 
@@ -104,6 +105,8 @@ class Block:
         kinds = Counter(layer.kind for layer in computing)
         what = ", ".join(_counted(count, kind) for kind, count in kinds.items())
         states = Counter(STATES[layer.state] for layer in computing)
+        if not computing:
+            return "only moves data"
         if len(states) < 2:
             return f"{what}: all {next(iter(states))}" if len(computing) > 1 else f"{what}: {next(iter(states), '')}"
         return f"{what}: " + ", ".join(f"{count} {state}" for state, count in states.items())
@@ -123,7 +126,8 @@ class Block:
 def block_of(label: str) -> str:
     """The block of an operation, by its label; the label itself if it has none.
 
-    It ends with a number. A second number belongs to it if it follows at once, or a word for several: ``blocks.4``.
+    It ends with a number. A second number belongs to it if it follows at once, or a word for several: ``blocks.4``; so
+    does the name of a block or layer within: ``denselayer3``.
     """
     *above, _ = label.split(".")
     end = next((at for at, part in enumerate(above) if _NUMBERED.search(part)), None)
@@ -131,7 +135,7 @@ def block_of(label: str) -> str:
         return ".".join(above) or label
     while True:
         further = end + 2 if above[end + 1 : end + 2] and above[end + 1] in _SEVERAL else end + 1
-        if not (further < len(above) and _NUMBERED.search(above[further])):
+        if not (further < len(above) and _INNER.search(above[further])):
             return ".".join(above[: end + 1])
         end = further
 
@@ -163,7 +167,9 @@ class _Layers:
         self.engine_layers = self._engine_layers(artifacts)
         self.times = self._times(artifacts)
         self.reformats = self._reformats(artifacts)
-        self.costs = {one["label"]: one for one in artifacts.results.get("sensitivity", {}).get("operations", [])}
+        self.costs = {
+            one.get("op", one["label"]): one for one in artifacts.results.get("sensitivity", {}).get("operations", [])
+        }
         self.quantized_loss = artifacts.results.get("sensitivity", {}).get("quantized", {}).get("loss")
         self.slower = {
             one["node"]: f"{1000 * (one['int8'] - one['fp16']):.1f} us slower than in FP16 at batch {one['batch']}"
@@ -181,20 +187,30 @@ class _Layers:
         for tensor in self.placement["tensors"]:
             for read in tensor["reads"]:
                 reads.setdefault(read["reader"], []).append(self._read(tensor, read["rule"]))
-        seen = set()
+        labels: Counter[str] = Counter()
+        seen: set[str] = set()
         for decision in self.placement["decisions"]:
-            seen.add(decision["label"])
-            yield self._layer(decision, tuple(reads.pop(decision["op"], ())))
+            label = str(decision["label"])
+            # The file numbers the nodes of one label: matmul, matmul_1. A layer that export split has parts .0, .1, .2.
+            node = f"{label}_{labels[label]}" if labels[label] else label
+            labels[label] += 1
+            parts = [other for other in self.findings if other.rpartition(".")[0] == node and node not in self.findings]
+            seen |= {node, *parts}
+            yield self._layer(decision, tuple(reads.pop(decision["op"], ())), parts or [node])
         for reader, quantized in reads.items():  # what moves data from one quantizer to several readers
             label = self.labels.get(reader, reader)
             yield Layer(reader, label, "data movement", block_of(label), "moves", reads=tuple(quantized))
         for node, finding in self.findings.items():
             if node not in seen:
-                yield self._layer({"op": node, "label": node, "kind": finding["operation"]}, ())
+                yield self._layer({"op": node, "label": node, "kind": finding["operation"]}, (), [node])
 
-    def _layer(self, decision: Mapping[str, Any], reads: tuple[Read, ...]) -> Layer:
+    def _layer(self, decision: Mapping[str, Any], reads: tuple[Read, ...], nodes: Sequence[str]) -> Layer:
+        """The layer of a decision, which is ``nodes`` in the engine. If they differ, the worst of them is shown."""
         label = str(decision["label"])
-        finding, cost, listed = (found.get(label, {}) for found in (self.findings, self.costs, self.engine_layers))
+        node = min(nodes, key=lambda one: self.findings.get(one, {}).get("precision") == INT8.name)
+        finding, listed = self.findings.get(node, {}), self.engine_layers.get(node, {})
+        cost = self.costs.get(str(decision["op"]), {})
+        times = [self.times[one] for one in nodes if one in self.times]
         quantized = bool(decision.get("quantized", finding.get("declared_int8", False)))
         precision = finding.get("precision") or ("" if quantized else listed.get("precision", ""))
         broken = finding.get("declared_int8", False) and precision != INT8.name and finding.get("has_kernel", True)
@@ -211,13 +227,13 @@ class _Layers:
             rule=decision.get("rule", ""),
             reason=reason,
             reads=reads,
-            milliseconds=self.times.get(label),
+            milliseconds=sum(times) if times else None,
             kernel=listed.get("tactic", ""),
             together=tuple(node for node in listed.get("nodes", ()) if node != label),
             loss_saved=saved,
             sqnr_db=cost.get("sqnr_db"),
             slower=self.slower.get(label),
-            reformats=self.reformats[label],
+            reformats=sum(self.reformats[one] for one in nodes),
         )
 
     def _read(self, tensor: Mapping[str, Any], rule: str) -> Read:
@@ -249,9 +265,7 @@ class _Layers:
 
     def _times(self, artifacts: Artifacts) -> dict[str, float]:
         """Milliseconds of each operation. A layer of the engine is charged once: to the first product that it names."""
-        labels = dict.fromkeys([decision["label"] for decision in self.placement["decisions"]]) | dict.fromkeys(
-            self.findings
-        )
+        labels = {decision["label"] for decision in self.placement["decisions"]} | self.findings.keys()
         found: dict[str, float] = {}
         for entry in self._listed(artifacts):
             if entry.get("milliseconds") is None:

@@ -11,7 +11,7 @@ import pytest
 
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.charts import Series, histogram, line_chart, ticks
-from deploy.report_page.layers import Block, Layer, block_of, blocks_of
+from deploy.report_page.layers import Block, Layer, block_of, blocks_of, layers_of
 from deploy.report_page.picture import draw
 from deploy.report_page.roofline import roofline
 from deploy.report_page.verdict import Speed, Stage, judge
@@ -41,6 +41,7 @@ def layer(label: str, state: Any = "int8", kind: str = "convolution", **more: An
         ("stages.2.blocks.4.conv_dw", "stages.2.blocks.4"),
         ("features.3.conv.0.0", "features.3"),
         ("blocks.1.0.conv_pw", "blocks.1.0"),
+        ("blocks.0.norm1.layer_norm", "blocks.0"),
         ("head.fc", "head"),
     ],
 )
@@ -55,6 +56,7 @@ def test_the_block_of_an_operation(label: str, block: str) -> None:
         ([layer("a.0.x"), layer("a.0.y", "float")], "2 convolutions: 1 INT8, 1 float", "float"),
         ([layer("a.0.x", "fp32")], "1 convolution: FP32", "fp32"),
         ([layer("a.0.x", "broken"), layer("a.0.m", "moves")], "1 convolution: declared INT8, is not", "broken"),
+        ([layer("d", "moves", kind="dropout")], "only moves data", "moves"),
         ([layer("p", kind="max pool"), layer("p", kind="max pool")], "2 max pools: all INT8", "int8"),
     ],
 )
@@ -307,3 +309,37 @@ def test_a_block_that_is_left_and_entered_again_does_not_make_a_circle() -> None
     picture = draw(run, layers, {id(one): one.label for one in layers})
     assert picture is not None
     assert [box.name for box in picture.boxes] == ["x", "a.0", "mid", "a.0", "output"]
+
+
+def test_parts_of_a_split_layer_and_nodes_of_one_label_are_one_row_each() -> None:
+    def decision(name: str, label: str) -> dict[str, Any]:
+        return {"op": name, "label": label, "kind": "linear", "quantized": True, "rule": "r", "reason": ""}
+
+    def finding(node: str, precision: str = "INT8") -> dict[str, Any]:
+        return {
+            "node": node,
+            "operation": "matrix product",
+            "declared_int8": True,
+            "precision": precision,
+            "cause": "c",
+        }
+
+    decisions = [decision("qkv", "attn.qkv"), decision("matmul", "attn.matmul"), decision("matmul_1", "attn.matmul")]
+    placement = {"decisions": decisions, "tensors": [], "weights": []}
+    findings = [finding("attn.qkv.0"), finding("attn.qkv.1", "FP32"), finding("attn.qkv.2"), finding("attn.matmul")]
+    engine = Sidecar(kind="engine", details={"findings": [*findings, finding("attn.matmul_1")], "layers": []})
+    checkpoint = Sidecar(kind="checkpoint", details={"placement": placement})
+    costs = {
+        "operations": [{"op": "matmul_1", "label": "attn.matmul", "loss_without": 0.4}],
+        "quantized": {"loss": 0.5},
+    }
+    run = Artifacts(
+        Path("runs"),
+        engine=engine,
+        checkpoint=checkpoint,
+        paths={"engine": Path("runs/m.engine")},
+        results={"sensitivity": costs},
+    )
+    found = layers_of(run)
+    assert [(one.name, one.state) for one in found] == [("qkv", "broken"), ("matmul", "int8"), ("matmul_1", "int8")]
+    assert [one.loss_saved for one in found] == [None, None, pytest.approx(0.1)]
