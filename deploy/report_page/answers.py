@@ -74,9 +74,10 @@ def writing_fp32(run: Artifacts, layers: Sequence[Layer]) -> tuple[list[Layer], 
     """The layers of the network whose engine layers compute in float and write FP32, and the number of those."""
     listed = map(EngineLayer.from_json, run.engine.details["layers"]) if run.engine else ()
     wide = [layer for layer in listed if layer.writes_fp32]
-    known = {layer.label: layer for layer in layers}
-    named = dict.fromkeys(next((node for node in layer.onnx_nodes if node in known), "") for layer in wide)
-    return [known[node] for node in named if node], len(wide)
+    known = {node: layer for layer in layers for node in layer.parts or (layer.node,)}
+    first = (next((known[node] for node in layer.onnx_nodes if node in known), None) for layer in wide)
+    named = {layer.node: layer for layer in first if layer is not None}
+    return list(named.values()), len(wide)
 
 
 def _accuracy(stages: Sequence[Stage]) -> Answer:
@@ -117,7 +118,7 @@ def _float_layers(run: Artifacts, layers: Sequence[Layer]) -> Answer:
     if not count:
         return Answer(question, "none", between or "No layer computes in FP32.", "green")
     kept = {one["node"]: one["reason"] for one in (run.onnx.details.get("kept_float32", []) if run.onnx else [])}
-    reasons = Counter(kept[layer.label] for layer in named if layer.label in kept)
+    reasons = Counter(kept[layer.node] for layer in named if layer.node in kept)
     why = "These do, because " + reasons.most_common(1)[0][0] + ":" if reasons else _why_float(run)
     short = f"{count} of {run.engine.figures['layers']}"
     return Answer(question, short, f"{between} {why}".strip(), "orange", tuple(named[:_SHOWN]))

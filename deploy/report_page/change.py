@@ -39,17 +39,17 @@ def _rows(before: Artifacts, after: Artifacts) -> Iterator[dict[str, str]]:
     kinds = [_kinds(run) for run in (before, after)]
     for kind in kinds[0] | kinds[1]:
         yield _row(f"engine layers: {kind}", *(found.get(kind, "none") for found in kinds))
-    known = {layer.label: layer for layer in layers_of(before)}
+    known = {layer.node: layer for layer in layers_of(before)}
     for layer in layers_of(after):
-        past = known.pop(layer.label, None)
+        past = known.pop(layer.node, None)
         if past is None:
-            yield _row(layer.label, "not there", STATES[layer.state])
+            yield _row(layer.node, "not there", STATES[layer.state])
             continue
-        yield _row(layer.label, *(f"{STATES[one.state]} {one.precision}" for one in (past, layer)))
+        yield _row(layer.node, *(f"{STATES[one.state]} {one.precision}" for one in (past, layer)))
         if past.milliseconds and layer.milliseconds and _differ(past.milliseconds, layer.milliseconds):
-            yield _row(f"{layer.label}, us", f"{1000 * past.milliseconds:.1f}", f"{1000 * layer.milliseconds:.1f}")
-    for label, layer in known.items():
-        yield _row(label, STATES[layer.state], "not there")
+            yield _row(f"{layer.node}, us", f"{1000 * past.milliseconds:.1f}", f"{1000 * layer.milliseconds:.1f}")
+    for node, layer in known.items():
+        yield _row(node, STATES[layer.state], "not there")
 
 
 def _kinds(run: Artifacts) -> dict[str, str]:
@@ -71,11 +71,12 @@ def _settings(run: Artifacts) -> dict[str, str]:
         "engine ": (run.engine, ("builder", "gpu", "compute_capabilities", "profiles", "settings", "typing")),
     }
     for prefix, (sidecar, names) in parts.items():
-        for name in names if sidecar else ():
-            if sidecar is not None and name in sidecar.details:
+        if sidecar is None:
+            continue
+        for name in names:
+            if name in sidecar.details:
                 found |= _leaves(f"{prefix}{name.replace('_', ' ')}", sidecar.details[name])
-        if sidecar is not None:
-            found |= _leaves(f"{prefix}version of", sidecar.made_by.get("versions", {}))
+        found |= _leaves(f"{prefix}version of", sidecar.made_by.get("versions", {}))
     return found
 
 

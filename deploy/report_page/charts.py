@@ -24,7 +24,6 @@ class Series:
     label: str
     colour: str
     points: Sequence[tuple[float, float]]
-    dashed: bool = False
     joined: bool = True
 
 
@@ -34,7 +33,6 @@ class Line:
 
     label: str
     colour: str
-    dashed: bool
     path: str
     points: Sequence[tuple[float, float]]
 
@@ -94,7 +92,7 @@ def line_chart(
     for one in series:
         points = [(at_x(x), at_y(y)) for x, y in one.points]
         path = "M" + "L".join(f"{x} {y}" for x, y in points) if points and one.joined else ""
-        lines.append(Line(one.label, one.colour, one.dashed, path, points))
+        lines.append(Line(one.label, one.colour, path, points))
     return Chart(
         title,
         x_label,

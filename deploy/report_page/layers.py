@@ -52,7 +52,8 @@ class Layer:
     """One operation of the network.
 
     Attributes:
-        name: its name in the network; ``label`` is its path in the module, which the ONNX file has too.
+        name: its name in the network; ``label`` is its path in the module, which several may share.
+        node: its name in the ONNX file: its label, numbered where several share it.
         kind: what it computes.
         block: the block that it belongs to; its own label if to none.
         state: what it computes in.
@@ -64,12 +65,14 @@ class Layer:
         loss_saved: by how much the loss of the quantized network falls when only this is in float; None: not measured.
         sqnr_db: of its output when only this is quantized; None where it was not measured.
         slower: how much longer it takes in INT8 than in FP16, in words; None where it does not, or was not measured.
+        parts: what the node became where the export split it.
         reformats: how many layers of the engine only change the type or the memory format of what it reads or writes.
         together: operations that the engine computes in the same layers, to which their time is not charged again.
     """
 
     name: str
     label: str
+    node: str
     kind: str
     block: str
     state: State
@@ -83,6 +86,7 @@ class Layer:
     sqnr_db: float | None = None
     slower: str | None = None
     together: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
     reformats: int = 0
 
     @property
@@ -190,25 +194,23 @@ class _Layers:
         labels: Counter[str] = Counter()
         seen: set[str] = set()
         for decision in self.placement["decisions"]:
-            label = str(decision["label"])
-            # The file numbers the nodes of one label: matmul, matmul_1. A layer that export split has parts .0, .1, .2.
-            node = f"{label}_{labels[label]}" if labels[label] else label
-            labels[label] += 1
+            node = _numbered(str(decision["label"]), labels)  # a layer that export split has parts .0, .1, .2
             parts = [other for other in self.findings if other.rpartition(".")[0] == node and node not in self.findings]
             seen |= {node, *parts}
-            yield self._layer(decision, tuple(reads.pop(decision["op"], ())), parts or [node])
+            yield self._layer(decision, tuple(reads.pop(decision["op"], ())), node, parts)
         for reader, quantized in reads.items():  # what moves data from one quantizer to several readers
             label = self.labels.get(reader, reader)
-            yield Layer(reader, label, "data movement", block_of(label), "moves", reads=tuple(quantized))
+            node = _numbered(label, labels)
+            yield Layer(reader, label, node, "data movement", block_of(label), "moves", reads=tuple(quantized))
         for node, finding in self.findings.items():
             if node not in seen:
-                yield self._layer({"op": node, "label": node, "kind": finding["operation"]}, (), [node])
+                yield self._layer({"op": node, "label": node, "kind": finding["operation"]}, (), node, ())
 
-    def _layer(self, decision: Mapping[str, Any], reads: tuple[Read, ...], nodes: Sequence[str]) -> Layer:
-        """The layer of a decision, which is ``nodes`` in the engine. If they differ, the worst of them is shown."""
-        label = str(decision["label"])
-        node = min(nodes, key=lambda one: self.findings.get(one, {}).get("precision") == INT8.name)
-        finding, listed = self.findings.get(node, {}), self.engine_layers.get(node, {})
+    def _layer(self, decision: Mapping[str, Any], reads: tuple[Read, ...], node: str, parts: Sequence[str]) -> Layer:
+        """The layer of a decision, which is ``node`` in the file. If its parts differ, the worst of them is shown."""
+        label, nodes = str(decision["label"]), parts or (node,)
+        worst = min(nodes, key=lambda one: self.findings.get(one, {}).get("precision") == INT8.name)
+        finding, listed = self.findings.get(worst, {}), self.engine_layers.get(worst, {})
         cost = self.costs.get(str(decision["op"]), {})
         times = [self.times[one] for one in nodes if one in self.times]
         quantized = bool(decision.get("quantized", finding.get("declared_int8", False)))
@@ -220,6 +222,7 @@ class _Layers:
         return Layer(
             name=str(decision["op"]),
             label=label,
+            node=node,
             kind=_KINDS.get(str(decision.get("kind")), str(decision.get("kind", "")).replace("_", " ")),
             block=block_of(label),
             state=state,
@@ -229,10 +232,11 @@ class _Layers:
             reads=reads,
             milliseconds=sum(times) if times else None,
             kernel=listed.get("tactic", ""),
-            together=tuple(node for node in listed.get("nodes", ()) if node != label),
+            together=tuple(other for other in listed.get("nodes", ()) if other not in nodes),
+            parts=tuple(parts),
             loss_saved=saved,
             sqnr_db=cost.get("sqnr_db"),
-            slower=self.slower.get(label),
+            slower=next((self.slower[one] for one in nodes if one in self.slower), None),
             reformats=sum(self.reformats[one] for one in nodes),
         )
 
@@ -289,6 +293,13 @@ class _Layers:
         """The engine's layers: measured ones where there is an audit."""
         measured: Sequence[Mapping[str, Any]] = artifacts.results.get("audit", {}).get("layers", [])
         return measured or self.engine.get("layers", [])
+
+
+def _numbered(label: str, seen: Counter[str]) -> str:
+    """The name of the next node of ``label`` in the ONNX file, which numbers those of one label: matmul, matmul_1."""
+    count = seen[label]
+    seen[label] += 1
+    return f"{label}_{count}" if count else label
 
 
 def _equal(one: float, other: float | None) -> bool:

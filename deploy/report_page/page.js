@@ -26,7 +26,6 @@
       const fits = (state === "" || layer.state === state) && words.every((word) => layer.text.includes(word));
       layer.row.hidden = !fits || !(filtered || order || layer.block.open);
       if (layer.detail) layer.detail.hidden = layer.row.hidden;
-      layer.fits = fits;
       shown += fits;
     }
     for (const block of blocks) {

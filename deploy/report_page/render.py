@@ -65,10 +65,10 @@ def write_report(
     page = render(gathered)
     with atomic_write(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
-    result = summary.summary(gathered[0])
-    for path, text in ((json, dumps(result, indent=1) + "\n"), (markdown, summary.markdown(gathered[0]))):
-        if path is not None:
-            _write(path, text)
+    if json is not None:
+        _write(json, dumps(summary.summary(gathered[0]), indent=1) + "\n")
+    if markdown is not None:
+        _write(markdown, summary.markdown(gathered[0]))
     if "-" not in (str(json), str(markdown)):
         _print_result(gathered[0])
         say(f"report: {output}")

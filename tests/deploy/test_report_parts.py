@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from deploy.engine_layers import EngineLayer
+from deploy.report_page.answers import writing_fp32
 from deploy.report_page.artifacts import Artifacts
+from deploy.report_page.change import changes
 from deploy.report_page.charts import Series, histogram, line_chart, ticks
 from deploy.report_page.layers import Block, Layer, block_of, blocks_of, layers_of
 from deploy.report_page.picture import draw
@@ -23,7 +26,7 @@ RUN = Artifacts(Path("runs"), engine=ENGINE, paths={"engine": Path("runs/m.engin
 
 
 def layer(label: str, state: Any = "int8", kind: str = "convolution", **more: Any) -> Layer:
-    return Layer(label.replace(".", "_"), label, kind, block_of(label), state, **more)
+    return Layer(label.replace(".", "_"), label, label, kind, block_of(label), state, **more)
 
 
 @pytest.mark.parametrize(
@@ -343,3 +346,44 @@ def test_parts_of_a_split_layer_and_nodes_of_one_label_are_one_row_each() -> Non
     found = layers_of(run)
     assert [(one.name, one.state) for one in found] == [("qkv", "broken"), ("matmul", "int8"), ("matmul_1", "int8")]
     assert [one.loss_saved for one in found] == [None, None, pytest.approx(0.1)]
+
+
+def test_layers_of_one_label_are_compared_each_with_its_own() -> None:
+    def run(*quantized: bool) -> Artifacts:
+        decisions = [
+            {
+                "op": f"matmul_{at}",
+                "label": "attn.matmul",
+                "kind": "matmul",
+                "quantized": one,
+                "rule": "r",
+                "reason": "",
+            }
+            for at, one in enumerate(quantized)
+        ]
+        placement = {"decisions": decisions, "tensors": [], "weights": []}
+        details = {"placement": placement, "model": {"name": "m"}}
+        checkpoint = Sidecar(kind="checkpoint", details=details, figures={})
+        return Artifacts(Path("runs"), checkpoint=checkpoint, paths={"checkpoint": Path("runs/m.qat")})
+
+    assert changes(run(True, False), run(True, False))["rows"] == []
+    expected = [{"what": "attn.matmul_1", "before": "float ", "after": "INT8 "}]
+    assert changes(run(True, False), run(True, True))["rows"] == expected
+
+
+def test_layers_of_one_label_that_write_fp32_are_all_named() -> None:
+    decisions = [
+        {"op": f"add_{at}", "label": "add", "kind": "add", "quantized": False, "rule": "r", "reason": ""}
+        for at in (0, 1)
+    ]
+    listed = [
+        dataclasses.asdict(EngineLayer(name, "PointWise", ("FP32",), (), ("FP32",), (name,)))
+        for name in ("add", "add_1")
+    ]
+    engine = Sidecar(kind="engine", details={"findings": [], "layers": listed})
+    checkpoint = Sidecar(
+        kind="checkpoint", details={"placement": {"decisions": decisions, "tensors": [], "weights": []}}
+    )
+    run = Artifacts(Path("runs"), engine=engine, checkpoint=checkpoint, paths={"engine": Path("runs/m.engine")})
+    named, count = writing_fp32(run, layers_of(run))
+    assert ([one.node for one in named], count) == (["add", "add_1"], 2)
