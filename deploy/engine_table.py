@@ -80,7 +80,9 @@ class Row:
         return int((self.answers.argmax(1) == other.answers.argmax(1)).sum())
 
     def cosine(self, other: Row) -> float:
-        """Cosine of all answers together."""
+        """Cosine of all answers together; 1 where both are zero."""
+        if np.array_equal(self.answers, other.answers):
+            return 1.0
         mine, theirs = self.answers.ravel().astype(np.float64), other.answers.ravel().astype(np.float64)
         return float(mine @ theirs / max(np.linalg.norm(mine) * np.linalg.norm(theirs), 1e-300))
 

@@ -71,12 +71,20 @@ def attention(run: Artifacts, layers: Sequence[Layer]) -> list[Note]:
 
 
 def writing_fp32(run: Artifacts, layers: Sequence[Layer]) -> tuple[list[Layer], int]:
-    """The layers of the network whose engine layers compute in float and write FP32, and the number of those."""
+    """The layers of the network whose engine layers compute in float and write FP32, and the number of those.
+
+    Of several in one engine layer it is the first that is not INT8: pointwise kernels also list the products before
+    them, whose codes they rescale.
+    """
     listed = map(EngineLayer.from_json, run.engine.details["layers"]) if run.engine else ()
     wide = [layer for layer in listed if layer.writes_fp32]
     known = {node: layer for layer in layers for node in layer.parts or (layer.node,)}
-    first = (next((known[node] for node in layer.onnx_nodes if node in known), None) for layer in wide)
-    named = {layer.node: layer for layer in first if layer is not None}
+    named: dict[str, Layer] = {}
+    for one in wide:
+        inside = [known[node] for node in one.onnx_nodes if node in known]
+        if inside:
+            first = min(inside, key=lambda layer: layer.state == "int8")
+            named[first.node] = first
     return list(named.values()), len(wide)
 
 

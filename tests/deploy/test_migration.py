@@ -42,6 +42,12 @@ def table(wrong: dict[str, int], times: dict[str, float], labelled: bool = True)
     return EngineTable(Questions("some images", np.zeros((COUNT, 1)), labels), rows)
 
 
+@pytest.mark.parametrize(("mine", "theirs", "cosine"), [(0, 0, 1.0), (1, 1, 1.0), (1, 0, 0.0), (1, -1, -1.0)])
+def test_the_cosine_of_answers_that_may_be_zero(mine: int, theirs: int, cosine: float) -> None:
+    rows = [Row("a", np.full((2, 3), value, np.float32), {}, {}) for value in (mine, theirs)]
+    assert rows[0].cosine(rows[1]) == pytest.approx(cosine)
+
+
 def built(**changes: Any) -> dict[str, Any]:
     return BUILD | {"built_in_this_run": True} | changes
 

@@ -387,3 +387,19 @@ def test_layers_of_one_label_that_write_fp32_are_all_named() -> None:
     run = Artifacts(Path("runs"), engine=engine, checkpoint=checkpoint, paths={"engine": Path("runs/m.engine")})
     named, count = writing_fp32(run, layers_of(run))
     assert ([one.node for one in named], count) == (["add", "add_1"], 2)
+
+
+def test_a_pointwise_layer_that_writes_fp32_is_not_the_product_before_it() -> None:
+    kinds = (("fc", "linear", True), ("add", "add", False))
+    decisions = [
+        {"op": name, "label": name, "kind": kind, "quantized": quantized, "rule": "r", "reason": ""}
+        for name, kind, quantized in kinds
+    ]
+    listed = dataclasses.asdict(EngineLayer("__myl_MulAdd", "kgen", ("FP32",), (), ("FP32",), ("fc", "add")))
+    engine = Sidecar(kind="engine", details={"findings": [], "layers": [listed]})
+    checkpoint = Sidecar(
+        kind="checkpoint", details={"placement": {"decisions": decisions, "tensors": [], "weights": []}}
+    )
+    run = Artifacts(Path("runs"), engine=engine, checkpoint=checkpoint, paths={"engine": Path("runs/m.engine")})
+    named, count = writing_fp32(run, layers_of(run))
+    assert ([one.label for one in named], count) == (["add"], 1)

@@ -135,6 +135,18 @@ def test_float_input_agrees_with_onnx_runtime_layer_by_layer(folded, model, imag
     assert found.worst.sqnr_db is None or found.worst.sqnr_db > 100
 
 
+def test_logits_that_are_all_zero_agree(prepared, images, tmp_path):
+    network, path = fold_float(prepared), tmp_path / "model.onnx"
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    ir.save(emit(network, example_input((3, PIXELS, PIXELS), "float32-nchw"), {}), path)
+    x = preprocessing().normalize(images)
+    found, (logits,), _ = parity.measure(network, path, [(x, x)], layer_images=4, logits=True)
+    assert not logits.any()
+    assert (found.other_top1, found.smallest_logit_cosine) == (0, 1.0)
+
+
 def test_any_batch_size_runs(model, tmp_path):
     path = tmp_path / "model.onnx"
     ir.save(model, path)
