@@ -147,11 +147,6 @@ def quantize_onnx(
         placement, scales = placement_from_cache(view.network, cache, keep_float, profile, calibrated=fed is not None)
     else:
         placement = place(view.network, keep_float, profile=profile)
-    scales |= {
-        tensor.quantizer: float(scale_from_amax(torch.tensor(tensor.amax), ACTIVATION))
-        for tensor in placement.tensors
-        if tensor.amax is not None
-    }
     if fed is not None:
         with runs_in_onnx_runtime(model):
             scales |= _calibrate(network, placement, fed, calibrator, percentile, known=scales)

@@ -132,7 +132,7 @@ def merge(observers: Sequence[HistogramObserver], processes: Processes) -> None:
 def set_ranges(
     model: nn.Module, observers: Mapping[str, HistogramObserver], method: Calibrator, percentile: float = 99.99
 ) -> list[str]:
-    """Writes the amax of every ActivationQuantizer that is not fixed, chosen by ``method`` from what ``observers`` saw.
+    """Writes the amax of every ActivationQuantizer, chosen by ``method`` from what ``observers`` saw.
 
     Returns one line of warning for each tensor that was always zero (its amax becomes 0, its scale the floor), or that
     no batch reached (its amax does not change).
@@ -147,8 +147,6 @@ def set_ranges(
     for (name, quantizer), largest in zip(quantizers.items(), exact, strict=True):
         if math.isnan(ranges[name]):
             warnings.append(f"tensor {name} was not computed for any calibration batch: it has no range")
-            continue
-        if quantizer.fixed:
             continue
         quantizer.amax.fill_(ranges[name])
         if largest / quantizer.format.high < SCALE_FLOOR:

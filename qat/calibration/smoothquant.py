@@ -65,7 +65,7 @@ def smoothquant(
     Returns every LayerNorm in the order of the network, smoothed or left alone; [] if there is none.
     Raises UserError when ranges are set, when there is no batch, or when a LayerNorm's output is NaN or infinite.
     """
-    activations = (one.amax for one in activation_quantizers(prepared).values() if not one.fixed)
+    activations = (one.amax for one in activation_quantizers(prepared).values())
     weights = (quantizer.amax for _, _, quantizer in weights_and_quantizers(prepared))
     if not all(amax.isnan() for amax in activations) or any(amax is not None for amax in weights):
         raise UserError(

@@ -28,7 +28,7 @@ from qat.graph.reparameterization import advice
 from qat.graph.tracing import Shapes, TracedModel, network_of, trace
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
-from qat.rules.placement import Placement, QuantizedTensor
+from qat.rules.placement import Placement
 
 ACTIVATION_QUANTIZERS = "activation_quantizers"
 WEIGHT_QUANTIZERS = "weight_quantizers"  # for weights that a function reads; a module has its own quantizer
@@ -80,7 +80,7 @@ def prepare(
             fold_norm_behind(traced, nodes[decision.op])
             _quantize_weight(traced, nodes[decision.op])
     fuse_attention(traced, {decision.op for decision in placement.decisions if decision.quantized})
-    quantizers = nn.ModuleDict({tensor.quantizer: _activation_quantizer(tensor) for tensor in placement.tensors})
+    quantizers = nn.ModuleDict({tensor.quantizer: ActivationQuantizer() for tensor in placement.tensors})
     traced.add_submodule(ACTIVATION_QUANTIZERS, quantizers.train(traced.training))
     for tensor in placement.tensors:
         source = nodes[tensor.tensor]
@@ -92,13 +92,6 @@ def prepare(
     traced.recompile()
     traced.meta["placement"] = placement
     return traced.to(_device(model))
-
-
-def _activation_quantizer(tensor: QuantizedTensor) -> ActivationQuantizer:
-    quantizer = ActivationQuantizer()
-    if tensor.amax is not None:
-        quantizer.fix(tensor.amax)
-    return quantizer
 
 
 def _quantize_weight(traced: fx.GraphModule, node: fx.Node) -> None:

@@ -104,8 +104,7 @@ class ActivationQuantizer(nn.Module):
     """Fake-quantizes one activation tensor, per tensor.
 
     ``amax`` is NaN until calibration sets it; it may become a parameter (``learn``). While ``observer`` is set, it gets
-    the input, which passes through unchanged; while ``enabled`` is False, the input only passes through. ``fixed`` says
-    whether the range is known without images.
+    the input, which passes through unchanged; while ``enabled`` is False, the input only passes through.
     """
 
     amax: Tensor
@@ -116,12 +115,6 @@ class ActivationQuantizer(nn.Module):
         self.observer: Callable[[Tensor], None] | None = None
         self.enabled = True
         self.format = ACTIVATION
-        self.fixed = False
-
-    def fix(self, amax: float) -> None:
-        """Sets a range that neither calibration nor training changes."""
-        self.amax.fill_(amax)
-        self.fixed = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``x`` of any shape to the same shape and type."""

@@ -53,5 +53,4 @@ def learn_ranges(prepared: fx.GraphModule) -> None:
     for _, _, quantizer in weights_and_quantizers(prepared):
         quantizer.learn()
     for activation in activation_quantizers(prepared).values():
-        if not activation.fixed:
-            activation.learn()
+        activation.learn()

@@ -68,7 +68,7 @@ def _products_behind(network: Network, softmax: Op) -> Iterator[str]:
 class AttentionProduct(Rule):
     """Both products read INT8, so that TensorRT computes the attention in one kernel; or neither does.
 
-    All four factors are quantized: q (scaled before), k (transposed before), the softmax, whose scale is 1/127, and v.
+    All four factors are quantized: q (scaled before), k (transposed before), the softmax, and v.
     """
 
     name = ATTENTION_PRODUCT

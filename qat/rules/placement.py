@@ -36,14 +36,12 @@ class QuantizedRead:
 class QuantizedTensor:
     """An activation that has a quantizer. ``reads`` use it; other readers take the float tensor.
 
-    Tensors with the same ``quantizer`` share one scale. ``amax`` is its range where that is known without images: 1 of
-    the output of a softmax.
+    Tensors with the same ``quantizer`` share one scale.
     """
 
     tensor: str
     quantizer: str
     reads: tuple[QuantizedRead, ...]
-    amax: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,7 @@ class Placement:
     def from_json(cls, content: dict[str, Any]) -> Placement:
         """The inverse of ``to_json``. Raises KeyError or TypeError on any other content."""
         tensors = tuple(
-            QuantizedTensor(
-                t["tensor"], t["quantizer"], tuple(QuantizedRead(**read) for read in t["reads"]), t.get("amax")
-            )
+            QuantizedTensor(t["tensor"], t["quantizer"], tuple(QuantizedRead(**read) for read in t["reads"]))
             for t in content["tensors"]
         )
         decisions = tuple(Decision.from_json(decision) for decision in content["decisions"])

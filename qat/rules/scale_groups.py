@@ -38,7 +38,6 @@ def share_scales(network: Network, reads: Reads) -> tuple[QuantizedTensor, ...]:
             tensor,
             quantizer[scales[owners[tensor]]],
             tuple(QuantizedRead(reader, settled[reader, tensor]) for reader in readers[tensor]),
-            1.0 if network[source_of(network, tensor)].kind == "softmax" else None,
         )
         for tensor in tensors
     )

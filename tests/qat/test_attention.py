@@ -78,8 +78,6 @@ def test_all_four_factors_are_quantized_however_it_is_spelt(form: str) -> None:
     factors = [*view[first.op].inputs, *view[second.op].inputs]
     by_tensor = {tensor.tensor: tensor for tensor in placement_of(prepared).tensors}
     assert len({by_tensor[factor].quantizer for factor in factors}) == 4  # k and v, parts of one tensor, too
-    (softmax,) = (by_tensor[factor] for factor in factors if view[factor].kind == "softmax")
-    assert softmax.amax == 1.0
     query, key = (view[name] for name in view[first.op].inputs)
     assert query.shape is not None
     assert key.shape is not None
@@ -110,7 +108,6 @@ def test_the_condition_that_fails_is_named(model: nn.Module, reason: str) -> Non
     prepared = prepare(model, input_shape=SHAPE)
     assert [one.quantized for one in products(prepared)] == [False, False]
     assert products(prepared)[0].reason == reason
-    assert not any(tensor.amax for tensor in placement_of(prepared).tensors)
 
 
 def test_cross_attention_is_known() -> None:
@@ -128,14 +125,18 @@ def test_in_float_it_is_one_function_again(form: str) -> None:
         assert torch.allclose(copy_for_evaluation(kept, quantized=False)(images()), model(images()), atol=1e-5)
 
 
-def test_neither_calibration_nor_training_changes_the_range_of_the_softmax() -> None:
-    prepared = calibrated(network())
+def test_attention_that_spreads_over_many_tokens_is_as_exact_as_any() -> None:
+    model = network("fused", tokens=16)  # 16 x 16
+    with torch.no_grad():
+        for part in (model.q, model.k):
+            part.weight.mul_(0.1)  # so that each of 256 weights is near 1/256
+    prepared = calibrated(model)
+    with torch.no_grad():
+        assert sqnr(model(images()), prepared(images())) > 25
+    (softmax,) = (name for name in activation_quantizers(prepared) if "softmax" in name)
+    assert activation_quantizers(prepared)[softmax].amax < 0.02
     learn_ranges(prepared)
-    (fixed,) = (one for one in activation_quantizers(prepared).values() if one.fixed)
-    assert float(fixed.amax) == 1.0
-    assert not isinstance(fixed.amax, nn.Parameter)
-    others = [one for one in activation_quantizers(prepared).values() if not one.fixed]
-    assert all(isinstance(one.amax, nn.Parameter) for one in others)
+    assert isinstance(activation_quantizers(prepared)[softmax].amax, nn.Parameter)
 
 
 def test_dropout_is_in_training_alone_and_gradients_reach_q_k_and_v() -> None:
@@ -158,10 +159,6 @@ def test_dropout_is_in_training_alone_and_gradients_reach_q_k_and_v() -> None:
 def test_a_placement_is_read_as_it_was_written() -> None:
     placement = placement_of(prepare(network(), input_shape=SHAPE))
     assert Placement.from_json(placement.to_json()) == placement
-    old = placement.to_json()
-    for tensor in old["tensors"]:
-        del tensor["amax"]
-    assert all(tensor.amax is None for tensor in Placement.from_json(old).tensors)
 
 
 @pytest.mark.parametrize("form", quick(*FORMS, "cross"))
@@ -211,7 +208,8 @@ def test_a_float_onnx_file_is_placed_alike(form: str, tmp_path: Path) -> None:
         for node in ir.load(output).graph
         if node.op_type == "QuantizeLinear" and "softmax" in (node.inputs[0].name or "").lower()  # type: ignore[union-attr]
     }
-    assert list(scales) == [pytest.approx(1 / 127)]
+    (scale,) = scales
+    assert 0 < scale < 1 / 127  # calibrated: no weight of this attention is near 1
     with torch.no_grad():
         expected = model(images())
     (found,) = session(output).run(None, {"input": images().numpy()})
