@@ -136,7 +136,8 @@ def print_engine_audit(audit: EngineAudit) -> None:
             )
         )
     title = "Layers" + (f" at batch {audit.batch}, mean of {audit.runs} runs" if audit.milliseconds else "")
-    table(title, ("ONNX nodes", "kind", "precision", "writes", "kernel", "us"), rows)
+    heads = ("ONNX nodes", "kind", "precision", "writes", "kernel", "us")
+    table(title, heads, rows, details=("kernel", "kind", "writes"))
     summary = []
     for name, entry in audit.totals().items():
         spent = entry["milliseconds"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
@@ -25,6 +25,7 @@ from qat.base.exit_codes import DONE, FAULT, INTERRUPTED, USER_ERROR
 
 SECONDS_BETWEEN_LOG_LINES = 5.0
 LOG_WIDTH = 140
+_WRAPPED = 30  # letters of a table's first column, of which more are wrapped
 
 _terminal = sys.stdout.isatty()
 console = rich.console.Console(width=None if _terminal else LOG_WIDTH, highlight=False)
@@ -114,14 +115,38 @@ def warn(text: str) -> None:
         _one_line("warning", text)
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Prints a table; every column but the first is right-aligned."""
-    grid = rich.table.Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        grid.add_row(*(rich.markup.escape(str(cell)) for cell in row))
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]], details: Sequence[str] = ()) -> None:
+    """Prints a table; every column but the first is right-aligned.
+
+    ``details``: columns that are left out where the terminal is too narrow for all, the first of them first.
+    """
+    heads = list(columns)
+    cells = [[str(cell) for cell in row] for row in rows]
+    shown, left_out = list(range(len(heads))), list[str]()
+    for detail in details:
+        if _least_width(heads, cells, shown) <= console.width:
+            break
+        shown.remove(heads.index(detail))
+        left_out.append(detail)
+    grid = rich.table.Table()
+    for index in shown:
+        first = index == 0
+        grid.add_column(heads[index], justify="left" if first else "right", overflow="fold" if first else "ellipsis")
+    for row in cells:
+        grid.add_row(*(rich.markup.escape(row[index]) for index in shown))
+    console.print(rich.markup.escape(title), style="bold")
     console.print(grid)
+    if left_out:
+        say(f"too narrow here for: {', '.join(left_out)}")
+
+
+def _least_width(heads: Sequence[str], rows: Sequence[Sequence[str]], shown: Iterable[int]) -> int:
+    """Letters that a table with the columns ``shown`` needs, if its heads and its first column are wrapped."""
+    total = 1
+    for index in shown:
+        widest = max((len(row[index]) for row in rows), default=0)
+        total += 3 + max(min(widest, _WRAPPED) if index == 0 else widest, *map(len, heads[index].split() or [""]))
+    return total
 
 
 class Task:
