@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bisect import Difference, bisect
+from deploy.bisect import Difference, bisect, every_difference
 from deploy.installed import find_toolkit
 from deploy.reference import network_input, read_reference
 from deploy.runtime import Engine
@@ -27,6 +28,7 @@ from qat.base.errors import UserError
 from qat.base.text import decibels
 
 BISECT_IMAGES = 8
+SHOWN = 10
 BATCH = 256
 ENGINE, ONNX_RUNTIME, PYTORCH = "engine", "ONNX Runtime", "PyTorch"
 
@@ -103,6 +105,7 @@ class Evaluation:
         searched: whether the first difference from ONNX Runtime was searched.
         first_difference: the first tensor that differs, if it was searched and found.
         least_sqnr: of a network without classes, what the others' output must agree to, in dB.
+        layers: every compared tensor against ONNX Runtime, if that was asked for.
     """
 
     engine: str
@@ -111,6 +114,7 @@ class Evaluation:
     searched: bool = False
     first_difference: Difference | None = None
     least_sqnr: float = 20.0
+    layers: tuple[Difference, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -133,8 +137,9 @@ class Evaluation:
                 for pair, found in answers.distances().items()
             }
         if self.searched:
-            difference = found and {"node": found.node, "tensor": found.tensor, "sqnr_db": found.sqnr_db}
-            result["first_difference"] = difference
+            result["first_difference"] = found and dataclasses.asdict(found)
+        if self.layers:
+            result["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
         return result
 
 
@@ -147,6 +152,7 @@ def evaluate_engine(
     onnx: Path | None = None,
     least_agreement: float = 99.0,
     least_sqnr: float = 20.0,
+    layers: bool = False,
     trust: bool = False,
 ) -> Evaluation:
     """Runs an engine, ONNX Runtime and, if its answers are known, PyTorch on the same images, and prints the figures.
@@ -163,6 +169,7 @@ def evaluate_engine(
         least_agreement: share of images, in percent, on which the engine must choose the class that the others choose.
         least_sqnr: in the search, a tensor differs if its signal-to-noise ratio is below this, in dB. So does the
             output of a network that is not known to answer classes, because its sidecar has no class names.
+        layers: compare the tensors inside too: one more engine is built, which has them as outputs.
         trust: load the engine even if it is not the file that its sidecar was written for.
 
     Raises UserError when a file is missing or does not belong to the engine, and when the engine cannot be run here.
@@ -189,6 +196,9 @@ def evaluate_engine(
     disagreements = answers.disagreements(least_agreement, least_sqnr)
     _print_answers(answers, disagreements)
     evaluation = Evaluation(sidecar.sha256, answers, least_agreement, least_sqnr=least_sqnr)
+    if layers:
+        compared = _every_difference(sidecar, model, reference_model, first_inputs)
+        evaluation = dataclasses.replace(evaluation, layers=compared)
     if f"{ENGINE}, {ONNX_RUNTIME}" not in disagreements:
         return evaluation
     difference = _find_difference(sidecar, model, reference_model, first_inputs, least_sqnr)
@@ -300,6 +310,19 @@ def _print_answers(answers: Answers, disagreements: dict[str, str]) -> None:
         warn(f"{pair} {said}")
     if len(answers.logits) == 1:
         warn("there is nothing to compare the engine with: neither ONNX Runtime nor answers of PyTorch")
+
+
+def _every_difference(
+    sidecar: Sidecar, model: Path, reference_model: Path, inputs: np.ndarray
+) -> tuple[Difference, ...]:
+    say("comparing the tensors inside with ONNX Runtime's")
+    settings = BuildSettings.from_json(sidecar.details["settings"])
+    toolkit = find_toolkit(sidecar.details["builder"]["name"])
+    found = every_difference(toolkit, model, reference_model, inputs, settings)
+    worst = sorted(found, key=lambda one: math.inf if one.sqnr_db is None else one.sqnr_db)[:SHOWN]
+    title = f"{len(found)} tensors inside, the {len(worst)} that differ most"
+    table(title, ("tensor", "SQNR"), [(one.tensor, decibels(one.sqnr_db)) for one in worst])
+    return found
 
 
 def _find_difference(

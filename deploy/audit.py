@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from qat.base.artifact import check_writable, write_json
+from qat.base.artifact import check_writable, write_result
 from qat.base.console import Command, run_command, say, warn
 
 
@@ -50,7 +50,7 @@ def main(options: AuditOptions) -> None:
         warn(f"the engine cannot be run here, so its times are not measured: {audit.why_not_measured}")
     print_engine_audit(audit)
     if options.json:
-        write_json(options.json, audit.to_json())
+        write_result(options.json, audit.to_json())
         say(f"wrote {options.json}")
 
 

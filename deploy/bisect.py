@@ -1,8 +1,8 @@
-"""Where an engine goes wrong: a binary search for the first tensor that differs from ONNX Runtime's.
+"""Where an engine goes wrong: its tensors against ONNX Runtime's, all of them or by a binary search for the first.
 
-The tensors inside an engine cannot be read, because layers are fused. So the engine is built again with one more tensor
-as an output, which is compared on a few images. If a tensor is wrong, all tensors after it are wrong too, so a binary
-search finds the first one: a network with 56 quantized tensors takes 6 builds.
+The tensors inside an engine cannot be read, because layers are fused. So the engine is built again with tensors as
+outputs, which are compared on a few images. Many outputs change how layers fuse, so the search adds one at a time: if a
+tensor is wrong, all tensors after it are wrong too, and a network with 56 quantized tensors takes 6 builds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """The first tensor that differs: its name, the node that makes it, and its signal-to-noise ratio in dB."""
+    """How far a tensor is from ONNX Runtime's: its name, the node that makes it, its signal-to-noise ratio in dB.
+
+    ``sqnr_db`` is None if both are equal.
+    """
 
     tensor: str
     node: str
-    sqnr_db: float
+    sqnr_db: float | None
 
 
 def first_difference(
@@ -82,34 +85,63 @@ def bisect(
 
     Raises UserError when the engine cannot be built or run.
     """
-    from deploy.builder import build
-    from deploy.runtime import Engine
-    from export.session import run, session_with_tensors, sqnr_db
-
-    makers, outputs = tensors_to_compare(toolkit, model, settings)
-    expected = run(session_with_tensors(reference, makers), inputs)
-    names = [name for name in makers if name in expected]
-    fixed = Profile(len(inputs), len(inputs), len(inputs))
-    # An engine without weights cannot compute.
-    settings = dataclasses.replace(settings, profiles=(fixed,), strip_weights=False)
-    timings = b"" if toolkit.times_kernels else None
-    float_weights = False
+    engines = _OpenedEngines(toolkit, model, reference, inputs, settings)
 
     def measure(name: str) -> float | None:
-        nonlocal timings, float_weights
-        extra = (name,) if name not in outputs else ()
-        built = build(toolkit, model, settings, timings, extra, float_weights=float_weights)
-        float_weights = built.float_weights
-        timings = built.timing_cache_content if toolkit.times_kernels else None
-        with Engine.from_plan(built.plan, toolkit, settings) as engine:
-            answer = engine(inputs)
-        tensor = answer[name] if isinstance(answer, dict) else answer
-        found = sqnr_db(expected[name], tensor.astype(np.float32))
+        found = engines.measure([name])[name]
         report(name, found)
         return found
 
-    found = first_difference(names, measure, least_db)
-    return Difference(found[0], makers[found[0]], found[1]) if found else None
+    found = first_difference(engines.names, measure, least_db)
+    return Difference(found[0], engines.makers[found[0]], found[1]) if found else None
+
+
+def every_difference(
+    toolkit: Toolkit, model: Path, reference: Path, inputs: np.ndarray, settings: BuildSettings
+) -> tuple[Difference, ...]:
+    """How far each tensor is from ONNX Runtime's, in order, from one engine that has all of them as outputs.
+
+    An error is passed on: a tensor has those of all layers before it. See ``bisect`` for the arguments and errors.
+    """
+    engines = _OpenedEngines(toolkit, model, reference, inputs, settings)
+    found = engines.measure(engines.names)
+    return tuple(Difference(name, engines.makers[name], found[name]) for name in engines.names)
+
+
+class _OpenedEngines:
+    """Builds engines with some of ``names`` as outputs; ``makers`` are the nodes that make those."""
+
+    def __init__(
+        self, toolkit: Toolkit, model: Path, reference: Path, inputs: np.ndarray, settings: BuildSettings
+    ) -> None:
+        from export.session import run, session_with_tensors
+
+        self.makers, self._outputs = tensors_to_compare(toolkit, model, settings)
+        self._expected = run(session_with_tensors(reference, self.makers), inputs)
+        self.names = [name for name in self.makers if name in self._expected]
+        fixed = Profile(len(inputs), len(inputs), len(inputs))
+        # An engine without weights cannot compute.
+        self._settings = dataclasses.replace(settings, profiles=(fixed,), strip_weights=False)
+        self._toolkit, self._model, self._inputs = toolkit, model, inputs
+        self._timings = b"" if toolkit.times_kernels else None
+        self._float_weights = False
+
+    def measure(self, names: Sequence[str]) -> dict[str, float | None]:
+        """The signal-to-noise ratio of each of ``names``, in dB, None for equal, from one engine."""
+        from deploy.builder import build
+        from deploy.runtime import Engine
+        from export.session import sqnr_db
+
+        extra = tuple(name for name in names if name not in self._outputs)
+        built = build(
+            self._toolkit, self._model, self._settings, self._timings, extra, float_weights=self._float_weights
+        )
+        self._float_weights = built.float_weights
+        self._timings = built.timing_cache_content if self._toolkit.times_kernels else None
+        with Engine.from_plan(built.plan, self._toolkit, self._settings) as engine:
+            answer = engine(self._inputs)
+        tensors = answer if isinstance(answer, dict) else dict.fromkeys(names, answer)
+        return {name: sqnr_db(self._expected[name], tensors[name].astype(np.float32)) for name in names}
 
 
 def tensors_to_compare(toolkit: Toolkit, model: Path, settings: BuildSettings) -> tuple[dict[str, str], list[str]]:

@@ -17,7 +17,7 @@ from deploy.candidates import FP16, MODEL, Candidate, CandidateSet
 from deploy.layer_costs import LayerCosts, SlowerInInt8
 from deploy.measure import Latency, host_to_host, latencies, layer_times, throughput
 from deploy.runtime import Engine
-from qat.base.artifact import sha256_of, write_json
+from qat.base.artifact import sha256_of, write_result
 from qat.base.console import say, table, warn
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
@@ -88,7 +88,7 @@ class Comparison:
 
         def add(kind: str, entries: list[dict[str, Any]]) -> None:
             results.setdefault(kind, []).extend(entries)
-            write_json(output, results)
+            write_result(output, results)
 
         for batch, chosen in self._by_batch().items():
             for kind, entries in self.compare(chosen, batch).items():
@@ -203,7 +203,7 @@ def _print_latencies(found: Mapping[str, Latency], batch: int) -> None:
         for name, latency in found.items()
     ]
     heads = ("engine", "median, ms", "5 to 95 %", "p99", "images/s", "times FP16", f"time / {MODEL}")
-    table(f"Batch {batch}, {found[MODEL].runs} runs", heads, rows)
+    table(f"Batch {batch}, {found[MODEL].runs} runs", heads, rows, details=(heads[-1], "p99", "images/s"))
     if base:
         say(verdict(found[MODEL], base))
 

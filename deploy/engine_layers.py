@@ -219,7 +219,8 @@ def _inspector_types(tensors: Any) -> tuple[str, ...]:
 
 def _inspector_format(tensors: Any) -> str:
     listed = [tensor for tensor in tensors or [] if isinstance(tensor, dict)]
-    return str(listed[0].get("Format") or listed[0].get("Format/Datatype", "")) if listed else ""
+    found = str(listed[0].get("Format") or listed[0].get("Format/Datatype", "")) if listed else ""
+    return "" if found.startswith("N/A") else found  # of an engine for several batch sizes
 
 
 def _bytes(dimensions: str, word: str) -> int:

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from qat.base.artifact import check_writable, write_json
+from qat.base.artifact import check_writable, write_result
 from qat.base.console import Command, run_command, say
 from qat.base.exit_codes import DISAGREES, DONE
 
@@ -42,6 +42,8 @@ class EvaluateOptions(Command):
     least_sqnr: float = 20.0
     """In the search for the first differing layer, a tensor differs below this signal-to-noise ratio, in dB. So does
     the output of a network without class names."""
+    layers: bool = False
+    """Compare the tensors inside with ONNX Runtime's too. One more engine is built, which has them as outputs."""
     json: Path | None = None
     """File for the results, as JSON."""
     trust: bool = False
@@ -62,10 +64,11 @@ def main(options: EvaluateOptions) -> int:
         onnx=options.onnx,
         least_agreement=options.least_agreement,
         least_sqnr=options.least_sqnr,
+        layers=options.layers,
         trust=options.trust,
     )
     if options.json:
-        write_json(options.json, evaluation.to_json())
+        write_result(options.json, evaluation.to_json())
         say(f"wrote {options.json}")
     return DONE if evaluation.agrees else DISAGREES
 

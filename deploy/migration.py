@@ -13,7 +13,7 @@ from deploy.candidates import Candidate
 from deploy.engine_table import EngineTable, Questions, measure_engines
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
-from qat.base.artifact import check_writable, sha256_of, write_json
+from qat.base.artifact import check_writable, sha256_of, write_result
 from qat.base.calibration_cache import check_cache
 from qat.base.console import say
 from qat.base.errors import UserError
@@ -102,7 +102,7 @@ def migrate_engine(
     say(verdict)
     found = Migration(table, explicit, as_accurate, verdict)
     if output:
-        write_json(output, found.to_json())
+        write_result(output, found.to_json())
         say(f"wrote {output}")
     return found
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qat.base.artifact import write_json
+from qat.base.artifact import write_result
 from qat.base.console import progress, say, table
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
@@ -210,7 +210,7 @@ def measure_sensitivity(
         }
         content |= {"operations": [asdict(cost) for cost in costs], "target_drop": target_drop}
         content["keep_float"] = [{"op": cost.op, "label": cost.label, **_figures(after)} for cost, after in kept]
-        write_json(output, content)
+        write_result(output, content)
         say(f"wrote {output}")
 
 

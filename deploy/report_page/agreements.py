@@ -12,13 +12,22 @@ _WORST_SHOWN = 10
 
 
 def parity(run: Artifacts) -> dict[str, Any] | None:
-    """Sentences about agreement, and the layers of PyTorch against ONNX Runtime, the worst first; None without any."""
-    layers = run.onnx.figures.get("parity", {}).get("layers", []) if run.onnx else []
-    worst = sorted(layers, key=lambda layer: float("inf") if layer["sqnr_db"] is None else layer["sqnr_db"])
+    """Sentences about agreement, and tables of layers, the worst first; None without any."""
     sentences = [*_of_onnx(run), *_of_engine(run)]
     if not sentences:
         return None
-    return {"sentences": sentences, "worst": worst[:_WORST_SHOWN], "rest": worst[_WORST_SHOWN:]}
+    exported = run.onnx.figures.get("parity", {}).get("layers", []) if run.onnx else []
+    built = run.results.get("evaluation", {}).get("layers", [])
+    tables = [
+        _worst_first("PyTorch against ONNX Runtime, each stretch between quantizers on the same inputs", exported),
+        _worst_first("The engine against ONNX Runtime, with the error of all layers before", built),
+    ]
+    return {"sentences": sentences, "tables": [table for table in tables if table["worst"]]}
+
+
+def _worst_first(title: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
+    worst = sorted(layers, key=lambda layer: float("inf") if layer["sqnr_db"] is None else layer["sqnr_db"])
+    return {"title": title, "worst": worst[:_WORST_SHOWN], "rest": worst[_WORST_SHOWN:]}
 
 
 def rewritten(run: Artifacts) -> list[str]:

@@ -108,7 +108,7 @@ class Artifacts:
         for kind, artifact, why, command, possible in results:
             if kind not in self.results and artifact in self.paths and possible:
                 option = "--output" if kind == "benchmark" else "--json"
-                option = f"--peaks {option}" if kind == "audit" else option
+                option = {"audit": "--peaks ", "evaluation": "--layers "}.get(kind, "") + option
                 target = _quoted(self.folder / f"{kind}.json")
                 found.append(
                     Missing(kind, why, f"python -m {command} {_quoted(self.paths[artifact])} {option} {target}")
@@ -244,6 +244,7 @@ _MARKS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
 _ENTRIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "benchmark": ("latency", ("name", "batch", "median", "low", "high", "p99", "images_per_second")),
     "audit": ("layers", ("name", "kind", "inputs", "constants", "outputs", "onnx_nodes")),
+    "evaluation": ("layers", ("tensor", "node", "sqnr_db")),
     "sensitivity": ("operations", ("label", "loss_without")),
 }
 _COMMANDS = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from qat.base.ranges_file import ActivationDistribution, Divergence
 
 WIDTH, HEIGHT = 640, 250
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 80, 14, 14, 44
 _MOST_TICKS = 12
 _SMALLEST = 1e-30
 

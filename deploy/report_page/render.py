@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 from deploy.report_page import agreements, answers, engine_view, summary
 from deploy.report_page.artifacts import Artifacts, gather
@@ -271,31 +272,43 @@ def _provenance(run: Artifacts) -> list[dict[str, str]]:
     for kind in ("checkpoint", "onnx", "engine"):
         sidecar = getattr(run, kind)
         if sidecar is not None:
-            versions = sidecar.made_by.get("versions", {})
-            shown = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "int8-qat-pipeline")
             device = sidecar.details.get("device") or {}
             gpu = f"{device['name']}, driver {device['driver']}" if device else ""
             seed = f"seed {sidecar.made_by['seed']}" if "seed" in sidecar.made_by else ""
             rows.append(
                 {
                     "file": run.paths[kind].name,
-                    "date": str(sidecar.made_by.get("date", "")),
-                    "versions": "; ".join(filter(None, (shown, seed, gpu))),
+                    "date": _minute(sidecar.made_by),
+                    "versions": "; ".join(filter(None, (_versions(sidecar.made_by), seed, gpu))),
                     "sha256": sidecar.sha256,
                 }
             )
+    for path, result in zip(run.result_files, run.results.values(), strict=True):
+        made_by = _made_by(result)
+        rows.append({"file": path.name, "date": _minute(made_by), "versions": _versions(made_by), "sha256": ""})
     return rows
+
+
+def _made_by(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a result says of the command that wrote it; {} of one of an older version."""
+    found = result.get("made_by")
+    return found if isinstance(found, dict) else {}
+
+
+def _minute(made_by: Mapping[str, Any]) -> str:
+    return str(made_by.get("date", ""))[:16].replace("T", " ")
+
+
+def _versions(made_by: Mapping[str, Any]) -> str:
+    versions = made_by.get("versions", {})
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if name != "int8-qat-pipeline")
 
 
 def _commands(run: Artifacts) -> str:
     """The commands of all stages, to copy."""
-    found = []
-    for kind in ("checkpoint", "onnx", "engine"):
-        sidecar = getattr(run, kind)
-        command: Iterable[str] = sidecar.made_by.get("command", []) if sidecar is not None else []
-        if command:
-            found.append(shlex.join(map(str, command)))
-    return "\n".join(found)
+    sidecars = (getattr(run, kind) for kind in ("checkpoint", "onnx", "engine"))
+    records = [sidecar.made_by for sidecar in sidecars if sidecar is not None] + [*map(_made_by, run.results.values())]
+    return "\n".join(shlex.join(map(str, made_by["command"])) for made_by in records if made_by.get("command"))
 
 
 def _print_result(run: Artifacts) -> None:

@@ -148,6 +148,11 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes the result of a command as ``write_json`` does, with the command, the date and the versions."""
+    write_json(path, {"made_by": _provenance(), **content})
+
+
 def check_writable(path: Path) -> None:
     """Raises UserError when ``path`` could not be written. Call it before hours of work, not after them."""
     with disk_errors(path):

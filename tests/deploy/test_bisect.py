@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from qdq_models import classifier, residual
 
-from deploy.bisect import first_difference, tensors_to_compare
+from deploy import builder
+from deploy.bisect import Difference, every_difference, first_difference, tensors_to_compare
 from deploy.installed import find_toolkit
+from deploy.runtime import Engine
 from deploy.settings import BuildSettings
+from export.session import run, session_with_tensors
 
 NAMES = [f"t{index}" for index in range(56)]
 
@@ -50,3 +58,38 @@ def test_tensors_are_listed_in_the_networks_order_with_their_makers(tmp_path):
     assert list(tensors_to_compare(toolkit, with_float_weights, BuildSettings())[0])[:-1] == list(found)
     found, outputs = tensors_to_compare(toolkit, classifier(tmp_path / "c.onnx"), BuildSettings())
     assert (list(found), outputs) == (["relu", "flat", "fc"], ["fc"])
+
+
+def test_every_tensor_is_compared_in_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine is ONNX Runtime's, of which one tensor is changed: no engine of TensorRT-RTX runs here."""
+    path, asked = residual(tmp_path / "m.onnx"), list[tuple[str, ...]]()
+    inputs = np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)
+
+    class Answering:
+        def __enter__(self) -> Answering:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def __call__(self, x: np.ndarray) -> dict[str, np.ndarray]:
+            tensors = run(session_with_tensors(path, asked[-1]), x)
+            return tensors | {"relu2": tensors["relu2"] * 1.1}
+
+    def build(
+        toolkit: object, model: Path, settings: BuildSettings, timings: object, extra: tuple[str, ...], **_: object
+    ):
+        assert settings.profiles[0].opt == 4
+        asked.append(extra)
+        return SimpleNamespace(plan=b"", float_weights=False, timing_cache_content=b"")
+
+    monkeypatch.setattr(builder, "build", build)
+    monkeypatch.setattr(Engine, "from_plan", lambda *_: Answering())
+    found = every_difference(find_toolkit("tensorrt-rtx"), path, path, inputs, BuildSettings())
+    assert asked == [("stem_relu", "relu1", "relu2", "flat")]
+    assert [dataclasses.replace(one, sqnr_db=None) for one in found[:3]] == [
+        Difference("stem_relu", "/stem_relu/Relu", None),
+        Difference("relu1", "/relu1/Relu", None),
+        Difference("relu2", "/relu2/Relu", None),
+    ]
+    assert [found[0].sqnr_db, found[1].sqnr_db, found[2].sqnr_db] == [None, None, pytest.approx(20, abs=0.1)]

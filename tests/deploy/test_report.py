@@ -136,7 +136,7 @@ def test_distributions_of_another_checkpoint_are_left_out(trained: Path, family:
 def test_stages_that_are_missing_are_named_with_their_command(chain: Path, page: str) -> None:
     said = text(page)
     for command in (
-        f"python -m deploy.evaluate {chain / 'model.engine'} --json {chain / 'evaluation.json'}",
+        f"python -m deploy.evaluate {chain / 'model.engine'} --layers --json {chain / 'evaluation.json'}",
         f"python -m deploy.benchmark {chain / 'model.onnx'} --output {chain / 'benchmark.json'}",
         f"python -m qat.sensitivity {chain / 'model.qat'} --json {chain / 'sensitivity.json'}",
     ):
@@ -396,6 +396,20 @@ def test_results_beside_the_artifacts_are_taken(family: Path) -> None:
     assert "20.0 us slower than in FP16 at batch 32." in said
 
 
+def test_the_engines_tensors_are_listed_worst_first_with_the_command(family: Path) -> None:
+    layers = [{"tensor": f"t{n}", "node": "n", "sqnr_db": None if n == 3 else 40.0 - n} for n in range(13)]
+    command = ["python", "-m", "deploy.evaluate", "a b.engine"]
+    made_by = {"command": command, "date": "2026-01-02T03:04:05+00:00", "versions": {"onnx": "1.2"}}
+    evaluation(family, layers=layers, made_by=made_by)
+    page = page_of(family)
+    listed = [name for name in (row.partition("|")[0] for row in rows(page)) if re.fullmatch(r"t\d+", name)]
+    assert listed == [*(f"t{n}" for n in range(12, 3, -1)), "t2", "t1", "t0", "t3"]
+    assert "t3|bitwise equal" in rows(page)
+    assert "3 others" in text(page)
+    assert "evaluation.json|2026-01-02 03:04|onnx 1.2|" in rows(page)
+    assert "python -m deploy.evaluate 'a b.engine'" in text(page)
+
+
 @pytest.mark.parametrize(
     ("int8", "verdict"), [(0.75, "Ship it: "), (1.6, "Do not ship it: it takes 1.07 times as long as FP16 at batch 32")]
 )
@@ -597,7 +611,10 @@ def test_commands_can_be_copied(family: Path) -> None:
         shutil.copy(family / name, folder)
         shutil.copy(sidecar_path(family / name), folder)
     commands = [one.command for one in gather(folder).missing()]
-    assert f"python -m deploy.evaluate '{folder / 'model.engine'}' --json '{folder / 'evaluation.json'}'" in commands
+    assert (
+        f"python -m deploy.evaluate '{folder / 'model.engine'}' --layers --json '{folder / 'evaluation.json'}'"
+        in commands
+    )
 
 
 def test_settings_of_all_stages_are_compared(family: Path, chain: Path) -> None:

@@ -264,6 +264,14 @@ def test_evaluate_agrees_with_onnx_runtime(family, tmp_path):
     assert json.loads(output.read_text())["images"] == 70
 
 
+def test_every_quantized_tensor_is_compared(family, tmp_path):
+    output = tmp_path / "evaluation.json"
+    assert evaluate.main(evaluate.EvaluateOptions(engine=family / "model.engine", layers=True, json=output)) == 0
+    found = json.loads(output.read_text())
+    assert [layer["tensor"] for layer in found["layers"]][:2] == ["stem_relu", "relu1"]
+    assert all(layer["sqnr_db"] is None or layer["sqnr_db"] > 20 for layer in found["layers"])
+
+
 def test_the_first_layer_that_differs_is_named(family, tmp_path):
     planted = qdq_models.residual(tmp_path / "planted.onnx", weights_of={"conv1": 99})
     output = tmp_path / "evaluation.json"
