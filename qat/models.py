@@ -83,7 +83,7 @@ def trace_on_images(
     except UserError:
         _check_channels(model, name, shape[0])
         raise
-    if line := advice(model):
+    if line := advice(model, traced.meta["inputs"]):
         say(line)
     return traced
 

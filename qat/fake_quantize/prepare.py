@@ -68,7 +68,7 @@ def prepare(
         raise UserError("the model has quantizers already: give the float model that it was prepared from")
     traced = trace(model, input_shape, training=training)
     if placement is None:
-        if line := advice(model):
+        if line := advice(model, traced.meta["inputs"]):
             say(line)
         placement = place(network_of(traced), keep_float, profile=profile)
     nodes = {node.name: node for node in traced.graph.nodes}

@@ -30,7 +30,8 @@ OpKind = Literal[
     "data_movement",  # keeps values unchanged, or adds only zeros, so its output has the scale of its input
     "split",  # data movement with several outputs; "data_movement" operations select one of them
     "layer_norm",
-    "softmax",  # its values are between 0 and 1
+    "softmax",  # over the last axis, as in an attention
+    "softmax_across",  # over another one, such as the bins of a detector's boxes
     "mask",  # sets some values of a tensor to a constant
     "shape",  # reads no values: a size, or arithmetic on sizes
     "other",
@@ -40,7 +41,7 @@ WEIGHTED: tuple[OpKind, ...] = ("convolution", "transposed_convolution", "linear
 POOLS: tuple[OpKind, ...] = ("average_pool", "global_pool")
 # Each value of their output depends on the values at the same place alone.
 POINTWISE: tuple[OpKind, ...] = ("activation", "unfused_activation", "batch_norm", "dropout", "multiply")
-FLOAT_ONLY: tuple[OpKind, ...] = ("layer_norm", "softmax", "mask", "other")
+FLOAT_ONLY: tuple[OpKind, ...] = ("layer_norm", "softmax", "softmax_across", "mask", "other")
 # TensorRT moves Q and DQ across these, because the codes of the input are the codes of the output.
 COMMUTING: tuple[OpKind, ...] = ("max_pool", "dropout", "data_movement", "split")
 
@@ -173,6 +174,7 @@ OPERATIONS = (
     Operation("data_movement", (), ("to",), (), _keeps_floats),
     Operation("layer_norm", ("LayerNorm",), ("layer_norm",), ("LayerNormalization",)),
     Operation("softmax", ("Softmax",), ("softmax",), ("Softmax",), _over_the_last_axis),
+    Operation("softmax_across", ("Softmax", "Softmax2d"), ("softmax",), ("Softmax",)),
     Operation("data_movement", (), ("type_as",), ()),
     Operation("mask", (), ("masked_fill", "where"), ("Where",)),
     Operation("shape", (), ("size", "dim", "numel"), ("Shape", "Size")),

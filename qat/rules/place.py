@@ -50,6 +50,7 @@ from qat.rules.weight_rules import (
     MeasuredLoss,
     SharedWeight,
     TransposedConvolution,
+    WeighsSoftmax,
     WeightedInput,
 )
 
@@ -79,6 +80,7 @@ PASSES = (
         (
             *OBSTACLES,
             ComputedWeight(),
+            WeighsSoftmax(),
             TransposedConvolution(),
             MeasuredLoss(),
             FewChannels(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qat.graph.data_movement import source_of
 from qat.graph.network import Op
 from qat.graph.operations import WEIGHTED
 from qat.rules.channel_regions import channel_region
@@ -18,6 +19,24 @@ class ComputedWeight(Rule):
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
         """Float, if the weight is not a constant."""
         return self.keep_float("its weight is computed by other operations") if op.weight is None else None
+
+
+class WeighsSoftmax(Rule):
+    """A layer that reads a softmax computes an expectation, such as the distances of a detector's boxes.
+
+    With 16 bins, as in the YOLOs, 8 bits of the softmax move that by 0.08 bins, at stride 32 by 2.6 pixels
+    (standard deviation over random shares); and such a layer is far too small to gain by INT8.
+    """
+
+    name = "weighs_softmax"
+    sentence = "a convolution or linear layer whose input is a softmax stays in float: it decodes the answer"
+    source = "the rounding of each share is multiplied by a constant weight, up to the number of bins"
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """Float, if the input comes from a softmax, moved or not."""
+        source = state.network[source_of(state.network, op.inputs[0])]
+        is_softmax = source.kind in ("softmax", "softmax_across")
+        return self.keep_float("it weighs the output of a softmax") if is_softmax else None
 
 
 class TransposedConvolution(Rule):

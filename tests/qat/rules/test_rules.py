@@ -676,3 +676,29 @@ def test_looking_up_in_a_table_moves_no_data():
 
     found = place(network_of(trace(Lookup(), (10,))))
     assert [tensor.tensor for tensor in found.tensors] == ["getitem"]
+
+
+class Decodes(nn.Module):
+    """A detector's head whose box sides are expectations over 16 bins, by a convolution or a linear layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.head, self.decode = nn.Conv2d(16, 64, 1), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.head(x).flatten(2).unflatten(1, (4, 16)).transpose(2, 1).softmax(1)  # [N, 16, 4, cells]
+        return self.decode(shares if isinstance(self.decode, nn.Conv2d) else shares.transpose(1, 3))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(16, 1, 1, bias=False), nn.Linear(16, 1)])
+def test_a_layer_that_reads_a_softmax_stays_in_float(layer: nn.Module):
+    found = {weight.op: weight for weight in placement(Decodes(layer)).weights}
+    assert [found[name].quantized for name in ("head", "decode")] == [True, False]
+    assert (found["decode"].rule, found["decode"].reason) == ("weighs_softmax", "it weighs the output of a softmax")
+
+
+def test_what_eight_bits_would_cost_such_a_layer():
+    shares = (1.5 * torch.randn(100_000, 16, generator=torch.Generator().manual_seed(0))).softmax(1)
+    scale = shares.max() / 127
+    moved = ((shares / scale).round() * scale - shares) @ torch.arange(16.0)
+    assert float(moved.std()) == pytest.approx(0.08, abs=0.005)
