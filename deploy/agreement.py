@@ -21,10 +21,10 @@ from deploy.installed import find_toolkit
 from deploy.reference import network_input, read_reference
 from deploy.runtime import Engine
 from deploy.settings import BuildSettings
-from export.output_agreement import OutputAgreement
 from qat.base.artifact import Sidecar, read_parent, read_sidecar
 from qat.base.console import say, table, warn
 from qat.base.errors import UserError
+from qat.base.output_agreement import OutputAgreement
 from qat.base.text import decibels
 
 BISECT_IMAGES = 8

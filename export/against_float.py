@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.output_agreement import OutputAgreement
 from export.reference import Sample
 from export.trained_network import TrainedNetwork
+from qat.base.output_agreement import OutputAgreement
 from qat.data.parts import NO_LABEL
 from qat.graph.outputs import leaves
 

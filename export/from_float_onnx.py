@@ -21,7 +21,6 @@ from export.hard_rules import hard_findings
 from export.insert import insert
 from export.network_inputs import Channels, NetworkInputs, load_inputs
 from export.onnx_network import network_from_onnx
-from export.output_agreement import OutputSums
 from export.pad_groups import pad_groups
 from export.reference import reference_path, write_reference
 from export.scale_rules import SMALLEST_HALF
@@ -41,6 +40,7 @@ from qat.base.calibration_cache import check_cache
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
+from qat.base.output_agreement import OutputSums
 from qat.base.text import megabytes
 from qat.calibration.activation_ranges import choose_ranges
 from qat.calibration.histogram import HistogramObserver, check_finite

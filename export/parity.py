@@ -21,10 +21,10 @@ from onnxruntime import InferenceSession
 from torch import Tensor, fx, nn
 
 from export.fold import QuantizeDequantize
-from export.output_agreement import OutputAgreement
 from export.pad_groups import GroupedAxis
 from export.session import run, session, session_with_tensors, sqnr_db
 from qat.base.errors import UserError
+from qat.base.output_agreement import OutputAgreement
 from qat.fake_quantize.prepare import ACTIVATION_QUANTIZERS
 
 

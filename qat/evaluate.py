@@ -1,4 +1,4 @@
-"""How many images a model classifies correctly, and on how many two models agree."""
+"""How many images a model classifies correctly, and how well two models agree."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from qat.base.console import progress, say, table
 from qat.base.errors import UserError
+from qat.base.number_format import INT8
+from qat.base.output_agreement import OutputAgreement, OutputSums
 from qat.base.sqnr import sqnr_db
 from qat.base.text import decibels
 from qat.compute.device import Compute
@@ -20,6 +22,7 @@ from qat.compute.precision import exact_float32
 from qat.compute.processes import SINGLE_PROCESS, Processes
 from qat.data.batches import ImageSet, batches
 from qat.data.splits import Data
+from qat.graph.outputs import leaves
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,15 @@ class Accuracy:
 class Agreement:
     """How close a quantized model's outputs are to the float model's on ``images`` images; needs no labels.
 
-    ``top1``: share of images for which both predict the same class, in percent. ``sqnr_db``: SQNR of the logits; None
-    if all are equal.
+    ``top1``: share of images for which both predict the same class, in percent; None of a network that answers no
+    classes, which has ``outputs``. ``sqnr_db``: SQNR of the logits, or of the output that is farthest, in dB; None if
+    all are equal.
     """
 
-    top1: float
+    top1: float | None
     sqnr_db: float | None
     images: int
+    outputs: tuple[OutputAgreement, ...] = ()
 
 
 def inputs(images: ImageSet, batch_size: int, compute: Compute, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -95,15 +100,16 @@ def accuracy(
 def compare(
     exact: nn.Module,
     quantized: nn.Module,
-    images: ImageSet,
     data: Data,
+    images: ImageSet,
     batch_size: int,
     compute: Compute,
     workers: int,
 ) -> tuple[Agreement, tuple[Accuracy, ...]]:
     """How well ``quantized`` agrees with ``exact`` on all of ``images``; with labels, the accuracy of both as well.
 
-    Computed in evaluation mode and exact float32, by one process. Raises UserError when an output is not finite.
+    Both answer logits. Computed in evaluation mode and exact float32, by one process. Raises UserError when an output
+    is not finite.
     """
     models = (exact.eval(), quantized.eval())
     counts = tuple(_Counts() for _ in models if data.labelled)
@@ -124,12 +130,47 @@ def compare(
     return agreement, tuple(count.accuracy() for count in counts)
 
 
+@torch.no_grad()
+def compare_outputs(
+    exact: nn.Module, quantized: nn.Module, images: ImageSet, batch_size: int, compute: Compute, workers: int
+) -> Agreement:
+    """How well two networks with any outputs agree on all of ``images``.
+
+    Computed in evaluation mode and exact float32, by one process. Raises UserError when an output is not finite.
+    """
+    models = (exact.eval(), quantized.eval())
+    sums: dict[str, OutputSums] = {}
+    with exact_float32(), progress("comparing", len(images)) as task:
+        for x, labels in inputs(images, batch_size, compute, workers):
+            before, after = (dict(leaves(model(x))) for model in models)
+            for name, tensor in before.items():
+                if isinstance(tensor, Tensor):
+                    _check_finite(name, tensor, after[name])
+                    sums.setdefault(name, OutputSums(name)).add(tensor.cpu().numpy(), after[name].cpu().numpy())
+            task.advance(len(labels))
+    outputs = tuple(one.agreement() for one in sums.values())
+    ratios = [output.sqnr_db for output in outputs if output.sqnr_db is not None]
+    return Agreement(None, min(ratios, default=None), len(images), outputs)
+
+
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise UserError(f"the network's output {name} has NaN or infinity: a weight is NaN; give other weights")
+
+
 def say_figures(figures: Mapping[str, Any]) -> None:
     """Prints what a checkpoint records about a network that was calibrated without training."""
     if not figures:
         say("nothing was measured: there are too few images to hold any out")
         return
     agreement = figures["agreement"]
+    if agreement["top1"] is None:
+        rows = [
+            (one["tensor"] or "output", str(agreement["images"]), OutputAgreement(**one).measured)
+            for one in agreement["outputs"]
+        ]
+        table(f"{INT8.name} against float, on images that were held out", ("output", "images", "SQNR"), rows)
+        return
     columns, agrees = (
         ("same class as float", "SQNR of the logits"),
         (f"{agreement['top1']:.2f} %", decibels(agreement["sqnr_db"])),

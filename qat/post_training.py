@@ -37,7 +37,7 @@ from qat.data.folders import unlabelled_folder
 from qat.data.preprocessing import ImagePreset
 from qat.data.request import ImageRequest
 from qat.data.splits import Data, load_data, load_unlabelled, say_data
-from qat.evaluate import compare, inputs, say_figures
+from qat.evaluate import Accuracy, compare, compare_outputs, inputs, say_figures
 from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import prepare, weights_and_quantizers
 from qat.fake_quantize.weight_ranges import fix_weight_ranges
@@ -98,10 +98,15 @@ def quantize_pretrained(
     found = build_pretrained(model, weights, classes, images.channels)
     data = _load_images(images, input_preset(model, weights, images))
     found = with_classes_of_output(found, data.preprocessing.input_shape, classes)
-    say(", ".join([f"weights: {weights}, {found.spec.num_classes} classes", *found.notes]))
+    traced = trace_on_images(compute.place(found.model), model, data.preprocessing.input_shape)
+    answers = f"{found.spec.num_classes} classes" if _answers_classes(traced) else "the network answers no classes"
+    say(", ".join([f"weights: {weights}", answers, *found.notes]))
     say_data(data)
-    class_names = _class_names(weights, found, data)
-    traced, placement = choose_placement(compute.place(found.model), model, data, len(class_names), keep_float, profile)
+    class_names: tuple[str, ...] = ()
+    if _answers_classes(traced):
+        class_names = _class_names(weights, found, data)
+        _check_logits(traced, model, len(class_names))
+    placement = _place(traced, keep_float, profile)
     names = quantizers_named(network_of(traced), placement, explained)
     observers: dict[str, HistogramObserver] = {}
     prepared = prepare_and_calibrate(
@@ -110,7 +115,7 @@ def quantize_pretrained(
     seen = distributions(prepared, observers, calibration, len(data.calibration))
     if adaround_steps:
         _round_weights(prepared, data, images, adaround_steps, compute)
-    figures = _compare_on_test(found.model, prepared, data, images, compute)
+    figures = _compare_on_test(found.model, prepared, data, images, compute, classes=bool(class_names))
     written = save_checkpoint(
         output,
         prepared,
@@ -159,19 +164,38 @@ def choose_placement(
     [N, ``classes``].
     """
     traced = trace_on_images(model, name, data.preprocessing.input_shape, training=training)
-    network = network_of(traced)
-    (output,) = (op for op in network if op.kind == "output")
-    if output.shape != (1, classes):
-        found = f"a tensor of shape {list(output.shape)}" if output.shape else "something other than one tensor"
+    _check_logits(traced, name, classes)
+    return traced, _place(traced, keep_float, profile)
+
+
+def _answers_classes(traced: TracedModel) -> bool:
+    """Whether it answers one tensor [N, values], which logits are."""
+    return len(_output_shape(traced)) == 2
+
+
+def _check_logits(traced: TracedModel, name: str, classes: int) -> None:
+    """Raises UserError when the model ``name`` does not answer logits [N, ``classes``]."""
+    shape = _output_shape(traced)
+    if shape != (1, classes):
+        found = f"a tensor of shape {list(shape)}" if shape else "something other than one tensor"
         raise UserError(
             f"for one image, model {name} returns {found}; it must return logits of shape [1, {classes}]: "
             "give a classification model"
         )
-    placement = place(network, keep_float, profile=profile)
+
+
+def _output_shape(traced: TracedModel) -> tuple[int, ...]:
+    """The shape of the only output for one image; () if there are several, or it is not known."""
+    (output,) = (op for op in network_of(traced) if op.kind == "output")
+    return output.shape or ()
+
+
+def _place(traced: TracedModel, keep_float: Iterable[str], profile: KernelProfile | None) -> Placement:
+    placement = place(network_of(traced), keep_float, profile=profile)
     say_placement(placement)
     if not any(decision.quantized for decision in placement.decisions):
         warn("nothing in this network is quantized: python -m qat.placement shows why")
-    return traced, placement
+    return placement
 
 
 def prepare_and_calibrate(
@@ -312,13 +336,17 @@ def _class_names(weights: str, found: Pretrained, data: Data) -> tuple[str, ...]
 
 
 def _compare_on_test(
-    model: nn.Module, prepared: nn.Module, data: Data, images: ImageRequest, compute: Compute
+    model: nn.Module, prepared: nn.Module, data: Data, images: ImageRequest, compute: Compute, *, classes: bool
 ) -> dict[str, Any]:
     """What was measured on the test split, as the checkpoint records it; accuracies only if there are labels."""
     held_out = len(data.test) > 0
     measured_on = data.test if held_out else data.calibration  # these at least show an output that is not finite
+    how, accuracies = (measured_on, images.batch_size, compute, images.workers), tuple[Accuracy, ...]()
     with _remedy_for_memory("--batch-size"):
-        agreement, accuracies = compare(model, prepared, measured_on, data, images.batch_size, compute, images.workers)
+        if classes:
+            agreement, accuracies = compare(model, prepared, data, *how)
+        else:
+            agreement = compare_outputs(model, prepared, *how)
     if not held_out:
         return {}
     figures = zip(("float", "ptq"), (accuracy.test_figures() for accuracy in accuracies), strict=False)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deploy.report_page.artifacts import Artifacts
+from qat.base.number_format import INT8
 from qat.base.text import decibels, megabytes
 
 _WORST_SHOWN = 10
@@ -28,6 +30,13 @@ def parity(run: Artifacts) -> dict[str, Any] | None:
 def _worst_first(title: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
     worst = sorted(layers, key=lambda layer: float("inf") if layer["sqnr_db"] is None else layer["sqnr_db"])
     return {"title": title, "worst": worst[:_WORST_SHOWN], "rest": worst[_WORST_SHOWN:]}
+
+
+def outputs_against_float(agreement: Mapping[str, Any]) -> str:
+    """What a checkpoint records about a network that answers no classes, the output that is farthest first."""
+    outputs = sorted(agreement["outputs"], key=lambda one: math.inf if one["sqnr_db"] is None else one["sqnr_db"])
+    listed = ", ".join(f"{one['tensor'] or 'its output'} {distance(one)}" for one in outputs)
+    return f"{INT8.name} against float on {agreement['images']} images: {listed}"
 
 
 def rewritten(run: Artifacts) -> list[str]:
@@ -54,7 +63,7 @@ def _of_onnx(run: Artifacts) -> Iterator[str]:
     found = figures.get("parity", {})
     if "same_top1" in found or "inputs" in found:  # of a file that export.quantize made
         parts = [f"{found['same_top1']:.2f} % get the same class"] if "same_top1" in found else []
-        parts += [f"{output['tensor']} {_distance(output)}" for output in found["outputs"]]
+        parts += [f"{output['tensor']} {distance(output)}" for output in found["outputs"]]
         yield f"The float file against this one in ONNX Runtime on {found['inputs']} inputs: {'; '.join(parts)}."
     elif found:
         other = found["other_top1"]
@@ -65,7 +74,7 @@ def _of_onnx(run: Artifacts) -> Iterator[str]:
     if found := figures.get("against_float"):
         other = found["other_top1"]
         parts = [] if other is None else [f"{other} of {found['images']} images get another class"]
-        parts += [f"{output['tensor']} {_distance(output)}" for output in found["outputs"]]
+        parts += [f"{output['tensor']} {distance(output)}" for output in found["outputs"]]
         yield f"{found['name']} in float, by its own code, against ONNX Runtime: {'; '.join(parts)}."
 
 
@@ -79,12 +88,13 @@ def _of_engine(run: Artifacts) -> Iterator[str]:
     for pair, share in found["agreement"].items():
         yield f"The same class, {pair}: {share:.2f} % of {found['images']} images."
     for pair, output in found.get("outputs", {}).items():
-        yield f"Outputs, {pair}: {_distance(output)} on {found['images']} inputs."
+        yield f"Outputs, {pair}: {distance(output)} on {found['images']} inputs."
     if difference := found.get("first_difference"):
         yield f"The first layer that differs from ONNX Runtime is {difference['node']}: {difference['sqnr_db']:.1f} dB."
 
 
-def _distance(output: Mapping[str, Any]) -> str:
+def distance(output: Mapping[str, Any]) -> str:
+    """How far an output is from another network's, in words."""
     if output["equal_percent"] is not None:
         return f"{output['equal_percent']:.2f} % of the values equal"
     return "bitwise equal" if output["sqnr_db"] is None else f"SQNR {output['sqnr_db']:.1f} dB"

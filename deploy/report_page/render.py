@@ -146,7 +146,8 @@ def _origin(run: Artifacts) -> str:
     if run.checkpoint is not None:
         details = run.checkpoint.details
         how = "trained" if run.is_trained else "calibrated"
-        parts.append(f"{len(run.checkpoint.class_names)} classes, {how} on {details['data']['source']}")
+        classes = f"{len(run.checkpoint.class_names)} classes, " if run.checkpoint.class_names else ""
+        parts.append(f"{classes}{how} on {details['data']['source']}")
     if run.engine is not None:
         built = run.engine.details
         target = built["gpu"] or f"compute capabilities {', '.join(built['compute_capabilities'])}"
@@ -238,6 +239,8 @@ def _training(run: Artifacts) -> list[str]:
     agreement = run.checkpoint.figures.get("agreement")
     if agreement is None:
         return [f"{found}."]
+    if agreement["top1"] is None:
+        return [f"{found}.", f"{agreements.outputs_against_float(agreement)}."]
     alike = f"same class on {agreement['top1']:.2f} % of {agreement['images']} images"
     noise = f"SQNR of the logits {decibels(agreement['sqnr_db'])}"
     return [f"{found}.", f"Agreement with the float network: {alike}, {noise}."]
@@ -319,9 +322,12 @@ def _print_result(run: Artifacts) -> None:
         for speed in speeds
     ]
     agreement = run.checkpoint.figures.get("agreement") if run.checkpoint else None
-    if agreement:
+    if agreement and agreement["top1"] is not None:
         what = f"{INT8.name} and float, same class on {agreement['images']} images"
         rows.append((what, f"{agreement['top1']:.2f} %"))
+    elif agreement:
+        what = f"{INT8.name} and float on {agreement['images']} images"
+        rows += [(f"{what}, {one['tensor'] or 'output'}", agreements.distance(one)) for one in agreement["outputs"]]
     if run.engine is not None:
         figures = run.engine.figures
         rows += [

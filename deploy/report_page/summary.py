@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from deploy.report_page.agreements import distance
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import layers_of
 from deploy.report_page.verdict import judge, speeds_of, stages_of
@@ -31,6 +32,9 @@ def markdown(run: Artifacts) -> str:
     """The same without layers, as a paragraph and a table."""
     stages, speeds = stages_of(run), speeds_of(run)
     rows = [(stage.label, _top1(stage.top1, stage.low, stage.high, stage.images)) for stage in stages]
+    agreement = run.checkpoint.figures.get("agreement", {}) if run.checkpoint else {}
+    what = f"{INT8.name} against float on {agreement.get('images')} images"
+    rows += [(f"{what}, {one['tensor'] or 'output'}", distance(one)) for one in agreement.get("outputs", ())]
     for speed in speeds:
         measured = f"{speed.int8:.4f} ms, FP16 {speed.fp16:.4f} ms: {speed.factor:.2f} times as fast on {speed.gpu}"
         rows.append((f"{INT8.name}, batch {speed.batch}", measured))

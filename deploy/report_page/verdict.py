@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from deploy.candidates import FP16, MODEL
+from deploy.report_page.agreements import outputs_against_float
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import Layer
 from qat.base.interval import interval_of_share
@@ -242,6 +243,8 @@ def _accuracy(artifacts: Artifacts, stages: Sequence[Stage]) -> tuple[str, bool]
         compared = "as the float network" if abs(final.change) < 0.005 else f"against {stages[0].top1:.2f} % in float"
         return f"{right}, {compared} (each figure is known to {final.half:.1f} points)", True
     agreement = artifacts.checkpoint.figures.get("agreement") if artifacts.checkpoint else None
+    if agreement and agreement["top1"] is None:
+        return f"{outputs_against_float(agreement)}; no accuracy was measured", False
     if agreement:
         kept = f"{agreement['top1']:.2f} % of {agreement['images']} images keep the float network's class"
         return f"{kept}; no accuracy was measured", False

@@ -241,7 +241,9 @@ def test_the_command_explains_tensors_of_images_without_labels(
     page = (tmp_path / "e.explain.html").read_text()
     assert "<title>How the ranges of e.qat are chosen</title>" in page
     assert re.findall("<h2>(.*)</h2>", page) == ["x", "relu", "relu_1"]
-    assert [name for name in ("x", "relu", "relu_1", "flatten") if f"\nRange of {name} " in done.stdout] == [
+    assert [
+        name for name in ("x", "relu", "relu_1", "flatten") if re.search(rf"(?m)^Range of {name}\b", done.stdout)
+    ] == [
         *("x", "relu", "relu_1"),
     ]
     assert f"\npicture: {tmp_path / 'e.explain.html'}\nwrote {output}\nnext: " in done.stdout
@@ -321,7 +323,7 @@ def test_agreement_against_a_computation_by_hand(trained: Path, weights: Path, u
 
 def test_networks_that_are_equal_have_no_noise(trained: Path, weights: Path, photos: Path) -> None:
     data, model = load_unlabelled(photos, 16, 0), float_network(trained, weights)
-    agreement, accuracies = compare(model, model, data.test, data, 5, CPU, 0)
+    agreement, accuracies = compare(model, model, data, data.test, 5, CPU, 0)
     assert (agreement.top1, agreement.sqnr_db, agreement.images) == (100.0, None, 16)
     assert accuracies == ()
 
@@ -620,3 +622,68 @@ def test_an_npz_with_fewer_classes_than_the_weights(trained: Path, weights: Path
         kept |= {f"{split}_{kind}": kept[f"{split}_{kind}"][chosen] for kind in ("images", "labels")}
     np.savez(tmp_path / "two.npz", **kept)
     assert len(calibrate(trained, weights, tmp_path / "two.npz", tmp_path / "model.qat").class_names) == 3
+
+
+# --- networks that answer no classes
+
+HEADS = '''"""A small detector's head: boxes and scores of each cell."""
+
+from torch import nn
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU())
+        self.boxes, self.scores = nn.Conv2d(32, 64, 1), nn.Conv2d(32, 5, 1)
+        self.decode = nn.Conv2d(16, 1, 1, bias=False)
+
+    def forward(self, x):
+        y = self.body(x)
+        shares = self.boxes(y).flatten(2).unflatten(1, (4, 16)).transpose(2, 1).softmax(1)
+        return {"boxes": self.decode(shares).flatten(1, 2), "scores": self.scores(y).flatten(2).sigmoid()}
+'''
+
+
+def test_a_detector_is_calibrated_exported_built_and_reported(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "heads.py").write_text(HEADS)
+    name = f"{tmp_path / 'heads.py'}:Heads"
+    torch.manual_seed(0)
+    model = build_model(ModelSpec(name, 1))
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    sidecar = calibrate(tmp_path, tmp_path / "w.safetensors", photos, tmp_path / "d.qat", model=name)
+    said = capsys.readouterr().out
+    assert "w.safetensors, the network answers no classes\n" in said
+    assert re.search(r"│ boxes +│ +16 │ +[\d.]+ dB │", said)
+    agreement = sidecar.figures["agreement"]
+    assert (sidecar.class_names, agreement["top1"], agreement["images"]) == ((), None, 16)
+    checkpoint = load_checkpoint(tmp_path / "d.qat")
+    with torch.no_grad():
+        x = images_of(load_unlabelled(photos, 16, 0), "test")
+        before, after = ({key: one.double() for key, one in of(x).items()} for of in (model.eval(), checkpoint.model))
+    assert [one["tensor"] for one in agreement["outputs"]] == ["boxes", "scores"]
+    for one in agreement["outputs"]:
+        error = before[one["tensor"]] - after[one["tensor"]]
+        ratio = 20 * math.log10(float(before[one["tensor"]].norm() / error.norm()))
+        assert one["sqnr_db"] == pytest.approx(ratio, abs=1e-3)
+    assert agreement["sqnr_db"] == min(one["sqnr_db"] for one in agreement["outputs"]) > 25
+
+    exported = export_onnx(tmp_path / "d.qat")
+    assert [output.name for output in exported.outputs] == ["boxes", "scores"]
+    assert build.main(build.BuildOptions(model=tmp_path / "d.onnx")) == 0
+    report.main(report.ReportOptions(runs=(tmp_path,), markdown=tmp_path / "d.md"))
+    page = (tmp_path / "report.html").read_text()
+    assert "Not known yet: INT8 against float on 16 images: " in page
+    assert "0 classes" not in page
+    assert re.search(r"\| INT8 against float on 16 images, boxes \| SQNR [\d.]+ dB \|", (tmp_path / "d.md").read_text())
+
+
+def test_labels_are_of_no_use_to_a_network_without_classes(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "heads.py").write_text(HEADS)
+    name = f"{tmp_path / 'heads.py'}:Heads"
+    save_file(build_model(ModelSpec(name, 1)).state_dict(), tmp_path / "w.safetensors")
+    sidecar = calibrate(tmp_path, tmp_path / "w.safetensors", trained / "images.npz", tmp_path / "d.qat", model=name)
+    assert list(sidecar.figures) == ["agreement"]
+    assert sidecar.figures["agreement"]["top1"] is None

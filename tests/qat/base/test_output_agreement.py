@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from export.output_agreement import OutputAgreement, OutputSums
+from qat.base.output_agreement import OutputAgreement, OutputSums
 
 
 def measured(exact: object, other: object, dtype: type = np.float32) -> OutputAgreement:
