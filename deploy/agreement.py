@@ -253,8 +253,8 @@ def _test_split(model: Path, sidecar: Sidecar, data: str, data_root: Path, image
         warn(f"without the checkpoint, a test split that training made itself cannot be made again: {error}")
         details = {"seed": 0, "calibration_images": 512}
     given = sidecar.preprocessing
-    interpolation = given.get("interpolation", "bilinear")
-    preset = ImagePreset(given["height"], given["resize"], tuple(given["mean"]), tuple(given["std"]), interpolation)
+    how = given.get("interpolation", "bilinear"), given.get("letterbox", False)
+    preset = ImagePreset(given["height"], given["resize"], tuple(given["mean"]), tuple(given["std"]), *how)
     seed, calibration_images = details["seed"], details["calibration_images"]
     data_set = load_data(data, given["height"], seed, calibration_images, data_root, preset)
     count = len(data_set.test) if images is None else images

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -24,6 +24,9 @@ from deploy.settings import CalibrationSettings
 from qat.base.artifact import Sidecar, TensorSpec
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FEW_IMAGES = 100
 _IMAGENET: Mapping[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "share": 224 / 256}
@@ -224,8 +227,9 @@ def _read_images(files: Sequence[str], preprocessing: Mapping[str, Any]) -> np.n
 def fitted(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
     """An image file as uint8 [height, width, C]: the short side resized to ``resize``, the center cropped.
 
-    Where that would not cover the height and the width, it is resized until it does. ``preprocessing`` is a sidecar's.
-    Up to a level or two what qat.data.preprocessing makes of it.
+    With ``letterbox`` the whole image is resized, and grey put around it. Where a crop would not cover the height and
+    the width, it is resized until it does. ``preprocessing`` is a sidecar's. Up to a level or two what
+    qat.data.preprocessing makes of it.
     """
     from PIL import Image
 
@@ -235,6 +239,8 @@ def fitted(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
     if preprocessing["color"] == "grey":
         image = image.convert("L")
     short, size = min(image.size), (preprocessing["width"], preprocessing["height"])
+    if preprocessing.get("letterbox", False):
+        return _in_letterbox(image, size)
     to_cover = max(wanted / extent for extent, wanted in zip(image.size, size, strict=True))
     if short != preprocessing["resize"] or to_cover > 1:
         width, height = (int(extent * preprocessing["resize"] / short) for extent in image.size)
@@ -249,6 +255,21 @@ def fitted(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
     left, top = (round((extent - wanted) / 2) for extent, wanted in zip(image.size, size, strict=True))
     cropped = image.crop((left, top, left + size[0], top + size[1]))
     return np.asarray(cropped).reshape(size[1], size[0], -1)
+
+
+def _in_letterbox(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """The largest form of ``image`` that fits in ``size``, (width, height), bilinear without antialiasing."""
+    from PIL import Image
+
+    from qat.base.image_files import LETTERBOX_GREY
+
+    factor = min(wanted / extent for extent, wanted in zip(image.size, size, strict=True))
+    width, height = (round(extent * factor) for extent in image.size)
+    steps = (image.width / width, 0, 0, 0, image.height / height, 0)
+    resized = image.transform((width, height), Image.Transform.AFFINE, steps, Image.Resampling.BILINEAR)
+    whole = Image.new(image.mode, size, (LETTERBOX_GREY,) * len(image.getbands()))
+    whole.paste(resized, ((size[0] - width) // 2, (size[1] - height) // 2))
+    return np.asarray(whole).reshape(size[1], size[0], -1)
 
 
 def _data_set(settings: CalibrationSettings, preprocessing: Mapping[str, Any]) -> np.ndarray:
@@ -271,7 +292,8 @@ def _splits_images(settings: CalibrationSettings, preprocessing: Mapping[str, An
     from qat.data.splits import load_data
 
     mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
-    preset = ImagePreset(preprocessing["height"], preprocessing["resize"], mean, std, preprocessing["interpolation"])
+    how = preprocessing["interpolation"], preprocessing.get("letterbox", False)
+    preset = ImagePreset(preprocessing["height"], preprocessing["resize"], mean, std, *how)
     data = load_data(str(settings.data), preprocessing["height"], 0, settings.images, settings.data_root, preset)
     for x_NCHW, _ in batches(data.calibration, 256, None):
         yield x_NCHW.permute(0, 2, 3, 1).contiguous().numpy()

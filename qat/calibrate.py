@@ -28,6 +28,7 @@ def main(options: CalibrateOptions) -> None:
         options.images(),
         options.output,
         classes=options.classes,
+        decoded=options.decode,
         calibration=options.calibration(),
         keep_float=options.kept_float(),
         profile=options.kernel_profile(),

@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from qat.base.console import say
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
 from qat.graph.reparameterization import advice
-from qat.graph.tracing import TracedModel, trace
+from qat.graph.tracing import TracedModel, network_of, trace
+from qat.pretrained.ultralytics_models import PREFIX, build_ultralytics
 
 _NO_AUXILIARY = {"aux_logits": False, "init_weights": False, "transform_input": True}
 _NAME = "model_name"  # attribute of a built model; qat/weights.py finds torchvision's weights by it
@@ -40,9 +42,10 @@ _NAME = "model_name"  # attribute of a built model; qat/weights.py finds torchvi
 class ModelSpec:
     """A model by name.
 
-    ``name``: a torchvision classification or segmentation model ('resnet50'), 'timm/NAME', or 'path/file.py:function',
-    which is called as function(num_classes=..., **kwargs), or without num_classes if it does not take it. ``kwargs``
-    are passed to the constructor and must be representable in JSON.
+    ``name``: a torchvision classification or segmentation model ('resnet50'), 'timm/NAME', 'ultralytics/FILE'
+    (qat/pretrained/ultralytics_models.py), or 'path/file.py:function', which is called as function(num_classes=...,
+    **kwargs), or without num_classes if it does not take it. ``kwargs`` are passed to the constructor and must be
+    representable in JSON.
     """
 
     name: str
@@ -66,9 +69,13 @@ def code_of(name: str) -> ModelCode | None:
     return ModelCode(str(file), sha256_of(file))
 
 
-def spec_for(name: str, num_classes: int, channels: int) -> ModelSpec:
-    """The model ``name`` for images of 1 or 3 channels. Only timm's can be told; others have what they have."""
-    return ModelSpec(name, num_classes, {"in_chans": channels} if name.startswith("timm/") and channels != 3 else {})
+def spec_for(name: str, num_classes: int, channels: int, options: Mapping[str, Any] = {}) -> ModelSpec:
+    """The model ``name`` for images of 1 or 3 channels. Only timm's can be told; others have what they have.
+
+    ``options``: more arguments of its constructor.
+    """
+    told = {"in_chans": channels} if name.startswith("timm/") and channels != 3 else {}
+    return ModelSpec(name, num_classes, {**told, **options})
 
 
 def trace_on_images(
@@ -86,6 +93,28 @@ def trace_on_images(
     if line := advice(model, traced.meta["inputs"]):
         say(line)
     return traced
+
+
+def answers_classes(traced: TracedModel) -> bool:
+    """Whether it answers one tensor [N, values], which logits are."""
+    return len(_output_shape(traced)) == 2
+
+
+def check_logits(traced: TracedModel, name: str, classes: int) -> None:
+    """Raises UserError when the model ``name`` does not answer logits [N, ``classes``]."""
+    shape = _output_shape(traced)
+    if shape != (1, classes):
+        found = f"a tensor of shape {list(shape)}" if shape else "something other than one tensor"
+        raise UserError(
+            f"for one image, model {name} returns {found}; it must return logits of shape [1, {classes}]: "
+            "give a classification model"
+        )
+
+
+def _output_shape(traced: TracedModel) -> tuple[int, ...]:
+    """The shape of the only output for one image; () if there are several, or it is not known."""
+    (output,) = (op for op in network_of(traced) if op.kind == "output")
+    return output.shape or ()
 
 
 def _check_channels(model: nn.Module, name: str, channels: int) -> None:
@@ -112,11 +141,15 @@ def build_model(spec: ModelSpec, code: ModelCode | None = None, folder: Path | N
             del options["num_classes"]
     elif name.startswith("timm/"):
         make = _timm_builder(name.removeprefix("timm/"))
+    elif name.startswith(PREFIX):
+        make = partial(build_ultralytics, name.removeprefix(PREFIX))
     else:
         make = _torchvision_builder(name)
         options = _defaults(name) | options
     try:
         model = make(**options)
+    except UserError:
+        raise
     except Exception as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no arguments"
         raise UserError(
@@ -152,7 +185,7 @@ def _torchvision_builder(name: str) -> Callable[..., Any]:
     if name not in known:
         raise UserError(
             f"unknown model {name!r}{did_you_mean(name, known)}: give one of torchvision's {len(known)} "
-            "classification and segmentation models, timm/NAME, or path/file.py:function"
+            "classification and segmentation models, timm/NAME, ultralytics/FILE, or path/file.py:function"
         )
     builder: Callable[..., Any] = torchvision.models.get_model_builder(name)
     return builder

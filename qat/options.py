@@ -28,7 +28,7 @@ class SharedOptions(Command):
     """The options of both commands."""
 
     model: str = "resnet50"
-    """A torchvision classification model, timm/NAME, or path/to/file.py:function."""
+    """A torchvision model, timm/NAME, ultralytics/FILE, or path/to/file.py:function."""
     data: str = "digits"
     """digits, an image folder with train/ and val/ or of <class>/<image>, an .npz file, or torchvision:NAME
     (torchvision:CIFAR10)."""
@@ -204,6 +204,9 @@ class CalibrateOptions(SharedOptions):
     checkpoint of pytorch-quantization also brings its ranges."""
     classes: int | None = None
     """Number of classes of the network, if the weights do not show it."""
+    decode: bool = False
+    """Of a model of Ultralytics: the outputs are boxes in pixels and scores (detections, and proto), instead of what
+    the head computes (boxes, scores, ...)."""
     adaround: int = 0
     """Steps per layer in which AdaRound chooses which weights to round up and which to round down; 1000 is usual. It
     takes minutes on a GPU, much longer on a CPU, and keeps tensors of both networks for all calibration images: for

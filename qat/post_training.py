@@ -42,12 +42,13 @@ from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import prepare, weights_and_quantizers
 from qat.fake_quantize.weight_ranges import fix_weight_ranges
 from qat.graph.tracing import TracedModel, network_of
-from qat.models import trace_on_images
+from qat.models import answers_classes, check_logits, trace_on_images
+from qat.pretrained.ultralytics_models import PREFIX
 from qat.rules.describe import say_placement
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
 from qat.rules.placement import Placement
-from qat.weights import Pretrained, build_pretrained, input_preset, with_classes_of_output
+from qat.weights import Pretrained, brings_weights, build_pretrained, input_preset, with_classes_of_output
 
 _FEW_IMAGES = 16  # fewer do not represent what a network will see
 
@@ -59,6 +60,7 @@ def quantize_pretrained(
     output: Path,
     *,
     classes: int | None = None,
+    decoded: bool = False,
     calibration: CalibrationSettings,
     keep_float: Iterable[str] = (),
     profile: KernelProfile | None = None,
@@ -70,10 +72,11 @@ def quantize_pretrained(
 
     Args:
         model: the name of a model, as qat.models.ModelSpec takes it.
-        weights: torchvision's name of them, or a file.
+        weights: torchvision's name of them, or a file; None for a checkpoint of Ultralytics.
         images: images to calibrate on, with labels or without; some are held out to measure on.
         output: the checkpoint; what calibration saw is written beside it (qat/base/ranges_file.py).
         classes: number of classes of the network, if the weights do not show it.
+        decoded: of a model of Ultralytics, boxes in pixels instead of what the head computes.
         calibration: how ranges are chosen.
         keep_float: patterns of what stays in float.
         profile: what deploy.kernels measured on a GPU; None for what was measured on an H200.
@@ -84,7 +87,7 @@ def quantize_pretrained(
     Raises:
         UserError: for every mistake that the user can correct.
     """
-    if weights is None:
+    if weights is None and not brings_weights(model):
         raise UserError("--weights is missing: give those of a trained network, or train one: python -m qat.train")
     if classes is not None and classes < 1:
         raise UserError(f"--classes {classes} is not positive: give the number of classes, or leave it out")
@@ -95,17 +98,19 @@ def quantize_pretrained(
     page, ranges_file = output.with_suffix(".explain.html"), ranges_path(output)
     for path in (output, ranges_file, *([page] if explained else [])):
         check_writable(path)
-    found = build_pretrained(model, weights, classes, images.channels)
+    if decoded and not model.startswith(PREFIX):
+        raise UserError(f"--decode is for Ultralytics' models, and {model} is none: leave it out")
+    found = build_pretrained(model, weights, classes, images.channels, {"decoded": True} if decoded else {})
     data = _load_images(images, input_preset(model, weights, images))
     found = with_classes_of_output(found, data.preprocessing.input_shape, classes)
     traced = trace_on_images(compute.place(found.model), model, data.preprocessing.input_shape)
-    answers = f"{found.spec.num_classes} classes" if _answers_classes(traced) else "the network answers no classes"
-    say(", ".join([f"weights: {weights}", answers, *found.notes]))
+    answers = f"{found.spec.num_classes} classes" if answers_classes(traced) else "the network answers no classes"
+    say(", ".join([f"weights: {weights or model}", answers, *found.notes]))
     say_data(data)
     class_names: tuple[str, ...] = ()
-    if _answers_classes(traced):
-        class_names = _class_names(weights, found, data)
-        _check_logits(traced, model, len(class_names))
+    if answers_classes(traced):
+        class_names = _class_names(weights or model, found, data)
+        check_logits(traced, model, len(class_names))
     placement = _place(traced, keep_float, profile)
     names = quantizers_named(network_of(traced), placement, explained)
     observers: dict[str, HistogramObserver] = {}
@@ -164,30 +169,8 @@ def choose_placement(
     [N, ``classes``].
     """
     traced = trace_on_images(model, name, data.preprocessing.input_shape, training=training)
-    _check_logits(traced, name, classes)
+    check_logits(traced, name, classes)
     return traced, _place(traced, keep_float, profile)
-
-
-def _answers_classes(traced: TracedModel) -> bool:
-    """Whether it answers one tensor [N, values], which logits are."""
-    return len(_output_shape(traced)) == 2
-
-
-def _check_logits(traced: TracedModel, name: str, classes: int) -> None:
-    """Raises UserError when the model ``name`` does not answer logits [N, ``classes``]."""
-    shape = _output_shape(traced)
-    if shape != (1, classes):
-        found = f"a tensor of shape {list(shape)}" if shape else "something other than one tensor"
-        raise UserError(
-            f"for one image, model {name} returns {found}; it must return logits of shape [1, {classes}]: "
-            "give a classification model"
-        )
-
-
-def _output_shape(traced: TracedModel) -> tuple[int, ...]:
-    """The shape of the only output for one image; () if there are several, or it is not known."""
-    (output,) = (op for op in network_of(traced) if op.kind == "output")
-    return output.shape or ()
 
 
 def _place(traced: TracedModel, keep_float: Iterable[str], profile: KernelProfile | None) -> Placement:

@@ -23,10 +23,12 @@ from qat.data.preprocessing import ImagePreset, Interpolation, three_floats
 from qat.data.request import ImageRequest
 from qat.models import ModelSpec, build_model, name_of, spec_for, torchvision_names
 from qat.pretrained.state_dict import StateDict, find_state_dict, misfitting_names
+from qat.pretrained.ultralytics_models import CHECKPOINTS, PREFIX, classes_of
 from qat.pretrained.weights_file import SUFFIXES, read_weights_file
 
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
 _MOST_COMMON = 1000  # classes: ImageNet's
+_DETECTOR_PRESET = ImagePreset(640, 640, (0.0,) * 3, (1.0,) * 3, letterbox=True)
 
 
 def load_weights(model: nn.Module, weights: str) -> tuple[str, dict[str, Tensor]]:
@@ -67,24 +69,32 @@ class Pretrained:
     notes: tuple[str, ...] = ()
 
 
-def build_pretrained(name: str, weights: str, classes: int | None = None, channels: int = 3) -> Pretrained:
+def build_pretrained(
+    name: str, weights: str | None, classes: int | None = None, channels: int = 3, options: Mapping[str, Any] = {}
+) -> Pretrained:
     """The model ``name`` with as many classes as the classifier in ``weights`` has rows; see ``load_weights``.
 
-    ``classes``: their number, for a model whose classifier cannot be told from its other layers.
+    ``classes``: their number, for a model whose classifier cannot be told from its other layers. ``weights``: None for
+    a checkpoint of Ultralytics, which is a model with its weights. ``options``: of the model's constructor.
     ``channels``: those of its images, 1 or 3.
 
     Raises:
         UserError: as ``build_model`` and ``load_weights`` do, and when the weights have another number of classes.
     """
-    spec = spec_for(name, classes or _MOST_COMMON, channels)
+    spec = spec_for(name, classes or _usual_classes(name), channels, options)
     model = build_model(spec)
+    if weights is None:
+        return Pretrained(spec, model, {}, ())
     found = _find(model, weights)
-    remedy = "" if classes else f", or their --classes if they are not {_MOST_COMMON}"
+    remedy = "" if classes else f", or their --classes if they are not {spec.num_classes}"
     if head := _other_classifier(model.state_dict(), found.tensors):
         rows, built = len(found.tensors[f"{head}.weight"]), len(model.state_dict()[f"{head}.weight"])
         if classes == built:
             raise UserError(f"weights {weights} have {rows} classes ({head}), not {classes}: leave out --classes")
-        spec, remedy = spec_for(name, rows, channels), ""
+        spec, remedy = spec_for(name, rows, channels, options), ""
+        model = build_model(spec)
+    elif not classes and (rows := _classes_of_heads(model.state_dict(), found.tensors, spec.num_classes)):
+        spec = spec_for(name, rows, channels, options)
         model = build_model(spec)
     if _load(model, weights, found.tensors, remedy):
         raise UserError(
@@ -93,6 +103,15 @@ def build_pretrained(name: str, weights: str, classes: int | None = None, channe
         )
     class_names = () if _is_file(weights) else _categories(name, weights)
     return Pretrained(spec, model, found.ranges, class_names, found.notes)
+
+
+def brings_weights(name: str) -> bool:
+    """Whether the model ``name`` is a checkpoint with weights of its own."""
+    return name.startswith(PREFIX) and name.endswith(CHECKPOINTS)
+
+
+def _usual_classes(name: str) -> int:
+    return classes_of(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else _MOST_COMMON
 
 
 def with_classes_of_output(found: Pretrained, input_shape: tuple[int, ...], classes: int | None = None) -> Pretrained:
@@ -226,6 +245,8 @@ def preset_of_weights(name: str, weights: str | None) -> ImagePreset:
 
     It is ImageNet's usual one if neither torchvision nor timm knows it.
     """
+    if name.startswith(PREFIX):
+        return _DETECTOR_PRESET
     if weights is not None and name.startswith("timm/") and importlib.util.find_spec("timm"):
         import timm
 
@@ -288,6 +309,20 @@ def _other_classifier(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
     in_outputs = all(own[key].ndim and own[key].shape[1:] == found[key].shape[1:] for key in differing)
     module = modules.pop() if len(modules) == 1 and in_outputs else ""
     return module if f"{module}.weight" in differing else ""
+
+
+def _classes_of_heads(own: Mapping[str, Tensor], found: Mapping[str, Tensor], built: int) -> int:
+    """The classes of weights that differ from a model only in having another number of them; 0 if it is more than that.
+
+    ``built``: the classes of the model, which may have several layers with a row for each.
+    """
+    differing = [
+        (own[key].shape, found[key].shape) for key in own if key in found and own[key].shape != found[key].shape
+    ]
+    alike = all(len(one) == len(other) > 0 and one[1:] == other[1:] for one, other in differing)
+    rows = {(one[0], other[0]) for one, other in differing} if alike else set()
+    now, then = rows.pop() if len(rows) == 1 else (0, 0)
+    return then if now == built else 0
 
 
 def _belongs(key: str, module: str) -> bool:

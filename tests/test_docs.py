@@ -29,6 +29,7 @@ EXPECTED = {
     "gpu": "driver|GPU",
     "download": "cannot download",
     "stopped": "nothing to resume",
+    "ultralytics": "which is not installed: pip install ultralytics",
     "tensorrt": "Triton serves only TensorRT's engines",
 }
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")

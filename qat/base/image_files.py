@@ -23,6 +23,9 @@ _KNOWN = ".apng .avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .
 IMAGE_EXTENSIONS = tuple(known for known in _KNOWN.split() if known in Image.registered_extensions())
 """How the names of image files end, in lower case; .avif only where Pillow was built with it."""
 
+LETTERBOX_GREY = 114
+"""The value of what stands around an image in a letterbox, as the YOLOs are trained with."""
+
 _EXTENSIONS_SHOWN = 4
 _QUARTER = 64  # of the 256 levels: an image that ends below is taken to have another range than its type
 _SCALED, _OF_65535 = "scaled to 16 bits", "I;16B"  # .pgm files state their range, which Pillow scales to 0..65535

@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from qat.base.errors import UserError
+from qat.base.image_files import LETTERBOX_GREY
 
 Interpolation = Literal["bilinear", "bicubic"]
 _COLORS = {1: "grey", 3: "RGB"}  # by channels
@@ -30,6 +31,8 @@ _CROP_SCALE, _CROP_RATIO, _CROP_TRIALS = (0.35, 1.0), (3 / 4, 4 / 3), 10
 @dataclass(frozen=True)
 class ImagePreset:
     """How photographs are preprocessed for a network; the defaults are those of most ImageNet weights.
+
+    ``letterbox``: see Preprocessing.
 
     ``size``: height and width of the input in pixels, unless another size is asked for. ``short_side``: the length to
     which the short side is resized before a crop of that size. ``mean`` and ``std``: of pixels in 0..1, for red, green
@@ -41,6 +44,7 @@ class ImagePreset:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Interpolation = "bilinear"
+    letterbox: bool = False
 
     @property
     def channels(self) -> int:
@@ -61,7 +65,9 @@ class Preprocessing:
 
     ``resize`` is the length in pixels to which the short side is resized before the center crop of ``height`` x
     ``width``. An image whose short side already has this length is not resampled. ``mean`` and ``std`` have one number
-    for each channel: three for color RGB, one for color grey. Raises UserError when an entry is invalid.
+    for each channel: three for color RGB, one for color grey. With ``letterbox`` the whole image is resized, without
+    antialiasing, to the largest that fits, and grey of value 114 is put around it, as detectors are fed. Raises
+    UserError when an entry is invalid.
     """
 
     height: int
@@ -71,6 +77,7 @@ class Preprocessing:
     resize: int
     interpolation: Interpolation = "bilinear"
     color: Literal["RGB", "grey"] = "RGB"
+    letterbox: bool = False
 
     def __post_init__(self) -> None:
         counts = f"{self.color} with {len(self.mean)} means and {len(self.std)} deviations"
@@ -90,7 +97,7 @@ class Preprocessing:
     def from_preset(cls, preset: ImagePreset, height: int, width: int, resize: int) -> Preprocessing:
         """What ``preset`` says for a network of this size."""
         color: Literal["RGB", "grey"] = "grey" if preset.channels == 1 else "RGB"
-        return cls(height, width, preset.mean, preset.std, resize, preset.interpolation, color)
+        return cls(height, width, preset.mean, preset.std, resize, preset.interpolation, color, preset.letterbox)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Preprocessing:
@@ -115,7 +122,7 @@ class Preprocessing:
     @property
     def preset(self) -> ImagePreset:
         """The preset from which ``load_data`` makes the same preprocessing again."""
-        return ImagePreset(self.height, self.resize, self.mean, self.std, self.interpolation)
+        return ImagePreset(self.height, self.resize, self.mean, self.std, self.interpolation, self.letterbox)
 
     def normalize(self, images_NCHW: Tensor) -> Tensor:
         """uint8 [N, C, H, W] -> float32 [N, C, H, W] on the same device: (x / 255 - mean) / std."""
@@ -123,12 +130,25 @@ class Preprocessing:
         return (images_NCHW.float() / 255 - mean) / std
 
     def fit(self, image: Tensor) -> Tensor:
-        """uint8 [..., C, h, w] -> [..., C, height, width]: resizes the short side to ``resize``, crops the center."""
+        """uint8 [..., C, h, w] -> [..., C, height, width]: resized, and cropped at the center or put in a letterbox."""
+        if self.letterbox:
+            return self._put_in_letterbox(image)
         if min(image.shape[-2:]) != self.resize:
             image = transforms.resize(image, [self.resize], InterpolationMode(self.interpolation), antialias=True)
         if image.shape[-2:] != (self.height, self.width):
             image = transforms.center_crop(image, [self.height, self.width])
         return image
+
+    def _put_in_letterbox(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        factor = min(self.height / height, self.width / width)
+        size = [round(height * factor), round(width * factor)]
+        if factor != 1:
+            image = transforms.resize(image, size, InterpolationMode(self.interpolation), antialias=False)
+        down, right = self.height - size[0], self.width - size[1]
+        around = [right // 2, down // 2, right - right // 2, down - down // 2]
+        padded: Tensor = transforms.pad(image, around, LETTERBOX_GREY)
+        return padded
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,17 @@ def test_images_are_fitted_as_in_training(
             assert not difference.any()
 
 
+@pytest.mark.parametrize("color", ["RGB", "grey"])
+@pytest.mark.parametrize("size", [(60, 90), (91, 60), (33, 33), (301, 77), (20, 31), (29, 11), (48, 48)])
+def test_a_letterbox_is_that_of_training(tmp_path: Path, size: tuple[int, int], color: Any) -> None:
+    channels = 3 if color == "RGB" else 1
+    path = saved(tmp_path / "a.png", noise(*size))
+    preprocessing = Preprocessing(48, 48, (0.0,) * channels, (1.0,) * channels, 48, "bilinear", color, letterbox=True)
+    found = fitted(str(path), asdict(preprocessing)).astype(int)
+    assert found.shape == (48, 48, channels)
+    assert np.abs(found - expected_levels(path, preprocessing)).max() <= 1
+
+
 def test_an_image_with_an_orientation_is_turned_first(tmp_path: Path) -> None:
     image = Image.fromarray(noise(40, 20))
     exif = image.getexif()

@@ -2,7 +2,8 @@
 
 Blocks that run are fenced: ```bash and ```python. A further word says that a block ends in one line of error on the
 machine of the tests, and in which: ``gpu``, about the GPU or its driver; ``download``, about the network; ``stopped``,
-that there is no stopped run; ``tensorrt``, that TensorRT-RTX built the engine and not TensorRT.
+that there is no stopped run; ``tensorrt``, that TensorRT-RTX built the engine and not TensorRT; ``ultralytics``, that
+this package is missing.
 
 The tables of rules and of exit codes are those of the program. After one of them has changed,
 

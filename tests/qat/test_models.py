@@ -206,7 +206,7 @@ def test_the_classifier_in_the_weights_tells_the_number_of_classes(net_file: Pat
         build_pretrained(name, weights, 8)
 
 
-def test_two_classifiers_do_not_tell_the_number_of_classes(tmp_path: Path) -> None:
+def test_two_classifiers_tell_the_number_of_classes_if_both_have_it(tmp_path: Path) -> None:
     file, weights = tmp_path / "two.py", str(tmp_path / "w.pth")
     file.write_text(
         "from torch import nn\ndef net(num_classes):\n"
@@ -214,9 +214,13 @@ def test_two_classifiers_do_not_tell_the_number_of_classes(tmp_path: Path) -> No
     )
     given = build_model(ModelSpec(f"{file}:net", 7))
     torch.save(given.state_dict(), weights)
+    for classes in (None, 7):
+        found = build_pretrained(f"{file}:net", weights, classes)
+        assert found.spec.num_classes == 7
+        assert equal(found.model.state_dict(), given.state_dict())
+    torch.save(given.state_dict() | {"b.weight": torch.zeros(9, 4), "b.bias": torch.zeros(9)}, weights)
     with pytest.raises(UserError, match=r"do not fit .* or their --classes if they are not 1000"):
         build_pretrained(f"{file}:net", weights)
-    assert equal(build_pretrained(f"{file}:net", weights, 7).model.state_dict(), given.state_dict())
 
 
 def test_a_model_that_ignores_the_number_of_classes(tmp_path: Path) -> None:

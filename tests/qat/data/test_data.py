@@ -223,6 +223,13 @@ def test_preprocessing_goes_through_json_and_normalizes() -> None:
 
 @pytest.mark.parametrize("change", [{"mean": [1, 2]}, {"std": [0, 1, 1]}, {"color": "BGR"}, {"resize": 9}, {"x": 1}])
 def test_preprocessing_of_a_damaged_sidecar_is_refused(change: dict[str, Any]) -> None:
+    wide = Preprocessing(20, 20, (0.0,) * 3, (1.0,) * 3, 20, letterbox=True)
+    boxed = wide.fit(torch.full((3, 30, 75), 200, dtype=torch.uint8))  # the whole image, 20 x 8, in the middle
+    assert (boxed[:, 6:14] == 200).all()
+    assert (boxed[:, :6] == 114).all()
+    assert (boxed[:, 14:] == 114).all()
+    assert wide.preset.letterbox
+    assert Preprocessing.from_preset(wide.preset, 20, 20, 20) == wide
     good = dataclasses.asdict(Preprocessing(24, 24, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 24))
     with pytest.raises(UserError, match="preprocessing"):
         Preprocessing.from_json(good | change)
