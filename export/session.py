@@ -17,8 +17,9 @@ import onnxruntime
 from qat.base.errors import UserError, one_line
 from qat.base.sqnr import sqnr_db as ratio
 
-# It merges a zero padding into the max pool behind it, which then pads with minus infinity.
-_WRONG_OPTIMIZERS = ("Pad_Fusion",)
+# Pad_Fusion merges a zero padding into the max pool behind it, which then pads with minus infinity. ClipQuantRewrite
+# leaves out a clip to 0..6 in front of a quantizer of scale 1e-10, because it takes -128 times the scale for 0.
+_WRONG_OPTIMIZERS = ("Pad_Fusion", "ClipQuantRewrite")
 
 
 def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:

@@ -9,7 +9,7 @@ Four defaults differ from torchvision's, each for a reason:
 - transform_input=True for the same two: their ImageNet weights were trained with another normalization of the images,
   and with this option the model converts. The conversion is a fixed factor and shift, so it makes no difference to a
   model trained from scratch.
-- weights_backbone=None for segmentation models, which would otherwise download weights.
+- weights_backbone=None for segmentation models and detectors, which would otherwise download weights.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
 from qat.graph.reparameterization import advice
 from qat.graph.tracing import TracedModel, network_of, trace
+from qat.pretrained.torchvision_detectors import build_detector, detector_names
 from qat.pretrained.ultralytics_models import PREFIX, build_ultralytics
 
 _NO_AUXILIARY = {"aux_logits": False, "init_weights": False, "transform_input": True}
@@ -42,7 +43,7 @@ _NAME = "model_name"  # attribute of a built model; qat/weights.py finds torchvi
 class ModelSpec:
     """A model by name.
 
-    ``name``: a torchvision classification or segmentation model ('resnet50'), 'timm/NAME', 'ultralytics/FILE'
+    ``name``: a model of torchvision ('resnet50'), 'timm/NAME', 'ultralytics/FILE'
     (qat/pretrained/ultralytics_models.py), or 'path/file.py:function', which is called as function(num_classes=...,
     **kwargs), or without num_classes if it does not take it. ``kwargs`` are passed to the constructor and must be
     representable in JSON.
@@ -170,9 +171,9 @@ def name_of(model: nn.Module) -> str:
 
 
 def torchvision_names() -> list[str]:
-    """Names of torchvision's classification and segmentation models."""
+    """Names of torchvision's classification and segmentation models, and of its detectors."""
     names: list[str] = torchvision.models.list_models(module=torchvision.models)
-    return names + _segmentation_names()
+    return [*names, *_segmentation_names(), *detector_names()]
 
 
 def _segmentation_names() -> list[str]:
@@ -184,9 +185,11 @@ def _torchvision_builder(name: str) -> Callable[..., Any]:
     known = torchvision_names()
     if name not in known:
         raise UserError(
-            f"unknown model {name!r}{did_you_mean(name, known)}: give one of torchvision's {len(known)} "
-            "classification and segmentation models, timm/NAME, ultralytics/FILE, or path/file.py:function"
+            f"unknown model {name!r}{did_you_mean(name, known)}: give one of torchvision's {len(known)} models, "
+            "timm/NAME, ultralytics/FILE, or path/file.py:function"
         )
+    if name in detector_names():
+        return partial(build_detector, name)
     builder: Callable[..., Any] = torchvision.models.get_model_builder(name)
     return builder
 
@@ -195,7 +198,7 @@ def _defaults(name: str) -> dict[str, Any]:
     """The constructor arguments that differ from torchvision's defaults; see the module's docstring."""
     if torchvision.models.get_model_builder(name).__module__ == "torchvision.models.resnet":
         return {"zero_init_residual": True}
-    if name in _segmentation_names():
+    if name in (*_segmentation_names(), *detector_names()):
         return {"weights_backbone": None}
     return dict(_NO_AUXILIARY) if name in ("googlenet", "inception_v3") else {}
 

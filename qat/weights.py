@@ -314,15 +314,16 @@ def _other_classifier(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
 def _classes_of_heads(own: Mapping[str, Tensor], found: Mapping[str, Tensor], built: int) -> int:
     """The classes of weights that differ from a model only in having another number of them; 0 if it is more than that.
 
-    ``built``: the classes of the model, which may have several layers with a row for each.
+    ``built``: the classes of the model, which may have several layers with a row, or as many rows as anchors, for each.
     """
-    differing = [
-        (own[key].shape, found[key].shape) for key in own if key in found and own[key].shape != found[key].shape
-    ]
-    alike = all(len(one) == len(other) > 0 and one[1:] == other[1:] for one, other in differing)
-    rows = {(one[0], other[0]) for one, other in differing} if alike else set()
-    now, then = rows.pop() if len(rows) == 1 else (0, 0)
-    return then if now == built else 0
+    classes = set[float]()
+    for key in own.keys() & found.keys():
+        one, other = own[key].shape, found[key].shape
+        if one != other:
+            alike = len(one) == len(other) > 0 and one[1:] == other[1:] and one[0] % built == 0
+            classes.add(other[0] / (one[0] // built) if alike else math.nan)
+    then = classes.pop() if len(classes) == 1 else math.nan
+    return int(then) if then.is_integer() else 0
 
 
 def _belongs(key: str, module: str) -> bool:

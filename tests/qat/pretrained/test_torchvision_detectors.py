@@ -1,0 +1,102 @@
+"""torchvision's detectors: what their heads compute, the same as within the whole model, through export and engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deploy import build
+from export import export_onnx
+from qat.base.artifact import read_sidecar
+from qat.calibrate import main as calibrate
+from qat.models import ModelSpec, build_model
+from qat.options import CalibrateOptions
+from qat.pretrained.torchvision_detectors import HeadOutputs, detector_names
+
+QUICK = "ssdlite320_mobilenet_v3_large"
+OTHERS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn", "retinanet_resnet50_fpn", "ssd300_vgg16")
+
+
+def whole(name: str) -> nn.Module:
+    """torchvision's own model of five classes; normalizations have statistics that keep signals alive."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=5).eval()
+    with torch.no_grad():
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = None
+        model.backbone(torch.rand(2, 3, 320, 320))
+    return model.eval()
+
+
+def captured(model: nn.Module, image: Tensor) -> tuple[Tensor, object]:
+    """What the model feeds its backbone for one image, and what its heads answer to that."""
+    seen: dict[str, object] = {}
+    model.backbone.register_forward_pre_hook(lambda _, given: seen.update(images=given[0]))
+    head = model.rpn.head if hasattr(model, "rpn") else model.head
+    head.register_forward_hook(lambda _, __, answer: seen.update(answer=answer))
+    with torch.no_grad():
+        model([image])
+    return seen["images"], seen["answer"]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_the_heads_answer_as_within_torchvisions_model(name: str) -> None:
+    model = whole(name)
+    images, expected = captured(model, torch.rand(3, 320, 320))
+    ours = build_model(ModelSpec(name, 5)).eval()
+    ours.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        found = ours(images)
+    if isinstance(expected, tuple):
+        assert found.keys() == {"features", "objectness", "deltas"}
+        expected = dict(zip(("objectness", "deltas"), expected, strict=True))
+        assert all(torch.equal(a, b) for key in expected for a, b in zip(found[key], expected[key], strict=True))
+    else:
+        assert found.keys() == expected.keys() >= {"cls_logits", "bbox_regression"}
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert (type(ours).__name__, isinstance(ours, HeadOutputs)) == (type(model).__name__, True)
+
+
+def test_all_are_known() -> None:
+    assert {QUICK, *OTHERS} < set(detector_names())
+    assert len(detector_names()) >= 12
+
+
+@pytest.mark.slow
+def test_from_weights_to_engine(tmp_path: Path) -> None:
+    """Of weights with another number of classes, which the rows of several heads, times anchors, tell."""
+    name, random = QUICK, np.random.default_rng(0)
+    for index in range(10):
+        coarse = Image.fromarray(random.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        coarse.resize((96, 80)).save(tmp_path / "photos" / f"{index}.png")
+    save_file(whole(name).state_dict(), tmp_path / "w.safetensors")
+    calibrate(
+        CalibrateOptions(
+            model=name,
+            weights=str(tmp_path / "w.safetensors"),
+            data=str(tmp_path / "photos"),
+            image_size=64,
+            output=tmp_path / "m.qat",
+            device="cpu",
+        )
+    )
+    sidecar = read_sidecar(tmp_path / "m.qat", "checkpoint")
+    assert sidecar.details["model"]["num_classes"] == 5
+    ratios = {one["tensor"]: one["sqnr_db"] for one in sidecar.figures["agreement"]["outputs"]}
+    assert ratios.keys() == {"cls_logits", "bbox_regression"}
+    assert min(ratios.values()) > 5
+    exported = export_onnx(tmp_path / "m.qat", parity_images=2)
+    assert {spec.name: spec.shape[2] for spec in exported.outputs} == {"cls_logits": 5, "bbox_regression": 4}
+    assert build.main(build.BuildOptions(model=tmp_path / "m.onnx")) == 0
+    figures = read_sidecar(tmp_path / "m.engine", "engine").figures
+    assert figures["convolutions_int8"] == figures["convolutions"] == 98
