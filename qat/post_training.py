@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
+from qat.base.interval import is_near_chance
 from qat.base.number_format import BITS
 from qat.base.ranges_file import ranges_path, write_distributions
 from qat.calibration.activation_ranges import observe, set_ranges
@@ -332,5 +333,7 @@ def _compare_on_test(
             agreement = compare_outputs(model, prepared, *how)
     if not held_out:
         return {}
+    if accuracies and is_near_chance(accuracies[0].top1, len(data.class_names)):
+        warn(f"the float network itself is hardly better than chance, {accuracies[0]}: are these the trained weights?")
     figures = zip(("float", "ptq"), (accuracy.test_figures() for accuracy in accuracies), strict=False)
     return {**dict(figures), "agreement": asdict(agreement)}

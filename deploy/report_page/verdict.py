@@ -11,13 +11,13 @@ from deploy.candidates import FP16, MODEL
 from deploy.report_page.agreements import outputs_against_float
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import Layer
-from qat.base.interval import interval_of_share
+from qat.base.interval import interval_of_share, is_near_chance
 from qat.base.number_format import BITS, INT8
 
 Answer = Literal["ship", "do not ship", "not known yet"]
-_AGREES, _TELLS, _CHANCE = 99.0, 5.0, 1.5
+_AGREES, _TELLS = 99.0, 5.0
 """Percent of the images on which forms of a network must agree; points of accuracy that a test set must be able to
-tell; how many times as good as chance a network must be."""
+tell."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def _accuracy_against(artifacts: Artifacts, stages: Sequence[Stage]) -> Iterator
             f"chance on {final.images} images does not explain"
         )
     classes = len(artifacts.checkpoint.class_names) if artifacts.checkpoint else 0
-    if stages and classes > 1 and stages[0].top1 < _CHANCE * 100 / classes:
+    if stages and is_near_chance(stages[0].top1, classes):
         yield f"the float network itself is hardly better than chance, {stages[0].top1:.2f} % with {classes} classes"
 
 

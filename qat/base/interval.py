@@ -1,10 +1,16 @@
-"""How well a share is known that was counted on a sample."""
+"""How well a share is known that was counted on a sample, and whether it is more than chance."""
 
 from __future__ import annotations
 
 import math
 
 _DEVIATIONS = 1.959964  # of a normal distribution, on both sides of 95 %
+_TIMES_CHANCE = 1.5
+
+
+def is_near_chance(top1: float, classes: int) -> bool:
+    """Whether an accuracy, in percent, is less than 1.5 times that of guessing one of ``classes``."""
+    return classes > 1 and top1 < _TIMES_CHANCE * 100 / classes
 
 
 def interval_of_share(count: int, total: int) -> tuple[float, float]:

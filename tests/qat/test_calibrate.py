@@ -115,6 +115,21 @@ def test_what_calibration_saw_is_written(trained: Path, unlabelled: Path) -> Non
         assert chosen["max"].clipped == 0 < chosen["percentile"].clipped <= 40
 
 
+def test_untrained_weights_are_told(
+    trained: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = trained / "images.npz"
+    calibrate(trained, weights, images, tmp_path / "m.qat")
+    assert "chance" not in capsys.readouterr().err
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in load_file(weights).items()}
+    save_file(zeros, tmp_path / "zero.safetensors")
+    calibrate(trained, tmp_path / "zero.safetensors", images, tmp_path / "z.qat")
+    said = (
+        "warning: the float network itself is hardly better than chance, 33.33 % of 60: are these the trained weights?"
+    )
+    assert said in capsys.readouterr().err
+
+
 def test_a_file_of_ranges_that_cannot_be_written_is_told_before_the_work(
     trained: Path, weights: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -126,7 +126,7 @@ def test_the_seed_decides_the_weights() -> None:
 
 def test_unknown_models(net_file: Path) -> None:
     refused_model("resnet5", "unknown model 'resnet5'", "did you mean resnet50", "98 models")
-    refused_model("maskrcnn_resnet50_fpn", "unknown model")
+    refused_model("r3d_18", "unknown model")
     refused_model("resnet18", "cannot be built", "width=3", width=3)
     refused_model(f"{net_file.parent}/absent.py:net", "no file", "absent.py")
     refused_model(f"{net_file}:nets", "no function 'nets'", "net, broken, number")
