@@ -137,8 +137,11 @@ class TrainedNetwork:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the ONNX file says about where it comes from."""
-        return {} if self.checkpoint is None else {"checkpoint_sha256": self.checkpoint.sidecar.sha256}
+        """What the ONNX file says about where it comes from, and what the model's own code says that it must."""
+        if self.checkpoint is None:
+            return {}
+        own = getattr(self.checkpoint.float_network(), "file_metadata", None)
+        return {"checkpoint_sha256": self.checkpoint.sidecar.sha256, **(own(self.input_shape) if own else {})}
 
     @property
     def recorded_figures(self) -> Mapping[str, Any]:

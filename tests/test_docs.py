@@ -6,16 +6,21 @@ import contextlib
 import io
 import os
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import ONE_THREAD, ROOT, Run
 from documents import PAGES, Block, blocks, environment, make_folder, shortened, table_below, tables
 from own_network import CLASSES, PREPROCESSING, Net
+from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -23,7 +28,9 @@ import deploy
 import export
 import qat
 from qat.base import exit_codes
+from qat.base.artifact import TensorSpec
 from qat.base.errors import UserError
+from qat.data.preprocessing import Preprocessing
 
 EXPECTED = {
     "gpu": "driver|GPU",
@@ -176,3 +183,21 @@ def test_the_picture_is_what_the_command_draws(tmp_path: Path, command: Run) -> 
     done = command("qat.placement", network, "--image-size", 32, "--num-classes", 10, "--svg", picture)
     assert done.returncode == 0
     assert picture.read_text() == (ROOT / "docs" / "residual_block.svg").read_text()
+
+
+def test_the_example_finds_boxes_in_the_photo_again(tmp_path: Path) -> None:
+    """An answer in a letterbox of 64 pixels for a photo of 100 x 50: two boxes of one object, one of another class."""
+    example = runpy.run_path(str(ROOT / "docs/examples/draw_boxes.py"))
+    Image.new("RGB", (100, 50)).save(tmp_path / "photo.png")
+    preprocessing = asdict(Preprocessing(64, 64, (0.0,) * 3, (1.0,) * 3, 64, letterbox=True))
+    sidecar = SimpleNamespace(preprocessing=preprocessing, inputs=(TensorSpec("x", (-1, 3, 64, 64), "float32"),))
+    found = np.zeros((1, 6, 4), np.float32)  # centre, size, two scores, of four cells
+    found[0, :, 0] = 32, 32, 32, 16, 0.9, 0.1
+    found[0, :, 1] = 33, 32, 32, 16, 0.8, 0.1
+    found[0, :, 2] = 33, 32, 32, 16, 0.0, 0.7
+    boxes, scores, classes = example["detect"](lambda x: found, sidecar, tmp_path / "photo.png")
+    np.testing.assert_allclose(boxes[0], [25, 12.5, 75, 37.5])
+    assert (scores.tolist(), classes.tolist()) == (pytest.approx([0.9, 0.7]), [0, 1])
+    drawn = example["draw"](tmp_path / "photo.png", boxes, scores, classes)
+    assert drawn.getpixel((25, 20)) == (255, 0, 0)
+    assert drawn.size == (100, 50)

@@ -30,6 +30,9 @@ class NamedOutputs(nn.Module):
     """
 
     decoded = False
+    stride: Any
+    names: Any
+    task: Any
 
     def forward(self, x: Any) -> Any:
         """[N, 3, H, W] -> the outputs by name, or logits [N, classes]; a dict, as its trainer gives -> the loss."""
@@ -44,6 +47,18 @@ class NamedOutputs(nn.Module):
             return {"detections": decoded[0], "proto": decoded[1]} if several else {"detections": decoded}
         return {name: part for name, part in raw.get("one2one", raw).items() if name != "feats"}
 
+    def file_metadata(self, input_shape: tuple[int, ...]) -> dict[str, str]:
+        """What an ONNX file must say so that Ultralytics predicts with it; {} of one that is not decoded.
+
+        ``input_shape``: [3, H, W].
+        """
+        if not self.decoded:
+            return {}
+        stride, names, task = int(max(self.stride)), dict(self.names), str(self.task)
+        height, width = input_shape[1:]
+        found = {"task": task, "stride": stride, "names": names, "imgsz": [height, width], "batch": 1, "channels": 3}
+        return {name: str(value) for name, value in found.items()}
+
 
 def build_ultralytics(source: str, num_classes: int, decoded: bool = False) -> nn.Module:
     """The model of the YAML file or checkpoint ``source``, in float32 and training mode, on the CPU.
@@ -52,9 +67,10 @@ def build_ultralytics(source: str, num_classes: int, decoded: bool = False) -> n
 
     Raises UserError when ultralytics is not installed, and whatever it raises when it cannot build the model.
     """
-    model = _load(source)
+    model, task = _load(source)
     if not _is_checkpoint(source):
         model = type(model)(dict(model.yaml), nc=num_classes, verbose=False)
+    model.task = task
     _separate_activations(model)
     kind = type(model)
     model.__class__ = type(kind.__name__, (NamedOutputs, kind), {"decoded": decoded})
@@ -64,7 +80,7 @@ def build_ultralytics(source: str, num_classes: int, decoded: bool = False) -> n
 
 def classes_of(source: str) -> int:
     """How many classes the model ``source`` has by itself. Raises UserError as ``build_ultralytics`` does."""
-    return int(_load(source).yaml["nc"])
+    return int(_load(source)[0].yaml["nc"])
 
 
 def _separate_activations(model: nn.Module) -> None:
@@ -78,7 +94,8 @@ def _is_checkpoint(source: str) -> bool:
     return Path(source).suffix in CHECKPOINTS
 
 
-def _load(source: str) -> Any:
+def _load(source: str) -> tuple[Any, str]:
+    """The package's own model, and what it is for: detect, segment, ..."""
     try:
         from ultralytics import YOLO
     except ImportError as error:
@@ -86,7 +103,8 @@ def _load(source: str) -> Any:
             f"model {PREFIX}{source} needs ultralytics, which is not installed: pip install ultralytics"
         ) from error
     try:
-        return YOLO(source, verbose=False).model
+        found = YOLO(source, verbose=False)
+        return found.model, str(found.task)
     except Exception as error:  # it raises what it likes
         raise UserError(
             f"ultralytics cannot make a model of {source} ({type(error).__name__}: {one_line(error)}): give a YAML "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -47,6 +49,7 @@ class DetectionModel(nn.Module):
     def __init__(self, cfg, nc=None, verbose=True):
         super().__init__()
         self.yaml = {**cfg, "nc": nc or cfg["nc"]}
+        self.stride, self.names = torch.tensor([4.0]), {n: str(n) for n in range(self.yaml["nc"])}
         self.model = nn.Sequential(Layer(3, 16), Layer(16, 32))
         self.boxes, self.scores = nn.Conv2d(32, 4, 1), nn.Conv2d(32, self.yaml["nc"], 1)
 
@@ -67,6 +70,7 @@ class YOLO:
         if source not in ("one.yaml", "two.yaml", "masks.yaml", "own.pt"):
             raise FileNotFoundError(source)
         kind = {"two": source == "two.yaml", "masks": source == "masks.yaml"}
+        self.task = "segment" if source == "masks.yaml" else "detect"
         self.model = DetectionModel({"nc": 7 if source == "own.pt" else 80, **kind})
         if source == "own.pt":
             self.model = self.model.half().requires_grad_(False)
@@ -177,6 +181,9 @@ def test_a_checkpoint_is_calibrated_and_exported(photos: Path, tmp_path: Path) -
     assert [one["tensor"] for one in sidecar.figures["agreement"]["outputs"]] == ["detections"]
     exported = export_onnx(output)
     assert [(spec.name, spec.shape) for spec in exported.outputs] == [("detections", (-1, 11, 64))]
+    stated = {entry.key: entry.value for entry in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert (stated["task"], stated["stride"], stated["imgsz"]) == ("detect", "4", "[32, 32]")
+    assert ast.literal_eval(stated["names"]) == {n: str(n) for n in range(7)}
     x = torch.rand(3, 3, 32, 32)
     (expected,) = answer(load_checkpoint(output).model, x).values()
     found = run(session(tmp_path / "m.onnx"), x.numpy())["detections"]
