@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploy.engine_layers import EngineLayer
+from deploy.report_page.agreements import outputs_against_float
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import Layer
 from deploy.report_page.verdict import Speed, Stage, final_stage, is_fp16, loss_that_counts
@@ -43,7 +44,7 @@ def answers_of(
 ) -> list[Answer]:
     """The answers, in the order in which they are asked."""
     return [
-        _accuracy(stages),
+        _accuracy(run, stages),
         _speed(run, speeds),
         _float_layers(run, layers),
         _costliest(run, layers),
@@ -88,9 +89,12 @@ def writing_fp32(run: Artifacts, layers: Sequence[Layer]) -> tuple[list[Layer], 
     return list(named.values()), len(wide)
 
 
-def _accuracy(stages: Sequence[Stage]) -> Answer:
+def _accuracy(run: Artifacts, stages: Sequence[Stage]) -> Answer:
     question = "Is it as accurate as in float?"
     final = final_stage(stages)
+    agreement = run.checkpoint.figures.get("agreement", {}) if run.checkpoint else {}
+    if final is None and agreement.get("outputs"):
+        return Answer(question, "not measured", f"{outputs_against_float(agreement)}.")
     if final is None:
         return Answer(question, "not measured", "No accuracy of the float and the quantized network is known.")
     if final.change is None:

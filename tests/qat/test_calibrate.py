@@ -692,6 +692,7 @@ def test_a_detector_is_calibrated_exported_built_and_reported(
     page = (tmp_path / "report.html").read_text()
     assert "Not known yet: INT8 against float on 16 images: " in page
     assert "0 classes" not in page
+    assert re.search(r'<b class="big ">not measured</b><p>INT8 against float on 16 images: ', page)
     assert re.search(r"\| INT8 against float on 16 images, boxes \| SQNR [\d.]+ dB \|", (tmp_path / "d.md").read_text())
 
 
