@@ -36,6 +36,8 @@ class NamedOutputs(nn.Module):
 
     def forward(self, x: Any) -> Any:
         """[N, 3, H, W] -> the outputs by name, or logits [N, classes]; a dict, as its trainer gives -> the loss."""
+        if not self.training:
+            self._forget_shape()
         answer = super().forward(x)
         if isinstance(x, Mapping):
             return answer
@@ -46,6 +48,12 @@ class NamedOutputs(nn.Module):
             several = isinstance(decoded, (tuple, list))
             return {"detections": decoded[0], "proto": decoded[1]} if several else {"detections": decoded}
         return {name: part for name, part in raw.get("one2one", raw).items() if name != "feats"}
+
+    def _forget_shape(self) -> None:
+        """A head keeps the cells' places for the shape it saw last, batch included: a branch that cannot be traced."""
+        for module in self.modules():
+            if hasattr(module, "anchors") and hasattr(module, "shape"):
+                module.shape = None
 
     def file_metadata(self, input_shape: tuple[int, ...]) -> dict[str, str]:
         """What an ONNX file must say so that Ultralytics predicts with it; {} of one that is not decoded.

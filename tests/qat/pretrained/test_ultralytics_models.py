@@ -50,6 +50,7 @@ class DetectionModel(nn.Module):
         super().__init__()
         self.yaml = {**cfg, "nc": nc or cfg["nc"]}
         self.stride, self.names = torch.tensor([4.0]), {n: str(n) for n in range(self.yaml["nc"])}
+        self.anchors, self.shape = 4, (1, 3, 640, 640)  # of the last image that it saw
         self.model = nn.Sequential(Layer(3, 16), Layer(16, 32))
         self.boxes, self.scores = nn.Conv2d(32, 4, 1), nn.Conv2d(32, self.yaml["nc"], 1)
 
@@ -60,8 +61,10 @@ class DetectionModel(nn.Module):
         raw = {"boxes": self.boxes(y).flatten(2), "scores": self.scores(y).flatten(2), "feats": [y]}
         if self.yaml["two"]:
             raw = {"one2many": raw, "one2one": {name: part + 1 for name, part in raw.items() if name != "feats"}}
+        if not self.training and self.shape != x.shape:
+            self.anchors, self.shape = 4, x.shape
         one = raw.get("one2one", raw)
-        decoded = torch.cat((4 * one["boxes"], one["scores"].sigmoid()), 1)
+        decoded = torch.cat((self.anchors * one["boxes"], one["scores"].sigmoid()), 1)
         return raw if self.training else ((decoded, y) if self.yaml["masks"] else decoded, raw)
 
 
