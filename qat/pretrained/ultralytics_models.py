@@ -53,7 +53,7 @@ class NamedOutputs(nn.Module):
         """A head keeps the cells' places for the shape it saw last, batch included: a branch that cannot be traced."""
         for module in self.modules():
             if hasattr(module, "anchors") and hasattr(module, "shape"):
-                module.shape = None
+                module.shape = None  # type: ignore[assignment]
 
     def file_metadata(self, input_shape: tuple[int, ...]) -> dict[str, str]:
         """What an ONNX file must say so that Ultralytics predicts with it; {} of one that is not decoded.
