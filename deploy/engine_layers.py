@@ -42,6 +42,7 @@ _FORMATS = {
 _NUMBERING = re.compile(r"(_U\d+)?_myl\d+_\d+$")
 _TYPE_WORD = re.compile(r"\b(INT8|INT4|FP8|FP16|HALF|BF16|BFLOAT16|FP32|FLOAT|INT32|INT64|UINT8|BOOL)\b", re.IGNORECASE)
 _SHORT_TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BFLOAT16": "BF16"}
+_NO_NUMBERS = ("BOOL", "INT32", "INT64")
 _BYTES = {"INT8": 1, "UINT8": 1, "BOOL": 1, "FP8": 1, "FP16": 2, "BF16": 2, "INT64": 8}  # all others have 4
 _PROFILE = re.compile(r" \[profile (\d+)\]$")
 _FOREIGN = re.compile(r"\{ForeignNode\[(.*)\]\}")
@@ -134,7 +135,12 @@ class EngineLayer:
     @property
     def precision(self) -> str:
         """The type of the data that the layer reads, or writes when it reads nothing."""
-        return next(iter(self.inputs + self.outputs), "none")
+        return next(iter(self.numbers_read + self.inputs + self.outputs), "none")
+
+    @property
+    def numbers_read(self) -> tuple[str, ...]:
+        """The types of its inputs, but for masks and indices, which an attention may read first."""
+        return tuple(found for found in self.inputs if found not in _NO_NUMBERS)
 
     @property
     def writes_fp32(self) -> bool:
@@ -145,7 +151,7 @@ class EngineLayer:
     @property
     def product_precision(self) -> str:
         """The type that a convolution or matrix product multiplies in."""
-        weights = (*self.inputs[1:], *self.constants)
+        weights = (*self.numbers_read[1:], *(found for found in self.constants if found not in _NO_NUMBERS))
         # An older inspector hides the types if the batch is dynamic. A kernel multiplies in the type of its weights.
         if self.precision == "unknown" and self.constants:
             return self.constants[0]

@@ -226,6 +226,6 @@ def _cause(layer: DeclaredLayer, found: EngineLayer | None) -> str:
         )
     if layer.groups > 1 and layer.channels % 8:
         return f"grouped convolution with {layer.channels} output channels, which is not a multiple of 8"
-    if INT8.name not in found.inputs[:1]:
+    if INT8.name not in found.numbers_read[:1]:
         return f"it reads {found.precision}: a layer between it and its DequantizeLinear is not {INT8.name}"
     return f"the builder chose a {found.precision} kernel"

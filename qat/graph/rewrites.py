@@ -126,7 +126,7 @@ def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
     order = {node: position for position, node in enumerate(traced.graph.nodes)}
     modules = dict(traced.named_modules())
     owner: dict[fx.Node, fx.Node] = {}  # the node that allocated a node's memory
-    sizes: set[fx.Node] = set()  # numbers, which share no memory
+    sizes: set[fx.Node] = set()  # numbers, and tensors that are made of numbers alone
     for node in traced.graph.nodes:
         given = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         changes = given is not None and _is_in_place(node, traced)
@@ -135,7 +135,8 @@ def _read_what_in_place_operations_leave(traced: fx.GraphModule) -> None:
         if kind_of(node, modules) == "shape" or (node.all_input_nodes and sizes.issuperset(node.all_input_nodes)):
             sizes.add(node)
             continue
-        owner[node] = owner[given] if given is not None and (changes or _is_view(node, traced)) else node
+        shares = given is not None and (changes or _is_view(node, traced))
+        owner[node] = owner.get(given, node) if given is not None and shares else node
         if not changes or given is None:
             continue
         for user in [user for user in given.users if order[user] > order[node]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from functools import partial
 
+import pytest
 from qdq_models import classifier, matrix_product
 
 from deploy.build_log import BuildLog
@@ -14,6 +16,7 @@ from deploy.engine_layers import EngineLayer, layers_from_inspector, layers_from
 from deploy.installed import find_toolkit
 from deploy.precision_audit import DeclaredLayer, audit_precision, declared_layers
 from deploy.settings import BuildSettings
+from qat.base.number_format import INT8
 
 # Captured from TensorRT-RTX 1.7.1.116, verbose and DETAILED: a quantized convolution and its ReLU.
 RTX_CONVOLUTION = (
@@ -275,3 +278,15 @@ def test_a_builder_without_a_kernel_breaks_nothing():
     found = audit_precision([up], layers, ("DECONVOLUTION",))
     assert found.broken == ()
     assert not found.findings[0].has_kernel
+
+
+@pytest.mark.parametrize("mask", ["BOOL", "INT32"])
+def test_the_mask_of_an_attention_is_not_what_it_multiplies(mask: str):
+    """As TensorRT-RTX 1.7.1.116 lists an attention with a mask that is computed."""
+    nodes, product = ("_gemm_mha_v2", "a.matmul", "a.matmul_1"), partial(declared, operation="matrix product")
+    for found in (INT8.name, "FP32"):
+        layer = EngineLayer("_gemm_mha_v2_myl0_68", "kgen", (mask, found, found, found), (mask,), (found,), nodes)
+        audit = audit_precision([product("a.matmul"), product("a.matmul_1")], [layer])
+        assert [finding.precision for finding in audit.findings] == [found, found]
+    causes = {finding.cause for finding in audit.findings}
+    assert causes == {f"it reads FP32: a layer between it and its DequantizeLinear is not {INT8.name}"}

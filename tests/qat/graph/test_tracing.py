@@ -451,6 +451,18 @@ def test_one_line_for_what_is_no_network(model, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_mask_that_is_made_of_sizes_alone_may_be_read_with_values():
+    """As transformers' DETR does: a mask of ones of the image's size, resized, looked up."""
+
+    def masked(model: nn.Module, x: Tensor) -> Tensor:
+        mask = torch.ones((x.shape[0], x.shape[2], x.shape[3]), device=x.device).flatten(1).to(torch.bool)
+        rows = torch.arange(x.shape[0], device=x.device)[:, None] + 0 * x.flatten(1)[:, :1].long()
+        return x * mask[rows, :1].reshape(-1, 1, 1, 1)
+
+    model = Body(masked)
+    same(model, trace(model, SHAPE), images())
+
+
 def test_an_input_that_is_changed_in_place_is_refused():
     class Changes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
