@@ -79,6 +79,17 @@ def spec_for(name: str, num_classes: int, channels: int, options: Mapping[str, A
     return ModelSpec(name, num_classes, {**told, **options})
 
 
+def options_for_size(name: str, pixels: int | None) -> dict[str, Any]:
+    """What builds the model ``name`` for images of ``pixels`` x ``pixels``, if it is one of timm's for a fixed size."""
+    if not name.startswith("timm/") or pixels is None or not importlib.util.find_spec("timm"):
+        return {}
+    import timm
+
+    usual = timm.get_pretrained_cfg(name.removeprefix("timm/"))
+    other = usual is not None and usual.fixed_input_size and usual.input_size[-1] != pixels
+    return {"img_size": pixels} if other else {}
+
+
 def trace_on_images(
     model: nn.Module, name: str, shape: tuple[int, int, int], *, training: bool | None = None
 ) -> TracedModel:

@@ -11,7 +11,7 @@ from qat.base.errors import UserError
 from qat.checkpoint import load_checkpoint
 from qat.fake_quantize.prepare import placement_of
 from qat.graph.tracing import network_of
-from qat.models import build_model, spec_for, trace_on_images
+from qat.models import build_model, options_for_size, spec_for, trace_on_images
 from qat.rules.describe import PlacementView, texts_of
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import place
@@ -58,7 +58,8 @@ def view_placement(
         return _of_checkpoint(path, allow_changed_model)
     size = _IMAGE_SIZE if image_size is None else image_size
     shape = (3 if channels is None else channels, size, size)
-    spec = spec_for(model, _CLASSES if num_classes is None else num_classes, shape[0])
+    classes = _CLASSES if num_classes is None else num_classes
+    spec = spec_for(model, classes, shape[0], options_for_size(model, size))
     network = network_of(trace_on_images(build_model(spec), model, shape))
     placement = place(network, keep_float, profile=profile)
     return PlacementView(model, shape, network, placement, texts_of(placement))

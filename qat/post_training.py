@@ -43,7 +43,7 @@ from qat.fake_quantize.low_bit import simulate_bits
 from qat.fake_quantize.prepare import prepare, weights_and_quantizers
 from qat.fake_quantize.weight_ranges import fix_weight_ranges
 from qat.graph.tracing import TracedModel, network_of
-from qat.models import answers_classes, check_logits, trace_on_images
+from qat.models import answers_classes, check_logits, options_for_size, trace_on_images
 from qat.pretrained.ultralytics_models import PREFIX
 from qat.rules.describe import say_placement
 from qat.rules.kernel_profile import KernelProfile
@@ -101,7 +101,8 @@ def quantize_pretrained(
         check_writable(path)
     if decoded and not model.startswith(PREFIX):
         raise UserError(f"--decode is for Ultralytics' models, and {model} is none: leave it out")
-    found = build_pretrained(model, weights, classes, images.channels, {"decoded": True} if decoded else {})
+    given = {"decoded": True} if decoded else options_for_size(model, images.image_size)
+    found = build_pretrained(model, weights, classes, images.channels, given)
     data = _load_images(images, input_preset(model, weights, images))
     found = with_classes_of_output(found, data.preprocessing.input_shape, classes)
     traced = trace_on_images(compute.place(found.model), model, data.preprocessing.input_shape)

@@ -37,7 +37,7 @@ from qat.fake_quantize.prepare import prepare
 from qat.fake_quantize.weight_ranges import fix_saved_ranges
 from qat.fake_quantize.weight_ranges import learn_ranges as make_ranges_learn
 from qat.graph.tracing import TracedModel, network_of, trace
-from qat.models import ModelSpec, build_model, spec_for
+from qat.models import ModelSpec, build_model, options_for_size, spec_for
 from qat.post_training import (
     choose_placement,
     prepare_and_calibrate,
@@ -163,7 +163,8 @@ class _Run:
         compute, reached, images, (float_recipe, qat_recipe) = self.compute, self.reached, self.images, recipes
         learn_ranges = learn_ranges and qat_recipe.epochs > 0  # else nothing learns them
         self._load_images(name, weights)
-        spec = spec_for(name, len(self.data.class_names), images.channels)
+        options = options_for_size(name, self.data.preprocessing.height)
+        spec = spec_for(name, len(self.data.class_names), images.channels, options)
         model, ranges = self._float_model(spec, weights, float_recipe)
         # A network that cannot be quantized as asked is refused now, not after hours of float training.
         model, placement = choose_placement(

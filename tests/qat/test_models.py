@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qat.base.errors import UserError
 from qat.data.preprocessing import ImagePreset
-from qat.models import ModelSpec, build_model
+from qat.models import ModelSpec, build_model, options_for_size, spec_for
 from qat.weights import build_pretrained, load_weights, preset_of_weights
 
 NET = """
@@ -122,6 +122,25 @@ def test_the_seed_decides_the_weights() -> None:
         torch.manual_seed(1)
         models.append(build_model(ModelSpec("resnet18", 7)))
     assert equal(models[0].state_dict(), models[1].state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "options"),
+    [
+        ("timm/test_vit", 64, {"img_size": 64}),  # it is built for 160 pixels
+        ("timm/test_vit", 160, {}),
+        ("timm/test_vit", None, {}),
+        ("timm/resnet18", 64, {}),  # of any size
+        ("resnet18", 64, {}),
+    ],
+)
+def test_networks_of_a_fixed_size_are_built_for_the_images(
+    name: str, pixels: int | None, options: dict[str, int]
+) -> None:
+    assert options_for_size(name, pixels) == options
+    model = build_model(spec_for(name, 3, 3, options)).eval()
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, pixels or 160, pixels or 160)).shape == (1, 3)
 
 
 def test_unknown_models(net_file: Path) -> None:
