@@ -23,6 +23,9 @@ _BOTH_PHASES = (
 )
 
 
+_FLOAT_LR, _ATTENTION_LR = 2e-3, 5e-4
+
+
 @dataclass(frozen=True, kw_only=True)
 class SharedOptions(Command):
     """The options of both commands."""
@@ -112,8 +115,8 @@ class TrainOptions(SharedOptions):
 
     float_epochs: int = 8
     """Epochs of float training before quantization; give 0 if the pretrained weights need none."""
-    float_lr: float = 2e-3
-    """Peak learning rate of the float training (AdamW)."""
+    float_lr: float | None = None
+    """Peak learning rate of the float training (AdamW); by default 2e-3, of networks with attention 5e-4."""
     float_schedule: Schedule = "one-cycle"
     """Learning-rate schedule. one-cycle warms up for the first three tenths of the epochs; cosine only falls."""
     qat_epochs: int = 2
@@ -170,7 +173,13 @@ class TrainOptions(SharedOptions):
 
     def float_recipe(self) -> Recipe:
         """How the float network is trained. Raises UserError when a value is out of range."""
-        return Recipe(epochs=self.float_epochs, lr=self.float_lr, schedule=self.float_schedule, **self._both_phases())
+        return Recipe(
+            epochs=self.float_epochs,
+            lr=_FLOAT_LR if self.float_lr is None else self.float_lr,
+            attention_lr=_ATTENTION_LR if self.float_lr is None else None,
+            schedule=self.float_schedule,
+            **self._both_phases(),
+        )
 
     def qat_recipe(self) -> Recipe:
         """How the network is fine-tuned with fake quantization. Raises UserError when a value is out of range."""

@@ -171,6 +171,7 @@ class _Run:
             compute.place(model), name, self.data, spec.num_classes, keep_float, profile, training=True
         )
         prepared: fx.GraphModule
+        float_recipe = float_recipe.suited_to(network_of(model))
         if reached.phase == "float":
             self.fit("float", model, float_recipe)
             reached.figures["float"] = self.test("float", model)

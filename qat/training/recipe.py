@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qat.base.choices import Schedule
 from qat.base.errors import UserError
+from qat.graph.network import Network
+from qat.rules.attention_rules import attentions
 from qat.training.schedule import learning_rate
 
 _LEAST = {
@@ -31,6 +33,8 @@ class Recipe:
     weight_decay: float
     label_smoothing: float
     seed: int
+    attention_lr: float | None = None
+    """Learning rate of a network with attention, instead of ``lr``; None: the same."""
     accumulate: int = 1
     """Number of batches whose gradients are accumulated for one step of the optimizer."""
     clip_norm: float = 0.0
@@ -60,6 +64,12 @@ class Recipe:
                 f"progressive must be below the {self.epochs} epochs of the fine-tuning, but is {self.progressive}: "
                 "lower it, because the last epochs train with the whole network quantized"
             )
+
+    def suited_to(self, network: Network) -> Recipe:
+        """The same with the learning rate for ``network``."""
+        if self.attention_lr is None or not attentions(network):
+            return self
+        return replace(self, lr=self.attention_lr)
 
     def quantized_share(self, epoch: int) -> float:
         """The share of the network that is quantized in ``epoch``, counted from 0."""
