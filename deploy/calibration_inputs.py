@@ -264,7 +264,7 @@ def _in_letterbox(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     from qat.base.image_files import LETTERBOX_GREY
 
     factor = min(wanted / extent for extent, wanted in zip(image.size, size, strict=True))
-    width, height = (round(extent * factor) for extent in image.size)
+    width, height = (max(1, round(extent * factor)) for extent in image.size)
     steps = (image.width / width, 0, 0, 0, image.height / height, 0)
     resized = image.transform((width, height), Image.Transform.AFFINE, steps, Image.Resampling.BILINEAR)
     whole = Image.new(image.mode, size, (LETTERBOX_GREY,) * len(image.getbands()))

@@ -23,12 +23,13 @@ from qat.data.preprocessing import ImagePreset, Interpolation, three_floats
 from qat.data.request import ImageRequest
 from qat.models import ModelSpec, build_model, name_of, spec_for, torchvision_names
 from qat.pretrained.state_dict import StateDict, find_state_dict, misfitting_names
-from qat.pretrained.ultralytics_models import CHECKPOINTS, PREFIX, classes_of
+from qat.pretrained.torchvision_detectors import detector_names, preset_of_detector
+from qat.pretrained.ultralytics_models import CHECKPOINTS, PREFIX, classes_of, preset_of_ultralytics
 from qat.pretrained.weights_file import SUFFIXES, read_weights_file
 
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # heads of googlenet and inception_v3 in torchvision's weight files
+# Heads of googlenet, inception_v3 and segmentation models in torchvision's weight files.
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")
 _MOST_COMMON = 1000  # classes: ImageNet's
-_DETECTOR_PRESET = ImagePreset(640, 640, (0.0,) * 3, (1.0,) * 3, letterbox=True)
 
 
 def load_weights(model: nn.Module, weights: str) -> tuple[str, dict[str, Tensor]]:
@@ -75,8 +76,7 @@ def build_pretrained(
     """The model ``name`` with as many classes as the classifier in ``weights`` has rows; see ``load_weights``.
 
     ``classes``: their number, for a model whose classifier cannot be told from its other layers. ``weights``: None for
-    a checkpoint of Ultralytics, which is a model with its weights. ``options``: of the model's constructor.
-    ``channels``: those of its images, 1 or 3.
+    a checkpoint of Ultralytics, which has them. ``options``: of the model's constructor. ``channels``: 1 or 3.
 
     Raises:
         UserError: as ``build_model`` and ``load_weights`` do, and when the weights have another number of classes.
@@ -87,19 +87,20 @@ def build_pretrained(
         return Pretrained(spec, model, {}, ())
     found = _find(model, weights)
     remedy = "" if classes else f", or their --classes if they are not {spec.num_classes}"
-    if head := _other_classifier(model.state_dict(), found.tensors):
-        rows, built = len(found.tensors[f"{head}.weight"]), len(model.state_dict()[f"{head}.weight"])
-        if classes == built:
+    own = model.state_dict()
+    rows = _classes_of_heads(own, found.tensors, spec.num_classes)
+    if head := _other_classifier(own, found.tensors):
+        rows = rows or len(found.tensors[f"{head}.weight"])  # a detector's has a row for each class and anchor
+        if classes == len(own[f"{head}.weight"]):
             raise UserError(f"weights {weights} have {rows} classes ({head}), not {classes}: leave out --classes")
-        spec, remedy = spec_for(name, rows, channels, options), ""
+    if head or (rows and not classes):
+        spec, remedy = spec_for(name, rows, channels, options), "" if head else remedy
         model = build_model(spec)
-    elif not classes and (rows := _classes_of_heads(model.state_dict(), found.tensors, spec.num_classes)):
-        spec = spec_for(name, rows, channels, options)
-        model = build_model(spec)
-    if _load(model, weights, found.tensors, remedy):
+    if head := _load(model, weights, found.tensors, remedy):
+        then, now = (len(tensors[f"{head}.weight"]) for tensors in (found.tensors, model.state_dict()))
         raise UserError(
-            f"weights {weights} have {rows} classes, but {name} has {built} ({head}) when it is built for {rows}: "
-            "give weights of this model, or let its function honour num_classes"
+            f"weights {weights} have {then} classes, but {name} has {now} ({head}) when it is built for "
+            f"{spec.num_classes}: give weights of this model, or let its function honour num_classes"
         )
     class_names = () if _is_file(weights) else _categories(name, weights)
     return Pretrained(spec, model, found.ranges, class_names, found.notes)
@@ -191,7 +192,7 @@ def _notes(taken: StateDict, others: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _lacks_auxiliary(model: nn.Module) -> bool:
-    return getattr(model, "aux_logits", None) is False
+    return getattr(model, "aux_logits", None) is False or getattr(model, "aux_classifier", ...) is None
 
 
 def _without_auxiliary(model: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -246,7 +247,9 @@ def preset_of_weights(name: str, weights: str | None) -> ImagePreset:
     It is ImageNet's usual one if neither torchvision nor timm knows it.
     """
     if name.startswith(PREFIX):
-        return _DETECTOR_PRESET
+        return preset_of_ultralytics(name.removeprefix(PREFIX))
+    if name in detector_names():
+        return preset_of_detector(name)
     if weights is not None and name.startswith("timm/") and importlib.util.find_spec("timm"):
         import timm
 

@@ -83,6 +83,11 @@ class Artifacts:
         return self.checkpoint is not None and "qat" in self.checkpoint.figures
 
     @property
+    def _has_reference(self) -> bool:
+        """Whether there are images with known answers beside the ONNX file; not of networks that answer no values."""
+        return self.onnx is None or self.onnx.details.get("reference") is not None
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """All files that it was read from."""
         sidecars = [sidecar_path(path) for path in self.paths.values()]
@@ -100,7 +105,7 @@ class Artifacts:
             found.append(Missing("engine", "the engine", f"python -m deploy.build {_quoted(self.paths['onnx'])}"))
         labelled = self.checkpoint is not None and "float" in self.checkpoint.figures
         results: tuple[tuple[str, ArtifactKind, str, str, bool], ...] = (
-            ("evaluation", "engine", "the engine's own answers", "deploy.evaluate", True),
+            ("evaluation", "engine", "the engine's own answers", "deploy.evaluate", self._has_reference),
             ("benchmark", "onnx", "speed against FP16", "deploy.benchmark", True),
             ("audit", "engine", "the time of each layer", "deploy.audit", True),
             ("sensitivity", "checkpoint", "what each layer costs in accuracy", "qat.sensitivity", labelled),

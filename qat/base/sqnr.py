@@ -13,8 +13,11 @@ import math
 def sqnr_db(signal: float, noise: float) -> float | None:
     """The ratio in dB from ``signal`` = sum x^2 and ``noise`` = sum (x - x_hat)^2, both at least 0.
 
-    None if there is no noise, which means equality; minus infinity if there is noise but no signal.
+    None if there is no noise, which means equality; minus infinity if there is noise but no signal, or if the noise is
+    infinite or NaN, as after an overflow.
     """
     if noise == 0:
         return None
+    if not math.isfinite(noise):
+        return -math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

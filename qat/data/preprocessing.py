@@ -142,7 +142,7 @@ class Preprocessing:
     def _put_in_letterbox(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
         factor = min(self.height / height, self.width / width)
-        size = [round(height * factor), round(width * factor)]
+        size = [max(1, round(height * factor)), max(1, round(width * factor))]
         if factor != 1:
             image = transforms.resize(image, size, InterpolationMode(self.interpolation), antialias=False)
         down, right = self.height - size[0], self.width - size[1]

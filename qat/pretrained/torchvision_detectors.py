@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
+
+from qat.data.preprocessing import ImagePreset, three_floats
 
 
 class HeadOutputs(nn.Module):
@@ -41,6 +44,14 @@ def detector_names() -> list[str]:
     """Names of torchvision's detectors."""
     names: list[str] = torchvision.models.list_models(module=torchvision.models.detection)
     return names
+
+
+def preset_of_detector(name: str) -> ImagePreset:
+    """How the detector ``name`` itself normalizes images, and the pixels of their short side."""
+    with torch.device("meta"):
+        transform: Any = build_detector(name, weights_backbone=None).transform
+    pixels = int(min(transform.fixed_size or transform.min_size))
+    return ImagePreset(pixels, pixels, three_floats(transform.image_mean), three_floats(transform.image_std))
 
 
 def build_detector(name: str, **options: Any) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from qat.base.errors import UserError, one_line
+from qat.data.preprocessing import ImagePreset
 
 PREFIX = "ultralytics/"
 CHECKPOINTS = (".pt",)
@@ -89,6 +90,13 @@ def build_ultralytics(source: str, num_classes: int, decoded: bool = False) -> n
 def classes_of(source: str) -> int:
     """How many classes the model ``source`` has by itself. Raises UserError as ``build_ultralytics`` does."""
     return int(_load(source)[0].yaml["nc"])
+
+
+def preset_of_ultralytics(source: str) -> ImagePreset:
+    """How Ultralytics feeds its models: pixels in 0..1; cropped for a classifier, else in a letterbox."""
+    if _load(source)[1] == "classify":
+        return ImagePreset(224, 224, (0.0,) * 3, (1.0,) * 3)
+    return ImagePreset(640, 640, (0.0,) * 3, (1.0,) * 3, letterbox=True)
 
 
 def _separate_activations(model: nn.Module) -> None:

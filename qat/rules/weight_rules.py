@@ -22,21 +22,22 @@ class ComputedWeight(Rule):
 
 
 class WeighsSoftmax(Rule):
-    """A layer that reads a softmax computes an expectation, such as the distances of a detector's boxes.
+    """A layer of one output that reads a softmax computes an expectation, such as the sides of a detector's boxes.
 
     With 16 bins, as in the YOLOs, 8 bits of the softmax move that by 0.08 bins, at stride 32 by 2.6 pixels
     (standard deviation over random shares). A yolov8n lost 0.8 points of mAP50-95 by it (benchmarks/detection.txt).
     """
 
     name = "weighs_softmax"
-    sentence = "a convolution or linear layer whose input is a softmax stays in float: it decodes the answer"
+    sentence = "a layer of one output whose input is a softmax stays in float: it decodes the answer"
     source = "the rounding of each share is multiplied by a constant weight, up to the number of bins"
 
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
-        """Float, if the input comes from a softmax, moved or not."""
+        """Float, if it has one output channel and its input comes from a softmax, moved or not."""
         source = state.network[source_of(state.network, op.inputs[0])]
+        one = op.weight is not None and op.weight.out_channels == 1
         is_softmax = source.kind in ("softmax", "softmax_across")
-        return self.keep_float("it weighs the output of a softmax") if is_softmax else None
+        return self.keep_float("it weighs the output of a softmax") if one and is_softmax else None
 
 
 class TransposedConvolution(Rule):

@@ -15,7 +15,7 @@ from deploy.bisect import Difference, every_difference, first_difference, tensor
 from deploy.installed import find_toolkit
 from deploy.runtime import Engine
 from deploy.settings import BuildSettings
-from export.session import run, session_with_tensors
+from export.session import run, session_with_tensors, sqnr_db
 
 NAMES = [f"t{index}" for index in range(56)]
 
@@ -58,6 +58,13 @@ def test_tensors_are_listed_in_the_networks_order_with_their_makers(tmp_path):
     assert list(tensors_to_compare(toolkit, with_float_weights, BuildSettings())[0])[:-1] == list(found)
     found, outputs = tensors_to_compare(toolkit, classifier(tmp_path / "c.onnx"), BuildSettings())
     assert (list(found), outputs) == (["relu", "flat", "fc"], ["fc"])
+
+
+def test_what_overflows_is_the_worst():
+    exact = np.ones(2, np.float32)
+    for value in (np.inf, np.nan):
+        assert sqnr_db(exact, np.array([value, 1], np.float32)) == -np.inf
+    assert sqnr_db(exact, exact) is None
 
 
 def test_every_tensor_is_compared_in_one_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

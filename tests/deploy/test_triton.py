@@ -331,6 +331,12 @@ def test_the_page_says_what_to_send(tmp_path: Path, repository: Path) -> None:
     assert "is not recorded" in page
     assert "decode" not in page
 
+    page = page_of(write_engine(tmp_path / "e.engine", preprocessing={**PREPROCESSING, "letterbox": True}), repository)
+    assert "the largest that fits in 28 x 20 pixels" in page
+    assert "grey of value 114" in page
+    assert "short side" not in page
+    assert "centre" not in page
+
     page = page_of(write_engine(tmp_path / "d.engine", profiles=SEVERAL, gpu=None), repository)
     assert "3 optimization profiles" in page
     assert "**GPU: the one that the engine was built on.**" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,39 @@ def test_two_classifiers_tell_the_number_of_classes_if_both_have_it(tmp_path: Pa
     torch.save(given.state_dict() | {"b.weight": torch.zeros(9, 4), "b.bias": torch.zeros(9)}, weights)
     with pytest.raises(UserError, match=r"do not fit .* or their --classes if they are not 1000"):
         build_pretrained(f"{file}:net", weights)
+
+
+def test_a_detectors_head_has_rows_for_each_class_and_anchor(tmp_path: Path) -> None:
+    file, weights = tmp_path / "anchors.py", str(tmp_path / "w.pth")
+    file.write_text(
+        "from torch import nn\ndef net(num_classes):\n"
+        "    return nn.ModuleDict({'scores': nn.Conv2d(4, 9 * num_classes, 1), 'boxes': nn.Conv2d(4, 36, 1)})"
+    )
+    given = build_model(ModelSpec(f"{file}:net", 7))
+    torch.save(given.state_dict(), weights)
+    found = build_pretrained(f"{file}:net", weights)
+    assert found.spec.num_classes == 7
+    assert equal(found.model.state_dict(), given.state_dict())
+
+
+def test_one_head_of_two_that_ignores_the_number_of_classes(tmp_path: Path) -> None:
+    file, weights = tmp_path / "half.py", str(tmp_path / "w.pth")
+    file.write_text(
+        "from torch import nn\ndef net(num_classes):\n"
+        "    return nn.ModuleDict({'a': nn.Linear(4, num_classes), 'b': nn.Linear(4, 1000)})"
+    )
+    both = {"a.weight": (10, 4), "a.bias": (10,), "b.weight": (10, 4), "b.bias": (10,)}
+    torch.save({name: torch.zeros(shape) for name, shape in both.items()}, weights)
+    with pytest.raises(UserError, match=r"have 10 classes, but .* has 1000 \(b\) when it is built for 10"):
+        build_pretrained(f"{file}:net", weights)
+
+
+def test_heads_that_only_train_are_ignored(tmp_path: Path) -> None:
+    segmenter = partial(torchvision.models.get_model, "fcn_resnet50", weights_backbone=None, num_classes=5)
+    torch.save(segmenter(aux_loss=True).state_dict(), tmp_path / "w.pth")
+    found = build_pretrained("fcn_resnet50", str(tmp_path / "w.pth"))
+    assert found.spec.num_classes == 5
+    assert found.notes == ("8 entries ignored (aux_classifier.0.weight, aux_classifier.1.weight, ...)",)
 
 
 def test_a_model_that_ignores_the_number_of_classes(tmp_path: Path) -> None:

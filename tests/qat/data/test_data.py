@@ -228,6 +228,7 @@ def test_preprocessing_of_a_damaged_sidecar_is_refused(change: dict[str, Any]) -
     assert (boxed[:, 6:14] == 200).all()
     assert (boxed[:, :6] == 114).all()
     assert (boxed[:, 14:] == 114).all()
+    assert wide.fit(torch.zeros(3, 1, 200, dtype=torch.uint8)).shape == (3, 20, 20)
     assert wide.preset.letterbox
     assert Preprocessing.from_preset(wide.preset, 20, 20, 20) == wide
     good = dataclasses.asdict(Preprocessing(24, 24, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 24))

@@ -19,6 +19,7 @@ from qat.calibrate import main as calibrate
 from qat.models import ModelSpec, build_model
 from qat.options import CalibrateOptions
 from qat.pretrained.torchvision_detectors import HeadOutputs, detector_names
+from qat.weights import preset_of_weights
 
 QUICK = "ssdlite320_mobilenet_v3_large"
 OTHERS = ("fasterrcnn_mobilenet_v3_large_320_fpn", "fcos_resnet50_fpn", "retinanet_resnet50_fpn", "ssd300_vgg16")
@@ -64,6 +65,14 @@ def test_the_heads_answer_as_within_torchvisions_model(name: str) -> None:
         assert found.keys() == expected.keys() >= {"cls_logits", "bbox_regression"}
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert (type(ours).__name__, isinstance(ours, HeadOutputs)) == (type(model).__name__, True)
+
+
+@pytest.mark.parametrize("name", ["ssd300_vgg16", QUICK])
+def test_images_are_normalized_as_the_detector_does_itself(name: str) -> None:
+    transform = torchvision.models.get_model(name, weights=None, weights_backbone=None).transform
+    found = preset_of_weights(name, None)
+    assert (found.size, found.size) == transform.fixed_size
+    assert (list(found.mean), list(found.std)) == (transform.image_mean, transform.image_std)
 
 
 def test_all_are_known() -> None:

@@ -22,10 +22,12 @@ from export.session import run, session
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
 from qat.checkpoint import load_checkpoint
+from qat.data.preprocessing import ImagePreset
 from qat.graph.outputs import leaves
 from qat.models import ModelSpec, build_model
 from qat.options import CalibrateOptions
 from qat.pretrained.ultralytics_models import NamedOutputs, build_ultralytics, classes_of
+from qat.weights import preset_of_weights
 
 INSTALLED = importlib.util.find_spec("ultralytics") is not None
 STAND_IN = '''"""Models answer (decoded, raw) in evaluation and raw in training, of one head or of two."""
@@ -69,11 +71,13 @@ class DetectionModel(nn.Module):
 
 
 class YOLO:
+    kind = "detect"
+
     def __init__(self, source, verbose=True):
         if source not in ("one.yaml", "two.yaml", "masks.yaml", "own.pt"):
             raise FileNotFoundError(source)
         kind = {"two": source == "two.yaml", "masks": source == "masks.yaml"}
-        self.task = "segment" if source == "masks.yaml" else "detect"
+        self.task = "segment" if source == "masks.yaml" else self.kind
         self.model = DetectionModel({"nc": 7 if source == "own.pt" else 80, **kind})
         if source == "own.pt":
             self.model = self.model.half().requires_grad_(False)
@@ -153,6 +157,15 @@ def test_classes_are_the_files_own_unless_they_are_given() -> None:
     assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in own.parameters())
     with pytest.raises(UserError, match=r"ultralytics cannot make a model of no\.yaml \(FileNotFoundError: no\.yaml\)"):
         build_model(ModelSpec("ultralytics/no.yaml", 3))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_classifier_is_not_fed_letterboxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preset_of_weights("ultralytics/one.yaml", None) == ImagePreset(
+        640, 640, (0.0,) * 3, (1.0,) * 3, letterbox=True
+    )
+    monkeypatch.setattr(sys.modules["ultralytics"].YOLO, "kind", "classify")
+    assert preset_of_weights("ultralytics/one.yaml", None) == ImagePreset(224, 224, (0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.mark.skipif(INSTALLED, reason="ultralytics is installed")

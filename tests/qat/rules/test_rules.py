@@ -697,6 +697,12 @@ def test_a_layer_that_reads_a_softmax_stays_in_float(layer: nn.Module):
     assert (found["decode"].rule, found["decode"].reason) == ("weighs_softmax", "it weighs the output of a softmax")
 
 
+def test_a_layer_of_several_outputs_is_no_decoder():
+    """Such as those of talking heads, or of attention with external memory."""
+    found = {weight.op: weight for weight in placement(Decodes(nn.Conv2d(16, 8, 1))).weights}
+    assert found["decode"].quantized
+
+
 def test_what_eight_bits_would_cost_such_a_layer():
     shares = (1.5 * torch.randn(100_000, 16, generator=torch.Generator().manual_seed(0))).softmax(1)
     scale = shares.max() / 127
