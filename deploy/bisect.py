@@ -8,6 +8,7 @@ tensor is wrong, all tensors after it are wrong too, and a network with 56 quant
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,9 @@ class _OpenedEngines:
         with Engine.from_plan(built.plan, self._toolkit, self._settings) as engine:
             answer = engine(self._inputs)
         tensors = answer if isinstance(answer, dict) else dict.fromkeys(names, answer)
-        return {name: sqnr_db(self._expected[name], tensors[name].astype(np.float32)) for name in names}
+        found = {name: sqnr_db(self._expected[name], tensors[name].astype(np.float32)) for name in names}
+        # What overflowed in the engine is as wrong as can be.
+        return {name: -math.inf if ratio is not None and math.isnan(ratio) else ratio for name, ratio in found.items()}
 
 
 def tensors_to_compare(toolkit: Toolkit, model: Path, settings: BuildSettings) -> tuple[dict[str, str], list[str]]:

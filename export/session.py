@@ -70,7 +70,8 @@ def run(model: onnxruntime.InferenceSession, inputs: np.ndarray | Mapping[str, n
 
 
 def sqnr_db(signal: np.ndarray, noisy: np.ndarray) -> float | None:
-    """The signal-to-noise ratio (qat/base/sqnr.py) of ``noisy`` in dB; None when the two arrays are equal."""
-    noise = float(np.square(signal.astype(np.float64) - noisy).sum())
-    power = float(np.square(signal.astype(np.float64)).sum())
+    """The signal-to-noise ratio (qat/base/sqnr.py) of ``noisy``, in dB; None if equal, NaN after an overflow."""
+    with np.errstate(invalid="ignore", over="ignore"):  # the ratio says it
+        noise = float(np.square(signal.astype(np.float64) - noisy).sum())
+        power = float(np.square(signal.astype(np.float64)).sum())
     return ratio(power, noise)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import export.from_checkpoint
+import export.parity
 from deploy.reference import network_input
 from export.fold import fold
 from export.from_checkpoint import export_onnx
@@ -279,6 +280,20 @@ def test_a_float_export_is_the_network_without_quantizers(checkpoint: Path, prec
         "model.qat",
         "model.qat.json",
     ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_overflow_inside_is_refused_though_the_answers_are_finite(
+    value: float, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(*given: Any) -> dict[str, np.ndarray]:
+        found = run(*given)
+        for tensor in found.values():
+            tensor.flat[0] = value
+        return found
+
+    monkeypatch.setattr(export.parity, "run", overflowing)
+    refused("computes NaN or infinity before .*another --precision or --float-type", checkpoint=checkpoint)
 
 
 def test_values_beyond_float16_are_refused_and_nothing_is_written(checkpoint: Path) -> None:
