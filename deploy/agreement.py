@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +24,11 @@ from qat.base.artifact import Sidecar, read_parent, read_sidecar
 from qat.base.console import say, table, warn
 from qat.base.errors import UserError
 from qat.base.output_agreement import OutputAgreement
+from qat.base.sqnr import worst_first
 from qat.base.text import decibels
+
+if TYPE_CHECKING:
+    from deploy.trt import Toolkit
 
 BISECT_IMAGES = 8
 SHOWN = 10
@@ -253,8 +256,7 @@ def _test_split(model: Path, sidecar: Sidecar, data: str, data_root: Path, image
         warn(f"without the checkpoint, a test split that training made itself cannot be made again: {error}")
         details = {"seed": 0, "calibration_images": 512}
     given = sidecar.preprocessing
-    how = given.get("interpolation", "bilinear"), given.get("letterbox", False)
-    preset = ImagePreset(given["height"], given["resize"], tuple(given["mean"]), tuple(given["std"]), *how)
+    preset = ImagePreset.of_sidecar(given)
     seed, calibration_images = details["seed"], details["calibration_images"]
     data_set = load_data(data, given["height"], seed, calibration_images, data_root, preset)
     count = len(data_set.test) if images is None else images
@@ -312,14 +314,18 @@ def _print_answers(answers: Answers, disagreements: dict[str, str]) -> None:
         warn("there is nothing to compare the engine with: neither ONNX Runtime nor answers of PyTorch")
 
 
+def _built_with(sidecar: Sidecar) -> tuple[Toolkit, BuildSettings]:
+    """The builder of an engine, and its settings."""
+    return find_toolkit(sidecar.details["builder"]["name"]), BuildSettings.from_json(sidecar.details["settings"])
+
+
 def _every_difference(
     sidecar: Sidecar, model: Path, reference_model: Path, inputs: np.ndarray
 ) -> tuple[Difference, ...]:
     say("comparing the tensors inside with ONNX Runtime's")
-    settings = BuildSettings.from_json(sidecar.details["settings"])
-    toolkit = find_toolkit(sidecar.details["builder"]["name"])
+    toolkit, settings = _built_with(sidecar)
     found = every_difference(toolkit, model, reference_model, inputs, settings)
-    worst = sorted(found, key=lambda one: math.inf if one.sqnr_db is None else one.sqnr_db)[:SHOWN]
+    worst = sorted(found, key=lambda one: worst_first(one.sqnr_db))[:SHOWN]
     title = f"{len(found)} tensors inside, the {len(worst)} that differ most"
     table(title, ("tensor", "SQNR"), [(one.tensor, decibels(one.sqnr_db)) for one in worst])
     return found
@@ -333,8 +339,7 @@ def _find_difference(
     def report(name: str, sqnr_db: float | None) -> None:
         say(f"  {name}: {decibels(sqnr_db)}")
 
-    settings = BuildSettings.from_json(sidecar.details["settings"])
-    toolkit = find_toolkit(sidecar.details["builder"]["name"])
+    toolkit, settings = _built_with(sidecar)
     found = bisect(toolkit, model, reference_model, inputs, settings, least_sqnr, report)
     if found is None:
         say(f"every tensor agrees to {least_sqnr:g} dB or better; raise --least-sqnr to find smaller differences")

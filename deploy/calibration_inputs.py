@@ -291,9 +291,7 @@ def _splits_images(settings: CalibrationSettings, preprocessing: Mapping[str, An
     from qat.data.preprocessing import ImagePreset
     from qat.data.splits import load_data
 
-    mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
-    how = preprocessing["interpolation"], preprocessing.get("letterbox", False)
-    preset = ImagePreset(preprocessing["height"], preprocessing["resize"], mean, std, *how)
+    preset = ImagePreset.of_sidecar(preprocessing)
     data = load_data(str(settings.data), preprocessing["height"], 0, settings.images, settings.data_root, preset)
     for x_NCHW, _ in batches(data.calibration, 256, None):
         yield x_NCHW.permute(0, 2, 3, 1).contiguous().numpy()

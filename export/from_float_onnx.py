@@ -41,6 +41,7 @@ from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
 from qat.base.output_agreement import OutputSums
+from qat.base.sqnr import worst_first
 from qat.base.text import megabytes
 from qat.calibration.activation_ranges import choose_ranges
 from qat.calibration.histogram import HistogramObserver, check_finite
@@ -274,7 +275,7 @@ def _compare(
     outputs = [of_output.agreement() for of_output in sums.values()]
     figures: dict[str, Any] = {"inputs": compared, "outputs": [asdict(output) for output in outputs]}
     if ratios := [output.sqnr_db for output in outputs if output.equal_percent is None]:
-        figures["sqnr_db"] = min(ratios, key=lambda ratio: math.inf if ratio is None else ratio)
+        figures["sqnr_db"] = min(ratios, key=worst_first)
     line = f"float against INT8 on {compared} inputs: {', '.join(map(str, outputs))}"
     record = None
     if vectors:

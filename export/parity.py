@@ -25,6 +25,7 @@ from export.pad_groups import GroupedAxis
 from export.session import run, session, session_with_tensors, sqnr_db
 from qat.base.errors import UserError
 from qat.base.output_agreement import OutputAgreement
+from qat.base.sqnr import worst_first
 from qat.fake_quantize.prepare import ACTIVATION_QUANTIZERS
 
 
@@ -56,7 +57,7 @@ class Parity:
     @property
     def worst(self) -> LayerParity | None:
         """The layer that agrees least; None of a network that has only outputs of integers."""
-        return min(self.layers, key=lambda layer: math.inf if layer.sqnr_db is None else layer.sqnr_db, default=None)
+        return min(self.layers, key=lambda layer: worst_first(layer.sqnr_db), default=None)
 
     @property
     def least_db(self) -> float | None:

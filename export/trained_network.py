@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from export.reference import Sample, random_images, sample
 from qat.base.artifact import Parent
@@ -122,12 +123,16 @@ class TrainedNetwork:
 
         Of a checkpoint it is what the model's own code builds, not a trace.
         """
-        own = None if self.checkpoint is None else self.checkpoint.float_network()
-        if self.checkpoint is None or own is None:
+        given = self._own_network
+        if self.checkpoint is None or given is None:
             return "the model", copy_for_evaluation(self.model, quantized=False).cpu()
-        given = own
         name = self.checkpoint.sidecar.details["model"]["name"]
         return name, lambda *x: self.inputs.call(given, dict(zip(self.inputs.shapes, x, strict=True)))
+
+    @cached_property
+    def _own_network(self) -> nn.Module | None:
+        """What the model's own code builds, in evaluation; None where there is no such code."""
+        return None if self.checkpoint is None else self.checkpoint.float_network()
 
     def parent(self, child: Path) -> Parent | None:
         """What the file ``child`` records of the checkpoint."""
@@ -140,7 +145,7 @@ class TrainedNetwork:
         """What the ONNX file says about where it comes from, and what the model's own code says that it must."""
         if self.checkpoint is None:
             return {}
-        own = getattr(self.checkpoint.float_network(), "file_metadata", None)
+        own = getattr(self._own_network, "file_metadata", None)
         return {"checkpoint_sha256": self.checkpoint.sidecar.sha256, **(own(self.input_shape) if own else {})}
 
     @property

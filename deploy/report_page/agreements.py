@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deploy.report_page.artifacts import Artifacts
 from qat.base.number_format import INT8
+from qat.base.sqnr import worst_first
 from qat.base.text import decibels, megabytes
 
 _WORST_SHOWN = 10
@@ -28,13 +28,13 @@ def parity(run: Artifacts) -> dict[str, Any] | None:
 
 
 def _worst_first(title: str, layers: list[dict[str, Any]]) -> dict[str, Any]:
-    worst = sorted(layers, key=lambda layer: float("inf") if layer["sqnr_db"] is None else layer["sqnr_db"])
+    worst = sorted(layers, key=lambda layer: worst_first(layer["sqnr_db"]))
     return {"title": title, "worst": worst[:_WORST_SHOWN], "rest": worst[_WORST_SHOWN:]}
 
 
 def outputs_against_float(agreement: Mapping[str, Any]) -> str:
     """What a checkpoint records about a network that answers no classes, the output that is farthest first."""
-    outputs = sorted(agreement["outputs"], key=lambda one: math.inf if one["sqnr_db"] is None else one["sqnr_db"])
+    outputs = sorted(agreement["outputs"], key=lambda one: worst_first(one["sqnr_db"]))
     listed = ", ".join(f"{one['tensor'] or 'its output'} {distance(one)}" for one in outputs)
     return f"{INT8.name} against float on {agreement['images']} images: {listed}"
 

@@ -32,11 +32,9 @@ _CROP_SCALE, _CROP_RATIO, _CROP_TRIALS = (0.35, 1.0), (3 / 4, 4 / 3), 10
 class ImagePreset:
     """How photographs are preprocessed for a network; the defaults are those of most ImageNet weights.
 
-    ``letterbox``: see Preprocessing.
-
     ``size``: height and width of the input in pixels, unless another size is asked for. ``short_side``: the length to
     which the short side is resized before a crop of that size. ``mean`` and ``std``: of pixels in 0..1, for red, green
-    and blue, or one number for grey. ``interpolation``: how images are resampled.
+    and blue, or one number for grey. ``interpolation``: how images are resampled. ``letterbox``: see Preprocessing.
     """
 
     size: int = 224
@@ -45,6 +43,13 @@ class ImagePreset:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: Interpolation = "bilinear"
     letterbox: bool = False
+
+    @classmethod
+    def of_sidecar(cls, preprocessing: Mapping[str, Any]) -> ImagePreset:
+        """The preset of a square network, from what the sidecar of its ONNX file or engine states."""
+        mean, std = (tuple(preprocessing[name]) for name in ("mean", "std"))
+        how = preprocessing.get("interpolation", "bilinear"), preprocessing.get("letterbox", False)
+        return cls(preprocessing["height"], preprocessing["resize"], mean, std, *how)
 
     @property
     def channels(self) -> int:
