@@ -1,10 +1,12 @@
 """Speed of several placements of the same networks, each beside its FP16 engine, by deploy.benchmark.
 
-    python -m benchmarks.gpu_placement FOLDER --output OUTPUT [--models NAME ...] [--batch 32] [--build-only]
+    python -m benchmarks.gpu_placement FOLDER --output OUTPUT [--models NAME ...] [--batch 32] [--implicit]
+        [--build-only]
     python -m benchmarks.gpu_placement --table FILE
 
 FOLDER/NAME/ holds the ONNX files of one network: float32.onnx, of which the FP16 engine is built, ours.onnx, and one
-for each other placement (benchmarks/placement_models.py writes ours; other tools' are put beside them). Engines of one
+for each other placement (benchmarks/placement_models.py writes ours; other tools' are put beside them). With --implicit
+there is an engine of implicit INT8 too, with one range for all tensors, on which speed does not depend. Engines of one
 network are measured interleaved. OUTPUT/NAME/ gets the engines, benchmark.json, and placement.jsonl with a line for
 each engine, from which --table prints the table; with --build-only the engines alone.
 """
@@ -26,7 +28,7 @@ OURS, FLOAT = "ours", "float32"
 _PLACEMENTS = {FP16: FLOAT, MODEL: OURS}  # their names in a benchmark
 
 
-def compare(folder: Path, output: Path, batch: int, build_only: bool) -> None:
+def compare(folder: Path, output: Path, batch: int, *, implicit: bool = False, build_only: bool = False) -> None:
     """Builds the engine of every ONNX file of ``folder`` and measures them against each other."""
     others = sorted(path for path in folder.glob("*.onnx") if path.stem not in _PLACEMENTS.values())
     toolkit = find_toolkit("tensorrt")
@@ -34,7 +36,7 @@ def compare(folder: Path, output: Path, batch: int, build_only: bool) -> None:
         toolkit,
         folder / f"{OURS}.onnx",
         float32=folder / f"{FLOAT}.onnx",
-        precisions=("fp16",),
+        precisions=("fp16", "int8") if implicit else ("fp16",),
         peers=[(path.stem, path) for path in others],
     )
     engines = CandidateEngines(toolkit, output / "engines")
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("placement"))
+    parser.add_argument("--implicit", action="store_true")
     parser.add_argument("--build-only", action="store_true")
     options = parser.parse_args()
     if options.table is not None:
@@ -100,7 +103,13 @@ def main() -> None:
         parser.error("a folder of ONNX files, or --table FILE")
     for name in options.models or sorted(path.name for path in options.folder.iterdir() if path.is_dir()):
         try:
-            compare(options.folder / name, options.output / name, options.batch, options.build_only)
+            compare(
+                options.folder / name,
+                options.output / name,
+                options.batch,
+                implicit=options.implicit,
+                build_only=options.build_only,
+            )
         except UserError as error:  # a network that TensorRT refuses is a result, not the end
             print(f"{name}: {error}", flush=True)
             if not options.build_only:

@@ -16,6 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 import zoo
+from torch import Tensor, nn
 
 from export.emit import emit
 from export.fold import fold, fold_float, layer_paths
@@ -26,22 +27,26 @@ from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import placement_of, prepare
 
 
+def write(model: nn.Module, x: Tensor, folder: Path) -> None:
+    """Writes ours.onnx and float32.onnx of ``model``, calibrated on the images ``x``, [N, C, H, W]."""
+    prepared = prepare(model, input_shape=x.shape[1:])
+    with torch.no_grad():
+        calibrate_ranges(prepared, [x], "max")
+    folded, _ = fold(prepared)
+    split_projections(folded, prepared.meta["inputs"])
+    ours = emit(folded, x[:2], {})
+    fold_factors(ours)
+    pad_groups(ours, placement_of(prepared), layer_paths(folded))
+    ir.save(ours, folder / "ours.onnx")
+    ir.save(emit(fold_float(prepared), x[:2], {}), folder / "float32.onnx")
+    print(folder, flush=True)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     root, *names = sys.argv[1:]
     for name, folder in zoo.folders(Path(root), names):
-        model, x = zoo.build(name, full=True), zoo.full_images(name, 4)
-        prepared = prepare(model, input_shape=x.shape[1:])
-        with torch.no_grad():
-            calibrate_ranges(prepared, [x], "max")
-        folded, _ = fold(prepared)
-        split_projections(folded, prepared.meta["inputs"])
-        ours = emit(folded, x[:2], {})
-        fold_factors(ours)
-        pad_groups(ours, placement_of(prepared), layer_paths(folded))
-        ir.save(ours, folder / "ours.onnx")
-        ir.save(emit(fold_float(prepared), x[:2], {}), folder / "float32.onnx")
-        print(folder, flush=True)
+        write(zoo.build(name, full=True), zoo.full_images(name, 4), folder)
 
 
 if __name__ == "__main__":
