@@ -16,7 +16,7 @@ from export.fold_constants import fold_constants
 from export.hard_rules import hard_findings
 from export.read import is_quantized, read_onnx
 from export.reuse_concats import reuse_concats
-from export.scaled_products import scale_before_product
+from export.scaled_products import products_of_einsums, scale_before_product, softmax_before_values
 from export.session import if_onnx_runtime_can
 from export.shapes import drop_expands, find_shapes, simplify_shapes
 from export.split_products import split_products
@@ -69,7 +69,10 @@ def read_float_network(path: Path, *, same_tensors: bool = False) -> ir.Model:
     passes.RemoveUnusedNodesPass()(model)
     if same_tensors:
         return model
+    products_of_einsums(model.graph)
     scale_before_product(model.graph)
+    softmax_before_values(model.graph)
+    passes.RemoveUnusedNodesPass()(model)  # what was transposed, and is no more
     with if_onnx_runtime_can():
         split_products(model)
     return model

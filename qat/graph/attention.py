@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import fx
 
 from qat.base.errors import UserError
+from qat.graph.fx_network import function_name, kind_of
 
 _PRODUCTS = (operator.matmul, torch.matmul, torch.bmm, "matmul", "bmm")
+_PERMUTATIONS = ("transpose", "swapaxes", "permute", "movedim")
 FUSED = "scaled_dot_product_attention"
 """``meta`` of a product that was the end of such a function."""
 
@@ -191,3 +193,65 @@ def scale_before_product(traced: fx.GraphModule) -> None:
         product.args = (scaled, *product.args[1:])
         node.replace_all_uses_with(product)
         traced.graph.erase_node(node)
+
+
+def softmax_before_values(traced: fx.GraphModule) -> None:
+    """Makes the softmax of an attention the first factor: (softmax @ v^T)^T instead of v @ softmax^T.
+
+    Both are the same sums of the same products, and the rules know the first. A softmax that is not transposed and
+    products without one stay as they are.
+    """
+    modules = dict(traced.named_modules())
+    for product in list(traced.graph.nodes):
+        if product.target not in _PRODUCTS or len(product.args) != 2 or product.kwargs:
+            continue
+        values, turned = product.args
+        matrices = all(isinstance(one, fx.Node) and one.meta.get("rank", 0) > 1 for one in (values, turned))
+        if not matrices or not _swaps_last_axes(turned) or not _is_softmax(turned.args[0], modules):
+            continue
+        before = list(product.users)
+        with traced.graph.inserting_before(product):
+            swapped = values.args[0] if _swaps_last_axes(values) else _swapped(values, traced)
+        product.args = (turned.args[0], swapped)
+        with traced.graph.inserting_after(product):
+            behind = _swapped(product, traced)
+        with traced.graph.inserting_after(behind):  # a view of it may follow
+            result = traced.graph.call_method("contiguous", (behind,))
+        result.meta = dict(product.meta)
+        for reader in before:
+            if _swaps_last_axes(reader):
+                reader.replace_all_uses_with(product)
+                traced.graph.erase_node(reader)
+            else:
+                reader.replace_input_with(product, result)
+        for unread in (result, behind, turned, values):
+            if not unread.users:
+                traced.graph.erase_node(unread)
+
+
+def _swapped(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
+    made = traced.graph.call_method("transpose", (node, -2, -1))
+    made.meta = dict(node.meta)
+    return made
+
+
+def _swaps_last_axes(node: fx.Node) -> bool:
+    """Whether ``node`` transposes the matrices of a tensor, however that is written."""
+    rank, name = node.meta.get("rank", 0), function_name(node)
+    if rank < 2 or len(node.all_input_nodes) != 1:
+        return False
+    if name == "getattr":
+        return bool(node.args[1] == "mT")
+    if name not in _PERMUTATIONS:
+        return False
+    given = torch.empty(tuple(range(rank)), device="meta")  # no two axes are alike
+    called = getattr(torch.Tensor, name)
+    made: torch.Tensor = called(given, *node.args[1:], **node.kwargs)
+    return tuple(made.shape) == tuple(given.mT.shape)
+
+
+def _is_softmax(node: fx.Node, modules: dict[str, torch.nn.Module]) -> bool:
+    """Whether ``node`` is a softmax over the last axis, with dropout or without."""
+    while kind_of(node, modules) == "dropout":
+        node = node.all_input_nodes[0]
+    return kind_of(node, modules) == "softmax"

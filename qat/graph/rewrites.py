@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 from qat.base.errors import UserError
-from qat.graph.attention import scale_before_product
+from qat.graph.attention import scale_before_product, softmax_before_values
 from qat.graph.fx_network import function_name, kind_of, label
 from qat.graph.set_item import set_item, with_item
 from qat.graph.tracer import parts_of_norm
@@ -47,6 +47,7 @@ def rewrite(traced: fx.GraphModule) -> None:
     _stacks_as_concats(traced)
     _drop_identities(traced)
     scale_before_product(traced)
+    softmax_before_values(traced)
     _follow_device(traced)
     for node in traced.graph.nodes:
         if hasattr(nn.ModuleDict, node.name):  # x.to(...) makes a node "to", but no submodule may have that name

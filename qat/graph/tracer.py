@@ -203,7 +203,7 @@ class Tracer(fx.Tracer):
     def _known(self, node: fx.Node, one: Any, two: Any) -> Any:
         """What the model's code gets for the result of ``node``."""
         if isinstance(one, Tensor):
-            node.meta["tensor"] = True
+            node.meta |= {"tensor": True, "rank": one.ndim}
             return Traced(node, self, (one, two))
         if isinstance(one, (tuple, list)) and not are_equal(one, two):
             parts = [self._part(node, index, one[index], two[index]) for index in range(len(one))]

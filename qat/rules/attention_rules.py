@@ -98,9 +98,10 @@ class AttentionProduct(Rule):
         query, values = network[scores.inputs[0]].shape, network[mixed.inputs[1]].shape
         if not query or not values:
             return "the number of tokens is not known"
-        head, tokens = query[-1], max(query[-2], values[-2])
-        if head not in HEAD_SIZES:
-            return f"heads of {head} values: 16, 32 and 64 are fused"
+        tokens = max(query[-2], values[-2])
+        for head in (query[-1], values[-1]):
+            if head not in HEAD_SIZES:
+                return f"heads of {head} values: 16, 32 and 64 are fused"
         if query[-2] < 2:
             return "one query: TensorRT multiplies vectors in float"
         if tokens > MOST_TOKENS:
