@@ -1,14 +1,16 @@
 """Speed of several placements of the same networks, each beside its FP16 engine, by deploy.benchmark.
 
     python -m benchmarks.gpu_placement FOLDER --output OUTPUT [--models NAME ...] [--batch 32] [--implicit]
-        [--build-only]
+        [--level 3] [--timing-iterations N] [--build-only]
     python -m benchmarks.gpu_placement --table FILE
 
 FOLDER/NAME/ holds the ONNX files of one network: float32.onnx, of which the FP16 engine is built, ours.onnx, and one
 for each other placement (benchmarks/placement_models.py writes ours; other tools' are put beside them). With --implicit
 there is an engine of implicit INT8 too, with one range for all tensors, on which speed does not depend. Engines of one
 network are measured interleaved. OUTPUT/NAME/ gets the engines, benchmark.json, and placement.jsonl with a line for
-each engine, from which --table prints the table; with --build-only the engines alone.
+each engine, from which --table prints the table; with --build-only the engines alone. --level is the builder's
+optimization level: at 3, TensorRT 8.6 compiles some thirty kernels for each activation that stands alone, and takes
+more than 400 seconds for a YOLO. --timing-iterations: how often it times a kernel; several builders on one GPU need it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ OURS, FLOAT = "ours", "float32"
 _PLACEMENTS = {FP16: FLOAT, MODEL: OURS}  # their names in a benchmark
 
 
-def compare(folder: Path, output: Path, batch: int, *, implicit: bool = False, build_only: bool = False) -> None:
+def compare(folder: Path, output: Path, options: argparse.Namespace) -> None:
     """Builds the engine of every ONNX file of ``folder`` and measures them against each other."""
     others = sorted(path for path in folder.glob("*.onnx") if path.stem not in _PLACEMENTS.values())
     toolkit = find_toolkit("tensorrt")
@@ -36,12 +38,17 @@ def compare(folder: Path, output: Path, batch: int, *, implicit: bool = False, b
         toolkit,
         folder / f"{OURS}.onnx",
         float32=folder / f"{FLOAT}.onnx",
-        precisions=("fp16", "int8") if implicit else ("fp16",),
+        precisions=("fp16", "int8") if options.implicit else ("fp16",),
         peers=[(path.stem, path) for path in others],
     )
-    engines = CandidateEngines(toolkit, output / "engines")
-    comparison = Comparison(engines, candidates, Workload(full_batches=(batch,)))
-    if build_only:
+    engines = CandidateEngines(
+        toolkit,
+        output / "engines",
+        optimization_level=options.level,
+        timing_iterations=options.timing_iterations,
+    )
+    comparison = Comparison(engines, candidates, Workload(full_batches=(options.batch,)))
+    if options.build_only:
         comparison.build()
         return
     found = comparison.measure(output / "benchmark.json")
@@ -93,6 +100,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="*")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--output", type=Path, default=Path("placement"))
+    parser.add_argument("--level", type=int, default=3)
+    parser.add_argument("--timing-iterations", type=int)
     parser.add_argument("--implicit", action="store_true")
     parser.add_argument("--build-only", action="store_true")
     options = parser.parse_args()
@@ -103,13 +112,7 @@ def main() -> None:
         parser.error("a folder of ONNX files, or --table FILE")
     for name in options.models or sorted(path.name for path in options.folder.iterdir() if path.is_dir()):
         try:
-            compare(
-                options.folder / name,
-                options.output / name,
-                options.batch,
-                implicit=options.implicit,
-                build_only=options.build_only,
-            )
+            compare(options.folder / name, options.output / name, options)
         except UserError as error:  # a network that TensorRT refuses is a result, not the end
             print(f"{name}: {error}", flush=True)
             if not options.build_only:
