@@ -97,6 +97,11 @@ def kinds_of_layers() -> dict[str, list[LayerKind]]:
             *(conv(32, outside, 3, pixels=112) for outside in (1, 3, 8, 12)),
             *(conv(inside, outside, 1) for inside, outside in ((32, 1), (20, 20), (36, 24), (100, 100))),
         ],
+        "swish": [
+            *(conv(3, outside, 3, stride=2, pixels=224, activation="swish") for outside in (64, 32, 16)),
+            *(conv(64, 64, 3, stride=stride, activation="swish") for stride in (1, 2)),
+            conv(64, 64, 1, activation="swish"),
+        ],
         "kernels": [
             *(conv(64, 64, size) for size in (1, 3, 5, 7)),
             *(conv(64, 64, size, pixels=28) for size in (31, (1, 7), (7, 1))),

@@ -146,13 +146,15 @@ def _matching_layer(declared: DeclaredLayer, layers: Sequence[EngineLayer]) -> E
 
 def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
     convolution = layer.type.name in CONVOLUTION_TYPES
-    sources = [_source(layer.get_input(index), makers, module) for index in range(min(layer.num_inputs, 2))]
+    given = [layer.get_input(index) for index in range(min(layer.num_inputs, 2))]
+    inputs = [tensor for tensor in given if tensor is not None]  # a constant weight may be none, or one without tensor
+    sources = [_source(tensor, makers, module) for tensor in inputs]
     missing = [
-        ("input " if index == 0 else "weights ") + f"{layer.get_input(index).name!r}"
-        for index, source in enumerate(sources)
+        f"{what}{tensor.name!r}"
+        for what, tensor, source in zip(("input ", "weights "), inputs, sources, strict=False)
         if source is None
     ]
-    if len(sources) < 2:  # weights that are a plain constant are not an input of the layer
+    if len(inputs) < 2:
         missing.append("weights")
     weights = sources[1] if len(sources) == 2 else None
     groups, channels = _groups_and_channels(layer, module) if convolution else (1, int(layer.get_output(0).shape[-1]))
@@ -165,7 +167,7 @@ def _declare(layer: Any, makers: dict[str, Any], module: Any) -> DeclaredLayer:
         groups=groups,
         channels=channels,
         weight_scales=math.prod(weights.get_input(1).shape) if weights is not None and weights.num_inputs > 1 else 1,
-        weight_path=_path(layer.get_input(1), makers) if len(sources) == 2 else (),
+        weight_path=_path(inputs[1], makers) if len(inputs) == 2 else (),
     )
 
 

@@ -1,6 +1,6 @@
 """Small ONNX networks around one layer, to measure what the layer gains by INT8 (deploy.kernels). Needs no torch.
 
-    input -> 1x1 convolution -> ReLU -> the layer -> ReLU -> 1x1 convolution -> output
+    input -> 1x1 convolution -> ReLU -> the layer -> its activation -> 1x1 convolution -> output
 
 Both convolutions are INT8. The layer is INT8 too, or float: that is the decision a placement makes. A layer with fewer
 than 16 input channels is the first of its network, and one with fewer than 16 output channels the last, as in practice.
@@ -42,7 +42,8 @@ def write_kernel_network(path: Path, kind: LayerKind, batch: int, *, quantized: 
     if not first:
         stem = LayerKind(operation=outside, in_channels=channels, out_channels=kind.in_channels)
         x = network.relu(network.weighted(x, "stem", stem, quantized=True))
-    x = network.relu(network.layer(x, kind, quantized))
+    x = network.layer(x, kind, quantized)
+    x = network.swish(x) if kind.activation == "swish" else network.relu(x)
     if not last:
         head = LayerKind(operation=outside, in_channels=kind.out_channels, out_channels=_OUTSIDE)
         network.weighted(x, "head", head, quantized=True)
@@ -105,6 +106,10 @@ class _Network:
 
     def relu(self, x: str) -> str:
         return self._node("Relu", [x], f"{x}_relu")
+
+    def swish(self, x: str) -> str:
+        """x * sigmoid(x), as exporters write it."""
+        return self._node("Mul", [x, self._node("Sigmoid", [x], f"{x}_sigmoid")], f"{x}_swish")
 
     def save(self, path: Path, input_shape: tuple[int, ...]) -> None:
         """Writes the network; the last node's output is its output."""

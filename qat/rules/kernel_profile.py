@@ -27,6 +27,8 @@ _PATCH = 4  # a convolution whose stride is its extent, and at least this, cuts 
 Operation = Literal["convolution", "transposed_convolution", "shuffled_convolution", "linear", "average_pool", "gate"]
 WeightScales = Literal["output", "input", "tensor"]
 """Which channels of a weight have a scale of their own: those of its output, those of its input, or none."""
+Activation = Literal["relu", "swish"]
+"""What stands behind a layer and fuses into its kernel; swish, also called SiLU, is x * sigmoid(x)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class LayerKind:
         stride, dilation: in both directions.
         pixels: height and width of its input; of a linear layer, how many rows each image has.
         weight_scales: how its weight is quantized.
+        activation: behind it.
     """
 
     operation: Operation
@@ -54,9 +57,11 @@ class LayerKind:
     dilation: int = 1
     pixels: int = 56
     weight_scales: WeightScales = "output"
+    activation: Activation = "relu"
 
     def __post_init__(self) -> None:
         known = self.operation in get_args(Operation) and self.weight_scales in get_args(WeightScales)
+        known = known and self.activation in get_args(Activation)
         counts = (self.in_channels, self.out_channels, self.groups, self.stride, self.dilation, self.pixels)
         if not known or len(self.kernel) != 2 or not all(type(one) is int for one in (*counts, *self.kernel)):
             raise ValueError(f"{self!r} does not describe a layer")
@@ -81,6 +86,7 @@ class LayerKind:
             parts.append("x".join(map(str, self.kernel)) if any(self.kernel) else "global")
         parts += [f"stride {self.stride}"] * (self.stride > 1) + [f"dilation {self.dilation}"] * (self.dilation > 1)
         parts += [f"scales by {self.weight_scales}"] * (self.weight_scales != "output")
+        parts += [self.activation] * (self.activation != "relu")
         return ", ".join(parts)
 
 
