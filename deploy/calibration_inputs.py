@@ -229,7 +229,9 @@ def fitted(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
 
     With ``letterbox`` the whole image is resized, and grey put around it. Where a crop would not cover the height and
     the width, it is resized until it does. ``preprocessing`` is a sidecar's. Up to a level or two what
-    qat.data.preprocessing makes of it.
+    qat.data.preprocessing makes of it. Where the network does all this itself, the image stays as it is.
+
+    Raises UserError when it cannot be read, or has not the size of the images that such a network takes.
     """
     from PIL import Image
 
@@ -238,6 +240,13 @@ def fitted(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
     image = Image.fromarray(read_image(file))
     if preprocessing["color"] == "grey":
         image = image.convert("L")
+    if (source := preprocessing.get("source_size")) is not None:
+        if [image.height, image.width] != list(source):
+            raise UserError(
+                f"{file} has {image.height}x{image.width} pixels (height x width), and the network takes images of "
+                f"{source[0]}x{source[1]}, as its --source-size says: give such images"
+            )
+        return np.asarray(image).reshape(image.height, image.width, -1)
     short, size = min(image.size), (preprocessing["width"], preprocessing["height"])
     if preprocessing.get("letterbox", False):
         return _in_letterbox(image, size)

@@ -20,7 +20,8 @@ class Reference:
     """N images and PyTorch's answers.
 
     Attributes:
-        images: uint8 [N, H, W, C], RGB or grey, resized and cropped, before normalization.
+        images: uint8 [N, H, W, C], RGB or grey, before normalization: resized and cropped, or as a camera gives them
+            where the network does that itself.
         labels: int64 [N]; -1 for an image without a label, such as a random one.
         logits: float32 [N, classes], of the folded network in PyTorch; or [N, values] of a network without classes.
         source: where the images come from.

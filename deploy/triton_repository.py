@@ -326,8 +326,9 @@ def _data_type(spec: TensorSpec, schema: Any) -> int:
 
 def _tensor_row(spec: TensorSpec, model: TritonModel) -> dict[str, Any]:
     """A tensor as the page shows it. It has a ``layout`` if its shape is that of the preprocessing."""
-    size = [model.sidecar.preprocessing.get(side) for side in ("height", "width")]
-    channels = len(model.sidecar.preprocessing.get("mean", ()))
+    stated = model.sidecar.preprocessing
+    size = stated.get("source_size") or [stated.get(side) for side in ("height", "width")]
+    channels = len(stated.get("mean", ()))
     layouts = {(channels, *size): "NCHW", (*size, channels): "NHWC"}
     return {
         "name": spec.name,

@@ -32,6 +32,7 @@ from export.names import unused_name
 from export.onnx_network import WEIGHTED
 from export.reuse_concats import reuse_concats
 from export.shapes import constant_of, drop_expands, simplify_shapes
+from export.source_images import SourceImages, placed
 from qat.base.choices import InputKind
 from qat.base.errors import UserError
 from qat.data.preprocessing import Preprocessing
@@ -45,6 +46,7 @@ def with_ends(
     preprocessing: Preprocessing | None,
     kind: InputKind,
     dtype: torch.dtype = torch.float32,
+    source: SourceImages | None = None,
 ) -> fx.GraphModule:
     """A copy of ``folded`` that computes in ``dtype``, takes an input of ``kind`` and returns float32 tensors.
 
@@ -52,6 +54,7 @@ def with_ends(
     uint8-nhwc: [N, H, W, 3] in RGB; a cast, a transposition and the normalization come before the network.
     uint8-nchw: [N, 3, H, W] in RGB; likewise, without the transposition.
     int8-nchw: [N, 3, H, W], normalized and quantized by ``input_scale``.
+    With ``source`` the uint8 inputs have its height and width, and are resized before they are normalized.
 
     A network with several inputs takes float32-nchw only.
 
@@ -79,6 +82,8 @@ def with_ends(
                 x = graph.call_method("to", (x, dtype))
             if kind == "uint8-nhwc":
                 x = graph.call_method("permute", (x, 0, 3, 1, 2))
+            if source is not None:
+                x = graph.call_function(placed, (x, *source.arguments()))
             if from_bytes:
                 for function, name, values in _normalization(preprocessing, kind):
                     network.register_buffer(name, values.to(dtype))

@@ -16,6 +16,7 @@ class FileForm:
     """
 
     input: InputKind
+    source_size: tuple[int, int] | None = None
     precision: ExportPrecision
     weights: WeightStorage
     float_type: FloatType
@@ -34,6 +35,14 @@ class FileForm:
             given = " and ".join(name for name, is_given in needless.items() if is_given)
             raise UserError(f"--precision {self.precision} computes nothing in INT8: leave out {given}")
 
+        if self.source_size is not None and not self.input.startswith("uint8"):
+            raise UserError(
+                f"--source-size is for bytes as a camera gives them, not for --input {self.input}: give --input "
+                "uint8-nhwc or uint8-nchw"
+            )
+        if self.source_size is not None and min(self.source_size) < 1:
+            height, width = self.source_size
+            raise UserError(f"--source-size {height}x{width}: height and width must be at least 1")
         if self.float_type == "bfloat16" and self.weights == "float":
             raise UserError("--weights float has no bfloat16: leave out one of --weights and --float-type")
 
@@ -52,6 +61,7 @@ class FileForm:
             "float-weights": self.weights == "float",
             f"with-{self.float_type}": self.float_type != "float32",
             self.input: self.input != "float32-nchw",
+            "from-{}x{}".format(*self.source_size or (0, 0)): self.source_size is not None,
         }
         names = "-".join(name for name, wanted in chosen.items() if wanted)
         return f".{names}" if names else ""

@@ -61,6 +61,7 @@ def export_onnx(
     output: Path | str | None = None,
     *,
     input: InputKind = "float32-nchw",
+    source_size: tuple[int, int] | None = None,
     precision: ExportPrecision = "int8",
     weights: WeightStorage = "int8",
     float_type: FloatType = "float32",
@@ -91,6 +92,8 @@ def export_onnx(
             were given: model.merged-padded.onnx.
         input: what the file takes. float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes; int8-nchw:
             normalized images that the caller has quantized by the ``input_scale`` in the sidecar's preprocessing.
+        source_size: height and width of the images that a camera gives, for the uint8 inputs: the network resizes them
+            itself, and crops them or puts them in a letterbox, as its preprocessing says.
         precision: int8; float32 or float16 for the same weights without any quantizer, as a baseline.
         weights: int8; float for the same codes as float weights in front of a QuantizeLinear, four times the size.
         float_type: what layers that are not INT8 compute in: float32, or a half precision. Those that need float32 keep
@@ -116,6 +119,7 @@ def export_onnx(
     """
     form = FileForm(
         input=input,
+        source_size=source_size,
         precision=precision,
         weights=weights,
         float_type=float_type,
@@ -128,7 +132,7 @@ def export_onnx(
     reference = reference_path(output)
     for path in (output, reference):
         check_writable(path)
-    network = _load(source, preprocessing, class_names, images, allow_changed_model)
+    network = _load(source, preprocessing, class_names, images, allow_changed_model, source_size)
     if form.quantized:
         network.check_exportable()
 
@@ -137,7 +141,7 @@ def export_onnx(
     split = split_projections(folded, network.inputs) if form.quantized else []
     shapes = output_shapes(folded, network.inputs)
     inputs, outputs = names_of_inputs(network.inputs, input_names), names_of_outputs(folded, shapes, output_names)
-    _check_classes(network, shapes)
+    network.check_classes(shapes)
     trained = copy.deepcopy(folded) if merge_shortcuts else None
     merged = _merge_or_refuse(folded) if merge_shortcuts else []
     padded = _pad_or_refuse(folded) if pad_channels else []
@@ -146,9 +150,7 @@ def export_onnx(
     stated = dict(network.stated_preprocessing)
     if input == "int8-nchw":
         stated["input_scale"] = input_scale(folded)
-    examples = {
-        name: example_input(shape, input) for name, shape in zip(inputs, network.inputs.shapes.values(), strict=True)
-    }
+    examples = {name: example_input(shape, input) for name, shape in zip(inputs, network.file_shapes, strict=True)}
     details: dict[str, Any] = {
         "input": input,
         "precision": precision,
@@ -163,7 +165,7 @@ def export_onnx(
     }
     is_classifier = bool(network.class_names)
     dtype = torch.float16 if precision == "float16" else torch.float32
-    ready = with_ends(folded, network.preprocessing, input, dtype)
+    ready = with_ends(folded, network.preprocessing, input, dtype, network.source)
     model = emit(ready, examples, _metadata(network, details) | {SPLIT: json.dumps(split)}, outputs)
     fold_factors(model, SMALLEST_HALF if float_type == "float16" else 0.0)
     wider = pad_groups(model, placement_of(network.model), layer_paths(folded)) if form.quantized else {}
@@ -241,15 +243,16 @@ def _load(
     class_names: Sequence[str],
     images: Images | None,
     allow_changed_model: bool,
+    source_size: tuple[int, int] | None,
 ) -> TrainedNetwork:
     if not isinstance(source, (str, Path)):
-        return TrainedNetwork.from_model(source, preprocessing, class_names, images)
+        return TrainedNetwork.from_model(source, preprocessing, class_names, images, source_size)
     if preprocessing is not None or images is not None or class_names:
         raise UserError(
             f"{source} is a checkpoint, which has its own preprocessing, class names and images: leave out "
             "preprocessing, class_names and images"
         )
-    return TrainedNetwork.from_checkpoint(Path(source), allow_changed_model)
+    return TrainedNetwork.from_checkpoint(Path(source), allow_changed_model, source_size)
 
 
 def _resolve_output(source: Path | str | fx.GraphModule, output: Path | str | None, suffix: str) -> Path:
@@ -287,17 +290,6 @@ def _pad_or_refuse(folded: fx.GraphModule) -> list[str]:
         raise UserError("no convolution of this network can be padded with zero channels: leave out --pad-channels")
     say(f"zero channels up to {CHANNELS} before {', '.join(padded)}")
     return padded
-
-
-def _check_classes(network: TrainedNetwork, shapes: Sequence[Sequence[int]]) -> None:
-    """Raises UserError when the network has class names, and they are not as many as its logits."""
-    names = network.class_names
-    if names and [list(shape[1:]) for shape in shapes] != [[len(names)]]:
-        found = " and ".join(str(["N", *shape[1:]]) for shape in shapes)
-        raise UserError(
-            f"{network.name} answers {found}, and there are {len(names)} class names: give one for each of its logits "
-            "[N, classes], or none for another network"
-        )
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
     python -m export.onnx runs/model.qat
     python -m export.onnx runs/model.qat --input uint8-nhwc --output runs/model_uint8.onnx
+    python -m export.onnx runs/model.qat --input uint8-nhwc --source-size 1080x1920
     python -m export.onnx runs/model.qat --pad-channels
     python -m export.onnx runs/model.qat --precision float16
 
@@ -34,6 +35,9 @@ class ExportOptions(Command):
     """float32-nchw: normalized images; uint8-nhwc, uint8-nchw: raw RGB bytes, preprocessing becomes part of the
     network; int8-nchw: normalized images that the caller has quantized by the input_scale in the sidecar, which leaves
     the least work for the GPU."""
+    source_size: str | None = None
+    """Height and width of the images that a camera gives, such as 1080x1920, for the uint8 inputs: resizing, and the
+    letterbox or crop, become part of the network too."""
     precision: ExportPrecision = "int8"
     """float32, float16: the same weights without any quantizer, as the baseline that INT8 is compared with."""
     weights: WeightStorage = "int8"
@@ -60,11 +64,13 @@ class ExportOptions(Command):
 def main(options: ExportOptions) -> None:
     """Exports. Torch is imported here, so that --help answers at once."""
     from export.from_checkpoint import export_onnx
+    from export.source_images import size_of
 
     export_onnx(
         options.checkpoint,
         options.output,
         input=options.input,
+        source_size=None if options.source_size is None else size_of(options.source_size),
         precision=options.precision,
         weights=options.weights,
         float_type=options.float_type,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from export.reference import Sample, random_images, sample
+from export.source_images import SourceImages
 from qat.base.artifact import Parent
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
@@ -49,6 +50,7 @@ class TrainedNetwork:
         checkpoint: where the network comes from; None for a model in memory.
         images: to compare on, by input: uint8 [N, C, H, W] for the first, or float32 as ``inputs`` says without
             ``preprocessing``. None for those of the checkpoint, or random ones.
+        source: the images that the file takes, where it resizes them itself.
     """
 
     model: fx.GraphModule
@@ -59,15 +61,20 @@ class TrainedNetwork:
     class_names: tuple[str, ...]
     checkpoint: Checkpoint | None = None
     images: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    source: SourceImages | None = None
 
     @classmethod
-    def from_checkpoint(cls, path: Path, allow_changed_model: bool = False) -> TrainedNetwork:
+    def from_checkpoint(
+        cls, path: Path, allow_changed_model: bool = False, source_size: tuple[int, int] | None = None
+    ) -> TrainedNetwork:
         """Reads a checkpoint. Raises UserError when it cannot be read, or its model has changed."""
         checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model)
         model, sidecar = checkpoint.model, checkpoint.sidecar
-        stated = dict(sidecar.preprocessing)
+        images = checkpoint.image_preprocessing
+        source = SourceImages.of(source_size, images)
+        stated = dict(sidecar.preprocessing) | _stated(source)
         inputs, classes = model.meta["inputs"], sidecar.class_names
-        return cls(model, str(path), inputs, checkpoint.image_preprocessing, stated, classes, checkpoint)
+        return cls(model, str(path), inputs, images, stated, classes, checkpoint, source=source)
 
     @classmethod
     def from_model(
@@ -76,6 +83,7 @@ class TrainedNetwork:
         preprocessing: Preprocessing | None,
         class_names: Sequence[str],
         images: Images | None,
+        source_size: tuple[int, int] | None = None,
     ) -> TrainedNetwork:
         """A model that ``prepare`` made.
 
@@ -93,9 +101,11 @@ class TrainedNetwork:
                 f"preprocessing makes images of {list(preprocessing.input_shape)}, and the model was "
                 f"prepared for {list(first)}: correct one of them"
             )
-        given = None if images is None else _checked(images, inputs, preprocessing is not None)
-        stated = {} if preprocessing is None else asdict(preprocessing)
-        return cls(model, "the model", inputs, preprocessing, stated, tuple(class_names), None, given)
+        source = SourceImages.of(source_size, preprocessing)
+        expected = list(inputs.shapes.values()) if source is None else [source.input_shape]
+        given = None if images is None else _checked(images, inputs, expected, preprocessing is not None)
+        stated = {} if preprocessing is None else asdict(preprocessing) | _stated(source)
+        return cls(model, "the model", inputs, preprocessing, stated, tuple(class_names), None, given, source)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -150,8 +160,8 @@ class TrainedNetwork:
 
     @property
     def recorded_figures(self) -> Mapping[str, Any]:
-        """What was measured when the checkpoint was made."""
-        return {} if self.checkpoint is None else self.checkpoint.sidecar.figures
+        """What was measured when the checkpoint was made, if the file is compared on the same images."""
+        return {} if self.checkpoint is None or self.source is not None else self.checkpoint.sidecar.figures
 
     @property
     def details(self) -> dict[str, Any]:
@@ -166,6 +176,8 @@ class TrainedNetwork:
         if self.images is not None:
             first, *others = (tensor[:count] for tensor in self.images.values())
             return Sample(first, torch.full((len(first),), NO_LABEL), "the caller's images", tuple(others))
+        if self.source is not None:
+            return self.source.enlarged(replace(self, source=None).sample(count))
         if self.checkpoint is not None:
             return sample(self.checkpoint, count)
         if self.preprocessing is not None:
@@ -175,17 +187,38 @@ class TrainedNetwork:
 
     def normalize(self, images: Tensor) -> Tensor:
         """What ``sample`` gave for the first input -> what the network takes, float32 [N, ``input_shape``]."""
-        return images if self.preprocessing is None else self.preprocessing.normalize(images)
+        fitted = images if self.source is None else self.source.fit(images)
+        return fitted if self.preprocessing is None else self.preprocessing.normalize(fitted)
+
+    def check_classes(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Raises UserError when the network has class names, and they are not as many as its logits."""
+        names = self.class_names
+        if names and [list(shape[1:]) for shape in shapes] != [[len(names)]]:
+            found = " and ".join(str(["N", *shape[1:]]) for shape in shapes)
+            raise UserError(
+                f"{self.name} answers {found}, and there are {len(names)} class names: give one for each of its logits "
+                "[N, classes], or none for another network"
+            )
+
+    @property
+    def file_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of the file's inputs without the batch, images as [C, H, W]."""
+        return list(self.inputs.shapes.values()) if self.source is None else [self.source.input_shape]
 
 
-def _checked(images: Images, inputs: Inputs, as_bytes: bool) -> dict[str, Tensor]:
+def _stated(source: SourceImages | None) -> dict[str, Any]:
+    """What the sidecar's preprocessing says of images that the file resizes: [height, width]."""
+    return {} if source is None else {"source_size": [source.height, source.width]}
+
+
+def _checked(images: Images, inputs: Inputs, shapes: Sequence[tuple[int, ...]], as_bytes: bool) -> dict[str, Tensor]:
     """``images`` by input. Raises UserError when they do not fit; ``as_bytes``: the first are to be uint8."""
     named = images if isinstance(images, Mapping) else {next(iter(inputs.shapes)): images}
     if named.keys() != inputs.shapes.keys():
         raise UserError(f"images are given for {', '.join(named)}, and the inputs are {', '.join(inputs.shapes)}")
     found = {name: torch.as_tensor(named[name]).cpu() for name in inputs.shapes}
-    for index, (name, given) in enumerate(found.items()):
-        wanted, shape = torch.uint8 if as_bytes and not index else torch.float32, inputs.shapes[name]
+    for index, (given, shape) in enumerate(zip(found.values(), shapes, strict=True)):
+        wanted = torch.uint8 if as_bytes and not index else torch.float32
         if given.dtype != wanted or tuple(given.shape[1:]) != shape or not len(given):
             raise UserError(
                 f"images are {given.dtype} {list(given.shape)}, and must be {wanted} {['N', *shape]}: correct them"

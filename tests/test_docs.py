@@ -198,6 +198,13 @@ def test_the_example_finds_boxes_in_the_photo_again(tmp_path: Path) -> None:
     boxes, scores, classes = example["detect"](lambda x: found, sidecar, tmp_path / "photo.png")
     np.testing.assert_allclose(boxes[0], [25, 12.5, 75, 37.5])
     assert (scores.tolist(), classes.tolist()) == (pytest.approx([0.9, 0.7]), [0, 1])
+    camera = SimpleNamespace(
+        preprocessing=preprocessing | {"source_size": [50, 100]}, inputs=(TensorSpec("x", (-1, 50, 100, 3), "uint8"),)
+    )
+    fed = []
+    again, *_ = example["detect"](lambda x: fed.append(x) or found, camera, tmp_path / "photo.png")
+    assert torch.equal(again, boxes)
+    assert (fed[0].dtype, fed[0].shape) == (np.uint8, (1, 50, 100, 3))
     drawn = example["draw"](tmp_path / "photo.png", boxes, scores, classes)
     assert drawn.getpixel((25, 20)) == (255, 0, 0)
     assert drawn.size == (100, 50)

@@ -1,5 +1,7 @@
 """From an image file to drawn boxes, with the engine of a YOLO that was calibrated with --decode.
 
+The photo may be of any size, or, for an engine that was exported with --source-size, of that size.
+
 python docs/examples/draw_boxes.py runs/yolo/model.engine photo.jpg boxes.png
 """
 
@@ -18,13 +20,14 @@ from qat.base.artifact import read_sidecar
 
 def detect(engine, sidecar, photo, least_score=0.25, most_overlap=0.5):
     """Boxes [N, 4] as left, top, right, bottom in pixels of the photo, scores [N] and classes [N], the best first."""
-    images = fitted(photo, sidecar.preprocessing)[None]  # uint8 [1, H, W, 3], in a letterbox
+    given = sidecar.preprocessing
+    images = fitted(photo, given)[None]  # uint8 [1, H, W, 3], in a letterbox, or as it is where the network makes it
     found = torch.from_numpy(engine(network_input(images, sidecar))[0])  # [4 + classes, cells]
     scores, classes = found[4:].max(0)
     likely = scores >= least_score
     boxes, scores, classes = box_convert(found[:4, likely].T, "cxcywh", "xyxy"), scores[likely], classes[likely]
     kept = batched_nms(boxes, scores, classes, most_overlap)
-    (width, height), (rows, columns) = upright(photo).size, images.shape[1:3]
+    (width, height), rows, columns = upright(photo).size, given["height"], given["width"]
     factor = min(columns / width, rows / height)
     left, top = (columns - round(width * factor)) // 2, (rows - round(height * factor)) // 2
     return (boxes[kept] - torch.tensor([left, top, left, top])) / factor, scores[kept], classes[kept]

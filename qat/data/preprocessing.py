@@ -144,16 +144,33 @@ class Preprocessing:
             image = transforms.center_crop(image, [self.height, self.width])
         return image
 
+    def places(self, height: int, width: int) -> tuple[list[int], list[int]]:
+        """Where ``fit`` puts an image of this size: the [height, width] to which it is resized, and what is then added.
+
+        That is [left, top, right, bottom] in pixels, below 0 where so many are cut off.
+        """
+        if self.letterbox:
+            factor = min(self.height / height, self.width / width)
+            size = [max(1, round(extent * factor)) for extent in (height, width)]
+        else:
+            size = [int(self.resize * extent / min(height, width)) for extent in (height, width)]
+        (top, bottom), (left, right) = (
+            _sides(wanted - extent) for wanted, extent in zip((self.height, self.width), size, strict=True)
+        )
+        return size, [left, top, right, bottom]
+
     def _put_in_letterbox(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        factor = min(self.height / height, self.width / width)
-        size = [max(1, round(height * factor)), max(1, round(width * factor))]
-        if factor != 1:
+        size, around = self.places(*image.shape[-2:])
+        if size != list(image.shape[-2:]):
             image = transforms.resize(image, size, InterpolationMode(self.interpolation), antialias=False)
-        down, right = self.height - size[0], self.width - size[1]
-        around = [right // 2, down // 2, right - right // 2, down - down // 2]
         padded: Tensor = transforms.pad(image, around, LETTERBOX_GREY)
         return padded
+
+
+def _sides(missing: int) -> tuple[int, int]:
+    """How many pixels are added before and behind, or, below 0, cut off at the center."""
+    first = missing // 2 if missing >= 0 else -round(-missing / 2)
+    return first, missing - first
 
 
 @dataclass(frozen=True)

@@ -331,6 +331,17 @@ def test_the_page_says_what_to_send(tmp_path: Path, repository: Path) -> None:
     assert "is not recorded" in page
     assert "decode" not in page
 
+    camera = write_engine(
+        tmp_path / "camera.engine",
+        inputs=(TensorSpec("input", (-1, 90, 160, 3), "uint8"),),
+        preprocessing={**PREPROCESSING, "letterbox": True, "source_size": [90, 160]},
+    )
+    page = page_of(camera, repository)
+    assert "as the camera gives it, 90 x 160 pixels" in page
+    assert "the network resizes it to 28 x 20" in page
+    assert "send the bytes, 0 to 255, in the order NHWC" in page
+    assert "114" not in page
+
     page = page_of(write_engine(tmp_path / "e.engine", preprocessing={**PREPROCESSING, "letterbox": True}), repository)
     assert "the largest that fits in 28 x 20 pixels" in page
     assert "grey of value 114" in page
