@@ -27,10 +27,11 @@ class NamedOutputs(nn.Module):
     In evaluation such a model answers (decoded, raw): boxes in pixels and scores, and what the head computes, by name.
     Taken is the latter, ``boxes``, ``scores`` and, depending on the task, ``mask_coefficient``, ``proto``, ``kpts`` and
     ``angle``, of the head that answers without NMS where there are two. With ``decoded`` it is ``detections``
-    [N, 4 + classes + ..., cells], and ``proto``.
+    [N, 4 + classes + ..., cells], and ``proto``. With ``for_loss`` it is what Ultralytics' losses read, in evaluation
+    too: of both heads, ``one2many`` and ``one2one``, where there are two, and with ``feats``, maps [N, C, h, w].
     """
 
-    decoded = False
+    decoded = for_loss = False
     stride: Any
     names: Any
     task: Any
@@ -43,7 +44,7 @@ class NamedOutputs(nn.Module):
         if isinstance(x, Mapping):
             return answer
         decoded, raw = (None, answer) if self.training else answer
-        if not isinstance(raw, Mapping):
+        if not isinstance(raw, Mapping) or self.for_loss:
             return raw
         if self.decoded and decoded is not None:
             several = isinstance(decoded, (tuple, list))
@@ -69,10 +70,10 @@ class NamedOutputs(nn.Module):
         return {name: str(value) for name, value in found.items()}
 
 
-def build_ultralytics(source: str, num_classes: int, decoded: bool = False) -> nn.Module:
+def build_ultralytics(source: str, num_classes: int, decoded: bool = False, for_loss: bool = False) -> nn.Module:
     """The model of the YAML file or checkpoint ``source``, in float32 and training mode, on the CPU.
 
-    ``num_classes``: of a checkpoint they are its own. ``decoded``: see NamedOutputs.
+    ``num_classes``: of a checkpoint they are its own. ``decoded``, ``for_loss``: see NamedOutputs.
 
     Raises UserError when ultralytics is not installed, and whatever it raises when it cannot build the model.
     """
@@ -82,7 +83,7 @@ def build_ultralytics(source: str, num_classes: int, decoded: bool = False) -> n
     model.task = task
     _separate_activations(model)
     kind = type(model)
-    model.__class__ = type(kind.__name__, (NamedOutputs, kind), {"decoded": decoded})
+    model.__class__ = type(kind.__name__, (NamedOutputs, kind), {"decoded": decoded, "for_loss": for_loss})
     found: nn.Module = model.float().train().requires_grad_(True)
     return found
 
