@@ -13,13 +13,13 @@ from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.utils import LOCAL_RANK, LOGGER, RANK
 
 import qat
-from qat.pretrained.ultralytics_training import QuantizedModel, quantize_ultralytics, save_ultralytics
+from qat.training.ultralytics_model import QuantizedModel, quantize_ultralytics, save_ultralytics
 
 IMAGES, BATCH = 256, 16  # to calibrate on
 
 
 class QatTrainer(DetectionTrainer):
-    """For masks: class QatSegmentationTrainer(QatTrainer, SegmentationTrainer); in the same way for poses."""
+    """For boxes; for masks: class QatSegmentationTrainer(QatTrainer, SegmentationTrainer)."""
 
     keep_float = ()  # patterns of what stays in float, as --keep-float takes them
 

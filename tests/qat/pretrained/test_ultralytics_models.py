@@ -149,6 +149,16 @@ def test_decoded_outputs_are_asked_for() -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_loss_reads_is_asked_for(training: bool) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    one, two = (build_ultralytics(f"{name}.yaml", 5, for_loss=True).train(training)(x) for name in ("one", "two"))
+    assert one.keys() == {"boxes", "scores", "feats"}
+    assert two.keys() == {"one2many", "one2one"}
+    assert two["one2many"].keys() == one.keys()
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_classes_are_the_files_own_unless_they_are_given() -> None:
     assert classes_of("one.yaml") == 80
     assert build_model(ModelSpec("ultralytics/one.yaml", 3)).scores.out_channels == 3

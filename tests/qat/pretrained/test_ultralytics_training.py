@@ -150,7 +150,7 @@ def batch(seed: int, count: int = 4) -> dict[str, Tensor]:
 def quantized(checkpoint: Path) -> Any:
     from ultralytics.cfg import get_cfg
 
-    from qat.pretrained.ultralytics_training import quantize_ultralytics
+    from qat.training.ultralytics_model import quantize_ultralytics
 
     model = quantize_ultralytics(str(checkpoint), PIXELS)
     qat.calibrate_ranges(model.prepared, [batch(0)["img"]])
@@ -224,7 +224,7 @@ def test_masks_are_trained_too(trainer_type: Any, data: Path, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["yolo11n-obb", "yolo11n-pose", "yolo26n", "yolov10n"])
 def test_other_networks_decode_as_their_float_model(name: str, tmp_path: Path) -> None:
-    from qat.pretrained.ultralytics_training import quantize_ultralytics, save_ultralytics
+    from qat.training.ultralytics_model import quantize_ultralytics, save_ultralytics
 
     path = write_model(name, tmp_path / "float.pt", 5)
     model, own = quantize_ultralytics(str(path), 64).eval(), loaded(path)[0].eval()
