@@ -14,19 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
+from deploy.fitting import fitted
 from deploy.reference import network_input
 from deploy.settings import CalibrationSettings
 from qat.base.artifact import Sidecar, TensorSpec
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from PIL import Image
+from qat.data.annotated_sets import is_annotated, training_images
 
 FEW_IMAGES = 100
 _IMAGENET: Mapping[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "share": 224 / 256}
@@ -80,7 +79,7 @@ def calibration_inputs(
             f"the network does not take images alone ({shapes}): give --data an .npz file with an array of each"
         )
     preprocessing = _preprocessing(settings, specs[0], sidecar)
-    if path.is_dir() or path.suffix == ".txt":
+    if path.is_dir() or path.suffix == ".txt" or is_annotated(path):
         files = _files(path, settings.images)
         images_NHWC = _read_images(files, preprocessing)
     else:
@@ -206,9 +205,12 @@ def _files(path: Path, most: int) -> list[str]:
         if missing := [name for name in named[:most] if not Path(name).is_file()]:
             raise UserError(f"{path} lists {len(missing)} files that do not exist, the first {missing[0]}: correct it")
         return named[:most]
-    files, notes = all_image_files(path / "train" if (path / "train").is_dir() else path)
-    for note in notes:
-        say(note)
+    if is_annotated(path):
+        files = training_images(path)
+    else:
+        files, notes = all_image_files(path / "train" if (path / "train").is_dir() else path)
+        for note in notes:
+            say(note)
     count = min(most, len(files))
     return [files[index * len(files) // count] for index in range(count)]
 
@@ -222,63 +224,6 @@ def _read_images(files: Sequence[str], preprocessing: Mapping[str, Any]) -> np.n
             images_NHWC[index] = image
             task.advance()
     return images_NHWC
-
-
-def fitted(file: str, preprocessing: Mapping[str, Any]) -> np.ndarray:
-    """An image file as uint8 [height, width, C]: the short side resized to ``resize``, the center cropped.
-
-    With ``letterbox`` the whole image is resized, and grey put around it. Where a crop would not cover the height and
-    the width, it is resized until it does. ``preprocessing`` is a sidecar's. Up to a level or two what
-    qat.data.preprocessing makes of it. Where the network does all this itself, the image stays as it is.
-
-    Raises UserError when it cannot be read, or has not the size of the images that such a network takes.
-    """
-    from PIL import Image
-
-    from qat.base.image_files import read_image
-
-    image = Image.fromarray(read_image(file))
-    if preprocessing["color"] == "grey":
-        image = image.convert("L")
-    if (source := preprocessing.get("source_size")) is not None:
-        if [image.height, image.width] != list(source):
-            raise UserError(
-                f"{file} has {image.height}x{image.width} pixels (height x width), and the network takes images of "
-                f"{source[0]}x{source[1]}, as its --source-size says: give such images"
-            )
-        return np.asarray(image).reshape(image.height, image.width, -1)
-    short, size = min(image.size), (preprocessing["width"], preprocessing["height"])
-    if preprocessing.get("letterbox", False):
-        return _in_letterbox(image, size)
-    to_cover = max(wanted / extent for extent, wanted in zip(image.size, size, strict=True))
-    if short != preprocessing["resize"] or to_cover > 1:
-        width, height = (int(extent * preprocessing["resize"] / short) for extent in image.size)
-        if width < size[0] or height < size[1]:
-            width, height = (
-                max(round(extent * to_cover), wanted) for extent, wanted in zip(image.size, size, strict=True)
-            )
-        filtered_by = Image.Resampling[preprocessing["interpolation"].upper()]
-        # First along the rows, as torchvision does. Of tall images Pillow would begin with the columns, and bicubic
-        # overshoot is cut off after each of the two.
-        image = image.resize((width, image.height), filtered_by).resize((width, height), filtered_by)
-    left, top = (round((extent - wanted) / 2) for extent, wanted in zip(image.size, size, strict=True))
-    cropped = image.crop((left, top, left + size[0], top + size[1]))
-    return np.asarray(cropped).reshape(size[1], size[0], -1)
-
-
-def _in_letterbox(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The largest form of ``image`` that fits in ``size``, (width, height), bilinear without antialiasing."""
-    from PIL import Image
-
-    from qat.base.image_files import LETTERBOX_GREY
-
-    factor = min(wanted / extent for extent, wanted in zip(image.size, size, strict=True))
-    width, height = (max(1, round(extent * factor)) for extent in image.size)
-    steps = (image.width / width, 0, 0, 0, image.height / height, 0)
-    resized = image.transform((width, height), Image.Transform.AFFINE, steps, Image.Resampling.BILINEAR)
-    whole = Image.new(image.mode, size, (LETTERBOX_GREY,) * len(image.getbands()))
-    whole.paste(resized, ((size[0] - width) // 2, (size[1] - height) // 2))
-    return np.asarray(whole).reshape(size[1], size[0], -1)
 
 
 def _data_set(settings: CalibrationSettings, preprocessing: Mapping[str, Any]) -> np.ndarray:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from deploy.agreement import engine_logits
 from deploy.calibration_inputs import calibration_inputs
 from deploy.candidate_engines import CandidateEngines
 from deploy.candidates import Candidate
@@ -18,6 +17,7 @@ from deploy.measure import Latency, latencies
 from deploy.reference import network_input, read_reference
 from deploy.runtime import Engine
 from deploy.settings import CalibrationSettings
+from deploy.who_answers import engine_logits
 from qat.base.artifact import TensorSpec, read_sidecar, sidecar_path
 from qat.base.console import table
 from qat.base.errors import UserError

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import numpy as np
 from qat.base.artifact import Sidecar, sha256_of
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
+
+LOGITS, OUTPUT = "logits", "output_"
+"""Arrays of the file: the only output, if it is [N, values], or each output by its place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +27,20 @@ class Reference:
         images: uint8 [N, H, W, C], RGB or grey, before normalization: resized and cropped, or as a camera gives them
             where the network does that itself.
         labels: int64 [N]; -1 for an image without a label, such as a random one.
-        logits: float32 [N, classes], of the folded network in PyTorch; or [N, values] of a network without classes.
+        outputs: by name, [N, ...] each, of the folded network in PyTorch.
         source: where the images come from.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    logits: np.ndarray
+    outputs: Mapping[str, np.ndarray]
     source: str
+
+    @property
+    def logits(self) -> np.ndarray:
+        """The only output of a classifier: float32 [N, classes]."""
+        (found,) = self.outputs.values()
+        return found
 
 
 def read_reference(onnx_path: Path, sidecar: Sidecar) -> Reference:
@@ -42,10 +52,7 @@ def read_reference(onnx_path: Path, sidecar: Sidecar) -> Reference:
         raise UserError(f"{onnx_path} records no reference file: export it again with python -m export.onnx")
     recorded = sidecar.details["reference"]
     if recorded is None:
-        raise UserError(
-            f"{onnx_path} has no reference file, which is written of images for networks with one output, [N, values]: "
-            "give --data"
-        )
+        raise UserError(f"{onnx_path} has no reference file, which is written for networks of images: give --data")
     path = onnx_path.with_name(recorded["file"])
     if not path.is_file():
         raise UserError(
@@ -58,7 +65,10 @@ def read_reference(onnx_path: Path, sidecar: Sidecar) -> Reference:
             "the file is truncated or is another one; copy it again or export again"
         )
     with np.load(path, allow_pickle=False) as arrays:
-        return Reference(arrays["images"], arrays["labels"], arrays["logits"], recorded["source"])
+        names = [spec.name for spec in sidecar.outputs]
+        kept = [LOGITS] if LOGITS in arrays else [f"{OUTPUT}{index}" for index in range(len(names))]
+        outputs = {name: arrays[key] for name, key in zip(names, kept, strict=True)}
+        return Reference(arrays["images"], arrays["labels"], outputs, recorded["source"])
 
 
 def network_input(images_NHWC: np.ndarray, sidecar: Sidecar) -> np.ndarray:

@@ -82,9 +82,8 @@ def export_onnx(
         export_onnx(prepared, "model.onnx")  # a model that was prepared and calibrated
 
     The file takes [N, ...] with any N, and its outputs are [N, ...], float32 where they are floating-point. Beside it
-    are written its sidecar and, for a network with known preprocessing whose only output is [N, values],
-    model.reference.npz: images with PyTorch's answers, to check an engine by. Classes are counted where there are class
-    names.
+    are written its sidecar and, for a network with known preprocessing, model.reference.npz: images with PyTorch's
+    answers, to check an engine by. Classes are counted where there are class names.
 
     Args:
         source: the path of a checkpoint, or what ``prepare`` of qat made of a model, calibrated; it is not changed.
@@ -209,9 +208,8 @@ def export_onnx(
             figures["against_recorded"] = asdict(recorded)
         if trained is not None:
             figures["merging"] = _compare_with_trained(trained, network, compared, answers[0])
-        checked = network.preprocessing is not None and len(answers) == 1 and answers[0].ndim == 2
-        if checked and answers[0].is_floating_point():
-            details["reference"] = write_reference(reference, compared, answers[0], logits=is_classifier)
+        if network.preprocessing is not None:
+            details["reference"] = write_reference(reference, compared, answers, logits=is_classifier)
 
     sidecar = Sidecar(
         kind="onnx",

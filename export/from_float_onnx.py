@@ -285,7 +285,7 @@ def _compare(
             figures["same_top1"] = 100 * float(same.mean())
             line += f", the same class on {same.sum()} of {len(same)}"
         if images is not None and len(answers) == len(images.labels):
-            record = write_reference(reference, images, torch.from_numpy(float_answers), logits=logits)
+            record = write_reference(reference, images, [torch.from_numpy(float_answers)], logits=logits)
     say(line)
     return figures, record
 

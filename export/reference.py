@@ -5,6 +5,7 @@ With it an engine can be checked on a machine that has neither torch nor the dat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from qat.data.splits import Data
 
 _BATCH = 32
 _RANDOM_IMAGES = 8
+_MOST_BYTES = 32 * 2**20  # of large outputs
 
 
 @dataclass(frozen=True)
@@ -72,27 +74,34 @@ def reference_path(onnx: Path) -> Path:
     return onnx.with_name(onnx.name.removesuffix(".onnx") + ".reference.npz")
 
 
-def write_reference(path: Path, images: Sample, answers: Tensor, *, logits: bool) -> dict[str, Any]:
-    """Writes ``images`` and the ``answers``, float32 [N, ...], that an engine is compared with.
+def write_reference(path: Path, images: Sample, answers: Sequence[Tensor], *, logits: bool) -> dict[str, Any]:
+    """Writes ``images`` and the ``answers`` that an engine is compared with: each output, [N, ...].
 
-    ``logits``: whether the answers are known to be logits [N, classes], so that labels say which are right.
+    ``logits``: whether there is one, known to be logits [N, classes], so that labels say which are right. Of large
+    outputs, such as those of detectors, the first few images are kept.
 
     Returns what the ONNX file's sidecar records of the file. Raises UserError when it cannot be written.
     """
+    size = sum(answer[0].nbytes for answer in answers)
+    count = len(images.labels) if answers[0].ndim == 2 else max(1, min(len(images.labels), _MOST_BYTES // size))
+    plain = len(answers) == 1 and answers[0].ndim == 2
+    outputs: dict[str, Any] = {
+        "logits" if plain else f"output_{index}": answer[:count].numpy() for index, answer in enumerate(answers)
+    }
     with atomic_write(path) as temporary:
         with open(temporary, "wb") as file:  # given a path, NumPy would append .npz to it
             np.savez_compressed(
                 file,
-                images=images.images_NCHW.permute(0, 2, 3, 1).contiguous().numpy(),
-                labels=images.labels.numpy(),
-                logits=answers.numpy(),
+                images=images.images_NCHW[:count].permute(0, 2, 3, 1).contiguous().numpy(),
+                labels=images.labels[:count].numpy(),
+                **outputs,
             )
         digest = sha256_of(temporary)
     labelled = logits and bool((images.labels != NO_LABEL).all())
     return {
         "file": path.name,
         "sha256": digest,
-        "images": len(images.labels),
+        "images": count,
         "source": images.source,
-        "top1": 100 * float((answers.argmax(1) == images.labels).double().mean()) if labelled else None,
+        "top1": 100 * float((answers[0].argmax(1) == images.labels).double().mean()) if labelled else None,
     }

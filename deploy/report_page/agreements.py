@@ -79,7 +79,7 @@ def _of_onnx(run: Artifacts) -> Iterator[str]:
 
 
 def _of_engine(run: Artifacts) -> Iterator[str]:
-    found = run.results.get("evaluation")
+    found = run.evaluation
     if not found:
         return
     shares = [f"{who} {top1:.2f} %" for who, top1 in found["top1"].items() if top1 is not None]

@@ -11,6 +11,7 @@ from deploy.engine_layers import EngineLayer
 from deploy.report_page.agreements import outputs_against_float
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import Layer
+from deploy.report_page.task_scores import task_scores_of
 from deploy.report_page.verdict import Speed, Stage, final_stage, is_fp16, loss_that_counts
 from qat.base.number_format import INT8
 
@@ -93,6 +94,10 @@ def _accuracy(run: Artifacts, stages: Sequence[Stage]) -> Answer:
     question = "Is it as accurate as in float?"
     final = final_stage(stages)
     agreement = run.checkpoint.figures.get("agreement", {}) if run.checkpoint else {}
+    scores = task_scores_of(run)
+    if final is None and scores is not None:
+        colour = "" if scores.in_float is None else "red" if scores.loses else "green"
+        return Answer(question, f"{scores.judged:.2f} %", f"{scores.who[0]}: {scores}.", colour)
     if final is None and agreement.get("outputs"):
         return Answer(question, "not measured", f"{outputs_against_float(agreement)}.")
     if final is None:

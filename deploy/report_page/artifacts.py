@@ -48,7 +48,7 @@ class Artifacts:
         path: what was named.
         engine, onnx, checkpoint: the sidecars of its artifacts, None where there is none.
         paths: where these lie, by kind.
-        results: the results of commands, by what they are: evaluation, benchmark, audit, sensitivity.
+        results: the results of commands, by what they are: evaluation, onnx_evaluation, benchmark, audit, ...
         result_files: the files that these were read from.
         distributions: what calibration saw, from the file beside the checkpoint.
         left_out: files that were not taken, each with the reason.
@@ -83,8 +83,13 @@ class Artifacts:
         return self.checkpoint is not None and "qat" in self.checkpoint.figures
 
     @property
+    def evaluation(self) -> Result:
+        """What deploy.evaluate found of the engine, else of the ONNX file; {} of neither."""
+        return self.results.get("evaluation") or self.results.get("onnx_evaluation", {})
+
+    @property
     def _has_reference(self) -> bool:
-        """Whether there are images with known answers beside the ONNX file; not of networks that answer no values."""
+        """Whether there are images with known answers beside the ONNX file; not of networks that take no images."""
         return self.onnx is None or self.onnx.details.get("reference") is not None
 
     @property
@@ -240,8 +245,10 @@ def _read_any(artifact: Path) -> Sidecar:
 # --- results of commands
 
 # What each result must have, and of which type.
+_EVALUATION = {"images": int, "source": str, "top1": dict, "agreement": dict}
 _MARKS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
-    "evaluation": {"engine": str, "images": int, "source": str, "top1": dict, "agreement": dict},
+    "evaluation": {"engine": str, **_EVALUATION},
+    "onnx_evaluation": {"onnx": str, **_EVALUATION},
     "benchmark": {"models": dict, "builds": list, "latency": list, "date": str, "tensorrt": str},
     "audit": {"totals": dict, "layers": list, "findings": list},
     "sensitivity": {"operations": list, "target_drop": (int, float), "quantized": dict},
@@ -254,6 +261,7 @@ _ENTRIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 _COMMANDS = {
     "evaluation": "deploy.evaluate",
+    "onnx_evaluation": "deploy.evaluate",
     "benchmark": "deploy.benchmark",
     "audit": "deploy.audit",
     "sensitivity": "qat.sensitivity",
@@ -280,6 +288,7 @@ def _refusal(kind: str, content: Result, hashes: Mapping[ArtifactKind, str]) -> 
     """Why a result does not belong to the artifacts; '' if it does."""
     about: Mapping[str, tuple[ArtifactKind, Callable[[], Iterable[Any]]]] = {
         "evaluation": ("engine", lambda: [content["engine"]]),
+        "onnx_evaluation": ("onnx", lambda: [content["onnx"]]),
         "audit": ("engine", lambda: [content.get("engine")]),
         "benchmark": ("onnx", lambda: [model["sha256"] for model in content["models"].values()]),
         "sensitivity": ("checkpoint", lambda: [content.get("checkpoint")]),

@@ -18,6 +18,7 @@ from deploy.report_page.charts import Chart, Histogram, Series, histogram, line_
 from deploy.report_page.layers import STATES, blocks_of, layers_of
 from deploy.report_page.picture import draw
 from deploy.report_page.roofline import roofline
+from deploy.report_page.task_scores import task_scores_of
 from deploy.report_page.verdict import judge, latencies_of, speeds_of, stages_of
 from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import say, table
@@ -116,6 +117,7 @@ def render(runs: Sequence[Artifacts]) -> str:
         answers=answers.answers_of(run, stages, speeds, layers, change),
         attention=answers.attention(run, layers),
         stages=stages,
+        scores=task_scores_of(run),
         speeds=speeds,
         charts=_charts(runs),
         training=[*_sizes(run), *_training(run)],
@@ -317,6 +319,8 @@ def _commands(run: Artifacts) -> str:
 def _print_result(run: Artifacts) -> None:
     stages, speeds = stages_of(run), speeds_of(run)
     rows = [(f"{stage.label}, top-1 on {stage.images} test images", f"{stage.top1:.2f} %") for stage in stages]
+    scores = task_scores_of(run)
+    rows += scores.lines() if scores else []
     rows += [
         (f"{INT8.name} against FP16, batch {speed.batch}", f"{speed.int8:.4f} against {speed.fp16:.4f} ms")
         for speed in speeds

@@ -8,6 +8,7 @@ from typing import Any
 from deploy.report_page.agreements import distance
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import layers_of
+from deploy.report_page.task_scores import task_scores_of
 from deploy.report_page.verdict import judge, speeds_of, stages_of
 from qat.base.number_format import INT8
 
@@ -20,6 +21,7 @@ def summary(run: Artifacts) -> dict[str, Any]:
         "name": run.name,
         "verdict": asdict(verdict),
         "accuracy": [asdict(stage) for stage in stages],
+        "scores": run.evaluation.get("scores"),
         "speed": [asdict(speed) | {"factor": speed.factor} for speed in speeds],
         "layers": [asdict(layer) for layer in layers],
         "engine": dict(run.engine.figures) if run.engine else None,
@@ -32,6 +34,8 @@ def markdown(run: Artifacts) -> str:
     """The same without layers, as a paragraph and a table."""
     stages, speeds = stages_of(run), speeds_of(run)
     rows = [(stage.label, _top1(stage.top1, stage.low, stage.high, stage.images)) for stage in stages]
+    scores = task_scores_of(run)
+    rows += scores.lines() if scores else []
     agreement = run.checkpoint.figures.get("agreement", {}) if run.checkpoint else {}
     what = f"{INT8.name} against float on {agreement.get('images')} images"
     rows += [(f"{what}, {one['tensor'] or 'output'}", distance(one)) for one in agreement.get("outputs", ())]

@@ -11,6 +11,7 @@ from deploy.candidates import FP16, MODEL
 from deploy.report_page.agreements import outputs_against_float
 from deploy.report_page.artifacts import Artifacts
 from deploy.report_page.layers import Layer
+from deploy.report_page.task_scores import KEPT, task_scores_of
 from qat.base.interval import interval_of_share, is_near_chance
 from qat.base.number_format import BITS, INT8
 
@@ -154,10 +155,10 @@ def final_stage(stages: Sequence[Stage]) -> Stage | None:
 def judge(artifacts: Artifacts, stages: Sequence[Stage], speeds: Sequence[Speed], layers: Sequence[Layer]) -> Verdict:
     """Whether to ship it.
 
-    Against it speak: an accuracy that is below the float network's by more than the intervals of both allow; a network
-    that is hardly better than chance; answers that differ between PyTorch, ONNX Runtime and the engine; an engine that
-    is not faster than FP16; layers that are declared INT8 and are not. Where accuracy or speed is not known, or too few
-    images were tested to tell a loss, neither is the answer.
+    Against it speak: an accuracy that is below the float network's by more than the intervals of both allow, or a mAP
+    or mIoU of which less than 99 % is left; a network that is hardly better than chance; answers that differ between
+    PyTorch, ONNX Runtime and the engine; an engine that is not faster than FP16; layers that are declared INT8 and are
+    not. Where accuracy or speed is not known, or too few images were tested to tell a loss, neither is the answer.
     """
     against = [
         *_accuracy_against(artifacts, stages),
@@ -191,13 +192,16 @@ def _accuracy_against(artifacts: Artifacts, stages: Sequence[Stage]) -> Iterator
             f"{final.top1:.2f} % of the test images are right, {-final.change:.2f} points less than in float, which "
             f"chance on {final.images} images does not explain"
         )
+    scores = task_scores_of(artifacts)
+    if scores is not None and scores.loses:
+        yield f"{scores}: less than {100 * KEPT:.0f} % of it is left"
     classes = len(artifacts.checkpoint.class_names) if artifacts.checkpoint else 0
     if stages and is_near_chance(stages[0].top1, classes):
         yield f"the float network itself is hardly better than chance, {stages[0].top1:.2f} % with {classes} classes"
 
 
 def _agreement_against(artifacts: Artifacts) -> Iterator[str]:
-    evaluation = artifacts.results.get("evaluation", {})
+    evaluation = artifacts.evaluation
     for pair, share in evaluation.get("agreement", {}).items():
         if _differ(round((100 - share) * evaluation["images"] / 100), evaluation["images"]):
             yield f"{pair}: the same class on only {share:.2f} % of {evaluation['images']} images"
@@ -242,6 +246,9 @@ def _accuracy(artifacts: Artifacts, stages: Sequence[Stage]) -> tuple[str, bool]
             return f"{right}, and so few cannot tell a loss of less than {half:.0f} points", False
         compared = "as the float network" if abs(final.change) < 0.005 else f"against {stages[0].top1:.2f} % in float"
         return f"{right}, {compared} (each figure is known to {final.half:.1f} points)", True
+    scores = task_scores_of(artifacts)
+    if scores is not None:
+        return str(scores), scores.in_float is not None and scores.in_float > 0
     agreement = artifacts.checkpoint.figures.get("agreement") if artifacts.checkpoint else None
     if agreement and agreement["top1"] is None:
         return f"{outputs_against_float(agreement)}; no accuracy was measured", False

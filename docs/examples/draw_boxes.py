@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torchvision.ops import batched_nms, box_convert
 
 from deploy import Engine
-from deploy.calibration_inputs import fitted
+from deploy.fitting import Fit, fitted
 from deploy.reference import network_input
 from qat.base.artifact import read_sidecar
 
@@ -27,10 +27,8 @@ def detect(engine, sidecar, photo, least_score=0.25, most_overlap=0.5):
     likely = scores >= least_score
     boxes, scores, classes = box_convert(found[:4, likely].T, "cxcywh", "xyxy"), scores[likely], classes[likely]
     kept = batched_nms(boxes, scores, classes, most_overlap)
-    (width, height), rows, columns = upright(photo).size, given["height"], given["width"]
-    factor = min(columns / width, rows / height)
-    left, top = (columns - round(width * factor)) // 2, (rows - round(height * factor)) // 2
-    return (boxes[kept] - torch.tensor([left, top, left, top])) / factor, scores[kept], classes[kept]
+    in_photo = Fit.of(upright(photo).size, given).back(boxes[kept].numpy())
+    return torch.from_numpy(in_photo), scores[kept], classes[kept]
 
 
 def upright(photo):

@@ -27,6 +27,7 @@ LETTERBOX_GREY = 114
 """The value of what stands around an image in a letterbox, as the YOLOs are trained with."""
 
 _EXTENSIONS_SHOWN = 4
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
 _QUARTER = 64  # of the 256 levels: an image that ends below is taken to have another range than its type
 _SCALED, _OF_65535 = "scaled to 16 bits", "I;16B"  # .pgm files state their range, which Pillow scales to 0..65535
 
@@ -106,6 +107,16 @@ def image_size(path: str) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             return width, height
+    except Exception as error:  # Pillow raises many types of exceptions
+        raise _unreadable(path, error) from error
+
+
+def upright_size(path: str) -> tuple[int, int]:
+    """(width, height) in pixels as a person sees it, from the head of the file. Raises UserError as ``read_image``."""
+    try:
+        with Image.open(path) as image:
+            (width, height), turned = image.size, image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+            return (height, width) if turned else (width, height)
     except Exception as error:  # Pillow raises many types of exceptions
         raise _unreadable(path, error) from error
 

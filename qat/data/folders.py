@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from qat.base.errors import UserError
-from qat.base.image_files import image_files, instead_of_images, is_image, note_of_others
+from qat.base.image_files import all_image_files, image_files, instead_of_images, is_image, note_of_others
+from qat.data.annotated_sets import is_annotated, training_images
 from qat.data.parts import Part, Source
 from qat.data.pixels import FilePixels, decode_all
 
@@ -48,10 +49,25 @@ def read_folder(folder: Path) -> Source:
 
 
 def unlabelled_folder(source: str) -> Path | None:
-    """``source`` as a folder of images without labels: it has neither train/ nor val/. None if it is anything else."""
+    """``source`` as images without classes: a folder without train/ and val/, or a set with boxes or masks.
+
+    None if it is anything else.
+    """
     path = Path(source).expanduser()
-    named = source == "digits" or source.startswith("torchvision:")
-    return path if path.is_dir() and not _is_split(path) and not named else None
+    if source == "digits" or source.startswith("torchvision:"):
+        return None
+    return path if is_annotated(path) or (path.is_dir() and not _is_split(path)) else None
+
+
+def unlabelled_files(source: Path) -> tuple[list[str], tuple[str, ...]]:
+    """The images of what ``unlabelled_folder`` gave, and lines about them. Raises UserError when there are none.
+
+    Of a set with boxes or masks they are those of the training split.
+    """
+    if not is_annotated(source):
+        return all_image_files(source)
+    files = training_images(source)
+    return files, (f"{len(files)} training images; their boxes or masks are not read",)
 
 
 def _is_split(folder: Path) -> bool:

@@ -39,7 +39,8 @@ def read_source(source: str, root: Path) -> Source:
     known = ["digits", *(f"torchvision:{name}" for name in torchvision_sets())]
     raise UserError(
         f"unknown data set {source!r}, and no such folder{did_you_mean(source, known)}: give digits, a folder of "
-        "<class>/<image> (for python -m qat.calibrate any folder of images), an .npz file, or torchvision:NAME with "
+        "<class>/<image> (for python -m qat.calibrate any folder of images, or a set with boxes or masks), "
+        "an .npz file, or torchvision:NAME with "
         f"one of {', '.join(torchvision_sets())}"
     )
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from qat.base.console import say
 from qat.base.errors import UserError
-from qat.base.image_files import all_image_files
 from qat.data.batches import ImageSet
+from qat.data.folders import unlabelled_files
 from qat.data.parts import NO_LABEL, Part, Source
 from qat.data.pixels import MEMORY_LIMIT, ArrayPixels, FilePixels, Pixels, decode_all, in_grey
 from qat.data.preprocessing import Augmentation, ImagePreset, Preprocessing
@@ -146,7 +146,9 @@ def load_unlabelled(
     calibration_images: int = 512,
     preset: ImagePreset = IMAGENET_PRESET,
 ) -> Data:
-    """Images without labels: all in ``folder`` and its subfolders, whose names have no meaning.
+    """Images without labels: all in ``folder`` and its subfolders, whose names have no meaning, or those of a set.
+
+    A set is one of the forms of qat/data/annotated_sets.py; its training images are taken.
 
     The seed chooses up to ``calibration_images`` of them for calibration. The rest, but at least a fifth of all and at
     most 1024, are the test split, on which two networks can be compared. The other arguments are as in ``load_data``.
@@ -155,7 +157,7 @@ def load_unlabelled(
         UserError: there is no image, or a chosen image is corrupt.
     """
     _check_request(image_size, seed, calibration_images)
-    files, notes = all_image_files(folder)
+    files, notes = unlabelled_files(folder)
     total = len(files)
     test = min(_HELD_OUT_MOST, max(total - calibration_images, int(_TEST_SHARE * total)))
     counts = {"test": test, "calibration": min(calibration_images, total - test)}

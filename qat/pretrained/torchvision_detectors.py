@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 
+from qat.base.errors import UserError
 from qat.data.preprocessing import ImagePreset, three_floats
 
 
@@ -60,3 +63,74 @@ def build_detector(name: str, **options: Any) -> nn.Module:
     kind = type(model)
     model.__class__ = type(kind.__name__, (HeadOutputs, kind), {})
     return model
+
+
+class BoxChooser:
+    """What torchvision's detector does behind its heads, by its own code: anchors, boxes, suppression.
+
+    The detector itself runs, but its transform, backbone and head are replaced with what gives known answers.
+
+    Attributes:
+        limits: the least score, the most overlap and the most boxes of an image that it uses.
+    """
+
+    def __init__(self, model: Any, **limits: float | None) -> None:
+        self._model = model.eval()
+        self._backbone = model.backbone
+        for name, value in limits.items():
+            if value is not None:
+                setattr(model, name, value)
+        self.limits = (model.score_thresh, model.nms_thresh, model.detections_per_img)
+        self._given: dict[str, _Given] = {"backbone": _Given(None), "head": _Given(None)}
+        self._size: tuple[int, int] | None = None
+
+    @torch.no_grad()
+    def __call__(self, outputs: Mapping[str, np.ndarray], size: tuple[int, int]) -> tuple[np.ndarray, ...]:
+        """The heads' outputs for one image, without the batch, and (height, width) of the network's input.
+
+        Returns boxes [n, 4] in pixels of that input, scores [n] and labels [n], as the detector itself answers.
+        """
+        model = self._model
+        if size != self._size:  # anchors depend on the shapes of the features alone
+            model.backbone, model.transform = self._backbone, _Unchanged(size)
+            self._size, self._given["backbone"].answer = size, model.backbone(torch.zeros(1, 3, *size))
+            model.backbone, model.head = self._given["backbone"], self._given["head"]
+        self._given["head"].answer = {name: torch.from_numpy(value)[None] for name, value in outputs.items()}
+        (found,) = model([torch.zeros(3, *size)])
+        return tuple(found[name].numpy() for name in ("boxes", "scores", "labels"))
+
+
+def box_chooser(name: str, num_classes: int, options: Mapping[str, Any], **limits: float | None) -> BoxChooser:
+    """That of the detector ``name``; ``limits`` by torchvision's names of them, None for its own.
+
+    Raises UserError when it is no detector of torchvision with one stage.
+    """
+    if name not in detector_names():
+        raise UserError(f"{name} is no detector of torchvision: give --decoder path/file.py:function")
+    known = {"weights": None, "weights_backbone": None, "num_classes": num_classes}
+    return BoxChooser(torchvision.models.get_model(name, **{**options, **known}), **limits)
+
+
+class _Given(nn.Module):
+    """Answers what it was given, whatever it is asked."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, *_: Any) -> Any:
+        return self.answer
+
+
+class _Unchanged(nn.Module):
+    """In place of a detector's transform: images are ready, and boxes stay as they are."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self._size = size
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> tuple[Any, Any]:
+        return ImageList(torch.stack(images), [self._size]), targets
+
+    def postprocess(self, result: Any, *_: Any) -> Any:
+        return result

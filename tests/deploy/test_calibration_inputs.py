@@ -13,7 +13,8 @@ import tiny
 import torch
 from PIL import Image
 
-from deploy.calibration_inputs import CalibrationInputs, calibration_inputs, fitted
+from deploy.calibration_inputs import CalibrationInputs, calibration_inputs
+from deploy.fitting import fitted
 from deploy.settings import CalibrationSettings
 from qat.base.artifact import Sidecar, TensorSpec
 from qat.base.errors import UserError

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from deploy.agreement import Answers, Evaluation, data_set_batches, engine_logits, reference_batches
+from deploy.agreement import Answers, Evaluation, data_set_batches, reference_batches
 from deploy.bisect import Difference
 from deploy.evaluate import EvaluateOptions, main
 from deploy.reference import read_reference
 from deploy.settings import Profile
+from deploy.task_evaluation import TaskEvaluation
+from deploy.who_answers import engine_logits, engine_outputs
 from qat.base.artifact import read_sidecar
 from qat.base.errors import UserError
+from qat.base.output_agreement import OutputAgreement
 
 
 def test_accuracy_and_agreement():
@@ -96,43 +99,62 @@ def test_data_gives_the_test_split_that_was_held_out_of_training(chain: Path):
     np.testing.assert_array_equal(logits, reference.logits[:7])
 
 
-def test_a_network_without_classes_agrees_by_its_output():
+def test_every_output_of_an_engine_is_cut_to_the_images():
+    images = np.random.default_rng(0).random((7, 5))
+
+    class TwoOutputs(Doubling):
+        def map(self, pieces):
+            yield from ({"twice": answer, "negative": -answer} for answer in super().map(pieces))
+
+    found = engine_outputs(TwoOutputs(Profile(4, 4, 4)), images, ["negative", "twice"])  # type: ignore[arg-type]
+    assert list(found) == ["negative", "twice"]
+    np.testing.assert_array_equal(found["twice"], 2 * images)
+    np.testing.assert_array_equal(found["negative"], -2 * images)
+
+
+def test_a_network_without_classes_agrees_by_its_outputs():
     mine = np.random.default_rng(0).random((6, 4))
     near, far = mine + 0.001, mine[::-1]
-    answers = Answers("images", np.zeros(6, np.int64), {"engine": mine, "PyTorch": near, "ONNX Runtime": far}, False)
-    assert answers.accuracy("engine") is None
-    assert answers.agreements() == {}
-    said = answers.disagreements(99.0, 20.0)
-    assert said.keys() == {"engine, ONNX Runtime"}
-    assert said["engine, ONNX Runtime"].endswith(" dB): must be at least 20 dB, or 99 % of integers")
-    assert answers.disagreements(99.0, -20.0) == {}
-    found = Evaluation("digest", answers, 99.0).to_json()
-    assert not Evaluation("digest", answers, 99.0).agrees
-    assert (found["top1"], found["agreement"]) == ({"engine": None, "PyTorch": None, "ONNX Runtime": None}, {})
+    measured = {
+        "engine, PyTorch": (OutputAgreement.measure("output", near, mine),),
+        "engine, ONNX Runtime": (OutputAgreement.measure("output", far, mine),),
+        "engine, PyTorch in float": (OutputAgreement.measure("output", far, mine),),
+    }
+    found = TaskEvaluation({"engine": "digest"}, "images", 6, {}, measured, 20.0, 99.0)
+    assert found.disagreements.keys() == {"engine, ONNX Runtime"}  # the float network may differ
+    assert found.disagreements["engine, ONNX Runtime"].endswith(" dB): must be at least 20 dB, or 99 % of integers")
+    assert not found.agrees
+    assert dataclasses.replace(found, least_sqnr=-20.0).agrees
+    result = found.to_json()
+    assert (result["engine"], result["top1"], result["agreement"]) == ("digest", {}, {})
     expected = 10 * np.log10((near**2).sum() / ((near - mine) ** 2).sum())
-    assert found["outputs"]["engine, PyTorch"] == {"sqnr_db": pytest.approx(expected), "equal_percent": None}
+    assert result["outputs"]["engine, PyTorch, output"] == {"sqnr_db": pytest.approx(expected), "equal_percent": None}
 
-    labels = {"engine": np.array([1, 2, 3, 4]), "PyTorch": np.array([1, 2, 3, 3])}
-    integers = Answers("images", np.full(4, -1), labels, False)
-    assert integers.disagreements(75.0, 20.0) == {}
-    assert integers.disagreements(76.0, 20.0).keys() == {"engine, PyTorch"}
+    same = {"engine, PyTorch": (OutputAgreement.measure("ids", np.array([1, 2, 3, 4]), np.array([1, 2, 3, 3])),)}
+    assert TaskEvaluation({}, "images", 4, {}, same, 20.0, 75.0).agrees
+    assert not TaskEvaluation({}, "images", 4, {}, same, 20.0, 76.0).agrees
 
 
-def test_an_engine_with_several_outputs_is_refused(chain: Path, tmp_path: Path):
-    for name in ("model.onnx", "model.onnx.json", "model.engine", "model.engine.json"):
-        shutil.copy(chain / name, tmp_path)
-    path = tmp_path / "model.engine.json"
-    content = json.loads(path.read_text())
-    content["outputs"] += [{**content["outputs"][0], "name": "more"}]
-    path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"has 2 outputs \(logits, more\), and only networks with one are evaluated"):
-        main(EvaluateOptions(engine=tmp_path / "model.engine"))
+def test_a_classifier_as_an_onnx_file(chain: Path, tmp_path: Path):
+    """In ONNX Runtime, without an engine and without a GPU."""
+    result = tmp_path / "result.json"
+    assert main(EvaluateOptions(engine=chain / "model.onnx", images=20, json=result)) == 0
+    found = json.loads(result.read_text())
+    assert found["onnx"] == read_sidecar(chain / "model.onnx", "onnx").sha256
+    assert found["top1"].keys() == {"ONNX Runtime", "PyTorch"}
+    assert found["agreement"] == {"ONNX Runtime, PyTorch": 100.0}
+    with pytest.raises(UserError, match="--layers compares what is inside an engine"):
+        main(EvaluateOptions(engine=chain / "model.onnx", layers=True))
+    with pytest.raises(UserError, match="is an ONNX file itself: leave out --onnx"):
+        main(EvaluateOptions(engine=chain / "model.onnx", onnx=chain / "model.onnx"))
+    with pytest.raises(UserError, match="tells classes of whole images"):
+        main(EvaluateOptions(engine=chain / "model.onnx", data="set.yaml"))
 
 
 def test_the_file_of_results_and_whether_the_engine_agrees():
     logits = {"engine": np.eye(4)[[0, 1, 2, 3]], "ONNX Runtime": np.eye(4)[[0, 1, 2, 0]]}
     answers = Answers("random images", np.array([0, 1, 0, -1]), logits)
-    alike = Evaluation("digest", answers, least_agreement=75.0)
+    alike = Evaluation({"engine": "digest"}, answers, least_agreement=75.0)
     assert alike.agrees
     assert alike.to_json() == {
         "engine": "digest",
@@ -141,8 +163,8 @@ def test_the_file_of_results_and_whether_the_engine_agrees():
         "top1": {"engine": pytest.approx(200 / 3), "ONNX Runtime": pytest.approx(200 / 3)},
         "agreement": {"engine, ONNX Runtime": 75.0},
     }
-    other = Evaluation("digest", answers, 99.0, True, Difference("relu1", "/relu1/Relu", 7.5))
+    other = Evaluation({"engine": "digest"}, answers, 99.0, True, Difference("relu1", "/relu1/Relu", 7.5))
     assert not other.agrees
     assert other.to_json()["first_difference"] == {"node": "/relu1/Relu", "tensor": "relu1", "sqnr_db": 7.5}
-    assert Evaluation("digest", answers, 99.0, True).to_json()["first_difference"] is None
-    assert Evaluation("digest", Answers("x", np.array([0]), {"engine": np.eye(4)[[0]]}), 99.0).agrees
+    assert Evaluation({"engine": "digest"}, answers, 99.0, True).to_json()["first_difference"] is None
+    assert Evaluation({"engine": "digest"}, Answers("x", np.array([0]), {"engine": np.eye(4)[[0]]}), 99.0).agrees

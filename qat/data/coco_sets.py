@@ -1,0 +1,123 @@
+"""Sets of images with boxes in COCO's format: one JSON file with images, annotations and categories.
+
+A box is left, top, width, height in pixels. Classes are the categories in the order of their numbers, which may start
+anywhere and have gaps: in COCO they are 1 to 90 with ten missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from qat.base.errors import UserError, one_line
+from qat.base.image_files import upright_size
+from qat.data.annotations import AnnotatedImage, AnnotatedSet, check_inside, with_boxes
+
+_PREFIX = "instances_"
+_KEYS = {
+    "images": {"id", "file_name"},
+    "annotations": {"image_id", "category_id", "bbox"},
+    "categories": {"id", "name"},
+}
+
+
+def read(path: Path, most: int | None = None) -> AnnotatedSet:
+    """All images of the file, or the first ``most``, with their boxes. Raises UserError for any mistake in the set."""
+    content = _content(path)
+    categories = {int(one["id"]): str(one["name"]) for one in content["categories"]}
+    if not categories:
+        raise UserError(f"{path} has no categories: name the classes there")
+    ids = tuple(sorted(categories))
+    place = {number: index for index, number in enumerate(ids)}
+    by_image: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    known = {image["id"] for image in content["images"]}
+    for one in content["annotations"]:
+        if one["image_id"] not in known:
+            raise UserError(f"{path}: annotation {one.get('id')} is of image {one['image_id']}, which is not in images")
+        if one["category_id"] not in place:
+            shown = ", ".join(map(str, ids[:4])) + (", ..." if len(ids) > 4 else "")
+            raise UserError(
+                f"{path}: annotation {one.get('id')} has category {one['category_id']}, and categories has {shown}: "
+                "correct it"
+            )
+        by_image[one["image_id"]].append(one)
+    files = _files(path, content, most)
+    images = tuple(
+        _annotated(path, file, image, by_image[image["id"]], place)
+        for file, image in zip(files, content["images"], strict=False)
+    )
+    return AnnotatedSet(str(path), images, tuple(categories[number] for number in ids), ids)
+
+
+def images_of(path: Path) -> list[str]:
+    """The image files that it names. Raises UserError when one is missing."""
+    return _files(path, _content(path), None)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: check the path of --data") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({one_line(error)}): check the file") from error
+    wanted = {
+        "images": ("id", "file_name"),
+        "annotations": ("image_id", "category_id", "bbox"),
+        "categories": ("id", "name"),
+    }
+    for part, keys in wanted.items():
+        entries = content.get(part) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(
+            isinstance(one, dict) and set(keys) <= one.keys() for one in entries
+        ):
+            raise UserError(
+                f"{path} is not in COCO's format: {part} must be a list of entries with {', '.join(sorted(keys))}"
+            )
+    if not content["images"]:
+        raise UserError(f"{path} names no image: give another file")
+    return dict(content)
+
+
+def _files(path: Path, content: dict[str, Any], most: int | None) -> list[str]:
+    names = [str(image["file_name"]) for image in content["images"]][:most]
+    split, around = path.stem.removeprefix(_PREFIX), path.parent.parent
+    folders = [path.parent, path.parent / "images", path.parent / split, around / split, around / "images"]
+    folders += [around / "images" / split, around]
+    folder = next((one for one in folders if (one / names[0]).is_file()), None)
+    if folder is None:
+        tried = ", ".join(str(one) for one in folders[:4])
+        raise UserError(f"{path}: no image {names[0]} in {tried} and others around: put the folder of images beside it")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of {len(names)} images are not in {folder}, first {missing[0]}: add them"
+        )
+    return [str(folder / name) for name in names]
+
+
+def _annotated(
+    path: Path, file: str, image: dict[str, Any], annotations: list[dict[str, Any]], place: dict[int, int]
+) -> AnnotatedImage:
+    size = upright_size(file)
+    stated = (image.get("width", size[0]), image.get("height", size[1]))
+    if stated != size:
+        raise UserError(
+            f"{path}: {file} has {size[0]}x{size[1]} pixels, and the file states {stated[0]}x{stated[1]}: give the "
+            "images that were annotated"
+        )
+    boxes, labels, crowd = [], [], []
+    for one in annotations:
+        where = f"{path}, annotation {one.get('id')}"
+        try:
+            left, top, width, height = map(float, one["bbox"])
+        except (TypeError, ValueError):
+            raise UserError(f"{where}: bbox must be left, top, width and height in pixels") from None
+        box = (left, top, left + width, top + height)
+        check_inside(where, box, size)
+        boxes.append(box)
+        labels.append(place[one["category_id"]])
+        crowd.append(bool(one.get("iscrowd", 0)))
+    return with_boxes(file, boxes, labels, crowd)
