@@ -95,7 +95,7 @@ class BoxCounter:
             if not self._found:
                 return Scores({MAP: 0.0, MAP50: 0.0}, self._by_class(np.where(self._occurs(), 0.0, np.nan)))
             judged = COCOeval(truth, truth.loadRes(np.array(self._found)), "bbox")
-            judged.params.maxDets = [1, 10, self._most]
+            judged.params.maxDets = [self._most]
             judged.params.areaRng, judged.params.areaRngLbl = judged.params.areaRng[:1], judged.params.areaRngLbl[:1]
             judged.evaluate()
             judged.accumulate()

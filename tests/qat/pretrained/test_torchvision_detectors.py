@@ -18,7 +18,7 @@ from qat.base.artifact import read_sidecar
 from qat.calibrate import main as calibrate
 from qat.models import ModelSpec, build_model
 from qat.options import CalibrateOptions
-from qat.pretrained.torchvision_detectors import HeadOutputs, detector_names
+from qat.pretrained.torchvision_detectors import HeadOutputs, box_chooser, detector_names
 from qat.weights import preset_of_weights
 
 QUICK = "ssdlite320_mobilenet_v3_large"
@@ -65,6 +65,34 @@ def test_the_heads_answer_as_within_torchvisions_model(name: str) -> None:
         assert found.keys() == expected.keys() >= {"cls_logits", "bbox_regression"}
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert (type(ours).__name__, isinstance(ours, HeadOutputs)) == (type(model).__name__, True)
+
+
+ONE_STAGE = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "ssd300_vgg16")
+
+
+@pytest.mark.parametrize("name", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ONE_STAGE)])
+def test_boxes_are_chosen_as_the_detector_itself_does(name: str) -> None:
+    """Of the heads' outputs alone; with another size of the input afterwards, whose anchors are others."""
+    model, limits = whole(name), {"score_thresh": 0.0, "nms_thresh": 0.4, "detections_per_img": 50}
+    for key, value in limits.items():
+        setattr(model, key, value)
+    pixels = model.transform.fixed_size[0] if model.transform.fixed_size else 320
+    model.transform.min_size, model.transform.max_size = (pixels,), pixels
+    chooser = box_chooser(name, 5, {}, **limits)
+    assert chooser.limits == (0.0, 0.4, 50)
+    expected: dict[str, Tensor] = {}
+    image = torch.rand(3, pixels, pixels)
+    handle = model.register_forward_hook(lambda _, __, answer: expected.update(answer[0]))
+    images, heads = captured(model, image)
+    handle.remove()
+    assert images.shape[2:] == (pixels, pixels)
+    outputs = {key: value[0].numpy() for key, value in heads.items()}  # type: ignore[attr-defined]
+    boxes, scores, labels = chooser(outputs, (pixels, pixels))
+    assert len(scores) > 10
+    np.testing.assert_array_equal(boxes, expected["boxes"].numpy())
+    np.testing.assert_array_equal(scores, expected["scores"].numpy())
+    np.testing.assert_array_equal(labels, expected["labels"].numpy())
+    assert box_chooser(name, 5, {}).limits != chooser.limits
 
 
 @pytest.mark.parametrize("name", ["ssd300_vgg16", QUICK])
