@@ -17,6 +17,7 @@ import numpy as np
 from qat.base.artifact import TensorSpec
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
+from qat.data.annotations import AnnotatedSet
 
 _MOST_CANDIDATES = 30000
 _TORCHVISION, _ULTRALYTICS = "cls_logits", "detections"
@@ -70,13 +71,34 @@ Decode = Callable[[Mapping[str, np.ndarray], tuple[int, int]], Found]
 class Decoder:
     """``decode`` turns outputs into boxes; ``name`` says how; ``limits`` are those in use.
 
-    ``classes``: how many classes the network tells; None if that is not known.
+    ``classes``: how many classes the network tells; None if that is not known. ``numbered``: its labels may be a set's
+    own numbers of classes, as torchvision has them.
     """
 
     name: str
     decode: Decode
     limits: Limits
     classes: int | None = None
+    numbered: bool = False
+
+    def places(self, labels: np.ndarray, known: AnnotatedSet) -> np.ndarray:
+        """Labels of the network -> places in the class names of ``known``; -1 for what the set does not have.
+
+        A set's own numbers are those from 1 on, 0 being the background, or those of COCO's file, with gaps. Raises
+        UserError when the set has more classes than the network.
+        """
+        count, ids = len(known.class_names), known.category_ids
+        if self.classes is not None and self.classes < count:
+            raise UserError(
+                f"{known.source} has {count} classes, and the network tells {self.classes}: give the set it is for"
+            )
+        if self.numbered and self.classes == count + 1:
+            labels = labels - 1
+        elif self.numbered and self.classes is not None and count < max(ids, default=self.classes) < self.classes:
+            table = np.full(self.classes, -1)
+            table[list(ids)] = np.arange(count)
+            labels = table[labels]
+        return np.where(labels < count, labels, -1)
 
 
 def decoder_for(
@@ -189,10 +211,8 @@ def _torchvision(spec: TensorSpec, limits: Limits, model: Mapping[str, Any] | No
         nms_thresh=limits.most_overlap,
         detections_per_img=limits.most_boxes,
     )
-    found = Limits(*chosen.limits)
-    return Decoder(
-        f"torchvision's {model['name']}", lambda outputs, size: Found(*chosen(outputs, size)), found, spec.shape[2]
-    )
+    found, name = Limits(*chosen.limits), f"torchvision's {model['name']}"
+    return Decoder(name, lambda outputs, size: Found(*chosen(outputs, size)), found, spec.shape[2], numbered=True)
 
 
 # --- the user's own

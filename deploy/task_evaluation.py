@@ -214,10 +214,10 @@ def task_images(judged: Judged, data: str | None, most: int | None) -> Images:
 class _Boxes:
     """Counts the boxes of a detector."""
 
-    def __init__(self, decoder: Decoder, known: AnnotatedSet, preprocessing: Mapping[str, Any], names: bool) -> None:
+    def __init__(self, decoder: Decoder, known: AnnotatedSet, preprocessing: Mapping[str, Any]) -> None:
         self._decoder, self._known, self._preprocessing = decoder, known, preprocessing
         self._size = (int(preprocessing["height"]), int(preprocessing["width"]))
-        self._place = _places(decoder.classes, known, names)
+        decoder.places(np.zeros(0, np.int64), known)  # a set with more classes is refused now
         self.how = {"decoder": decoder.name, **dataclasses.asdict(decoder.limits)}
 
     def counter(self) -> BoxCounter:
@@ -230,7 +230,9 @@ class _Boxes:
 
         found = self._decoder.decode(outputs, self._size)
         boxes = Fit.of(upright_size(image.file), self._preprocessing).back(found.boxes)
-        counter.add(image, dataclasses.replace(found, boxes=boxes, labels=self._place(found.labels)))
+        counter.add(
+            image, dataclasses.replace(found, boxes=boxes, labels=self._decoder.places(found.labels, self._known))
+        )
 
 
 class _Pixels:
@@ -281,32 +283,13 @@ def _task(judged: Judged, known: AnnotatedSet | None, decoder: str | None, limit
     checkpoint = judged.checkpoint()
     model = checkpoint[1].details["model"] if checkpoint else None
     made = decoder_for(judged.outputs, decoder, limits, model, len(known.class_names))
-    return _Boxes(made, known, preprocessing, made.name.startswith("torchvision"))
+    if made.classes is not None and made.classes > len(known.class_names) and not made.numbered:
+        warn(f"the network tells {made.classes} classes, {known.source} has {len(known.class_names)}: its first ones")
+    return _Boxes(made, known, preprocessing)
 
 
 def _is_map_of_classes(spec: TensorSpec) -> bool:
     return len(spec.shape) == 3 and np.issubdtype(np.dtype(spec.dtype), np.integer)
-
-
-def _places(classes: int | None, known: AnnotatedSet, numbered: bool) -> Callable[[np.ndarray], np.ndarray]:
-    """From the labels of a network of ``classes`` to places in the set's names; -1 for a class that is not there.
-
-    ``numbered``: they may be a set's own numbers, as torchvision's detectors have them: from 1 on, 0 being the
-    background, or those of COCO, with gaps.
-    """
-    count, ids = len(known.class_names), known.category_ids
-    if classes is not None and classes < count:
-        raise UserError(f"{known.source} has {count} classes, and the network tells {classes}: give the set it is for")
-    if classes is None or classes == count:
-        return lambda labels: labels
-    if numbered and classes == count + 1:
-        return lambda labels: labels - 1
-    if numbered and ids and max(ids) < classes:
-        table_of = np.full(classes, -1)
-        table_of[list(ids)] = np.arange(count)
-        return lambda labels: table_of[labels]
-    warn(f"the network tells {classes} classes, the set has {count}: the first {count} are taken to be those")
-    return lambda labels: np.where(labels < count, labels, -1)
 
 
 def _as_float(values: np.ndarray) -> np.ndarray:

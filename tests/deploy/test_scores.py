@@ -14,7 +14,7 @@ from deploy.fitting import Fit
 from deploy.scores import BoxCounter, PixelCounter, classes_of_pixels
 from qat.base.artifact import TensorSpec
 from qat.base.errors import UserError
-from qat.data.annotations import NO_CLASS, AnnotatedImage
+from qat.data.annotations import NO_CLASS, AnnotatedImage, AnnotatedSet
 
 LEFT, RIGHT = (0.0, 0.0, 20.0, 10.0), (30.0, 0.0, 50.0, 10.0)
 ALL = (pytest.approx(100), pytest.approx(100))
@@ -228,6 +228,24 @@ def test_ultralytics_end_to_end() -> None:
     found = made(specs(detections=(300, 6))).decode({"detections": outputs}, (64, 64))
     np.testing.assert_allclose(found.boxes, [RIGHT, LEFT])
     assert found.labels.tolist() == [2, 1]
+
+
+def test_labels_are_places_or_the_sets_own_numbers() -> None:
+    """COCO has gaps in its numbers, which torchvision's detectors answer; Ultralytics' answer places."""
+    known = AnnotatedSet("set", (), NAMES, (1, 2, 4))
+
+    def places(labels: list[int], classes: int | None, numbered: bool, of: AnnotatedSet = known) -> list[int]:
+        decoder = Decoder("", lambda *_: found(), Limits(), classes, numbered)
+        return decoder.places(np.array(labels), of).tolist()
+
+    assert places([0, 1, 2], 3, numbered=False) == [0, 1, 2]
+    assert places([0, 2, 3], 80, numbered=False) == [0, 2, -1]
+    assert places([0, 5], None, numbered=False) == [0, -1]
+    assert places([0, 1, 2], 3, numbered=True) == [0, 1, 2]
+    assert places([0, 1, 3], 4, numbered=True) == [-1, 0, 2]  # 0 is the background
+    assert places([0, 1, 2, 3, 4, 6], 91, numbered=True) == [-1, 0, 1, -1, 2, -1]
+    with pytest.raises(UserError, match="set has 3 classes, and the network tells 2: give the set it is for"):
+        places([0], 2, numbered=False)
 
 
 OWN = """
