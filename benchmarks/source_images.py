@@ -20,7 +20,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from benchmarks.stamp import stamp
-from deploy.calibration_inputs import fitted
+from deploy.fitting import fitted
 from export.source_images import SourceImages
 from qat.base.console import table
 from qat.data.preprocessing import Interpolation, Preprocessing

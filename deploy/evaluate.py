@@ -50,7 +50,7 @@ class EvaluateOptions(Command):
     most_boxes: int | None = None
     """Boxes of an image that count; by default 300, of torchvision's detectors their own, of --decoder 100."""
     pytorch: bool = True
-    """Measure PyTorch's mAP or mIoU too, INT8 and float, where torch and the checkpoint are at hand."""
+    """Whether PyTorch's mAP or mIoU is measured too, INT8 and float, where torch and the checkpoint are at hand."""
     least_agreement: float = 99.0
     """Share of images, in percent, on which the engine must choose the class that ONNX Runtime and PyTorch choose; of
     integers, the share of equal ones."""

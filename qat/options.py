@@ -206,8 +206,9 @@ class CalibrateOptions(SharedOptions):
     """The options of ``python -m qat.calibrate``."""
 
     data: str = "digits"
-    """A folder of images without labels; or labelled images as python -m qat.train takes them: digits, an image folder
-    with train/ and val/, an .npz file, or torchvision:NAME (torchvision:CIFAR10)."""
+    """A folder of images without labels; a set with boxes or masks (set.yaml, instances.json, a folder with images/ and
+    masks/), whose training images are taken; or labelled images as python -m qat.train takes them: digits, an image
+    folder with train/ and val/, an .npz file, or torchvision:NAME (torchvision:CIFAR10)."""
     weights: str | None = None
     """The network's weights (required): a name that torchvision knows (IMAGENET1K_V2), a .safetensors or a .pth file. A
     checkpoint of pytorch-quantization also brings its ranges."""

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, fx, nn
 
 from deploy.builder import build
-from deploy.calibration_inputs import fitted
+from deploy.fitting import fitted
 from deploy.installed import find_toolkit
 from deploy.reference import network_input, read_reference
 from deploy.settings import BuildSettings

@@ -27,6 +27,7 @@ import onnx_ir as ir
 import tiny
 import torch
 import torchvision
+from annotated import write_yolo
 from commands import ROOT
 from PIL import Image
 from safetensors.torch import save_file
@@ -102,6 +103,7 @@ def make_folder(folder: Path) -> Path:
     for index in range(24):
         write_image(folder / "path/to/images" / f"{index}.png")
     (folder / "path/to/net.py").write_text(tiny.NET)
+    _write_detector(folder / "path/to")
     tiny.write_images(folder / "path/to/images.npz")
     torch.manual_seed(0)
     save_file(torchvision.models.resnet50().state_dict(), folder / "path/to/resnet50.safetensors")
@@ -110,6 +112,34 @@ def make_folder(folder: Path) -> Path:
     _write_float_onnx(folder / "path/to/float.onnx")
     np.save(folder / "path/to/inputs.npy", random.standard_normal((12, 3, 40, 40)).astype(np.float32))
     return folder
+
+
+DETECTOR = """
+from torch import nn
+
+class Detector(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU())
+        self.scores, self.distances = nn.Conv2d(16, num_classes, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        return {"scores": self.scores(x), "distances": self.distances(x).exp()}
+
+def build(num_classes=3):
+    return Detector(num_classes)
+"""
+
+
+def _write_detector(folder: Path) -> None:
+    """detector.py with its weights, and set.yaml with images and boxes."""
+    (folder / "detector.py").write_text(DETECTOR)
+    names: dict[str, Any] = {}
+    exec(DETECTOR, names)
+    save_file(names["build"]().state_dict(), folder / "detector.safetensors")
+    write_yolo(folder / "boxes", [[(index % 3, 4, 4, 40, 30)] for index in range(10)])
+    (folder / "set.yaml").write_text("path: boxes\ntrain: images\nval: images\nnames: [square, bar, dot]\n")
 
 
 def _tiny_network() -> nn.Module:
