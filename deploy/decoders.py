@@ -98,6 +98,11 @@ class Decoder:
             table = np.full(self.classes, -1)
             table[list(ids)] = np.arange(count)
             labels = table[labels]
+        elif self.numbered and self.classes != count:
+            raise UserError(
+                f"{known.source} has {count} classes, and the network tells {self.classes}, with or without a "
+                "background: give the set it is for"
+            )
         return np.where(labels < count, labels, -1)
 
 

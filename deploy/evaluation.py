@@ -64,6 +64,11 @@ def evaluate_file(
     judged = Judged.read(path, onnx, trust)
     if layers and not judged.is_engine:
         raise UserError("--layers compares what is inside an engine: give an engine, or leave it out")
+    if len(judged.onnx_sidecar.inputs) != 1:
+        names = ", ".join(spec.name for spec in judged.onnx_sidecar.inputs)
+        raise UserError(
+            f"{path} takes {names}, and only networks of images alone are evaluated: compare it by yourself"
+        )
     limits = limits or Limits()
     found: Evaluation | TaskEvaluation
     if judged.onnx_sidecar.class_names:

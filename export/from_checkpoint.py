@@ -208,7 +208,7 @@ def export_onnx(
             figures["against_recorded"] = asdict(recorded)
         if trained is not None:
             figures["merging"] = _compare_with_trained(trained, network, compared, answers[0])
-        if network.preprocessing is not None:
+        if network.preprocessing is not None and len(inputs) == 1:
             details["reference"] = write_reference(reference, compared, answers, logits=is_classifier)
 
     sidecar = Sidecar(

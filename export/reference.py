@@ -83,8 +83,8 @@ def write_reference(path: Path, images: Sample, answers: Sequence[Tensor], *, lo
     Returns what the ONNX file's sidecar records of the file. Raises UserError when it cannot be written.
     """
     size = sum(answer[0].nbytes for answer in answers)
-    count = len(images.labels) if answers[0].ndim == 2 else max(1, min(len(images.labels), _MOST_BYTES // size))
     plain = len(answers) == 1 and answers[0].ndim == 2
+    count = len(images.labels) if plain else min(len(images.labels), max(1, _MOST_BYTES // size))
     outputs: dict[str, Any] = {
         "logits" if plain else f"output_{index}": answer[:count].numpy() for index, answer in enumerate(answers)
     }

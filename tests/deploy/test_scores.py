@@ -244,6 +244,11 @@ def test_labels_are_places_or_the_sets_own_numbers() -> None:
     assert places([0, 1, 2], 3, numbered=True) == [0, 1, 2]
     assert places([0, 1, 3], 4, numbered=True) == [-1, 0, 2]  # 0 is the background
     assert places([0, 1, 2, 3, 4, 6], 91, numbered=True) == [-1, 0, 1, -1, 2, -1]
+    for classes in (5, 91):
+        with pytest.raises(
+            UserError, match=f"set has 3 classes, and the network tells {classes}, with or without a background"
+        ):
+            places([0], classes, numbered=True, of=AnnotatedSet("set", (), NAMES))
     with pytest.raises(UserError, match="set has 3 classes, and the network tells 2: give the set it is for"):
         places([0], 2, numbered=False)
 

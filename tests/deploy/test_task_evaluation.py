@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from annotated import Boxes, write_coco, write_image, write_masks, write_yolo
 from safetensors.torch import save_file
 
@@ -194,3 +195,25 @@ def test_masks_and_the_report(segmenter: Path) -> None:
     assert f"mIoU is {figure} on 6 images, against" in text
     assert f"| ONNX Runtime, mIoU on 6 images | {figure} |" in short.read_text()
     assert json.loads((folder / "summary.json").read_text())["scores"] == scores
+
+
+@pytest.mark.slow
+def test_a_detector_of_torchvision(tmp_path: Path) -> None:
+    """Its own code makes the boxes. Of four classes the first is the background."""
+    name = "ssdlite320_mobilenet_v3_large"
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, weights_backbone=None, num_classes=4)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    data = str(write_coco(tmp_path, IMAGES))
+    options = {"data": data, "image_size": 64, "device": "cpu", "output": tmp_path / "model.qat"}
+    calibrate(CalibrateOptions(model=name, weights=str(tmp_path / "w.safetensors"), **options))  # type: ignore[arg-type]
+    export_onnx(tmp_path / "model.qat", parity_images=2)
+    found = evaluated(tmp_path / "model.onnx", data=data, images=2, least_sqnr=-50.0)
+    assert found["how"] == {
+        "decoder": f"torchvision's {name}",
+        "least_score": 0.001,
+        "most_overlap": 0.55,
+        "most_boxes": 300,
+    }
+    assert found["scores"].keys() == {"ONNX Runtime", "PyTorch", "PyTorch in float"}
+    assert found["scores"]["ONNX Runtime"]["by_class"].keys() == {"square", "bar", "dot"}

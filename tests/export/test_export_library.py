@@ -22,6 +22,7 @@ from untrained import PREPROCESSING, checkpoint_of, lively, prepared
 
 import export
 from export import LintFinding, UserError, export_onnx, lint_onnx, quantize_onnx
+from export.reference import Sample, write_reference
 
 CLASSES = 10
 
@@ -261,7 +262,27 @@ def test_a_network_without_classes_is_compared_by_its_output(tmp_path: Path) -> 
     sidecar = export_onnx(layer, tmp_path / "m.onnx", preprocessing=PREPROCESSING, images=images())
     assert (sidecar.outputs[0].name, sidecar.outputs[0].shape) == ("output", (-1, 16, 16, 16))
     assert sidecar.figures["parity"]["other_top1"] is None
-    assert sidecar.details["reference"] is None
+    assert sidecar.details["reference"] | {"sha256": ""} == {
+        "file": "m.reference.npz",
+        "sha256": "",
+        "images": 5,
+        "source": "the caller's images",
+        "top1": None,
+    }
+    with np.load(tmp_path / "m.reference.npz") as reference:
+        assert reference["output_0"].shape == (5, 16, 16, 16)
+        np.testing.assert_array_equal(reference["images"], images().transpose(0, 2, 3, 1))
+
+
+def test_of_large_outputs_the_first_images_are_kept(tmp_path: Path) -> None:
+    sample = Sample(torch.zeros(40, 3, 2, 2, dtype=torch.uint8), torch.full((40,), -1), "images")
+    outputs = (torch.zeros(40, 1, 512, 512), torch.zeros(40, 2, dtype=torch.int64))  # a MiB of each image, and little
+    record = write_reference(tmp_path / "r.npz", sample, outputs, logits=False)
+    assert record["images"] == 31
+    with np.load(tmp_path / "r.npz") as found:
+        assert {name: len(found[name]) for name in found} == dict.fromkeys(
+            ("images", "labels", "output_0", "output_1"), 31
+        )
 
 
 def test_no_class_is_counted_without_class_names(
