@@ -98,7 +98,12 @@ def kinds_of_layers() -> dict[str, list[LayerKind]]:
             *(conv(inside, outside, 1) for inside, outside in ((32, 1), (20, 20), (36, 24), (100, 100))),
         ],
         "swish": [
-            *(conv(3, outside, 3, stride=2, pixels=224, activation="swish") for outside in (64, 32, 16)),
+            *(
+                conv(inside, outside, 3, stride=2 if inside == 3 else 1, pixels=pixels, activation=activation)
+                for inside, outside, pixels in ((3, 64, 640), (3, 16, 640), (3, 32, 224), (64, 64, 80))
+                for activation in ("swish", "swish of codes")
+            ),
+            *(conv(3, outside, 3, stride=2, pixels=224, activation="swish") for outside in (64, 16)),
             *(conv(64, 64, 3, stride=stride, activation="swish") for stride in (1, 2)),
             conv(64, 64, 1, activation="swish"),
         ],

@@ -1,8 +1,9 @@
-"""Finds activations that an exporter has composed of several operators: GELU, by Erf or by Tanh.
+"""Finds activations that an exporter has composed of several operators: swish, and GELU, by Erf or by Tanh.
 
+    swish(x) = x * Sigmoid(x)
     GELU(x) = x / 2 * (1 + Erf(x / sqrt(2)))    or    x / 2 * (1 + Tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))
 
-The factor 1/2 stands at either operand of the product, or behind it.
+GELU's factor 1/2 stands at either operand of the product, or behind it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
+from qat.graph.operations import OpKind
 
 _POINTWISE = ("Add", "Sub", "Mul", "Div", "Pow")
 
@@ -22,13 +25,26 @@ class ComposedActivation:
     given: ir.Value
     nodes: frozenset[ir.Node]
     last: ir.Node
+    kind: OpKind = "activation"
 
 
 def composed_activations(graph: ir.Graph, constants: set[ir.Value]) -> Iterator[ComposedActivation]:
     """All of ``graph``; ``constants`` are the values that are computed from initializers only."""
     for node in graph:
+        if node.op_type == "Sigmoid" and (found := _find_swish(node)) is not None:
+            yield found
         if node.op_type in ("Erf", "Tanh") and (found := _find_activation(node, constants)) is not None:
             yield found
+
+
+def _find_swish(bend: ir.Node) -> ComposedActivation | None:
+    """The swish that the Sigmoid ``bend`` is a part of."""
+    product, given, bent = _only_reader(bend), bend.inputs[0], bend.outputs[0]
+    if product is None or product.op_type != "Mul" or given is None or bent.is_graph_output():
+        return None
+    if {*product.inputs} != {given, bent}:
+        return None
+    return ComposedActivation(given, frozenset((bend, product)), product, "swish")
 
 
 def _find_activation(bend: ir.Node, constants: set[ir.Value]) -> ComposedActivation | None:

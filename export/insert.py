@@ -63,7 +63,8 @@ def insert(
         value = values[tensor.tensor]
         dequantized = _add_pair(writer, value, *stored[tensor.quantizer], number_format)
         for read in tensor.reads:
-            _reroute(view.nodes[read.reader], value, dequantized)
+            for node in view.all_nodes(read.reader):
+                _reroute(node, value, dequantized)
     weights: dict[tuple[str, int | None], ir.Value] = {}  # a weight may serve several layers
     for decision in placement.weights:
         if decision.quantized:

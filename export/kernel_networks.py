@@ -18,7 +18,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from export.float_types import store_floats_as
 from qat.base.number_format import INT8
-from qat.rules.kernel_profile import LayerKind, Operation, WeightScales
+from qat.rules.kernel_profile import Activation, LayerKind, Operation, WeightScales
 
 LAYER = "layer"
 """Name of the node in question; of a gate, of its product."""
@@ -43,7 +43,7 @@ def write_kernel_network(path: Path, kind: LayerKind, batch: int, *, quantized: 
         stem = LayerKind(operation=outside, in_channels=channels, out_channels=kind.in_channels)
         x = network.relu(network.weighted(x, "stem", stem, quantized=True))
     x = network.layer(x, kind, quantized)
-    x = network.swish(x) if kind.activation == "swish" else network.relu(x)
+    x = network.activation(x, kind.activation, quantized)
     if not last:
         head = LayerKind(operation=outside, in_channels=kind.out_channels, out_channels=_OUTSIDE)
         network.weighted(x, "head", head, quantized=True)
@@ -107,8 +107,12 @@ class _Network:
     def relu(self, x: str) -> str:
         return self._node("Relu", [x], f"{x}_relu")
 
-    def swish(self, x: str) -> str:
-        """x * sigmoid(x), as exporters write it."""
+    def activation(self, x: str, activation: Activation, quantized: bool) -> str:
+        """What stands behind the layer; a swish as exporters write it."""
+        if activation == "relu":
+            return self.relu(x)
+        if activation == "swish of codes" and quantized:
+            x = self._codes(x)
         return self._node("Mul", [x, self._node("Sigmoid", [x], f"{x}_sigmoid")], f"{x}_swish")
 
     def save(self, path: Path, input_shape: tuple[int, ...]) -> None:

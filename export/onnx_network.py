@@ -38,11 +38,17 @@ class OnnxNetwork:
 
     network: Network
     nodes: dict[str, ir.Node]
-    """Operation -> its node."""
+    """Operation -> its node, or the last of those that it is composed of."""
     reads: dict[tuple[str, str], list[ir.Node]] = field(default_factory=dict)
     """(reader, tensor) -> the DequantizeLinear nodes through which it is read. Reads in float are left out."""
     weights: dict[str, ir.Node] = field(default_factory=dict)
     """Operation -> the DequantizeLinear node of its weight."""
+    composed: dict[str, frozenset[ir.Node]] = field(default_factory=dict)
+    """Operation -> all nodes that it is composed of, if they are several."""
+
+    def all_nodes(self, op: str) -> frozenset[ir.Node]:
+        """The nodes of an operation."""
+        return self.composed.get(op, frozenset((self.nodes[op],)))
 
     def scale(self, reader: str, tensor: str) -> float | None:
         """The scale by which ``reader`` reads ``tensor``; None if it reads in float, or by no single constant scale."""
@@ -64,7 +70,7 @@ def network_from_onnx(model: ir.Model) -> OnnxNetwork:
             reader.add_activation(composed[node])
     for value in model.graph.outputs:
         reader.add_output(value)
-    return OnnxNetwork(Network(reader.ops), reader.nodes, reader.reads, reader.weights)
+    return OnnxNetwork(Network(reader.ops), reader.nodes, reader.reads, reader.weights, reader.composed)
 
 
 def constant(value: ir.Value | None) -> np.ndarray | None:
@@ -111,6 +117,7 @@ class _Reader:
     nodes: dict[str, ir.Node] = field(default_factory=dict)
     reads: dict[tuple[str, str], list[ir.Node]] = field(default_factory=dict)
     weights: dict[str, ir.Node] = field(default_factory=dict)
+    composed: dict[str, frozenset[ir.Node]] = field(default_factory=dict)
     _sizes: set[ir.Value] = field(default_factory=set)
 
     def add_input(self, value: ir.Value) -> None:
@@ -182,7 +189,8 @@ class _Reader:
         made = node.outputs[0]
         name = made.name or ""
         inputs = self._read(name, [composed.given])
-        self._put(Op(name, "activation", inputs, node.name or name, None, _shape(made), _floating(made)), node)
+        self._put(Op(name, composed.kind, inputs, node.name or name, None, _shape(made), _floating(made)), node)
+        self.composed[name] = composed.nodes
 
     def _add_split(self, node: ir.Node, live: list[ir.Value], outputs: list[ir.Value]) -> None:
         label = node.name or outputs[0].name or ""

@@ -21,6 +21,7 @@ from torch import fx, nn
 from export.int8_convolutions import Int8Convolutions
 from export.lower import Clip
 from qat.graph.fx_network import kind_of
+from qat.graph.operations import FUSED_ACTIVATIONS
 
 CHANNELS = 128
 """Input channels that a convolution is padded to."""
@@ -65,7 +66,7 @@ def _keeps_channels_apart(calls: Int8Convolutions, node: fx.Node) -> bool:
     if calls.is_quantizer(node) or isinstance(module, Clip):
         return True
     learned = module is not None and any(True for _ in module.parameters())  # PReLU may have a slope for each channel
-    return kind_of(node, calls.modules) == "activation" and len(node.all_input_nodes) == 1 and not learned
+    return kind_of(node, calls.modules) in FUSED_ACTIVATIONS and len(node.all_input_nodes) == 1 and not learned
 
 
 def _pad(first: Any, second: Any) -> None:

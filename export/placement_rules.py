@@ -14,7 +14,7 @@ from export.onnx_network import OnnxNetwork
 from qat.base.text import megabytes
 from qat.graph.data_movement import copies_of, final_reads, first_reads
 from qat.graph.network import Op
-from qat.graph.operations import COMMUTING, WEIGHTED
+from qat.graph.operations import COMMUTING, FUSED_ACTIVATIONS, WEIGHTED
 from qat.rules.attention_rules import ATTENTION_PRODUCT
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.place import RULES, place
@@ -67,7 +67,9 @@ class _Comparison:
 
     def tensor(self, op: Op) -> Iterator[LintFinding]:
         """What is wrong with how the tensor of ``op`` is quantized, for all its readers."""
-        fusing = [reader for reader in self.network.readers(op.name) if reader.kind in ("batch_norm", "activation")]
+        fusing = [
+            reader for reader in self.network.readers(op.name) if reader.kind in ("batch_norm", *FUSED_ACTIVATIONS)
+        ]
         for reader in fusing if op.kind in (*WEIGHTED, "batch_norm") else ():
             if (reader.name, op.name) in self.found.keys() - self.wanted.keys():
                 message = f"its output is quantized before {reader.label}, which then cannot fuse into it"

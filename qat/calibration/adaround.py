@@ -38,7 +38,7 @@ from qat.fake_quantize.quantizer import (
     weight_amax,
 )
 from qat.graph.fx_network import kind_of, label
-from qat.graph.operations import OpKind
+from qat.graph.operations import ACTIVATIONS, OpKind
 from qat.graph.stepper import Stepper
 
 ZETA, GAMMA = 1.1, -0.1  # h reaches 0 and 1 at finite V
@@ -47,7 +47,7 @@ BETA = (20.0, 2.0)
 _WARM_START = 0.2
 _LEARNING_RATE = 3e-2
 _IMAGES = 32  # per step
-_IN_F: tuple[OpKind, ...] = ("batch_norm", "activation", "unfused_activation")
+_IN_F: tuple[OpKind, ...] = ("batch_norm", *ACTIVATIONS)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ OpKind = Literal[
     "matrix_product",  # of two activations
     "batch_norm",
     "activation",  # pointwise function of one tensor; fuses into the convolution before it
+    "swish",  # such a one, x * sigmoid(x); not every kernel takes it in
     "unfused_activation",  # TensorRT computes it in several steps, which do not fuse into a convolution
     "add",
     "multiply",
@@ -39,8 +40,10 @@ OpKind = Literal[
 
 WEIGHTED: tuple[OpKind, ...] = ("convolution", "transposed_convolution", "linear")
 POOLS: tuple[OpKind, ...] = ("average_pool", "global_pool")
+FUSED_ACTIVATIONS: tuple[OpKind, ...] = ("activation", "swish")
+ACTIVATIONS: tuple[OpKind, ...] = (*FUSED_ACTIVATIONS, "unfused_activation")
 # Each value of their output depends on the values at the same place alone.
-POINTWISE: tuple[OpKind, ...] = ("activation", "unfused_activation", "batch_norm", "dropout", "multiply")
+POINTWISE: tuple[OpKind, ...] = (*ACTIVATIONS, "batch_norm", "dropout", "multiply")
 FLOAT_ONLY: tuple[OpKind, ...] = ("layer_norm", "softmax", "softmax_across", "mask", "other")
 # TensorRT moves Q and DQ across these, because the codes of the input are the codes of the output.
 COMMUTING: tuple[OpKind, ...] = ("max_pool", "dropout", "data_movement", "split")
@@ -125,7 +128,8 @@ OPERATIONS = (
     Operation("activation", ("ReLU", "ReLU6", "Hardtanh"), ("relu", "relu6", "hardtanh"), ("Relu", "Clip")),
     Operation("activation", (), ("clamp", "clip", "clamp_min", "clamp_max"), ()),
     Operation("activation", ("LeakyReLU", "PReLU"), ("leaky_relu", "prelu"), ("LeakyRelu", "PRelu")),
-    Operation("activation", ("SiLU", "Mish"), ("silu", "mish"), ("Mish",)),
+    Operation("swish", ("SiLU",), ("silu",), ("Swish",)),
+    Operation("activation", ("Mish",), ("mish",), ("Mish",)),
     Operation("unfused_activation", ("Hardswish",), ("hardswish",), ("HardSwish",)),
     Operation("activation", ("Sigmoid", "Hardsigmoid"), ("sigmoid", "hardsigmoid"), ("Sigmoid", "HardSigmoid")),
     Operation("activation", ("GELU", "Tanh", "ELU"), ("gelu", "tanh", "elu"), ("Gelu", "Erf", "Tanh", "Elu")),

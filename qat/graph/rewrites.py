@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from qat.base.errors import UserError
@@ -45,6 +46,7 @@ def rewrite(traced: fx.GraphModule) -> None:
     _read_what_in_place_operations_leave(traced)
     _plain_norms(traced)
     _stacks_as_concats(traced)
+    _products_as_swish(traced)
     _drop_identities(traced)
     scale_before_product(traced)
     softmax_before_values(traced)
@@ -200,6 +202,29 @@ def _stacks_as_concats(traced: fx.GraphModule) -> None:
             made.meta = dict(node.meta)
         node.replace_all_uses_with(joined)
         traced.graph.erase_node(node)
+
+
+def _products_as_swish(traced: fx.GraphModule) -> None:
+    """Makes x * sigmoid(x) one operation, as the rules know it."""
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        if kind_of(node, modules) != "multiply" or len(node.all_input_nodes) != 2:
+            continue
+        for value, gate in (node.all_input_nodes, node.all_input_nodes[::-1]):
+            if _is_sigmoid(gate, modules) and gate.all_input_nodes == [value] and len(gate.users) == 1:
+                with traced.graph.inserting_before(node):
+                    swish = traced.graph.call_function(F.silu, (value,))
+                swish.meta = dict(node.meta)
+                node.replace_all_uses_with(swish)
+                traced.graph.erase_node(node)
+                traced.graph.erase_node(gate)
+                break
+
+
+def _is_sigmoid(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return type(modules[str(node.target)]) is nn.Sigmoid
+    return node.op in ("call_function", "call_method") and function_name(node) == "sigmoid"
 
 
 def _drop_identities(traced: fx.GraphModule) -> None:

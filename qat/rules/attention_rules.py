@@ -73,8 +73,8 @@ class AttentionProduct(Rule):
 
     name = ATTENTION_PRODUCT
     sentence = (
-        "the two products of an attention read INT8 where TensorRT fuses them: heads of 16, 32 or 64 values, 2 to 512 "
-        "tokens, and nothing else reads the softmax"
+        "the two products of an attention read INT8 where TensorRT fuses them: heads of 16, 32 or 64 values, of v as "
+        "many as of q and k, 2 to 512 tokens, and nothing else reads the softmax"
     )
     source = GUIDE
     cost = "the attention is not fused, and its products run in float"
@@ -102,6 +102,8 @@ class AttentionProduct(Rule):
         for head in (query[-1], values[-1]):
             if head not in HEAD_SIZES:
                 return f"heads of {head} values: 16, 32 and 64 are fused"
+        if query[-1] != values[-1]:  # INT8 then only costs: benchmarks/gpu_detectors.txt
+            return f"heads of {query[-1]} values in q and k, and of {values[-1]} in v: only equal ones are fused"
         if query[-2] < 2:
             return "one query: TensorRT multiplies vectors in float"
         if tokens > MOST_TOKENS:

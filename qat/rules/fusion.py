@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 from qat.graph.network import Network, Op
-from qat.graph.operations import WEIGHTED
+from qat.graph.operations import ACTIVATIONS, WEIGHTED
 
 
 def fusing_convolution(network: Network, tensor: str, quantized: set[str]) -> str | None:
@@ -76,5 +76,5 @@ def _is_swish(network: Network, tensor: str, product: Op) -> bool:
         product.kind == "multiply"
         and len(others) == 1
         and network[others[0]].inputs == (tensor,)
-        and network[others[0]].kind in ("activation", "unfused_activation")
+        and network[others[0]].kind in ACTIVATIONS
     )

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,8 +27,8 @@ _PATCH = 4  # a convolution whose stride is its extent, and at least this, cuts 
 Operation = Literal["convolution", "transposed_convolution", "shuffled_convolution", "linear", "average_pool", "gate"]
 WeightScales = Literal["output", "input", "tensor"]
 """Which channels of a weight have a scale of their own: those of its output, those of its input, or none."""
-Activation = Literal["relu", "swish"]
-"""What stands behind a layer and fuses into its kernel; swish, also called SiLU, is x * sigmoid(x)."""
+Activation = Literal["relu", "swish", "swish of codes"]
+"""What stands behind a layer and fuses into its kernel; a swish of codes has a quantizer between them, and does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,23 +186,34 @@ class KernelProfile:
     def __str__(self) -> str:
         return f"{self.gpu}, TensorRT {self.tensorrt}"
 
-    def like(self, operation: Operation, weight: ConstantWeight) -> MeasuredKind | None:
+    def like(
+        self, operation: Operation, weight: ConstantWeight, activation: Activation = "relu"
+    ) -> MeasuredKind | None:
         """The measured layer that is like this one, with the nearest number of channels; None if there is none.
 
         Alike are layers of the same extents and strides, or that cut an image into patches; both have few channels or
         neither, unless they are transposed; both are depthwise, or have groups of the same width. Grouped ones need not
-        have the same extents. Dilations are not told apart.
+        have the same extents. Dilations are not told apart. Behind the measured one stands ``activation``.
         """
         wanted = _traits(
             operation, weight.in_channels, weight.out_channels, weight.groups, weight.kernel, weight.stride
         )
         channels = math.log(weight.in_channels * weight.out_channels)
-        alike = [one for one in self.kinds if _traits_of(one.kind) == wanted and one.kind.dilation == 1]
+        kinds = [one for one in self.kinds if one.kind.activation == activation and one.kind.dilation == 1]
+        alike = [one for one in kinds if _traits_of(one.kind) == wanted]
         return min(
             alike,
             key=lambda one: abs(math.log(one.kind.in_channels * one.kind.out_channels) - channels),
             default=None,
         )
+
+    def swish_of_codes(self, weight: ConstantWeight) -> MeasuredKind | None:
+        """The measured convolution like this one, if a quantizer before its swish made it faster; else None."""
+        found = self.like("convolution", weight, "swish of codes")
+        if found is None or found.int8_ms is None:
+            return None
+        fused = [one for one in self.kinds if one.kind == replace(found.kind, activation="swish")]
+        return found if any(one.int8_ms is None or found.int8_ms < one.int8_ms for one in fused) else None
 
     def of_group_width(self, width: int, stride: int = 1) -> MeasuredKind | None:
         """The grouped convolution with groups of ``width`` channels, if possible with this stride."""

@@ -18,7 +18,7 @@ _COUNTED: tuple[tuple[str, tuple[OpKind, ...]], ...] = (
     ("concatenations", ("concat",)),
     ("average pools", ("average_pool", "global_pool")),
     ("gates", ("multiply",)),
-    ("unfused activations", ("unfused_activation",)),
+    ("unfused activations", ("unfused_activation", "swish")),
     ("unfused normalizations", ("batch_norm",)),
     ("products of activations", ("matrix_product",)),
 )

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from qat.graph.data_movement import Read, final_reads
 from qat.graph.network import Network, Op
-from qat.graph.operations import WEIGHTED
+from qat.graph.operations import FUSED_ACTIVATIONS, WEIGHTED
 from qat.rules.fusion import fusing_convolution, written_by
 from qat.rules.keep_float import KeepFloat
 from qat.rules.kernel_profile import KernelProfile
@@ -142,7 +142,7 @@ class PlacementState:
 
         def takes_in(following: Op, tensor: str) -> bool:
             takes_sum = following.kind == "add" and self.is_quantized(following)
-            fuses = following.kind in ("batch_norm", "activation") or takes_sum
+            fuses = following.kind in ("batch_norm", *FUSED_ACTIVATIONS) or takes_sum
             return fuses and (following.name, tensor) not in self.reads
 
         return written_by(self.network, op, takes_in)

@@ -18,7 +18,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +201,18 @@ def tables() -> dict[tuple[str, str], str]:
     widths = ["| channels a group | in float, ms | in INT8, ms | times as fast in INT8 |", "| --- | --- | --- | --- |"]
     for one in sorted(grouped, key=lambda one: (one.kind.group_width, one.kind.stride, one.kind.groups)):
         layer = f"{one.kind.group_width}, {one.kind.groups} groups" + ", stride 2" * (one.kind.stride == 2)
+        layer += f", {'x'.join(map(str, one.kind.kernel))}" * (one.kind.kernel != (3, 3))
         widths.append(f"| {layer} | {one.float_ms:.3f} | {one.int8_ms:.3f} | {one.gain:.2f} |")
     losing = ["| layer | times as fast in INT8 |", "| --- | --- |"]
+    swishes = ["| layer | together, ms | codes between them, ms |", "| --- | --- | --- |"]
+    swishes += [
+        f"| {layer.in_channels} -> {layer.out_channels}, {layer.pixels} px, stride {layer.stride} | "
+        f"{fused.int8_ms:.3f} | {one.int8_ms:.3f} |"
+        for one in profile.kinds
+        if one.kind.activation == "swish of codes"
+        for fused in profile.kinds
+        if (layer := fused.kind) == replace(one.kind, activation="swish")
+    ]
     losing += [
         f"| {one.kind} | {'refused' if one.gain is None else f'{one.gain:.2f}'}{' (within the spread)' * within} |"
         for one in profile.kinds
@@ -212,6 +222,7 @@ def tables() -> dict[tuple[str, str], str]:
     return {
         ("docs/placement.md", "### Grouped convolutions"): "\n".join(widths),
         ("docs/placement.md", "### Layers that do not gain"): "\n".join(losing),
+        ("docs/placement.md", "### Layers and their swish"): "\n".join(swishes),
         ("docs/placement.md", "## The rules"): "\n".join(rules),
         ("docs/placement.md", "### What TensorRT refuses"): "\n".join(hard),
         ("docs/exit-codes.md", "# Exit codes"): "\n".join(

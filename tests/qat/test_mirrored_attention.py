@@ -67,7 +67,7 @@ class Mirrored(nn.Module):
         second: Callable[[Tensor, Tensor], Tensor] = SECOND["transpose"],
         heads: int = HEADS,
         scaled: str = "late",
-        width: int = 16,
+        width: int = 32,
         dropout: float = 0.0,
         behind: str = "layer",
     ) -> None:
@@ -156,7 +156,7 @@ ALONE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("form", ALONE)
 def test_others_are_left_alone(form: str) -> None:
-    model = Mirrored(ALONE[form]).eval()
+    model = Mirrored(ALONE[form], width=16).eval()  # a scale that is a power of 2, wherever it stands
     traced = trace(model, SHAPE)
     products = [node for node in traced.graph.nodes if getattr(node.target, "__name__", "") == "matmul"]
     before = [getattr(one.target, "__name__", one.target) for one in products[1].all_input_nodes]
@@ -176,6 +176,7 @@ def test_the_condition_that_fails_is_named() -> None:
     for model, reason in (
         (network(width=24), "heads of 24 values: 16, 32 and 64 are fused"),
         (Wide(), "heads of 48 values: 16, 32 and 64 are fused"),
+        (network(width=16), "heads of 16 values in q and k, and of 32 in v: only equal ones are fused"),
     ):
         decisions = placement_of(prepare(model, input_shape=SHAPE)).decisions_about("matrix_product")
         assert [(one.quantized, one.reason) for one in decisions] == [(False, reason)] * 2
@@ -228,14 +229,6 @@ def _fuses(path: Path) -> bool:
     assert not built.audit.broken
     assert built.audit.count("matrix product") == (2, 2)
     return any(layer.is_attention for layer in built.audit.layers)
-
-
-def test_heads_of_two_widths_are_int8_in_two_kernels(tmp_path: Path) -> None:
-    path, prepared = tmp_path / "m.onnx", prepare(network(width=16), input_shape=SHAPE)
-    with torch.no_grad():
-        calibrate_ranges(prepared, [images()], "max")
-    ir.save(emit(fold(prepared)[0], images(2), {}), path)
-    assert not _fuses(path)
 
 
 def exported(model: nn.Module, path: Path) -> Path:

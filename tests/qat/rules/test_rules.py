@@ -405,7 +405,7 @@ def test_a_product_of_a_tensor_and_its_own_activation_is_an_activation():
             x = self.first(x)
             return self.head(x * torch.sigmoid(x))
 
-    assert reads(Swish()) == {"x": [("first_0", "weighted_input")], "mul": [("head_0", "weighted_input")]}
+    assert reads(Swish()) == {"x": [("first_0", "weighted_input")], "silu": [("head_0", "weighted_input")]}
 
 
 def test_a_grouped_convolution_whose_output_is_read_in_float_stays_float_and_so_do_those_before_it():
