@@ -167,7 +167,9 @@ def _splits(run: Artifacts) -> Answer:
     question = "Was it trained on what it was tested on?"
     if run.checkpoint is None:
         return Answer(question, "not known", "The ONNX file is not from a checkpoint of this program.")
-    splits, source = run.checkpoint.details["splits"], run.checkpoint.details["data"]["source"]
+    if not (source := run.data_source):
+        return Answer(question, "not known", "The checkpoint was saved from Python, and does not record its images.")
+    splits = run.checkpoint.details["splits"]
     sizes = ", ".join(f"{name} {size}" for name, size in splits.items())
     if not run.is_trained:
         return Answer(

@@ -67,7 +67,8 @@ class Artifacts:
     @property
     def name(self) -> str:
         """What a reader calls it: the name of the model and of the folder."""
-        model = self.checkpoint.details["model"]["name"] if self.checkpoint else next(iter(self.paths.values())).stem
+        spec = self.checkpoint.details["model"] if self.checkpoint else None
+        model = spec["name"] if spec else next(iter(self.paths.values())).stem
         model = Path(model).name if ".py:" in model else model
         folder = next(iter(self.paths.values())).absolute().parent.name
         return f"{model} in {folder}"
@@ -76,6 +77,15 @@ class Artifacts:
     def folder(self) -> Path:
         """The folder of the artifact that was made last."""
         return next(iter(self.paths.values())).parent
+
+    @property
+    def data_source(self) -> str:
+        """Which images it was calibrated and trained on; '' where a program of one's own has saved the checkpoint."""
+        return str(self.checkpoint.details["data"]["source"]) if self.checkpoint and self._records_data else ""
+
+    @property
+    def _records_data(self) -> bool:
+        return self.checkpoint is not None and {"data", "splits"} <= self.checkpoint.details.keys()
 
     @property
     def is_trained(self) -> bool:

@@ -146,10 +146,9 @@ def render(runs: Sequence[Artifacts]) -> str:
 def _origin(run: Artifacts) -> str:
     parts = []
     if run.checkpoint is not None:
-        details = run.checkpoint.details
         how = "trained" if run.is_trained else "calibrated"
         classes = f"{len(run.checkpoint.class_names)} classes, " if run.checkpoint.class_names else ""
-        parts.append(f"{classes}{how} on {details['data']['source']}")
+        parts.append(f"{classes}{how} on {run.data_source}" if run.data_source else f"{classes}saved from Python")
     if run.engine is not None:
         built = run.engine.details
         target = built["gpu"] or f"compute capabilities {', '.join(built['compute_capabilities'])}"
@@ -226,6 +225,8 @@ def _training(run: Artifacts) -> list[str]:
     """What the accuracies rest on."""
     if run.checkpoint is None:
         return []
+    if not run.data_source:
+        return ["The checkpoint was saved from Python: what it was calibrated and trained on is not recorded."]
     details = run.checkpoint.details
     splits, found = (
         details["splits"],

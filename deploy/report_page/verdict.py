@@ -98,7 +98,7 @@ def _stages(artifacts: Artifacts) -> Iterator[Stage]:
             yield Stage.of(label, found["test_top1"], found["test_images"], base, found["test_loss"])
             if key == "float" and checkpoint is not None:
                 base, images = found["test_top1"], found["test_images"]
-                source = f"the test split of {checkpoint.details['data']['source']}"
+                source = f"the test split of {artifacts.data_source}"
     evaluation = artifacts.results.get("evaluation", {})
     top1 = evaluation.get("top1", {}).get("engine")
     if top1 is not None:

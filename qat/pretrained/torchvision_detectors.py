@@ -17,6 +17,7 @@ from torchvision.models.detection.image_list import ImageList
 
 from qat.base.errors import UserError
 from qat.data.preprocessing import ImagePreset, three_floats
+from qat.graph.tracing import TracedModel
 
 
 class HeadOutputs(nn.Module):
@@ -50,11 +51,16 @@ def detector_names() -> list[str]:
 
 
 def preset_of_detector(name: str) -> ImagePreset:
-    """How the detector ``name`` itself normalizes images, and the pixels of their short side."""
+    """How the detector ``name`` itself normalizes images, and the pixels of their short side; in a letterbox.
+
+    Its own transform pads at the right and below, or stretches; but no more than a letterbox does it cut anything off.
+    """
     with torch.device("meta"):
         transform: Any = build_detector(name, weights_backbone=None).transform
     pixels = int(min(transform.fixed_size or transform.min_size))
-    return ImagePreset(pixels, pixels, three_floats(transform.image_mean), three_floats(transform.image_std))
+    return ImagePreset(
+        pixels, pixels, three_floats(transform.image_mean), three_floats(transform.image_std), letterbox=True
+    )
 
 
 def build_detector(name: str, **options: Any) -> nn.Module:
@@ -105,10 +111,57 @@ def box_chooser(name: str, num_classes: int, options: Mapping[str, Any], **limit
 
     Raises UserError when it is no detector of torchvision with one stage.
     """
+    return BoxChooser(_one_stage(name, num_classes, options), **limits)
+
+
+def as_torchvision(prepared: TracedModel, name: str, num_classes: int, **options: Any) -> nn.Module:
+    """torchvision's own detector around ``prepared``, to be trained and evaluated as its reference scripts do.
+
+    It takes a list of images [3, h, w] in 0..1 and of targets, and answers losses in training, and boxes in evaluation:
+    anchors, matching, losses and suppression are torchvision's. Images are resized to the size of ``prepared``.
+
+    Args:
+        prepared: qat.prepare of build_model(ModelSpec(name, num_classes)), which is trained; it is not copied.
+        name: a detector of one stage.
+        num_classes: with the background, where the detector has one.
+        options: of the detector's constructor.
+
+    Raises UserError when it is no detector of torchvision with one stage.
+    """
+    model = _one_stage(name, num_classes, options)
+    ((_, height, width),) = prepared.meta["inputs"].shapes.values()
+    with torch.no_grad():
+        features = model.eval().backbone(torch.zeros(1, 3, height, width))
+    kind = type(model.head)
+    model.head.__class__ = type(kind.__name__, (_Given, kind), {})  # its losses are left
+    for part in model.head.modules():
+        part._parameters.clear()
+    model.backbone = _Prepared(prepared, {level: one.shape[1:] for level, one in features.items()}, model.head)
+    model.transform.fixed_size, model.transform.size_divisible = (width, height), 1
+    made: nn.Module = model.train(prepared.training)
+    return made
+
+
+class _Prepared(nn.Module):
+    """In place of a backbone: the answer of ``prepared`` goes to ``head``; of the features only the shapes are read."""
+
+    def __init__(self, prepared: nn.Module, shapes: Mapping[str, torch.Size], head: _Given) -> None:
+        super().__init__()
+        self.prepared, self._shapes, self._head = prepared, shapes, (head,)  # no submodule twice
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        self._head[0].answer = self.prepared(images)
+        return {level: images.new_zeros(1).expand(len(images), *shape) for level, shape in self._shapes.items()}
+
+
+def _one_stage(name: str, num_classes: int, options: Mapping[str, Any]) -> Any:
     if name not in detector_names():
         raise UserError(f"{name} is no detector of torchvision: give --decoder path/file.py:function")
     known = {"weights": None, "weights_backbone": None, "num_classes": num_classes}
-    return BoxChooser(torchvision.models.get_model(name, **{**options, **known}), **limits)
+    model = torchvision.models.get_model(name, **{**options, **known})
+    if hasattr(model, "rpn"):
+        raise UserError(f"{name} has two stages, of which only the first is a network that is quantized: use your own")
+    return model
 
 
 class _Given(nn.Module):

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from deploy import build
 from export import export_onnx
 from qat.base.artifact import read_sidecar
+from qat.base.errors import UserError
 from qat.calibrate import main as calibrate
+from qat.graph.tracing import trace
 from qat.models import ModelSpec, build_model
 from qat.options import CalibrateOptions
-from qat.pretrained.torchvision_detectors import HeadOutputs, box_chooser, detector_names
+from qat.pretrained.torchvision_detectors import HeadOutputs, as_torchvision, box_chooser, detector_names
 from qat.weights import preset_of_weights
 
 QUICK = "ssdlite320_mobilenet_v3_large"
@@ -65,6 +67,50 @@ def test_the_heads_answer_as_within_torchvisions_model(name: str) -> None:
         assert found.keys() == expected.keys() >= {"cls_logits", "bbox_regression"}
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert (type(ours).__name__, isinstance(ours, HeadOutputs)) == (type(model).__name__, True)
+
+
+def boxes_and_labels() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Two images, and what is in them."""
+    random = torch.Generator().manual_seed(3)
+    images = [torch.rand(3, 320, 320, generator=random) for _ in range(2)]
+    boxes = torch.tensor([[20.0, 30.0, 120.0, 140.0], [150.0, 100.0, 290.0, 310.0]])
+    return images, [{"boxes": boxes + 5 * index, "labels": torch.tensor([1, 3])} for index in range(2)]
+
+
+@pytest.mark.parametrize("name", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS[1:3])])
+def test_a_prepared_network_is_trained_and_evaluated_by_torchvisions_own_code(name: str) -> None:
+    model, (images, targets) = whole(name), boxes_and_labels()
+    model.transform.fixed_size, model.transform.size_divisible = (320, 320), 1
+    ours = build_model(ModelSpec(name, 5))
+    ours.load_state_dict(model.state_dict())
+    around = as_torchvision(trace(ours, (3, 320, 320)), name, 5)
+    with torch.no_grad():
+        expected, answered = model.eval()(images), around.eval()(images)
+    for one, other in zip(answered, expected, strict=True):
+        assert torch.equal(one["labels"], other["labels"])
+        torch.testing.assert_close(one["boxes"], other["boxes"])
+    losses = {}
+    for one in (model, around):
+        torch.manual_seed(0)
+        found = one.train()(images, targets)
+        sum(found.values()).backward()
+        losses[one] = found
+    assert losses[model].keys() == losses[around].keys()
+    for key, loss in losses[model].items():
+        torch.testing.assert_close(losses[around][key], loss, rtol=1e-5, atol=1e-6)
+    gradients = {key: one.grad for key, one in model.named_parameters() if one.grad is not None}
+    trained = {key.removeprefix("backbone.prepared."): one.grad for key, one in around.named_parameters()}
+    assert len(gradients) > 50
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(trained[key], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_two_stages_are_not_trained_so() -> None:
+    prepared = trace(nn.Sequential(nn.Conv2d(3, 4, 1)), (3, 8, 8))
+    with pytest.raises(UserError, match="fasterrcnn_resnet50_fpn has two stages, of which only the first is a network"):
+        as_torchvision(prepared, "fasterrcnn_resnet50_fpn", 5)
+    with pytest.raises(UserError, match="resnet18 is no detector of torchvision"):
+        as_torchvision(prepared, "resnet18", 5)
 
 
 ONE_STAGE = ("fcos_resnet50_fpn", "retinanet_resnet50_fpn", "ssd300_vgg16")
