@@ -56,7 +56,7 @@ def main(options: AuditOptions) -> None:
 
 def cli() -> None:
     """The console script ``deploy-audit``."""
-    run_command(main, AuditOptions)
+    run_command(main, AuditOptions, supervised=True)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def main(options: BenchmarkOptions) -> None:
 
 def cli() -> None:
     """The console script ``deploy-benchmark``."""
-    run_command(main, BenchmarkOptions)
+    run_command(main, BenchmarkOptions, supervised=True)
 
 
 if __name__ == "__main__":

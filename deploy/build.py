@@ -80,7 +80,7 @@ def main(options: BuildOptions) -> int:
 
 def cli() -> None:
     """The console script ``deploy-build``."""
-    run_command(main, BuildOptions)
+    run_command(main, BuildOptions, supervised=True)
 
 
 if __name__ == "__main__":

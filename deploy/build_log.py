@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.cuda import OUT_OF_MEMORY
 from qat.base.errors import UserError
+from qat.base.supervised import said
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -56,6 +57,7 @@ def recording_logger(base: type[trt.ILogger], log: BuildLog) -> trt.ILogger:
 
         def log(self, severity: Any, message: str) -> None:
             log.messages.append((severity.name, message))
+            said(message)
 
     return RecordingLogger()
 

@@ -28,6 +28,8 @@ from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
 from qat.base.onnx_file import flaw
+from qat.base.onnx_structure import check_structure
+from qat.base.supervised import native
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -161,7 +163,7 @@ def _try_build(
     profiles = _set_batch(toolkit, builder, config, network, settings.profiles)
 
     start = time.perf_counter()
-    with build_progress(toolkit, config) as note:
+    with native(f"{toolkit.title} building {model}"), build_progress(toolkit, config) as note:
         batch = sizes(network.get_input(0).shape)[0] if calibration else 0
         if calibration and batch < 0:
             batch = calibration.batch
@@ -218,9 +220,13 @@ def parse_onnx(
 
     Raises UserError that names the node when the parser refuses it, or scales that this version does not take.
     """
+    check_structure(model)
+    content = _model_with_float_weights(model) if float_weights else None
     network = toolkit.create_network(builder, settings.precision)
     parser = toolkit.module.OnnxParser(network, toolkit.logger(log))
-    if not (parser.parse(_model_with_float_weights(model)) if float_weights else parser.parse_from_file(str(model))):
+    with native(f"{toolkit.title} parsing {model}"):
+        parsed = parser.parse_from_file(str(model)) if content is None else parser.parse(content)
+    if not parsed:
         failures = builder_errors.parser_failures(parser, log)
         raise UserError(f"{toolkit.title} cannot parse {model}: {builder_errors.explain(model, failures, log)}")
     if nodes := builder_errors.uint8_nodes(log):

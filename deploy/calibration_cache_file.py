@@ -16,6 +16,7 @@ from qat.base.artifact import Sidecar, check_writable, read_sidecar, sidecar_pat
 from qat.base.calibration_cache import CalibrationCache
 from qat.base.console import say, warn
 from qat.base.errors import UserError
+from qat.base.regular_file import read_bytes
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class CalibrationCacheFile:
             )
         try:
             recorded = read_sidecar(path, "calibration-cache").details
-            content = path.read_bytes()
+            content = read_bytes(path)
             CalibrationCache.parse(content, str(path))
         except UserError as error:
             raise UserError(f"the calibration cache is refused: {error}; delete it to calibrate again") from error

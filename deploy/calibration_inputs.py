@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from deploy.fitting import fitted
 from deploy.reference import network_input
 from deploy.settings import CalibrationSettings
+from qat.base.array_file import DAMAGED, opened_arrays
 from qat.base.artifact import Sidecar, TensorSpec
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError, one_line
+from qat.base.regular_file import read_text
 from qat.data.annotated_sets import is_annotated, training_images
 
 FEW_IMAGES = 100
@@ -111,12 +111,11 @@ def _opened(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
     Raises UserError when the file is damaged, which may be found only when an array is read.
     """
     try:
-        with open(path, "rb") as file:
-            loaded = np.load(file, allow_pickle=False)
+        with opened_arrays(path) as loaded:
             if isinstance(loaded, np.ndarray) != (path.suffix == ".npy"):
                 raise ValueError(f"by its content it is no {path.suffix} file")
             yield {"": loaded} if isinstance(loaded, np.ndarray) else loaded
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise UserError(f"cannot read {path} ({one_line(error)}): check the path, or make the file again") from error
 
 
@@ -196,7 +195,7 @@ def _files(path: Path, most: int) -> list[str]:
 
     if path.suffix == ".txt" and not path.is_dir():
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in read_text(path).splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the list of images {path} ({error}): check the path") from error
         named = [str(path.parent / line) for line in lines if line and not line.startswith("#")]

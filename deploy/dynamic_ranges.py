@@ -25,6 +25,7 @@ from deploy.parsed_network import kind_of
 from qat.base.calibration_cache import CalibrationCache, looks_like_calibration_cache
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
+from qat.base.regular_file import read_text
 from qat.base.text import did_you_mean
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class RangeTable:
         if path.suffix in (".onnx", ".qat"):
             return cls(str(path), _quantized_ranges(path))
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the ranges {path} ({error}): check the path") from error
         if looks_like_calibration_cache(text):

@@ -94,7 +94,7 @@ def main(options: EvaluateOptions) -> int:
 
 def cli() -> None:
     """The console script ``deploy-evaluate``."""
-    run_command(main, EvaluateOptions)
+    run_command(main, EvaluateOptions, supervised=True)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main(options: KernelOptions) -> int:
 
 def cli() -> None:
     """The console script ``deploy-kernels``."""
-    run_command(main, KernelOptions)
+    run_command(main, KernelOptions, supervised=True)
 
 
 if __name__ == "__main__":

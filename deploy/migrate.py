@@ -67,7 +67,7 @@ def main(options: MigrateOptions) -> int:
 
 def cli() -> None:
     """The console script ``deploy-migrate``."""
-    run_command(main, MigrateOptions)
+    run_command(main, MigrateOptions, supervised=True)
 
 
 if __name__ == "__main__":

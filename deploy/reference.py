@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from qat.base.array_file import DAMAGED, opened_arrays
 from qat.base.artifact import Sidecar, sha256_of
-from qat.base.errors import UserError
+from qat.base.errors import UserError, one_line
 from qat.base.number_format import INT8
 
 LOGITS, OUTPUT = "logits", "output_"
@@ -64,11 +65,16 @@ def read_reference(onnx_path: Path, sidecar: Sidecar) -> Reference:
             f"{path} has SHA-256 {found}, the sidecar of {onnx_path.name} records {recorded['sha256']}: "
             "the file is truncated or is another one; copy it again or export again"
         )
-    with np.load(path, allow_pickle=False) as arrays:
-        names = [spec.name for spec in sidecar.outputs]
-        kept = [LOGITS] if LOGITS in arrays else [f"{OUTPUT}{index}" for index in range(len(names))]
-        outputs = {name: arrays[key] for name, key in zip(names, kept, strict=True)}
-        return Reference(arrays["images"], arrays["labels"], outputs, recorded["source"])
+    try:
+        with opened_arrays(path) as arrays:
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("a single array")
+            names = [spec.name for spec in sidecar.outputs]
+            kept = [LOGITS] if LOGITS in arrays else [f"{OUTPUT}{index}" for index in range(len(names))]
+            outputs = {name: arrays[key] for name, key in zip(names, kept, strict=True)}
+            return Reference(arrays["images"], arrays["labels"], outputs, recorded["source"])
+    except (*DAMAGED, KeyError) as error:
+        raise UserError(f"{path} is not a reference file ({one_line(error)}): export again") from error
 
 
 def network_input(images_NHWC: np.ndarray, sidecar: Sidecar) -> np.ndarray:

@@ -53,7 +53,7 @@ def main(options: ReportOptions) -> None:
 
 def cli() -> None:
     """The console script ``deploy-report``."""
-    run_command(main, ReportOptions)
+    run_command(main, ReportOptions, supervised=True)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(options: TritonOptions) -> None:
 
 def cli() -> None:
     """The console script ``deploy-triton``."""
-    run_command(main, TritonOptions)
+    run_command(main, TritonOptions, supervised=True)
 
 
 if __name__ == "__main__":

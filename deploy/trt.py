@@ -37,6 +37,8 @@ from deploy.build_log import BuildLog, progress_monitor, raise_if_out_of_memory,
 from deploy.settings import BuildSettings
 from qat.base.choices import BuilderName, EnginePrecision, ImplicitCalibrator
 from qat.base.errors import UserError
+from qat.base.onnx_structure import check_structure
+from qat.base.supervised import native
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -282,7 +284,8 @@ class Toolkit:
         runtime = self.module.Runtime(self.logger(log))
         if host_code:
             runtime.engine_host_code_allowed = True
-        engine = runtime.deserialize_cuda_engine(plan)
+        with native(f"{self.title} loading the engine"):
+            engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise_if_out_of_memory(log)
             raise UserError(
@@ -308,6 +311,7 @@ class Toolkit:
 
     def refit(self, engine: trt.ICudaEngine, model: Path, log: BuildLog) -> None:
         """Gives a stripped engine the weights of its ONNX file. Raises UserError when they do not fit."""
+        check_structure(model)
         logger = self.logger(log)
         refitter = self.module.Refitter(engine, logger)
         parser = self.module.OnnxParserRefitter(refitter, logger)

@@ -58,7 +58,7 @@ def main(options: TuneOptions) -> int:
 
 def cli() -> None:
     """The console script ``deploy-tune``."""
-    run_command(main, TuneOptions)
+    run_command(main, TuneOptions, supervised=True)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,13 @@ from export.names import unused_name
 from qat.base.choices import WeightStorage
 from qat.base.errors import UserError
 from qat.base.number_format import EXPORTED
+from qat.base.onnx_structure import check_structure
 from qat.base.text import megabytes
 
 
 def with_float_weights(path: Path) -> bytes:
     """The content of an ONNX file after ``make_weights_float``."""
+    check_structure(path)
     model = onnx.load(path)
     make_weights_float(model)
     return bytes(model.SerializeToString())

@@ -48,7 +48,7 @@ def main(options: LintOptions) -> int:
 
 def cli() -> None:
     """The console script export-lint."""
-    run_command(main, LintOptions)
+    run_command(main, LintOptions, supervised=True)
 
 
 if __name__ == "__main__":

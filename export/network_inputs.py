@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from export.reference import Sample, first_images
+from qat.base.array_file import DAMAGED, opened_arrays
 from qat.base.artifact import read_sidecar, sidecar_path
-from qat.base.errors import UserError
+from qat.base.errors import UserError, one_line
 from qat.data.batches import batches
 from qat.data.folders import unlabelled_folder
 from qat.data.preprocessing import ImagePreset, Preprocessing
@@ -156,10 +157,12 @@ def load_inputs(
 
 def _read_array(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read inputs {path} ({error}): check the path") from error
-    return np.asarray(array)
+        with opened_arrays(path) as array:
+            if not isinstance(array, np.ndarray):
+                raise ValueError("by its content it is no .npy file")
+            return array
+    except DAMAGED as error:
+        raise UserError(f"cannot read inputs {path} ({one_line(error)}): check the path") from error
 
 
 def _preset(model: Path, channels: int, mean: Channels | None, std: Channels | None) -> ImagePreset:

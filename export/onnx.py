@@ -84,7 +84,7 @@ def main(options: ExportOptions) -> None:
 
 def cli() -> None:
     """The console script export-onnx."""
-    run_command(main, ExportOptions)
+    run_command(main, ExportOptions, supervised=True)
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def main(options: QuantizeOptions) -> None:
 
 def cli() -> None:
     """The console script export-quantize."""
-    run_command(main, QuantizeOptions)
+    run_command(main, QuantizeOptions, supervised=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,8 @@ from export.onnx_network import constant
 from export.operator_rules import onnx_operators
 from qat.base.errors import UserError, one_line
 from qat.base.onnx_file import flaw
+from qat.base.onnx_structure import check_structure
+from qat.base.supervised import native
 
 OPSETS = range(7, min(25, onnx.defs.onnx_opset_version()) + 1)
 """The versions of the default operator set that can be read."""
@@ -32,7 +33,8 @@ def read_onnx(path: Path) -> ir.Model:
     """
     if not path.is_file():
         raise UserError(f"no file {path}: check the path")
-    with _quiet():
+    check_structure(path)
+    with _quiet(), native(f"reading {path}"):
         model = _load(path)
         _check_opset(path, model)
         _load_data(path, model)
@@ -80,37 +82,12 @@ def _check_opset(path: Path, model: ir.Model) -> None:
 
 
 def _load_data(path: Path, model: ir.Model) -> None:
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                _check_data(path, value.const_value)
     try:
         ir.external_data.load_to_model(model)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} keeps weights in another file that cannot be read ({one_line(error)}): get it again"
         ) from error
-
-
-def _check_data(path: Path, tensor: ir.ExternalTensor) -> None:
-    """Checks that a tensor outside the model's file lies in its folder, whole, as TensorRT demands too."""
-    file, start, length = path.parent / tensor.location, tensor.offset or 0, tensor.length
-    if Path(tensor.location).is_absolute() or os.path.normpath(tensor.location).startswith(".."):
-        raise UserError(
-            f"{path} keeps {tensor.name} in {tensor.location}, which is not a path inside the model's folder: save "
-            "it again with external data beside the model"
-        )
-    if not file.is_file():
-        raise UserError(f"{path} keeps weights in {file}, which is missing: put it beside the model")
-    if length is not None and length != tensor.nbytes:
-        raise UserError(
-            f"{path} keeps {tensor.name} in {length} bytes of {file}, and it has {tensor.nbytes}: get it again"
-        )
-    if start + tensor.nbytes > (size := file.stat().st_size):
-        raise UserError(
-            f"{path} keeps {tensor.name} in bytes {start} to {start + tensor.nbytes} of {file}, which is too short: it "
-            f"has {size}; get it again"
-        )
 
 
 def _check_tensors(path: Path, model: ir.Model) -> None:

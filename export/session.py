@@ -15,7 +15,9 @@ import onnx
 import onnxruntime
 
 from qat.base.errors import UserError, one_line
+from qat.base.onnx_structure import check_structure
 from qat.base.sqnr import sqnr_db as ratio
+from qat.base.supervised import native
 
 # Pad_Fusion merges a zero padding into the max pool behind it, which then pads with minus infinity. ClipQuantRewrite
 # leaves out a clip to 0..6 in front of a quantizer of scale 1e-10, because it takes -128 times the scale for 0.
@@ -23,7 +25,12 @@ _WRONG_OPTIMIZERS = ("Pad_Fusion", "ClipQuantRewrite")
 
 
 def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
-    """A CPU session of ONNX Runtime that computes Q/DQ networks as TensorRT does."""
+    """A CPU session of ONNX Runtime that computes Q/DQ networks as TensorRT does.
+
+    Raises UserError when ``model`` is a file that no parser should see (qat/base/onnx_structure.py).
+    """
+    if not isinstance(model, bytes):
+        check_structure(Path(model))
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
@@ -37,7 +44,8 @@ def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
 def runs_in_onnx_runtime(model: Path) -> Iterator[None]:
     """Turns ONNX Runtime's errors about the user's file ``model`` while the block runs into UserError."""
     try:
-        yield
+        with native(f"ONNX Runtime running {model}"):
+            yield
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         if not type(error).__module__.startswith("onnxruntime"):
             raise
@@ -56,6 +64,8 @@ def if_onnx_runtime_can() -> Iterator[None]:
 
 def session_with_tensors(model: Path | onnx.ModelProto, names: Iterable[str]) -> onnxruntime.InferenceSession:
     """As ``session``, with the tensors ``names`` inside the network as outputs too. Changes a ModelProto in place."""
+    if isinstance(model, Path):
+        check_structure(model)
     proto = onnx.load(model) if isinstance(model, Path) else model
     known = {value.name for value in (*proto.graph.input, *proto.graph.output)}
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(set(names) - known))

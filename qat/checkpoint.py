@@ -29,6 +29,7 @@ from qat.base.artifact import (
 from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
+from qat.base.regular_file import check_regular
 from qat.data.preprocessing import Preprocessing
 from qat.data.splits import Data, load_data, load_unlabelled
 from qat.fake_quantize.answers import answers_of, same_answers
@@ -292,6 +293,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads safetensors. Raises UserError when the file is truncated or not a safetensors file."""
+    check_regular(path)
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, json.JSONDecodeError) as error:

@@ -6,7 +6,6 @@ named with the command that fills it.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from qat.base.artifact import (
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
 from qat.base.ranges_file import Distributions, ranges_path, read_distributions
+from qat.base.regular_file import read_json
 
 Result = Mapping[str, Any]
 _SUFFIXES: Mapping[ArtifactKind, str] = {"engine": ".engine", "onnx": ".onnx", "checkpoint": ".qat"}
@@ -221,8 +221,8 @@ def _is_float(path: Path, kind: ArtifactKind) -> bool:
     if kind != "onnx":
         return False
     try:
-        return str(json.loads(sidecar_path(path).read_text(encoding="utf-8"))["details"]["precision"]) != INT8.dtype
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(read_json(sidecar_path(path))["details"]["precision"]) != INT8.dtype
+    except (OSError, ValueError, KeyError, TypeError, UserError):
         return False
 
 
@@ -283,7 +283,7 @@ def _read_result(path: Path) -> tuple[str, Result]:
     try:
         if path.stat().st_size > _LARGEST_RESULT:
             raise UserError(f"{path} has more than {_LARGEST_RESULT // 2**20} MB: it is not a result of a command")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a result of a command ({error}): run the command again") from error
     for kind, marks in _MARKS.items():

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.base.errors import UserError
+from qat.base.regular_file import check_regular, read_json
+from qat.base.supervised import unfinished
 
 FORMAT_VERSION = 1
 
@@ -100,6 +102,7 @@ def sidecar_path(artifact: Path) -> Path:
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal. Raises UserError when it cannot be read."""
     digest = hashlib.sha256()
+    check_regular(path)
     try:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
@@ -134,7 +137,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         try:
-            yield temporary
+            with unfinished(temporary):
+                yield temporary
             _flush(temporary)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
@@ -189,7 +193,7 @@ def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> 
         raise UserError(f"no file {artifact}: check the path, or make the file first")
     path = sidecar_path(artifact)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         version = content.pop("format")
     except FileNotFoundError:
         raise UserError(

@@ -21,6 +21,7 @@ from qat.base.artifact import read_sidecar, sidecar_path
 from qat.base.choices import ImplicitCalibrator
 from qat.base.console import say
 from qat.base.errors import UserError
+from qat.base.regular_file import read_bytes
 
 _HEADER = re.compile(r"TRT-(?P<version>\d+)-(?P<algorithm>\w+)|\d+ [0-9a-f]{1,16} [0-9a-f]{1,16}")
 _ALGORITHMS: dict[str, ImplicitCalibrator] = {
@@ -48,7 +49,7 @@ class CalibrationCache:
     def read(cls, path: Path) -> CalibrationCache:
         """Raises UserError when the file cannot be read, is no calibration cache, or has a scale that is none."""
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
         except OSError as error:
             raise UserError(f"cannot read the calibration cache {path} ({error}): check the path") from error
         return cls.parse(content, str(path))

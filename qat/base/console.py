@@ -22,6 +22,7 @@ import tyro
 
 from qat.base.errors import UserError
 from qat.base.exit_codes import DONE, FAULT, INTERRUPTED, USER_ERROR
+from qat.base.supervised import continue_in_child
 
 SECONDS_BETWEEN_LOG_LINES = 5.0
 LOG_WIDTH = 140
@@ -43,8 +44,10 @@ class Command:
     """Show the full traceback of an error."""
 
 
-def run_command(main: Callable[[Options], int | None], options: type[Options]) -> NoReturn:
+def run_command(main: Callable[[Options], int | None], options: type[Options], *, supervised: bool = False) -> NoReturn:
     """Parses the command line into ``options``, runs ``main`` and exits with the code that it returns.
+
+    ``supervised``: in a child process, so that a crash of native code is one line; not with --debug.
 
     All exit codes are in qat/base/exit_codes.py.
     """
@@ -59,6 +62,8 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
             config=(tyro.conf.FlagCreatePairsOff,),
         )
         debug = chosen.debug
+        if supervised and not debug:
+            continue_in_child(" ".join([name or "the command", *sys.argv[1:]]))
         code = main(chosen) or DONE
     except UserError as error:  # of main, or of options that contradict each other
         if debug:
@@ -70,6 +75,14 @@ def run_command(main: Callable[[Options], int | None], options: type[Options]) -
             raise
         _one_line("interrupted", str(interrupt) or "no half-written file was left behind")
         code = INTERRUPTED
+    except MemoryError as error:
+        if debug:
+            raise
+        known = f" ({error})" if str(error) else ""
+        _one_line(
+            "error", f"{' '.join([name or 'the command', *sys.argv[1:]])}: not enough memory{known}: give smaller files"
+        )
+        code = USER_ERROR
     except Exception as error:
         if debug:
             raise

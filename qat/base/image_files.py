@@ -10,7 +10,11 @@
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qat.base.errors import UserError, one_line
+from qat.base.regular_file import check_regular
 
 _KNOWN = ".apng .avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 IMAGE_EXTENSIONS = tuple(known for known in _KNOWN.split() if known in Image.registered_extensions())
@@ -27,6 +32,7 @@ LETTERBOX_GREY = 114
 """The value of what stands around an image in a letterbox, as the YOLOs are trained with."""
 
 _EXTENSIONS_SHOWN = 4
+_DOUBLE, _NO_FILE = "double", "FIFO or device"  # beside extensions, which have a point
 _ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
 _QUARTER = 64  # of the 256 levels: an image that ends below is taken to have another range than its type
 _SCALED, _OF_65535 = "scaled to 16 bits", "I;16B"  # .pgm files state their range, which Pillow scales to 0..65535
@@ -34,6 +40,38 @@ _SCALED, _OF_65535 = "scaled to 16 bits", "I;16B"  # .pgm files state their rang
 
 class _RangeError(ValueError):
     """The image can be read, but its values cannot be brought to 0..255."""
+
+
+class _PixelBudget:
+    """Lets threads decode at the same time while their images have no more than ``most`` pixels, or one is alone."""
+
+    def __init__(self, most: int) -> None:
+        self._free, self._most, self._changed = most, most, threading.Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._most)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_decoding = _PixelBudget(1 << 26)  # decoding takes some 10 bytes for each pixel
+
+
+class _TooLargeError(ValueError):
+    """The image has more pixels than are read."""
+
+
+# Pillow warns above its limit, and refuses above twice of it: here the limit is one.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+_LIMIT = f"at most {Image.MAX_IMAGE_PIXELS or 0:,} are read, Pillow's limit: make it smaller, or remove it"
 
 
 _TOO_DARK = (
@@ -56,14 +94,36 @@ def all_image_files(folder: Path) -> tuple[list[str], tuple[str, ...]]:
 
 def image_files(folder: Path, others: Counter[str]) -> list[str]:
     """The image files in ``folder`` and its subfolders, sorted; ``others`` counts what else is there by extension."""
-    found = []
-    for inner, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if is_image(name):
-                found.append(os.path.join(inner, name))
-            elif not name.startswith("."):
-                others[Path(name).suffix.lower() or "no extension"] += 1
-    return sorted(found)
+    return sorted(real_images(folder, others).values())
+
+
+def real_images(folder: Path, others: Counter[str]) -> dict[str, str]:
+    """The image files in ``folder`` and its subfolders by their real paths, links followed: each file once.
+
+    Links to folders that were walked already, or that ``folder`` lies in, lead to nothing new and are left out.
+    """
+    start = os.path.realpath(folder)
+    found: dict[str, str] = {}
+    ahead, walked = [(str(folder), start)], {start}
+    while ahead:
+        inner, real = ahead.pop()
+        with os.scandir(inner) as entries:
+            for entry in sorted(entries, key=lambda one: (one.is_symlink(), one.name)):  # a link is the double
+                target = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
+                if entry.is_dir():
+                    if target not in walked and not start.startswith(target.rstrip(os.sep) + os.sep):
+                        walked.add(target)
+                        ahead.append((entry.path, target))
+                elif not is_image(entry.name):
+                    if not entry.name.startswith("."):
+                        others[Path(entry.name).suffix.lower() or "no extension"] += 1
+                elif not entry.is_file() and os.path.exists(entry.path):
+                    others[_NO_FILE] += 1
+                elif target in found:
+                    others[_DOUBLE] += 1
+                else:  # a broken link too: who reads it says so
+                    found[target] = entry.path
+    return found
 
 
 def is_image(name: str) -> bool:
@@ -72,10 +132,13 @@ def is_image(name: str) -> bool:
 
 
 def note_of_others(others: Counter[str]) -> tuple[str, ...]:
-    """A line about files that are not images, if there are any."""
-    if not others:
-        return ()
-    return (f"left out: {others.total()} files that are not images by their extension ({_listed(others)})",)
+    """Lines about what is not taken: files that are not images, links to those that are there already."""
+    others = Counter(others)
+    doubles = others.pop(_DOUBLE, 0)
+    notes = [f"left out, because they are there already: links to {doubles} images"] if doubles else []
+    if others:
+        notes.append(f"left out: {others.total()} files that are not images by their extension ({_listed(others)})")
+    return tuple(notes)
 
 
 def instead_of_images(others: Counter[str]) -> str:
@@ -89,13 +152,28 @@ def _listed(others: Counter[str]) -> str:
     return ", ".join(shown) + (", ..." if len(others) > _EXTENSIONS_SHOWN else "")
 
 
+@contextmanager
+def opened_image(path: str) -> Iterator[Image.Image]:
+    """A file opened by Pillow, which has read its head.
+
+    Raises what Pillow does, and UserError for what is no regular file or has more pixels than Pillow's own limit
+    (``Image.MAX_IMAGE_PIXELS``), above which it only warns.
+    """
+    check_regular(Path(path))
+    with Image.open(path) as image:
+        width, height = image.size
+        if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+            raise _TooLargeError(f"has {width}x{height} pixels, and {_LIMIT}")
+        yield image
+
+
 def read_image(path: str) -> np.ndarray:
     """An image file as uint8 RGB, [H, W, 3].
 
     Raises UserError naming the file when it is corrupt or truncated, or when the range of its values is not known.
     """
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image, _decoding.of(image.width * image.height):
             return rgb(image)
     except Exception as error:  # Pillow raises many types of exceptions
         raise _unreadable(path, error) from error
@@ -104,7 +182,7 @@ def read_image(path: str) -> np.ndarray:
 def image_size(path: str) -> tuple[int, int]:
     """(width, height) in pixels as stored, from the head of the file. Raises UserError as ``read_image`` does."""
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             width, height = image.size
             return width, height
     except Exception as error:  # Pillow raises many types of exceptions
@@ -114,7 +192,7 @@ def image_size(path: str) -> tuple[int, int]:
 def upright_size(path: str) -> tuple[int, int]:
     """(width, height) in pixels as a person sees it, from the head of the file. Raises UserError as ``read_image``."""
     try:
-        with Image.open(path) as image:
+        with opened_image(path) as image:
             (width, height), turned = image.size, image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
             return (height, width) if turned else (width, height)
     except Exception as error:  # Pillow raises many types of exceptions
@@ -124,12 +202,13 @@ def upright_size(path: str) -> tuple[int, int]:
 def rgb(image: Image.Image) -> np.ndarray:
     """A Pillow image as uint8 [H, W, 3]. Raises ValueError when the range of its values is not known."""
     stored = _stored_as(image)  # loading forgets it
-    upright = ImageOps.exif_transpose(image)
+    turned = image.getexif().get(_ORIENTATION, 1) != 1
+    upright = ImageOps.exif_transpose(image) if turned else image  # it would be a copy
     if upright.mode[0] in "IF":
         upright = Image.fromarray(_levels(upright, stored))
     elif upright.mode == "P" and "transparency" in upright.info:
         upright = upright.convert("RGBA")
-    levels_HWC = np.array(upright.convert("RGB"))
+    levels_HWC = np.array(upright if upright.mode == "RGB" else upright.convert("RGB"))
     if ";16" in stored and upright.mode != "L" and levels_HWC.max() < _QUARTER:  # Pillow has dropped the low byte
         raise _RangeError(_TOO_DARK)
     return levels_HWC
@@ -163,8 +242,12 @@ def _levels(image: Image.Image, stored: str) -> np.ndarray:
 
 def _unreadable(path: str, error: Exception) -> UserError:
     reason = one_line(error).replace(f" {path!r}", "")
-    if isinstance(error, _RangeError):
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, _RangeError | _TooLargeError):
         return UserError(f"{path} {reason}")
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return UserError(f"{path} has too many pixels: {_LIMIT}")
     if isinstance(error, UnidentifiedImageError):
         return UserError(f"{path} is corrupt ({reason}), or of a kind that Pillow does not read: remove or replace it")
     if isinstance(error, OSError) and error.errno is not None:

@@ -15,6 +15,7 @@ from typing import Any
 from qat.base.artifact import atomic_write
 from qat.base.console import warn
 from qat.base.errors import UserError, one_line
+from qat.base.regular_file import read_json
 
 FORMAT_VERSION, KIND = 1, "ranges"
 COUNTS = 128  # bins of a histogram in the file
@@ -158,7 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The content of the file, checked. Raises UserError."""
     again = "train or calibrate again"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise UserError(f"no file {path}: {again}; python -m qat.train and qat.calibrate write it") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -6,13 +6,13 @@ anywhere and have gaps: in COCO they are 1 to 90 with ten missing.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from qat.base.errors import UserError, one_line
 from qat.base.image_files import upright_size
+from qat.base.regular_file import read_json
 from qat.data.annotations import AnnotatedImage, AnnotatedSet, check_inside, with_boxes
 
 _PREFIX = "instances_"
@@ -58,7 +58,7 @@ def images_of(path: Path) -> list[str]:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path of --data") from None
     except (OSError, ValueError) as error:

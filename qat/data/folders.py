@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from qat.base.errors import UserError
-from qat.base.image_files import all_image_files, image_files, instead_of_images, is_image, note_of_others
+from qat.base.image_files import all_image_files, instead_of_images, is_image, note_of_others, real_images
 from qat.data.annotated_sets import is_annotated, training_images
 from qat.data.parts import Part, Source
 from qat.data.pixels import FilePixels, decode_all
@@ -31,7 +31,8 @@ def read_folder(folder: Path) -> Source:
         )
     splits = [split for split in ("train", "val", "test") if (folder / split).is_dir()]
     others: Counter[str] = Counter()
-    files = {split: _class_files(folder / split, others) for split in splits}
+    seen: dict[str, str] = {}
+    files = {split: _class_files(folder / split, others, seen) for split in splits}
     for split in splits[1:]:
         _check_same_classes(folder, files, split)
     parts = dict(zip(splits, _parts([files[split] for split in splits]), strict=True))
@@ -77,7 +78,7 @@ def _is_split(folder: Path) -> bool:
 def _read_classes(folder: Path) -> Source:
     """Images by class that are not in splits yet."""
     others: Counter[str] = Counter()
-    files = _class_files(folder, others)
+    files = _class_files(folder, others, {})
     if len(files) < 2:
         raise UserError(
             f"{folder} has no train/ and no val/, and only one class folder ({next(iter(files))}): put <class>/<image> "
@@ -104,15 +105,26 @@ def _parts(files: list[dict[str, list[str]]]) -> list[Part]:
     return parts
 
 
-def _class_files(split: Path, others: Counter[str]) -> dict[str, list[str]]:
-    """Class name -> its image files, both sorted; files in subfolders of a class belong to it too."""
+def _class_files(split: Path, others: Counter[str], seen: dict[str, str]) -> dict[str, list[str]]:
+    """Class name -> its image files, both sorted; files in subfolders of a class belong to it too.
+
+    ``seen``: files by their real paths, of all classes and splits: links may not put one into two of them.
+    """
     classes = sorted(child.name for child in split.iterdir() if child.is_dir() and not child.name.startswith("."))
     if not classes:
         raise UserError(f"{split} has no class folders: put the images of each class into {split}/<class>/")
     files = {}
     for name in classes:
         inside: Counter[str] = Counter()
-        files[name] = image_files(split / name, inside)
+        found = real_images(split / name, inside)
+        if both := found.keys() & seen.keys():
+            first = min(both)
+            raise UserError(
+                f"{found[first]} and {seen[first]} are one file, by links, as are {len(both)} in all: classes and "
+                "splits must not share images; remove the links"
+            )
+        seen |= found
+        files[name] = sorted(found.values())
         if not files[name]:
             raise UserError(
                 f"class folder {split / name} has no image{instead_of_images(inside)}: add some, or remove the folder"

@@ -11,10 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from qat.base.errors import UserError, one_line
-from qat.base.image_files import all_image_files
+from qat.base.image_files import all_image_files, opened_image
+from qat.base.regular_file import read_text
 from qat.data.annotations import NO_CLASS, AnnotatedSet, Split, folders_of_masks, with_mask
 
 
@@ -37,7 +37,7 @@ def images_of(folder: Path, split: Split) -> list[str]:
     listed = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not listed.is_file():
         return files
-    names = set(listed.read_text(encoding="utf-8").split())
+    names = set(read_text(listed).split())
     chosen = [file for file in files if Path(file).stem in names]
     if not chosen:
         raise UserError(f"{listed} lists no image that is in {images}: correct it")
@@ -47,11 +47,13 @@ def images_of(folder: Path, split: Split) -> list[str]:
 def read_mask(file: str) -> np.ndarray:
     """uint8 [H, W]: the class of each pixel. Raises UserError when the file is not such a mask."""
     try:
-        with Image.open(file) as image:
+        with opened_image(file) as image:
             if image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
                 raise UserError(f"mask {file} has colours ({image.mode}): save the number of the class in each pixel")
             classes_HW = np.array(image).astype(np.int64)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # Pillow raises many types of exceptions
         raise UserError(f"cannot read mask {file} ({one_line(error)}): make it again") from error
     if classes_HW.min() < 0 or classes_HW.max() > NO_CLASS:
         raise UserError(f"mask {file} has classes up to {classes_HW.max()}: they must be from 0 to {NO_CLASS}")

@@ -6,13 +6,12 @@ image folders; qat/data/splits.py decides how the images are split, qat/data/pix
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from qat.base.array_file import DAMAGED, opened_arrays
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
 from qat.data.folders import read_folder
@@ -98,14 +97,13 @@ def _read_npz(path: Path) -> Source:
 
 def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with open(path, "rb") as file:  # np.load itself leaves a damaged file open
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
+        with opened_arrays(path) as loaded:
+            if isinstance(loaded, np.ndarray):
                 raise ValueError("a single array")
-            return {key: loaded[key] for key in loaded.files}
+            return dict(loaded)
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGED as error:
         raise UserError(
             f"{path} is not an .npz file, is truncated or holds Python objects ({one_line(error)}): "
             "save it again with np.savez"

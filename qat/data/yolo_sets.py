@@ -13,9 +13,11 @@ from typing import Any
 
 from qat.base.errors import UserError, one_line
 from qat.base.image_files import all_image_files, upright_size
+from qat.base.regular_file import read_text
 from qat.data.annotations import AnnotatedImage, AnnotatedSet, Split, check_inside, with_boxes
 
 _IMAGES, _LABELS = "images", "labels"
+_MOST_CLASSES = 1_000_000
 
 
 def read(path: Path, split: Split, most: int | None = None) -> AnnotatedSet:
@@ -52,10 +54,10 @@ def _content(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise UserError(f"reading {path} needs PyYAML: pip install PyYAML pycocotools") from error
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path of --data") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path} ({one_line(error)}): check the file") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} does not describe a set: it must have path, train, val and names")
@@ -64,13 +66,14 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _names(path: Path, content: dict[str, Any]) -> tuple[str, ...]:
     names = content.get("names", content.get("nc"))
-    if isinstance(names, int):
+    if isinstance(names, int) and names <= _MOST_CLASSES:
         names = list(range(names))
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
             raise UserError(f"{path}: the keys of names must be from 0 to {len(names) - 1}: number the classes so")
         names = [names[index] for index in range(len(names))]
-    if not isinstance(names, list) or not names:
+    # aliases may make a short file a tree of any size, so nothing but plain values is turned into text
+    if not isinstance(names, list) or not names or not all(isinstance(name, str | int | float) for name in names):
         raise UserError(f"{path} names no classes: give names, a list or a table from 0 on")
     return tuple(map(str, names))
 
@@ -80,12 +83,17 @@ def _images(path: Path, content: dict[str, Any], split: str) -> list[str]:
     if not given:
         raise UserError(f"{path} has no {split}: give a folder of images, or a .txt file that lists them")
     entries = given if isinstance(given, list) else [given]
+    if not all(isinstance(entry, str) for entry in entries):
+        raise UserError(f"{path}: {split} must be a path, or a list of paths")
     return [file for entry in entries for file in _of_entry(path, _place(path, content, str(entry)), split)]
 
 
 def _place(path: Path, content: dict[str, Any], entry: str) -> Path:
     """A folder or list below the set's ``path``: absolute, or relative to the file or the current folder."""
-    root = Path(str(content.get("path") or ".")).expanduser()
+    stated = content.get("path") or "."
+    if not isinstance(stated, str):
+        raise UserError(f"{path}: path must be a text, the folder of the set")
+    root = Path(stated).expanduser()
     roots = [root] if root.is_absolute() else [path.parent / root, root, path.parent]
     places = [one / entry for one in roots]
     for place in places:
@@ -100,7 +108,7 @@ def _of_entry(path: Path, place: Path, split: str) -> Iterator[str]:
         return
     if place.suffix != ".txt":
         raise UserError(f"{path}: {split} is {place}, which must be a folder of images or a .txt file that lists them")
-    listed = [line.strip() for line in place.read_text(encoding="utf-8").splitlines() if line.strip()]
+    listed = [line.strip() for line in read_text(place).splitlines() if line.strip()]
     if not listed:
         raise UserError(f"{place} lists no image: write the path of one into each line")
     for line in listed:
@@ -114,7 +122,7 @@ def _labelled(image: str, labels: Path, names: Sequence[str]) -> AnnotatedImage:
     boxes, classes = [], []
     if labels.is_file():
         size = upright_size(image)
-        for number, line in enumerate(labels.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(labels).splitlines(), 1):
             if line.strip():
                 where = f"{labels}, line {number}"
                 label, shares = _parse(where, line, names)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from qat.base.errors import UserError, one_line
+from qat.base.regular_file import check_regular
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar")
 
@@ -41,6 +42,7 @@ _INERT = (
     "numpy.ndarray",
 )
 _LARGEST_HEADER = 100_000_000  # bytes; the format's limit
+_UNSUSPICIOUS = 64 << 20  # bytes that an archive may become, however small it is
 _ZIP, _LFS_POINTER = b"PK\x03\x04", b"version https://git-lfs"
 
 
@@ -60,6 +62,7 @@ def read_weights_file(path: Path) -> Any:
     Raises:
         UserError: no such file; it is empty, truncated or of another format; it holds Python objects of other types.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -100,7 +103,20 @@ def _flaw(path: Path, start: bytes) -> str:
         return "is a pointer of Git LFS, not the weights themselves (git lfs pull)"
     if start.startswith(_ZIP) and not _has_end_record(path):
         return "is truncated: it begins as a zip archive, and has no end record"
+    if start.startswith(_ZIP):
+        return _swollen(path)
     return _cut_off(path, start) if _is_safetensors(path, start) else ""
+
+
+def _swollen(path: Path) -> str:
+    """Whether an archive becomes larger than its file: torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return ""  # its reader tells what is wrong
+    most = max(_UNSUSPICIOUS, 2 * path.stat().st_size)
+    return f"would become {size:,} bytes, more than {most:,}, which no file of torch.save does" if size > most else ""
 
 
 def _has_end_record(path: Path) -> bool:

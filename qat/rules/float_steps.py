@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from qat.base.errors import UserError, one_line
+from qat.base.regular_file import read_json
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ def read_float_steps(path: Path) -> tuple[FloatStep, ...]:
     Raises UserError when the file cannot be read, or is another one.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         reference = float(content["float"]["top1"])
         measured = [("", float(content["quantized"]["top1"]))]
         measured += [(str(step["label"]), float(step["top1"])) for step in content["keep_float"]]

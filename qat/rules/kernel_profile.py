@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from qat.base.artifact import atomic_write
 from qat.base.console import say
 from qat.base.errors import UserError, one_line
+from qat.base.regular_file import read_json
 from qat.graph.network import ConstantWeight
 
 _SHIPPED = Path(__file__).parent / "profiles" / "h200-8.6.0.json"
@@ -157,7 +158,7 @@ class KernelProfile:
     def read(cls, path: Path) -> KernelProfile:
         """Raises UserError when the file cannot be read or is no profile."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             kinds = tuple(MeasuredKind.from_json(entry) for entry in content.pop("kinds"))
             stated = [content[key] for key in ("gpu", "compute_capability", "tensorrt", "date")]
             if type(content["batch"]) is not int or not all(isinstance(text, str) for text in stated):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from qat.base.artifact import write_json
 from qat.base.console import say, warn
 from qat.base.errors import UserError, one_line
+from qat.base.regular_file import read_json
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class TunedPlacement:
     def read(cls, path: Path) -> TunedPlacement:
         """Raises UserError when the file cannot be read or is no tuned placement."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if unknown := content.keys() - {field.name for field in fields(cls)}:
                 raise ValueError(f"unknown entry {min(unknown)}")
             trials = tuple(Trial(**trial) for trial in content.pop("trials"))

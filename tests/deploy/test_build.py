@@ -196,12 +196,12 @@ def test_what_is_no_model(content, says, tmp_path):
     assert "truncated" not in message
 
 
-def test_a_damaged_file_is_refused_in_the_words_of_the_parser(model):
+def test_a_damaged_file_is_refused_before_the_parser_sees_it(model):
     content = bytearray(model.read_bytes())
     content[content.index(b"\x04Relu")] = 0x7F  # the length of that text, inside the graph
     model.write_bytes(content)
     message = refused(model)
-    assert "Failed to parse the ONNX model" in message
+    assert "is damaged: the field at byte" in message
     assert "truncated" not in message
 
 
@@ -219,23 +219,22 @@ def test_external_data_that_are_missing(model):
     data = with_external_data(model)
     data.unlink()
     message = refused(model)
-    assert f"the external data of initializer 'x_scale' is missing: no file {data}" in message
+    assert f"keeps weights in {data}, which is missing" in message
     assert "truncated" not in message
 
 
 @pytest.mark.parametrize(
     ("changed", "size", "says"),
     [
-        ({}, 2, "offset/length out of range"),
-        ({"length": 3}, 10_000, "Unexpected size for the external weights"),
-        ({"location": "../weights.bin"}, 10_000, "Relative paths to parent (../) are not allowed"),
+        ({}, 2, "which is too short: it has 2"),
+        ({"length": 3}, 10_000, "keeps x_scale in 3 bytes of"),
+        ({"location": "../weights.bin"}, 10_000, "which is not a path inside the model's folder"),
     ],
 )
-def test_external_data_that_do_not_fit_are_refused_in_the_words_of_the_parser(changed, size, says, model):
+def test_external_data_that_do_not_fit_are_refused_before_the_parser_sees_them(changed, size, says, model):
     data = with_external_data(model, **changed)
     data.write_bytes(data.read_bytes()[:size])
     message = refused(model)
-    assert "the external data of initializer 'x_scale' is refused (" in message
     assert says in message
     assert "truncated" not in message
 

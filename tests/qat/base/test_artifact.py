@@ -127,7 +127,7 @@ def test_an_output_that_cannot_be_written(tmp_path):
         check_writable(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["artifact", "errors"])
+@pytest.mark.parametrize("name", ["artifact", "errors", "regular_file", "supervised", "onnx_structure", "onnx_file"])
 def test_artifact_needs_the_standard_library_only(name: str):
     import ast
     import sys
@@ -135,7 +135,9 @@ def test_artifact_needs_the_standard_library_only(name: str):
     tree = ast.parse((ROOT / "qat" / "base" / f"{name}.py").read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    beside = {"qat.base.errors"}  # which needs no more
+    beside = {
+        f"qat.base.{name}" for name in ("errors", "regular_file", "supervised", "onnx_file")
+    }  # which need no more
     assert {module.split(".")[0] for module in imported - beside} <= set(sys.stdlib_module_names)
 
 

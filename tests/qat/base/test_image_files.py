@@ -25,9 +25,10 @@ def test_images_are_found_in_subfolders_and_links_and_sorted(tmp_path: Path) -> 
     (tmp_path / "a" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "a" / "y.png").symlink_to(elsewhere)
     made(tmp_path / "a" / ".hidden.png")
+    made(tmp_path / "elsewhere" / "w.bmp")
     files, notes = all_image_files(tmp_path / "a")
-    assert files == sorted([*inner, str(tmp_path / "a" / "link" / "x.bmp"), str(tmp_path / "a" / "y.png")])
-    assert notes == ()
+    assert files == sorted([*inner, str(tmp_path / "a" / "link" / "w.bmp"), str(tmp_path / "a" / "y.png")])
+    assert notes == ("left out, because they are there already: links to 1 images",)
 
 
 def test_what_is_no_image_is_counted_by_extension(tmp_path: Path) -> None:
