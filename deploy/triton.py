@@ -1,16 +1,18 @@
-"""Writes a model repository for NVIDIA's Triton Inference Server from an engine of python -m deploy.build.
+"""Writes a model repository for NVIDIA's Triton Inference Server from an engine or an ONNX file.
 
     python -m deploy.triton runs/model.engine --out runs/repository
+    python -m deploy.triton runs/model.onnx --out runs/repository --backend python
 
-The repository has the engine, its config.pbtxt, the names of its classes, and a page (README.md) that says how to start
-the server, what to send to it and how to measure it. No GPU and no server are needed to write it.
+With --backend python, Triton's Python backend and this package serve any engine, and ONNX files in ONNX Runtime on the
+processor. The repository has the file, its config.pbtxt, the names of its classes, and a page (README.md) that says how
+to start the server, what to send to it and how to measure it. No GPU and no server are needed to write it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -21,14 +23,18 @@ from qat.base.console import Command, run_command
 class TritonOptions(Command):
     """The options of ``python -m deploy.triton``."""
 
-    engine: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL.engine")]
-    """The engine that python -m deploy.build wrote with TensorRT."""
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL.engine|MODEL.onnx")]
+    """The engine that python -m deploy.build wrote, or with --backend python an ONNX file."""
     out: Path
     """The model repository: a folder, which may have other models."""
+    backend: Literal["tensorrt", "python"] = "tensorrt"
+    """Who runs it: Triton's TensorRT backend, or its Python backend with this package."""
     name: str | None = None
-    """Name of the model on the server; by default the engine's name without its suffix."""
+    """Name of the model on the server; by default the file's name without its suffix."""
     instances: int = 1
-    """How many copies of the model run at the same time on each GPU."""
+    """How many copies of the model run at the same time, on each GPU or on the processor."""
+    max_batch: int | None = None
+    """The largest batch of an ONNX file, by default 32; an engine has its own."""
     max_queue_delay_us: int = 100
     """How many microseconds a request waits at most for others that share its batch."""
     overwrite: bool = False
@@ -40,10 +46,12 @@ def main(options: TritonOptions) -> None:
     from deploy.triton_repository import write_repository
 
     write_repository(
-        options.engine,
+        options.model,
         options.out,
+        backend=options.backend,
         name=options.name,
         instances=options.instances,
+        max_batch=options.max_batch,
         max_queue_delay_us=options.max_queue_delay_us,
         overwrite=options.overwrite,
     )

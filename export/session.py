@@ -24,14 +24,15 @@ from qat.base.supervised import native
 _WRONG_OPTIMIZERS = ("Pad_Fusion", "ClipQuantRewrite")
 
 
-def session(model: str | Path | bytes) -> onnxruntime.InferenceSession:
-    """A CPU session of ONNX Runtime that computes Q/DQ networks as TensorRT does.
+def session(model: str | Path | bytes, *, threads: int = 0) -> onnxruntime.InferenceSession:
+    """A CPU session of ONNX Runtime that computes Q/DQ networks as TensorRT does, with ``threads``; 0 for all cores.
 
     Raises UserError when ``model`` is a file that no parser should see (qat/base/onnx_structure.py).
     """
     if not isinstance(model, bytes):
         check_structure(Path(model))
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     options.log_severity_level = 3
     source = model if isinstance(model, bytes) else str(model)

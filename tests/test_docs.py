@@ -37,7 +37,7 @@ EXPECTED = {
     "download": "cannot download",
     "stopped": "nothing to resume",
     "ultralytics": "which is not installed: pip install ultralytics|No module named 'ultralytics'",
-    "tensorrt": "Triton serves only TensorRT's engines",
+    "tensorrt": "serves only TensorRT's engines",
 }
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from commands import ROOT, Run
 from google.protobuf import json_format, text_format
 
 from deploy.triton import TritonOptions, main
-from deploy.triton_repository import PAGE_MARK, load_schema
-from qat.base.artifact import ArtifactKind, Sidecar, TensorSpec, sidecar_path, write_artifact
+from deploy.triton_config import load_schema
+from deploy.triton_repository import PAGE_MARK
+from qat.base.artifact import ArtifactKind, Sidecar, TensorSpec, read_sidecar, sidecar_path, write_artifact
 from qat.base.errors import UserError
 
 ONE = ({"min": 1, "opt": 8, "max": 32},)
@@ -81,7 +83,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 def page_of(engine: Path, repository: Path, **options: Any) -> str:
-    main(TritonOptions(engine=engine, out=repository, **options))
+    main(TritonOptions(model=engine, out=repository, **options))
     return (repository / "README.md").read_text()
 
 
@@ -90,7 +92,7 @@ def page_of(engine: Path, repository: Path, **options: Any) -> str:
 
 def test_a_dynamic_batch_with_one_profile(tmp_path: Path, repository: Path) -> None:
     engine = write_engine(tmp_path / "digits.engine")
-    main(TritonOptions(engine=engine, out=repository))
+    main(TritonOptions(model=engine, out=repository))
     dims = ["3", "28", "20"]
     assert as_dict(repository / "digits" / "config.pbtxt") == {
         "name": "digits",
@@ -120,7 +122,7 @@ def test_a_dynamic_batch_with_one_profile(tmp_path: Path, repository: Path) -> N
 def test_several_profiles_and_all_options(tmp_path: Path, repository: Path) -> None:
     engine = write_engine(tmp_path / "digits.engine", profiles=SEVERAL)
     options = {"name": "digits-2.0_b", "instances": 3, "max_queue_delay_us": 0}
-    main(TritonOptions(engine=engine, out=repository, **options))
+    main(TritonOptions(model=engine, out=repository, **options))
     config = read_config(repository / "digits-2.0_b" / "config.pbtxt")
     assert config.name == "digits-2.0_b"
     assert config.max_batch_size == 64
@@ -140,7 +142,7 @@ def test_several_profiles_and_all_options(tmp_path: Path, repository: Path) -> N
 
 def test_a_fixed_batch_is_part_of_every_shape(tmp_path: Path, repository: Path) -> None:
     engine = write_fixed_engine(tmp_path / "digits.engine")
-    main(TritonOptions(engine=engine, out=repository))
+    main(TritonOptions(model=engine, out=repository))
     dims = ["4", "28", "20", "3"]
     # max_batch_size and the graph's batch_size are 0, which the schema takes for not set
     assert as_dict(repository / "digits" / "config.pbtxt") == {
@@ -163,7 +165,7 @@ def test_a_fixed_batch_is_part_of_every_shape(tmp_path: Path, repository: Path) 
 
 def test_two_inputs_are_in_every_graph_and_sample(tmp_path: Path, repository: Path) -> None:
     inputs = (TensorSpec("left", (-1, 3, 8, 8), "float32"), TensorSpec("right:0", (-1, 5), "int32"))
-    main(TritonOptions(engine=write_engine(tmp_path / "pair.engine", inputs=inputs), out=repository))
+    main(TritonOptions(model=write_engine(tmp_path / "pair.engine", inputs=inputs), out=repository))
     config = read_config(repository / "pair" / "config.pbtxt")
     assert [(entry.name, list(entry.dims)) for entry in config.input] == [("left", [3, 8, 8]), ("right:0", [5])]
     for graph in config.optimization.cuda.graph_spec:
@@ -189,7 +191,7 @@ def test_two_inputs_are_in_every_graph_and_sample(tmp_path: Path, repository: Pa
 def test_types(tmp_path: Path, repository: Path, dtype: str, expected: str) -> None:
     spec = TensorSpec("tensor", (-1, 7), dtype)
     engine = write_engine(tmp_path / "typed.engine", inputs=(spec,), outputs=(spec,))
-    main(TritonOptions(engine=engine, out=repository))
+    main(TritonOptions(model=engine, out=repository))
     config = as_dict(repository / "typed" / "config.pbtxt")
     found = [config["input"][0], config["output"][0], config["model_warmup"][0]["inputs"]["tensor"]]
     assert [entry["data_type"] for entry in found] == [expected] * 3
@@ -197,7 +199,7 @@ def test_types(tmp_path: Path, repository: Path, dtype: str, expected: str) -> N
 
 def test_an_output_of_one_number_for_each_image_is_reshaped(tmp_path: Path, repository: Path) -> None:
     outputs = (TensorSpec("best", (-1,), "int64"), TensorSpec("logits", (-1, 3), "float32"))
-    main(TritonOptions(engine=write_engine(tmp_path / "m.engine", outputs=outputs), out=repository))
+    main(TritonOptions(model=write_engine(tmp_path / "m.engine", outputs=outputs), out=repository))
     best, logits = read_config(repository / "m" / "config.pbtxt").output
     assert (list(best.dims), best.HasField("reshape"), list(best.reshape.shape)) == ([1], True, [])
     assert not logits.HasField("reshape")
@@ -206,7 +208,7 @@ def test_an_output_of_one_number_for_each_image_is_reshaped(tmp_path: Path, repo
 
 def test_the_plan_is_the_engine(tmp_path: Path, repository: Path) -> None:
     plan = bytes(range(256)) * 1000
-    main(TritonOptions(engine=write_engine(tmp_path / "m.engine", plan=plan), out=repository))
+    main(TritonOptions(model=write_engine(tmp_path / "m.engine", plan=plan), out=repository))
     assert (repository / "m" / "1" / "model.plan").read_bytes() == plan
     names = {str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()}
     assert names == {"README.md", "m/config.pbtxt", "m/labels.txt", "m/1/model.plan"}
@@ -214,26 +216,133 @@ def test_the_plan_is_the_engine(tmp_path: Path, repository: Path) -> None:
 
 def test_labels_are_one_line_for_each_class(tmp_path: Path, repository: Path) -> None:
     engine = write_engine(tmp_path / "m.engine", class_names=("cat", "sea\nlion", "größer"))
-    main(TritonOptions(engine=engine, out=repository))
+    main(TritonOptions(model=engine, out=repository))
     assert (repository / "m" / "labels.txt").read_text(encoding="utf-8") == "cat\nsea lion\ngrößer\n"
 
 
 def test_class_names_that_no_output_fits_are_warned_of(
     tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(TritonOptions(engine=write_engine(tmp_path / "m.engine", class_names=("a", "b")), out=repository))
+    main(TritonOptions(model=write_engine(tmp_path / "m.engine", class_names=("a", "b")), out=repository))
     assert "no output of" in capsys.readouterr().err
     assert "label_filename" not in (repository / "m" / "config.pbtxt").read_text()
+
+
+# --- for the Python backend
+
+
+def write_onnx(path: Path, batch: int = -1) -> Path:
+    """An ONNX file of uint8 [N, 3] -> float32 [N, 3], with its sidecar."""
+    sides = [
+        [onnx.helper.make_tensor_value_info(name, kind, ["N" if batch == -1 else batch, 3])]
+        for name, kind in (("input", onnx.TensorProto.UINT8), ("logits", onnx.TensorProto.FLOAT))
+    ]
+    node = onnx.helper.make_node("Cast", ["input"], ["logits"], to=onnx.TensorProto.FLOAT)
+    graph = onnx.helper.make_graph([node], "cast", *sides)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    inputs, outputs = (TensorSpec("input", (batch, 3), "uint8"),), (TensorSpec("logits", (batch, 3), "float32"),)
+    sidecar = Sidecar("onnx", inputs=inputs, outputs=outputs, class_names=("cat", "dog", "sea lion"))
+    write_artifact(path, sidecar, lambda file: onnx.save(model, file))
+    return path
+
+
+def test_an_onnx_file_runs_on_the_processor(tmp_path: Path, repository: Path) -> None:
+    path = write_onnx(tmp_path / "digits.onnx")
+    main(TritonOptions(model=path, out=repository, backend="python", instances=2, max_batch=8))
+    version = repository / "digits" / "1"
+    assert {file.name for file in version.iterdir()} == {"model.onnx", "model.onnx.json", "model.py"}
+    assert (version / "model.onnx").read_bytes() == path.read_bytes()
+    assert read_sidecar(version / "model.onnx", "onnx") == read_sidecar(path, "onnx")
+    assert as_dict(repository / "digits" / "config.pbtxt") == {
+        "name": "digits",
+        "backend": "python",
+        "max_batch_size": 8,
+        "input": [{"name": "input", "data_type": "TYPE_UINT8", "dims": ["3"]}],
+        "output": [{"name": "logits", "data_type": "TYPE_FP32", "dims": ["3"], "label_filename": "labels.txt"}],
+        "instance_group": [{"count": 2, "kind": "KIND_CPU"}],
+        "dynamic_batching": {"preferred_batch_size": [8], "max_queue_delay_microseconds": "100"},
+        "model_warmup": [
+            {
+                "name": "batch_8",
+                "batch_size": 8,
+                "inputs": {"input": {"data_type": "TYPE_UINT8", "dims": ["3"], "zero_data": True}},
+            }
+        ],
+    }
+    page = (repository / "README.md").read_text()
+    assert "ONNX Runtime runs on the processor" in page
+    assert "The processor runs 2 instances" in page
+    assert "--shared-memory=system" in page
+    assert "docker" not in page
+    assert not re.search(r"TensorRT|GPU: |None|{{|{%", page)
+
+
+def test_an_onnx_file_of_a_fixed_batch(tmp_path: Path, repository: Path) -> None:
+    path = write_onnx(tmp_path / "digits.onnx", batch=4)
+    main(TritonOptions(model=path, out=repository, backend="python"))
+    config = read_config(repository / "digits" / "config.pbtxt")
+    assert (config.max_batch_size, list(config.input[0].dims)) == (0, [4, 3])
+    assert not config.HasField("dynamic_batching")
+    with pytest.raises(UserError, match="--max-batch is for ONNX files with a dynamic batch"):
+        main(TritonOptions(model=path, out=repository, name="other", backend="python", max_batch=8))
+
+
+@pytest.mark.parametrize("builder", ["tensorrt", "tensorrt-rtx"])
+def test_any_engine_runs_in_the_python_backend(tmp_path: Path, repository: Path, builder: str) -> None:
+    engine = write_engine(tmp_path / "m.engine", builder={"name": builder, "version": "1.2.3"}, profiles=SEVERAL)
+    main(TritonOptions(model=engine, out=repository, backend="python"))
+    version = repository / "m" / "1"
+    assert {file.name for file in version.iterdir()} == {"model.engine", "model.engine.json", "model.py"}
+    assert read_sidecar(version / "model.engine", "engine") == read_sidecar(engine, "engine")
+    config = read_config(repository / "m" / "config.pbtxt")
+    (group,) = config.instance_group
+    assert (config.backend, config.platform, config.max_batch_size) == ("python", "", 64)
+    assert (group.kind, list(group.profile)) == (load_schema().ModelInstanceGroup.KIND_GPU, [])
+    assert list(config.dynamic_batching.preferred_batch_size) == [1, 8, 16]
+    assert not config.HasField("optimization")
+    page = (repository / "README.md").read_text()
+    assert "which TensorRT-RTX 1.2.3 built" in page or "which TensorRT 1.2.3 built" in page
+    assert "**GPU: NVIDIA H200.**" in page
+    assert "docker" not in page
+    assert "CUDA graph" not in page
+
+
+def test_another_backend_replaces_all_files_of_the_model(tmp_path: Path, repository: Path) -> None:
+    engine = write_engine(tmp_path / "m.engine")
+    for backend, names in (
+        ("tensorrt", {"model.plan"}),
+        ("python", {"model.engine", "model.engine.json", "model.py"}),
+        ("tensorrt", {"model.plan"}),
+    ):
+        main(TritonOptions(model=engine, out=repository, backend=backend, overwrite=True))
+        assert {file.name for file in (repository / "m" / "1").iterdir()} == names
+
+
+def test_what_the_backends_do_not_serve(tmp_path: Path, repository: Path) -> None:
+    path = write_onnx(tmp_path / "digits.onnx")
+    engine = write_engine(tmp_path / "m.engine", inputs=(TensorSpec("input", (-1, 3), "bfloat16"),))
+    for options, message in (
+        ({"model": path}, f"TensorRT backend serves engines, not {path}: give --backend python"),
+        ({"model": path, "backend": "python", "max_batch": 0}, "--max-batch 0: must be at least 1"),
+        ({"model": engine, "backend": "python"}, "has type bfloat16, but Triton takes float32, float16, uint8"),
+        ({"model": engine, "max_batch": 8}, "--max-batch is for ONNX files"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            main(TritonOptions(out=repository, **options))
+    write_artifact(path, read_sidecar(path, "onnx"), lambda file: file.write_bytes(b"no network") and None)
+    with pytest.raises(UserError, match=re.escape(f"ONNX Runtime cannot run {path}")):
+        main(TritonOptions(model=path, out=repository, backend="python"))
+    assert not (repository / "digits").exists()
 
 
 # --- replacing
 
 
 def test_overwrite_replaces_all_files_of_the_model(tmp_path: Path, repository: Path) -> None:
-    main(TritonOptions(engine=write_engine(tmp_path / "m.engine"), out=repository))
+    main(TritonOptions(model=write_engine(tmp_path / "m.engine"), out=repository))
     assert (repository / "m" / "labels.txt").exists()
     engine = write_fixed_engine(tmp_path / "m.engine", plan=b"another plan")
-    main(TritonOptions(engine=engine, out=repository, overwrite=True))
+    main(TritonOptions(model=engine, out=repository, overwrite=True))
     assert (repository / "m" / "1" / "model.plan").read_bytes() == b"another plan"
     assert read_config(repository / "m" / "config.pbtxt").max_batch_size == 0
     assert not (repository / "m" / "labels.txt").exists()
@@ -242,9 +351,9 @@ def test_overwrite_replaces_all_files_of_the_model(tmp_path: Path, repository: P
 
 def test_a_second_model_leaves_the_first_alone(tmp_path: Path, repository: Path) -> None:
     engine = write_engine(tmp_path / "m.engine")
-    main(TritonOptions(engine=engine, out=repository))
+    main(TritonOptions(model=engine, out=repository))
     before = (repository / "m" / "config.pbtxt").read_bytes()
-    main(TritonOptions(engine=engine, out=repository, name="other", instances=2))
+    main(TritonOptions(model=engine, out=repository, name="other", instances=2))
     assert (repository / "m" / "config.pbtxt").read_bytes() == before
     assert read_config(repository / "other" / "config.pbtxt").instance_group[0].count == 2
 
@@ -438,7 +547,7 @@ def an_unknown_type(engine: Path) -> tuple[str, ...]:
 
 def no_tensors(engine: Path) -> tuple[str, ...]:
     write_engine(engine, inputs=())
-    return "names no inputs", "build the engine again"
+    return "names no inputs", "make it again"
 
 
 @pytest.mark.parametrize(
@@ -464,7 +573,7 @@ def test_bad_engines(tmp_path: Path, repository: Path, spoil: Callable[[Path], t
     engine = tmp_path / "m.engine"
     parts = spoil(engine)
     with pytest.raises(UserError) as caught:
-        main(TritonOptions(engine=engine, out=repository))
+        main(TritonOptions(model=engine, out=repository))
     for part in parts:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -487,31 +596,31 @@ def test_bad_engines(tmp_path: Path, repository: Path, spoil: Callable[[Path], t
 def test_bad_options(tmp_path: Path, repository: Path, options: dict[str, Any], message: str) -> None:
     engine = write_engine(tmp_path / "m.engine")
     with pytest.raises(UserError, match=re.escape(message)):
-        main(TritonOptions(engine=engine, out=repository, **options))
+        main(TritonOptions(model=engine, out=repository, **options))
     assert not repository.exists()
 
 
 def test_an_engine_whose_name_cannot_be_that_of_a_model(tmp_path: Path, repository: Path) -> None:
     engine = write_engine(tmp_path / "my model.engine")
     with pytest.raises(UserError, match="'my model' cannot be the name of a model: give --name"):
-        main(TritonOptions(engine=engine, out=repository))
-    main(TritonOptions(engine=engine, out=repository, name="my-model"))
+        main(TritonOptions(model=engine, out=repository))
+    main(TritonOptions(model=engine, out=repository, name="my-model"))
     assert (repository / "my-model" / "1" / "model.plan").exists()
 
 
 def test_a_model_of_the_same_name_is_not_replaced_unasked(tmp_path: Path, repository: Path) -> None:
-    main(TritonOptions(engine=write_engine(tmp_path / "m.engine"), out=repository))
+    main(TritonOptions(model=write_engine(tmp_path / "m.engine"), out=repository))
     with pytest.raises(UserError, match=re.escape(f"{repository / 'm'} exists: give --overwrite")):
-        main(TritonOptions(engine=write_engine(tmp_path / "m.engine", plan=b"new"), out=repository))
+        main(TritonOptions(model=write_engine(tmp_path / "m.engine", plan=b"new"), out=repository))
     assert (repository / "m" / "1" / "model.plan").read_bytes() == b"a plan"
 
 
 def test_a_later_version_that_would_be_served_instead_is_named(tmp_path: Path, repository: Path) -> None:
     engine = write_engine(tmp_path / "m.engine")
-    main(TritonOptions(engine=engine, out=repository))
+    main(TritonOptions(model=engine, out=repository))
     (repository / "m" / "2").mkdir()
     with pytest.raises(UserError, match="has version 2, which Triton would serve"):
-        main(TritonOptions(engine=engine, out=repository, overwrite=True))
+        main(TritonOptions(model=engine, out=repository, overwrite=True))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -519,7 +628,7 @@ def test_a_page_of_somebody_else_is_not_replaced(tmp_path: Path, repository: Pat
     repository.mkdir()
     (repository / "README.md").write_text("# My project\n")
     with pytest.raises(UserError, match=r"README.md was not written by this command"):
-        main(TritonOptions(engine=write_engine(tmp_path / "m.engine"), out=repository, overwrite=overwrite))
+        main(TritonOptions(model=write_engine(tmp_path / "m.engine"), out=repository, overwrite=overwrite))
     assert [path.name for path in repository.iterdir()] == ["README.md"]
     assert (repository / "README.md").read_text() == "# My project\n"
 
@@ -529,7 +638,7 @@ def test_a_file_in_place_of_the_model(tmp_path: Path, repository: Path, overwrit
     repository.mkdir()
     (repository / "m").write_text("")
     with pytest.raises(UserError, match=re.escape(str(repository / "m"))):
-        main(TritonOptions(engine=write_engine(tmp_path / "m.engine"), out=repository, overwrite=overwrite))
+        main(TritonOptions(model=write_engine(tmp_path / "m.engine"), out=repository, overwrite=overwrite))
     assert [path.name for path in repository.iterdir()] == ["m"]
 
 
@@ -539,7 +648,7 @@ def test_without_tritonclient_the_error_says_how_to_install_it(
     engine = write_engine(tmp_path / "m.engine")
     monkeypatch.setitem(sys.modules, "tritonclient", None)  # Python's own way to say that a package is not there
     with pytest.raises(UserError, match=re.escape("pip install -e '.[triton]'")):
-        main(TritonOptions(engine=engine, out=repository))
+        main(TritonOptions(model=engine, out=repository))
     assert not repository.exists()
 
 
@@ -577,7 +686,7 @@ def test_a_full_disk_leaves_no_half_of_a_model(tmp_path: Path, repository: Path,
     assert f"error: cannot write {repository / 'm' / '1' / 'model.plan'}" in done.stderr
     assert list(repository.iterdir()) == []
 
-    main(TritonOptions(engine=write_engine(tmp_path / "m.engine"), out=repository))
+    main(TritonOptions(model=write_engine(tmp_path / "m.engine"), out=repository))
     before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
     write_engine(engine, plan=bytes(100_000))
     done = command("deploy.triton", engine, "--out", repository, "--overwrite", file_size=20_000)
@@ -593,7 +702,7 @@ def test_help_imports_nothing_heavy_and_the_schema_needs_no_grpc_and_does_not_wa
         "try: runpy.run_module('deploy.triton', run_name='__main__', alter_sys=True)\n"
         "except SystemExit as stop: assert not stop.code\n"
         f"print('HEAVY', [name for name in {heavy!r} if name in sys.modules])\n"
-        "from deploy.triton_repository import load_schema\n"
+        "from deploy.triton_config import load_schema\n"
         "name = load_schema().ModelConfig.DESCRIPTOR.full_name\n"
         "print('SCHEMA', name, [name for name in ('grpc', 'numpy') if name in sys.modules])\n"
     )
