@@ -17,6 +17,7 @@ import numpy as np
 from qat.base.artifact import TensorSpec
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
+from qat.base.trust import NotTrustedError
 from qat.data.annotations import AnnotatedSet
 
 _MOST_CANDIDATES = 30000
@@ -206,8 +207,11 @@ def _torchvision(spec: TensorSpec, limits: Limits, model: Mapping[str, Any] | No
         raise UserError(
             f"boxes of torchvision's {model['name']} are chosen by its own code: install torch, or {NEEDED}"
         )
+    from qat.pretrained.named_models import loads_something
     from qat.pretrained.torchvision_detectors import box_chooser
 
+    if wants := loads_something(model["name"], model.get("kwargs", {})):
+        raise NotTrustedError(f"the checkpoint beside the ONNX file wants to {wants}, only to choose boxes: {NEEDED}")
     chosen = box_chooser(
         model["name"],
         model["num_classes"],

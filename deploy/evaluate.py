@@ -63,6 +63,8 @@ class EvaluateOptions(Command):
     """File for the results, as JSON."""
     trust: bool = False
     """Load the engine even if it is not the file that its sidecar was written for."""
+    trust_code: bool = False
+    """Run the code and read the images that the sidecar names, though it was not made by you on this machine."""
 
 
 def main(options: EvaluateOptions) -> int:
@@ -85,6 +87,7 @@ def main(options: EvaluateOptions) -> int:
         least_sqnr=options.least_sqnr,
         layers=options.layers,
         trust=options.trust,
+        trust_code=options.trust_code,
     )
     if options.json:
         write_result(options.json, evaluation.to_json())

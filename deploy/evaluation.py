@@ -33,6 +33,7 @@ def evaluate_file(
     pytorch: bool = True,
     layers: bool = False,
     trust: bool = False,
+    trust_code: bool = False,
 ) -> Evaluation | TaskEvaluation:
     """Runs an engine or an ONNX file, and whoever else can answer, on the same images, and prints the figures.
 
@@ -55,6 +56,7 @@ def evaluate_file(
         pytorch: run the checkpoint in PyTorch too, where both are at hand, of networks that answer no classes.
         layers: compare the tensors inside an engine too: one more is built, which has them as outputs.
         trust: load the file even if it is not the file that its sidecar was written for.
+        trust_code: run code that the sidecars name, though a stranger made them (docs/trust.md).
 
     Raises UserError when a file is missing or does not belong to the others, when the engine cannot be run here, and
     when the images or their labels do not fit the network.
@@ -88,6 +90,7 @@ def evaluate_file(
             least_sqnr=least_sqnr,
             pytorch=pytorch and data is not None,
             trust=trust,
+            trust_code=trust_code,
         )
     inputs = network_input(first[:BISECT_IMAGES], judged.onnx_sidecar)
     return _with_differences(judged, found, inputs, least_sqnr, layers)

@@ -23,6 +23,7 @@ from deploy.weak_typing import warn_of_tf32_override
 from qat.base.artifact import Sidecar, TensorSpec, parent_paths, read_sidecar, sha256_of, sidecar_path
 from qat.base.choices import BuilderName
 from qat.base.errors import UserError
+from qat.base.trust import UNTRUSTED, NotTrustedError, permit, untrusted_mode
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -68,11 +69,14 @@ class LoadedEngine:
 
         Args:
             path: the engine; its sidecar is beside it.
-            trust: load the file even if it is not the one that the sidecar was written for, or has no sidecar.
+            trust: load the file even if it is not the one that the sidecar was written for, or has no sidecar, and let
+                a version-compatible one that a stranger made run its code on the CPU.
 
         Raises UserError when the file is not the sidecar's, was built by another version of TensorRT or for another
         GPU, or is truncated, and when there is no GPU or no driver.
         """
+        if untrusted_mode():
+            raise NotTrustedError(f"{path} is an engine, which can run anything: refused, because {UNTRUSTED} is set")
         sidecar = _sidecar_of_trusted(path) if trust else read_sidecar(path, "engine")
         toolkit = _toolkit_here(path, sidecar)
         try:
@@ -83,8 +87,12 @@ class LoadedEngine:
             return cls(plan, toolkit)
         settings = sidecar.details.get("settings", {})
         warn_of_tf32_override(settings)
+        host_code = bool(settings.get("version_compatible"))
+        if host_code:
+            wants = "run code of its own on the CPU, as version-compatible engines do"
+            permit(path, sidecar.sidecar_sha256, wants, trust_code=trust, remedy="--trust (trust=True)")
         stripped_of = _model_with_weights(path, sidecar) if settings.get("strip_weights") else None
-        return cls(plan, toolkit, host_code=bool(settings.get("version_compatible")), stripped_of=stripped_of)
+        return cls(plan, toolkit, host_code=host_code, stripped_of=stripped_of)
 
     @property
     def max_batch(self) -> int:
@@ -160,12 +168,13 @@ def _sidecar_of_trusted(path: Path) -> Sidecar | None:
 
 def _model_with_weights(path: Path, sidecar: Sidecar) -> Path:
     """The ONNX file that a stripped engine was made from. Raises UserError when it is missing or has changed."""
+    places = parent_paths(path, sidecar)
     assert sidecar.parent is not None
-    for candidate in parent_paths(path, sidecar.parent):
+    for candidate in places:
         if candidate.is_file() and sha256_of(candidate) == sidecar.parent.sha256:
             return candidate
     raise UserError(
-        f"{path} was built without weights and needs those of {Path(sidecar.parent.file).name} (SHA-256 "
+        f"{path} was built without weights and needs those of {places[-1].name} (SHA-256 "
         f"{sidecar.parent.sha256}): put that file beside it"
     )
 

@@ -124,6 +124,7 @@ def evaluate_task(
     least_sqnr: float,
     pytorch: bool,
     trust: bool,
+    trust_code: bool,
 ) -> tuple[TaskEvaluation, np.ndarray]:
     """Asks everybody about ``images``, and prints the figures.
 
@@ -134,7 +135,8 @@ def evaluate_task(
     counters: dict[str, Any] = {}
     sums: dict[str, dict[str, OutputSums]] = {}
     first: np.ndarray | None = None
-    with who_answers(judged, pytorch=pytorch, trust=trust) as asked, progress("evaluating", images.count) as shown:
+    answering = who_answers(judged, pytorch=pytorch, trust=trust, trust_code=trust_code)
+    with answering as asked, progress("evaluating", images.count) as shown:
         for batch, known, recorded in images.batches():
             first = batch if first is None else first
             answers = {who: dict(answer(batch)) for who, answer in asked.items()} | dict(recorded)

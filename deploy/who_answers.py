@@ -82,8 +82,12 @@ class Judged:
 
 
 @contextmanager
-def who_answers(judged: Judged, *, pytorch: bool, trust: bool = False) -> Iterator[dict[str, Answer]]:
+def who_answers(
+    judged: Judged, *, pytorch: bool, trust: bool = False, trust_code: bool = False
+) -> Iterator[dict[str, Answer]]:
     """Everybody who can answer, the judged one first; ``pytorch``: run the checkpoint too, where that is possible.
+
+    ``trust_code``: run code that the checkpoint names, though a stranger made it.
 
     Raises UserError when the engine cannot be loaded, or ONNX Runtime cannot run the file that is judged.
     """
@@ -97,7 +101,7 @@ def who_answers(judged: Judged, *, pytorch: bool, trust: bool = False) -> Iterat
         if in_onnx_runtime is not None:
             found[ONNX_RUNTIME] = in_onnx_runtime
         if pytorch:
-            found |= _pytorch(judged)
+            found |= _pytorch(judged, trust_code)
         yield found
 
 
@@ -145,7 +149,7 @@ def _onnx_runtime(judged: Judged) -> Answer | None:
     return lambda images: run(session, network_input(images, judged.onnx_sidecar))
 
 
-def _pytorch(judged: Judged) -> dict[str, Answer]:
+def _pytorch(judged: Judged, trust_code: bool) -> dict[str, Answer]:
     """The checkpoint as it was exported and in float; {}, with the reason, where it cannot be asked."""
     checkpoint = judged.checkpoint()
     if checkpoint is None or not importlib.util.find_spec("torch"):
@@ -157,7 +161,8 @@ def _pytorch(judged: Judged) -> dict[str, Answer]:
     details = judged.onnx_sidecar.details
     names = [spec.name for spec in judged.onnx_sidecar.outputs]
     try:
-        exported, in_float = answers_of_checkpoint(checkpoint[0], names, details.get("precision", "int8"))
+        precision = details.get("precision", "int8")
+        exported, in_float = answers_of_checkpoint(checkpoint[0], names, precision, trust_code=trust_code)
     except UserError as error:  # its own code may be elsewhere; the file can be judged all the same
         warn(f"PyTorch is not asked: {error}")
         return {}

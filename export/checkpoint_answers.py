@@ -17,17 +17,20 @@ Answer = Callable[[np.ndarray], dict[str, np.ndarray]]
 """Images uint8 [N, H, W, C] -> the outputs by name, [N, ...] each."""
 
 
-def answers_of_checkpoint(path: Path, names: Sequence[str], precision: ExportPrecision) -> tuple[Answer, Answer]:
+def answers_of_checkpoint(
+    path: Path, names: Sequence[str], precision: ExportPrecision, *, trust_code: bool = False
+) -> tuple[Answer, Answer]:
     """The network of a checkpoint as it was exported, and in float.
 
     Args:
         path: the checkpoint, which says how images become inputs.
         names: the outputs of the ONNX file.
         precision: that of the ONNX file; what is not int8 has no quantizers.
+        trust_code: run the code that a stranger's checkpoint names.
 
     Raises UserError when the checkpoint cannot be read, or its model has changed.
     """
-    network = TrainedNetwork.from_checkpoint(path)
+    network = TrainedNetwork.from_checkpoint(path, trust_code=trust_code)
     folded = fold(network.model)[0] if precision == "int8" else fold_float(network.model)
     paths: tuple[str, ...] = folded.meta["outputs"]
     _, own = network.float_network()

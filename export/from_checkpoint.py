@@ -75,6 +75,7 @@ def export_onnx(
     parity_images: int = 512,
     layer_images: int = 8,
     allow_changed_model: bool = False,
+    trust_code: bool = False,
 ) -> Sidecar:
     """Writes a trained network as explicit-precision ONNX: with INT8 weights and all Q/DQ nodes.
 
@@ -110,6 +111,7 @@ def export_onnx(
         parity_images: how many images PyTorch and ONNX Runtime are compared on, at most.
         layer_images: how many of them are compared layer by layer.
         allow_changed_model: go on when the code of a checkpoint's model has changed since it was saved.
+        trust_code: run the code and read the images that a stranger's checkpoint names (docs/trust.md).
 
     Returns the sidecar of the ONNX file: ``figures["parity"]`` says how well the two agree.
 
@@ -131,7 +133,7 @@ def export_onnx(
     reference = reference_path(output)
     for path in (output, reference):
         check_writable(path)
-    network = _load(source, preprocessing, class_names, images, allow_changed_model, source_size)
+    network = _load(source, preprocessing, class_names, images, (allow_changed_model, trust_code), source_size)
     if form.quantized:
         network.check_exportable()
 
@@ -240,9 +242,10 @@ def _load(
     preprocessing: Preprocessing | None,
     class_names: Sequence[str],
     images: Images | None,
-    allow_changed_model: bool,
+    allowed: tuple[bool, bool],
     source_size: tuple[int, int] | None,
 ) -> TrainedNetwork:
+    """``allowed``: a changed model; code that the checkpoint names."""
     if not isinstance(source, (str, Path)):
         return TrainedNetwork.from_model(source, preprocessing, class_names, images, source_size)
     if preprocessing is not None or images is not None or class_names:
@@ -250,7 +253,7 @@ def _load(
             f"{source} is a checkpoint, which has its own preprocessing, class names and images: leave out "
             "preprocessing, class_names and images"
         )
-    return TrainedNetwork.from_checkpoint(Path(source), allow_changed_model, source_size)
+    return TrainedNetwork.from_checkpoint(Path(source), allowed[0], source_size, allowed[1])
 
 
 def _resolve_output(source: Path | str | fx.GraphModule, output: Path | str | None, suffix: str) -> Path:

@@ -59,6 +59,8 @@ class ExportOptions(Command):
     """Images on which they are compared layer by layer."""
     allow_changed_model: bool = False
     """Go on when the code of the model has changed since training, so that the network answers something else."""
+    trust_code: bool = False
+    """Run the code and read the images that the sidecar names, though it was not made by you on this machine."""
 
 
 def main(options: ExportOptions) -> None:
@@ -79,6 +81,7 @@ def main(options: ExportOptions) -> None:
         parity_images=options.parity_images,
         layer_images=options.layer_images,
         allow_changed_model=options.allow_changed_model,
+        trust_code=options.trust_code,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from qat.base.artifact import atomic_write, sha256_of
 from qat.base.console import warn
 from qat.base.errors import UserError
+from qat.base.trust import NotTrustedError, untrusted_mode
 from qat.checkpoint import Checkpoint, training_data
 from qat.data.batches import first_batches
 from qat.data.parts import NO_LABEL
@@ -44,11 +45,14 @@ def sample(checkpoint: Checkpoint, count: int) -> Sample:
     """Up to ``count`` images of the test split that the checkpoint was measured on.
 
     If there is no test split, because there were few images and no labels, they are images that it was calibrated on.
-    If the data set is not at hand, they are random.
+    If the data set is not at hand, they are random. Raises NotTrustedError when it may not be read (docs/trust.md); in
+    the mode for untrusted files they are random then, too.
     """
     try:
         loaded = training_data(checkpoint)
     except UserError as error:
+        if isinstance(error, NotTrustedError) and not untrusted_mode():
+            raise
         warn(f"the test images are not at hand ({error}); comparing on random ones, which says less")
         return random_images(checkpoint.preprocessing.input_shape, count)
     return first_images(loaded, count)

@@ -65,10 +65,14 @@ class TrainedNetwork:
 
     @classmethod
     def from_checkpoint(
-        cls, path: Path, allow_changed_model: bool = False, source_size: tuple[int, int] | None = None
+        cls,
+        path: Path,
+        allow_changed_model: bool = False,
+        source_size: tuple[int, int] | None = None,
+        trust_code: bool = False,
     ) -> TrainedNetwork:
-        """Reads a checkpoint. Raises UserError when it cannot be read, or its model has changed."""
-        checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model)
+        """Reads a checkpoint. Raises UserError when it cannot be read, its model has changed, or is not trusted."""
+        checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model, trust_code=trust_code)
         model, sidecar = checkpoint.model, checkpoint.sidecar
         images = checkpoint.image_preprocessing
         source = SourceImages.of(source_size, images)

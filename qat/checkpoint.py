@@ -30,6 +30,7 @@ from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
 from qat.base.regular_file import check_regular
+from qat.base.trust import permit
 from qat.data.preprocessing import Preprocessing
 from qat.data.splits import Data, load_data, load_unlabelled
 from qat.fake_quantize.answers import answers_of, same_answers
@@ -41,6 +42,7 @@ from qat.graph.inputs import Inputs
 from qat.graph.network_record import network_to_json
 from qat.graph.tracing import Shapes, network_of
 from qat.models import ModelCode, ModelSpec, build_model, code_of, model_file
+from qat.pretrained.named_models import loads_something
 from qat.rules.place import RULES
 from qat.rules.placement import Placement
 
@@ -56,6 +58,8 @@ class Checkpoint:
     sidecar: Sidecar
     image_preprocessing: Preprocessing | None
     """How images become inputs; None for a network that was saved without."""
+    trust_code: bool = False
+    """Whether the caller allowed what the sidecar names: docs/trust.md."""
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -74,7 +78,7 @@ class Checkpoint:
         """The model that its own code builds, with the weights of the checkpoint, in evaluation; None without code."""
         if self.sidecar.details["model"] is None:
             return None
-        network = _build_recorded(self.path, self.sidecar).eval()
+        network = _build_recorded(self.path, self.sidecar, self.trust_code).eval()
         for layer, norm in self.model.meta[FOLDED_NORMS].items():
             fold_norm(network, layer, norm)
         network.load_state_dict(self.model.state_dict(), strict=False)  # it has no quantizers
@@ -139,7 +143,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: str | Path, model: nn.Module | None = None, *, allow_changed_model: bool = False
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    allow_changed_model: bool = False,
+    trust_code: bool = False,
 ) -> Checkpoint:
     """Builds the model of a checkpoint again, on the CPU, in evaluation mode.
 
@@ -149,8 +157,11 @@ def load_checkpoint(
             modified.
         allow_changed_model: go on, with a warning, when the code of the model has changed since the checkpoint was
             saved, so that the network answers something else.
+        trust_code: run the code, and read the images, that the sidecar names, though it was not written by this user on
+            this machine (docs/trust.md).
 
     Raises:
+        NotTrustedError: the sidecar names code that was not allowed.
         UserError: the file or its sidecar is missing, truncated or of another version, does not fit the model, or
             answers something else than when it was saved.
     """
@@ -160,7 +171,7 @@ def load_checkpoint(
         placement = Placement.from_json(sidecar.details["placement"])
         preprocessing = Preprocessing.from_json(dict(sidecar.preprocessing)) if sidecar.preprocessing else None
         if model is None:
-            model = _build_recorded(path, sidecar)
+            model = _build_recorded(path, sidecar, trust_code)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
     shapes = {spec.name: spec.shape[1:] for spec in sidecar.inputs}
@@ -175,7 +186,7 @@ def load_checkpoint(
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} does not fit model {_recorded_name(sidecar)} ({reason}): train again") from error
     _check_unchanged(path, sidecar, prepared, allow_changed_model)
-    return Checkpoint(path, prepared.eval(), sidecar, preprocessing)
+    return Checkpoint(path, prepared.eval(), sidecar, preprocessing, trust_code)
 
 
 def _check_unchanged(path: Path, sidecar: Sidecar, prepared: fx.GraphModule, allow: bool) -> None:
@@ -206,11 +217,20 @@ def _check_fits(preprocessing: Preprocessing, inputs: Inputs) -> None:
         )
 
 
-def _build_recorded(path: Path, sidecar: Sidecar) -> nn.Module:
+def _build_recorded(path: Path, sidecar: Sidecar, trust_code: bool) -> nn.Module:
     recorded = sidecar.details["model"]
     if recorded is None:
         raise UserError(f"{path} does not record how to build its model: load it in Python and pass the float model")
-    return build_model(ModelSpec(**recorded), _code(sidecar), path.parent)
+    spec, code = ModelSpec(**recorded), _code(sidecar)
+    if ".py:" in spec.name:
+        file = model_file(spec.name, code, path.parent)
+        digest = sha256_of(file)
+        wants = f"run {spec.name.rpartition(':')[2]} of {file} (SHA-256 {digest})"
+        given = code is not None and (code.sha256 == digest or Path(code.file) == file)  # else another file of its name
+        permit(path, sidecar.sidecar_sha256, wants, trust_code=trust_code, own=given)
+    elif wants := loads_something(spec.name, spec.kwargs):
+        permit(path, sidecar.sidecar_sha256, wants, trust_code=trust_code)
+    return build_model(spec, code, path.parent)
 
 
 def _code(sidecar: Sidecar) -> ModelCode | None:
@@ -224,7 +244,11 @@ def _recorded_name(sidecar: Sidecar) -> str:
 
 
 def training_data(checkpoint: Checkpoint) -> Data:
-    """The splits the checkpoint was trained and measured on. Raises UserError when their images cannot be loaded."""
+    """The splits the checkpoint was trained and measured on.
+
+    Raises NotTrustedError when a stranger's sidecar names a folder or a download that was not allowed, and UserError
+    when the images cannot be loaded.
+    """
     details = checkpoint.sidecar.details
     if "data" not in details:
         raise UserError(
@@ -234,6 +258,7 @@ def training_data(checkpoint: Checkpoint) -> Data:
     data = details["data"]
     chosen = (data["image_size"], details["seed"], details["calibration_images"])
     preset = checkpoint.preprocessing.preset
+    _permit_data(checkpoint, data["source"], data["root"])
     if has_labels(checkpoint):
         found = load_data(data["source"], *chosen, Path(data["root"]), preset)
     else:
@@ -245,6 +270,17 @@ def training_data(checkpoint: Checkpoint) -> Data:
             f"{data['source']} has changed since training ({sizes} images): its splits may differ from those used then"
         )
     return found
+
+
+def _permit_data(checkpoint: Checkpoint, source: str, root: str) -> None:
+    """Asks for what is read from elsewhere. What is not there is not asked for: loading it says so."""
+    if source.startswith("torchvision:"):
+        wants = f"read {source} in {Path(root).expanduser().resolve()}, or download it"
+    elif source == "digits" or not Path(source).expanduser().exists():
+        return
+    else:
+        wants = f"read the images of {Path(source).expanduser().resolve()}"
+    permit(checkpoint.path, checkpoint.sidecar.sidecar_sha256, wants, trust_code=checkpoint.trust_code)
 
 
 def has_labels(checkpoint: Checkpoint) -> bool:

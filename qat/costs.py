@@ -162,6 +162,7 @@ def measure_sensitivity(
     show: int,
     output: Path | None,
     allow_changed_model: bool = False,
+    trust_code: bool = False,
     compute: Compute,
 ) -> None:
     """Measures all operations of a checkpoint on its validation split, prints them, and suggests what to keep in float.
@@ -173,12 +174,13 @@ def measure_sensitivity(
         show: number of operations to print, the costliest first.
         output: a JSON file for all figures; None writes none.
         allow_changed_model: go on when the code of the checkpoint's model has changed since it was saved.
+        trust_code: run the code and read the images that a stranger's checkpoint names (docs/trust.md).
         compute: the device.
 
     Raises:
         UserError: there are no labels, or the checkpoint or its images cannot be read.
     """
-    checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model)
+    checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model, trust_code=trust_code)
     if not has_labels(checkpoint):
         raise UserError(
             f"{path} was calibrated on images without labels, but losses need labels: run python -m qat.calibrate "

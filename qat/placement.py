@@ -42,6 +42,8 @@ class PlacementOptions(Command):
     """Channels of the images; 3 by default."""
     allow_changed_model: bool = False
     """Go on when the code of the checkpoint's model has changed since, so that the network answers something else."""
+    trust_code: bool = False
+    """Run the code and read the images that the sidecar names, though it was not made by you on this machine."""
     json: Path | None = None
     """File for the placement, the scale groups and the rules, as JSON."""
     svg: Path | None = None
@@ -65,6 +67,7 @@ def main(options: PlacementOptions) -> None:
         options.num_classes,
         options.channels,
         options.allow_changed_model,
+        options.trust_code,
     )
     print_placement(view)
     if options.json is not None:

@@ -27,6 +27,7 @@ def view_placement(
     num_classes: int | None = None,
     channels: Literal[1, 3] | None = None,
     allow_changed_model: bool = False,
+    trust_code: bool = False,
 ) -> PlacementView:
     """What is quantized in ``model``, and why.
 
@@ -39,6 +40,7 @@ def view_placement(
         num_classes: number of classes of the model; None: 1000.
         channels: of the images; None: 3.
         allow_changed_model: go on when the code of a checkpoint's model has changed since it was saved.
+        trust_code: run the code that a stranger's checkpoint names (docs/trust.md).
 
     Raises:
         UserError: there is no such model or file, it cannot be traced, or a pattern matches nothing.
@@ -55,7 +57,7 @@ def view_placement(
         for option, value in given.items():
             if value not in (None, ()):
                 raise UserError(f"{option} was fixed when {path} was trained: leave it out, or give the model's name")
-        return _of_checkpoint(path, allow_changed_model)
+        return _of_checkpoint(path, allow_changed_model, trust_code)
     size = _IMAGE_SIZE if image_size is None else image_size
     shape = (3 if channels is None else channels, size, size)
     classes = _CLASSES if num_classes is None else num_classes
@@ -65,8 +67,8 @@ def view_placement(
     return PlacementView(model, shape, network, placement, texts_of(placement))
 
 
-def _of_checkpoint(path: Path, allow_changed_model: bool) -> PlacementView:
-    checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model)
+def _of_checkpoint(path: Path, allow_changed_model: bool, trust_code: bool) -> PlacementView:
+    checkpoint = load_checkpoint(path, allow_changed_model=allow_changed_model, trust_code=trust_code)
     details, shape = checkpoint.sidecar.details, next(iter(checkpoint.inputs.shapes.values()))
     network = network_of(checkpoint.model)
     placement = placement_of(checkpoint.model)

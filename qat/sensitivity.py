@@ -37,6 +37,8 @@ class SensitivityOptions(Command):
     """File for all figures, as JSON."""
     allow_changed_model: bool = False
     """Go on when the code of the checkpoint's model has changed since, so that the network answers something else."""
+    trust_code: bool = False
+    """Run the code and read the images that the sidecar names, though it was not made by you on this machine."""
     show: int = 20
     """Number of operations to print, the costliest first; the file of --json has all."""
 
@@ -61,6 +63,7 @@ def main(options: SensitivityOptions) -> None:
         show=options.show,
         output=options.json,
         allow_changed_model=options.allow_changed_model,
+        trust_code=options.trust_code,
         compute=Compute.from_options(options.device, "float32", compiled=False),
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +16,12 @@ from typing import IO, Any
 import pytest
 import tiny
 from commands import ONE_THREAD, ROOT, Run, one_thread
+
+# What the tests make is remembered as this user's own (qat/base/trust.py), but not in the user's own folder. Workers of
+# pytest-xdist share that of the process that started them.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="state-of-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

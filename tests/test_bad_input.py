@@ -17,6 +17,7 @@ import tiny
 import torch
 from commands import Run
 from PIL import Image
+from sidecars import edit
 
 from qat.base.artifact import sidecar_path
 
@@ -211,9 +212,9 @@ def checkpoint_of_another_format(place: Workplace) -> tuple[object, ...]:
 
 
 def checkpoint_of_a_model_that_is_gone(place: Workplace) -> tuple[object, ...]:
-    path = sidecar_path(place.copy("model.qat"))
-    rewrite(path, lambda content: content["details"]["model"].update(name="gone.py:net"))
-    rewrite(path, lambda content: content["details"].update(code=None))
+    path = place.copy("model.qat")
+    edit(path, lambda content: content["details"]["model"].update(name="gone.py:net"), own=False)
+    edit(path, lambda content: content["details"].update(code=None), own=False)
     return "no file gone.py", "check the path"
 
 

@@ -4,7 +4,8 @@ The stages (qat, export, deploy) exchange only files. Each file ``F`` has a JSON
 made it, its parent (by SHA-256), its inputs, outputs and classes, and what was measured on it. A file gets its final
 name only when it is complete: it is written in the same folder under a temporary name and then renamed.
 
-Standard library only: every stage imports this module, also on machines without torch, ONNX or TensorRT.
+qat/base/trust.py says what is trusted of it. Every stage imports this module, also on machines without torch, ONNX or
+TensorRT.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.base.regular_file import check_regular, read_json
 from qat.base.supervised import unfinished
+from qat.base.trust import SEAL, is_known, remember, seal_of, untrusted_mode
 
 FORMAT_VERSION = 1
 
 ArtifactKind = Literal["checkpoint", "onnx", "engine", "timing-cache", "calibration-cache"]
 
 _RECORDED_PACKAGES = ("int8-qat-pipeline", "torch", "torchvision", "timm", "onnx", "onnx-ir", "onnxruntime")
+
+_said_changed: set[Path] = set()
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space or choose another folder",
@@ -79,7 +84,8 @@ class Sidecar:
     """The content of ``F.json`` beside an artifact ``F``.
 
     ``figures`` are measurements made on the artifact; ``details`` are facts that only this kind of artifact has
-    (the placement of a checkpoint, the audit of an engine). ``sha256`` and ``made_by`` are filled in on writing.
+    (the placement of a checkpoint, the audit of an engine). ``sha256``, ``made_by`` and ``sidecar_sha256``, the hash of
+    all the rest (qat/base/trust.py), are filled in on writing; of a sidecar that was read the latter is what it has.
     """
 
     kind: ArtifactKind
@@ -92,6 +98,12 @@ class Sidecar:
     details: Mapping[str, Any] = field(default_factory=dict)
     made_by: Mapping[str, Any] = field(default_factory=dict)
     sha256: str = ""
+    sidecar_sha256: str = ""
+
+    @property
+    def own(self) -> bool:
+        """Whether this user wrote it on this machine, so that what it names may be used without a question."""
+        return is_known(self.sidecar_sha256) and not untrusted_mode()
 
 
 def sidecar_path(artifact: Path) -> Path:
@@ -177,10 +189,13 @@ def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], object]
     with atomic_write(sidecar_path(path)) as temporary_sidecar, atomic_write(path) as temporary:
         write(temporary)
         whole = dataclasses.replace(sidecar, sha256=sha256_of(temporary), made_by=_provenance() | made_by)
-        text = json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(whole)}, indent=1, allow_nan=False)
-        temporary_sidecar.write_text(text + "\n", encoding="utf-8")
+        text = json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(whole)}, allow_nan=False)
+        content = json.loads(text)  # as a reader will see it: JSON has lists, not tuples
+        content[SEAL] = seal_of(content)
+        temporary_sidecar.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         _flush(temporary_sidecar)
-    return _sidecar_from_json(json.loads(text))  # as a reader will see it: JSON has lists, not tuples
+    remember(content[SEAL])
+    return _sidecar_from_json(content)
 
 
 def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> Sidecar:
@@ -194,6 +209,7 @@ def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> 
     path = sidecar_path(artifact)
     try:
         content = read_json(path)
+        seal, stated = seal_of(content), content.pop(SEAL, None)
         version = content.pop("format")
     except FileNotFoundError:
         raise UserError(
@@ -207,13 +223,16 @@ def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> 
             f"make {artifact.name} again with this version"
         )
     try:
-        sidecar = _sidecar_from_json(content)
+        sidecar = _sidecar_from_json(content | {SEAL: seal})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks or misstates an entry ({error}): make {artifact.name} again") from error
     if sidecar.kind != kind:
         raise WrongKindError(
             f"{artifact} is a file of kind {sidecar.kind!r}, but must be of kind {kind!r}: give the right file"
         )
+    if stated not in (None, seal) and path not in _said_changed:
+        _said_changed.add(path)
+        warn(f"{path} was changed since it was written: what it says is nobody's measurement any more")
     if trust:
         return sidecar
     found = sha256_of(artifact)
@@ -225,10 +244,17 @@ def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> 
     return sidecar
 
 
-def parent_paths(child: Path, parent: Parent) -> tuple[Path, Path]:
-    """The two places where the parent of ``child`` may be: where it was, or, if both were moved, beside ``child``."""
-    path = child.parent / parent.file
-    return path, child.parent / path.name
+def parent_paths(child: Path, sidecar: Sidecar) -> tuple[Path, ...]:
+    """Where the parent of ``child`` may be: where it was, or, if both were moved, beside ``child``.
+
+    A sidecar that is not the user's own names no place outside of its folder. Raises UserError when it has no parent.
+    """
+    if sidecar.parent is None:
+        raise UserError(f"{child} does not record its parent: make it with the pipeline's own commands")
+    path = child.parent / sidecar.parent.file
+    beside = child.parent / path.name
+    inside = path.resolve().is_relative_to(child.parent.resolve())
+    return (path, beside) if inside or sidecar.own else (beside,)
 
 
 def read_parent(child: Path, sidecar: Sidecar, kind: ArtifactKind) -> tuple[Path, Sidecar]:
@@ -236,10 +262,11 @@ def read_parent(child: Path, sidecar: Sidecar, kind: ArtifactKind) -> tuple[Path
 
     Raises UserError naming both hashes when the file found is not the one that ``child`` was made from.
     """
-    if sidecar.parent is None:
-        raise UserError(f"{child} does not record its parent: make it with the pipeline's own commands")
-    where_it_was, beside = parent_paths(child, sidecar.parent)
-    path = where_it_was if where_it_was.exists() else beside
+    places = parent_paths(child, sidecar)
+    assert sidecar.parent is not None
+    path = next((place for place in places if place.exists()), places[-1])
+    if len(places) == 1 and not path.exists():
+        raise UserError(f"no file {path}, and {child} was not made by you on this machine: put {path.name} beside it")
     parent = read_sidecar(path, kind)
     if parent.sha256 != sidecar.parent.sha256:
         raise UserError(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sidecars import edit
 from torch import Tensor, nn
 
 from qat.base.artifact import read_sidecar, sha256_of, sidecar_path, write_artifact
@@ -44,12 +45,6 @@ def refused(path: Path, *parts: str, load: Callable[[Path], Any] = load_checkpoi
     assert "\n" not in line
     for part in parts:
         assert part in line, line
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(sidecar_path(path).read_text())
-    change(content)
-    sidecar_path(path).write_text(json.dumps(content))
 
 
 def rewrite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from commands import Run
+from sidecars import edit
 
 from qat.base.artifact import sidecar_path
 from qat.checkpoint import load_checkpoint
@@ -137,13 +138,12 @@ def test_a_checkpoint_is_shown_as_it_was_trained(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:
     """The saved decisions and sentences, not those of today's rules."""
-    path = sidecar_path(checkpoint)
-    sidecar = json.loads(path.read_text())
+    sidecar = json.loads(sidecar_path(checkpoint).read_text())
     (add,) = (entry for entry in sidecar["details"]["placement"]["decisions"] if entry["kind"] == "add")
     add["reason"] = "as in the old days"
     add["rule"] = "abandoned"
     sidecar["details"]["rules"] |= {"abandoned": "what was believed then", "weighted_input": "said otherwise"}
-    path.write_text(json.dumps(sidecar))
+    edit(checkpoint, lambda content: content.update(sidecar))
     page = printed(capsys, checkpoint, json=tmp_path / "p.json")
     assert page.startswith(f"{checkpoint} ({sidecar['details']['model']['name']}), input 3x16x16\n")
     assert "by abandoned: as in the old days (1 add)\n  add\n" in page

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-from commands import ROOT
 
 from qat.base.artifact import (
     Parent,
@@ -127,17 +126,15 @@ def test_an_output_that_cannot_be_written(tmp_path):
         check_writable(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["artifact", "errors", "regular_file", "supervised", "onnx_structure", "onnx_file"])
-def test_artifact_needs_the_standard_library_only(name: str):
+@pytest.mark.parametrize("name", ["errors", "trust", "regular_file", "supervised", "onnx_structure", "onnx_file"])
+def test_what_readers_rest_on_needs_the_standard_library_only(name: str):
     import ast
     import sys
 
     tree = ast.parse((ROOT / "qat" / "base" / f"{name}.py").read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    beside = {
-        f"qat.base.{name}" for name in ("errors", "regular_file", "supervised", "onnx_file")
-    }  # which need no more
+    beside = {f"qat.base.{name}" for name in ("errors", "regular_file", "supervised", "onnx_file")}  # these, too
     assert {module.split(".")[0] for module in imported - beside} <= set(sys.stdlib_module_names)
 
 
