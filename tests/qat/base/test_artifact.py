@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import ROOT
 
 from qat.base.artifact import (
     Parent,
