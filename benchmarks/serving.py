@@ -120,7 +120,7 @@ def of_server(server: Server, images: np.ndarray, load: Load) -> Callable[[int],
                 return
             from tritonclient.utils import shared_memory
 
-            name, part = f"{server.shared_memory}-{index}", images[: load.batch]
+            name, part = f"{server.shared_memory}-{load.batch}-{load.clients}-{index}", images[: load.batch]
             outputs = load.batch * CLASSES * 4
             region = shared_memory.create_shared_memory_region(name, f"/{name}", part.nbytes + outputs)
             try:

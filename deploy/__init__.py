@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deploy.engine_file import EngineFile, build_engine
     from deploy.migration import Migration, migrate_engine
     from deploy.runtime import Engine
+    from deploy.served_engine import ServedEngine
     from deploy.settings import BuilderOptions, CalibrationSettings, Profile
     from deploy.tuned_engine import TunedEngine, tune_engine
     from qat.base.errors import UserError
@@ -36,6 +37,7 @@ __all__ = [
     "EngineFile",
     "Migration",
     "Profile",
+    "ServedEngine",
     "TunedEngine",
     "UserError",
     "audit_engine",
@@ -52,6 +54,7 @@ _MODULES = {
     "EngineFile": "deploy.engine_file",
     "Migration": "deploy.migration",
     "Profile": "deploy.settings",
+    "ServedEngine": "deploy.served_engine",
     "TunedEngine": "deploy.tuned_engine",
     "UserError": "qat.base.errors",
     "audit_engine": "deploy.engine_audit",

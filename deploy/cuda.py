@@ -74,6 +74,8 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
     """
     error, *values = function(*arguments)
     if int(error) != 0:
+        # The thread's next user of CUDA, such as TensorRT for another request, would take it for its own.
+        _runtime().cudaGetLastError()
         raise _error_for(error, function.__name__)
     return None if not values else values[0] if len(values) == 1 else tuple(values)
 
@@ -89,6 +91,11 @@ class Stream:
     def handle(self) -> int:
         """The stream's address."""
         return int(self._stream)
+
+    @property
+    def open(self) -> bool:
+        """Whether it is not closed yet."""
+        return self._stream is not None
 
     def synchronize(self) -> None:
         """Waits until all work on the stream is done."""
@@ -235,6 +242,11 @@ def is_pinned(address: int) -> bool:
 def free_memory() -> int:
     """How many bytes of GPU memory are free."""
     return int(call(_runtime().cudaMemGetInfo)[0])
+
+
+def total_memory() -> int:
+    """How many bytes of memory the GPU has."""
+    return int(call(_runtime().cudaMemGetInfo)[1])
 
 
 def current_device() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,11 +120,16 @@ class BoundContext:
 
 
 class Executor:
-    """Runs one inference at a time of a loaded engine. Its buffers hold the largest batch that the engine takes."""
+    """Runs one inference at a time of a loaded engine. Its buffers hold the largest batch that the engine takes.
+
+    Attributes:
+        failed: whether an inference failed. Its stream and contexts may then be of no use: ``Engine`` replaces it.
+    """
 
     def __init__(self, engine: LoadedEngine) -> None:
         """Allocates stream, scratch memory and buffers. Raises UserError when the GPU's memory is too small."""
         self.engine = engine
+        self.failed = False
         self._contexts: OrderedDict[int, BoundContext] = OrderedDict()
         self._staging: dict[str, cuda.PinnedMemory] = {}
         self._outputs: dict[str, Any] = {}
@@ -156,6 +162,10 @@ class Executor:
 
     def submit(self, inputs: InputBatch) -> None:
         """Starts an inference: copies in, computes and copies out, one after the other on the stream."""
+        with self._noticing_failure():
+            self._submit(inputs)
+
+    def _submit(self, inputs: InputBatch) -> None:
         context = self.bind(inputs.batch)
         stream = self.stream.handle
         self._held = inputs  # their memory must live until it is copied
@@ -185,28 +195,41 @@ class Executor:
 
     def result(self) -> dict[str, Any]:
         """Waits for the submitted inference. Returns its outputs by name; they belong to the caller."""
-        self.stream.synchronize()
+        with self._noticing_failure():
+            self.stream.synchronize()
         self._held = None
         found, self._outputs = self._outputs, {}
         return {name: array.copy() if isinstance(array, np.ndarray) else array for name, array in found.items()}
 
     def settle(self) -> None:
         """Waits for the submitted inference, if there is one, and drops its outputs."""
-        self.stream.synchronize()
-        self._held = None
-        self._outputs = {}
+        try:
+            with self._noticing_failure():
+                self.stream.synchronize()
+        finally:
+            self._held = None
+            self._outputs = {}
 
     def close(self) -> None:
-        """Frees everything, even if a part of that fails."""
+        """Frees everything, even if a part of that fails. It may be called twice."""
+        staging, self._staging = self._staging, {}
+        contexts, self._contexts = self._contexts, OrderedDict()
         with contextlib.ExitStack() as stack:
             stack.callback(self._own.close)
-            for memory in self._staging.values():
+            for memory in staging.values():
                 stack.callback(memory.close)
-            for context in self._contexts.values():
+            for context in contexts.values():
                 stack.callback(context.close)
-            stack.callback(self.stream.synchronize)
-        self._contexts.clear()
-        self._staging.clear()
+            if self.stream.open:
+                stack.callback(self.stream.synchronize)
+
+    @contextlib.contextmanager
+    def _noticing_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.failed = True
+            raise
 
     def _staging_memory(self, spec: TensorSpec) -> cuda.PinnedMemory:
         if spec.name not in self._staging:

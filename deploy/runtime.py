@@ -11,7 +11,11 @@ captured from it. Executors work at the same time, so that copies overlap with c
 
 Thread safety: ``__call__``, ``map`` and ``pinned_input`` may be called from any number of threads at once. Each call
 takes an executor and waits while all are taken. ``close`` waits for running calls to end. A call after ``close`` raises
-ValueError.
+EngineClosedError, which is a ValueError.
+
+Failures: an error is raised by the call whose inference failed, and by no other. Its executor is closed and made anew
+before it is used again. After an error that the whole process cannot recover from, such as an illegal address, every
+call raises one.
 """
 
 from __future__ import annotations
@@ -37,6 +41,13 @@ from qat.base.errors import UserError
 
 SECONDS_BETWEEN_LOOKS = 0.05
 """How often a call that waits for an executor checks whether the engine has been closed."""
+
+
+class EngineClosedError(ValueError):
+    """The engine is closed, and the call was not computed."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine is closed")
 
 
 class Engine:
@@ -188,9 +199,7 @@ class Engine:
             self._closed = True
         with ExitStack() as stack:  # runs every step, even if one fails; the last one that is added runs first
             stack.callback(self.loaded.close)
-            stack.callback(self._executors.clear)
-            for executor in self._executors:
-                stack.callback(executor.close)
+            stack.callback(self._close_executors)
             stack.callback(self._collect_executors)
             stack.callback(self._end_maps)
             cuda.use_device(self._device)
@@ -213,22 +222,42 @@ class Engine:
         for _ in self._executors:
             self._free.get()
 
+    def _close_executors(self) -> None:
+        with ExitStack() as stack:
+            stack.callback(self._executors.clear)
+            for executor in self._executors:
+                stack.callback(executor.close)
+
     def _check_inputs(self, batch: Any) -> InputBatch:
         inputs = read_inputs(batch, self.inputs)
         self.loaded.profile_for(inputs.batch)
         return inputs
 
     def _take_executor(self, wait: bool) -> Executor | None:
-        """An executor, or None if none is free and ``wait`` is false. Raises ValueError when the engine is closed."""
+        """An executor, or None if none is free and ``wait`` is false. Raises EngineClosedError."""
         cuda.use_device(self._device)
         # Checked again and again, because a waiting call may hold other executors, for which ``close`` waits.
         while not self._closed:
             try:
-                return self._free.get(block=wait, timeout=SECONDS_BETWEEN_LOOKS)
+                executor = self._free.get(block=wait, timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
                 if not wait:
                     return None
-        raise ValueError("the engine is closed")
+                continue
+            return self._made_anew(executor) if executor.failed else executor
+        raise EngineClosedError
+
+    def _made_anew(self, failed: Executor) -> Executor:
+        """An executor in place of one that failed. If none can be made, this call has the error, and the next tries."""
+        try:
+            with suppress(Exception):  # why it failed has been said
+                failed.close()
+            made = Executor(self.loaded)
+        except BaseException:
+            self._free.put(failed)
+            raise
+        self._executors[self._executors.index(failed)] = made
+        return made
 
     def _wait_for_executor(self) -> Executor:
         executor = self._take_executor(wait=True)
@@ -286,7 +315,7 @@ class _RunningMap(Iterator[Any]):
         except StopIteration as end:
             self._complete = self._complete or bool(end.value)
             if not self._complete:
-                raise ValueError("the engine is closed") from None
+                raise EngineClosedError from None
             raise
         except ValueError:
             self.close()

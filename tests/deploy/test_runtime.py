@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy import cuda
+from deploy import cuda, runtime
 from deploy.loaded_engine import LoadedEngine
 from deploy.runtime import Engine
 from deploy.settings import Profile
@@ -77,7 +77,7 @@ class BrokenExecutor:
     """Computes ``good`` times; then everything fails, as after an illegal access on a GPU."""
 
     def __init__(self, good: int) -> None:
-        self.left, self.closed = good, False
+        self.left, self.closed, self.failed = good, False, False
 
     def submit(self, inputs: object) -> None:
         self.left -= 1
@@ -96,11 +96,16 @@ class BrokenExecutor:
 
     def _check(self) -> None:
         if self.left < 0:
+            self.failed = True
             raise RuntimeError("cudaStreamSynchronize: cudaErrorIllegalAddress")
 
 
 def engine_of(executors: list[BrokenExecutor], monkeypatch: pytest.MonkeyPatch) -> Engine:
+    def no_other(loaded: LoadedEngine) -> None:
+        raise RuntimeError("cudaStreamCreateWithFlags: cudaErrorIllegalAddress")
+
     monkeypatch.setattr(cuda, "use_device", lambda number: None)
+    monkeypatch.setattr(runtime, "Executor", no_other)
     loaded, engine = LoadedEngine.__new__(LoadedEngine), Engine.__new__(Engine)
     loaded.inputs, loaded.profiles = (TensorSpec("x", (-1, 2), "float32"),), (Profile(1, 2, 4),)
     loaded.lock, loaded.cuda_engine, loaded._runtime = threading.Lock(), None, None  # type: ignore[assignment]
