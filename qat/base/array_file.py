@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from qat.base.errors import UserError
+from qat.base.errors import UserError, one_line
 from qat.base.regular_file import check_regular
 
 _UNSUSPICIOUS, _MOST_RATIO = 256 << 20, 100
@@ -67,6 +67,11 @@ def _check_header(file: Any, size: int) -> None:
     """Raises ValueError when an array has fewer bytes than its header says."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+    try:
+        shape, _, dtype = read(file)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        raise
+    except Exception as error:  # the header is a Python literal, and NumPy raises what parsing that does
+        raise ValueError(f"the header of an array is damaged ({one_line(error)})") from error
     if not dtype.hasobject and (wanted := math.prod(shape) * dtype.itemsize) > size:
         raise ValueError(f"an array is truncated: its header tells of {wanted} bytes, and it has fewer than {size}")

@@ -7,6 +7,7 @@ anywhere and have gaps: in COCO they are 1 to 90 with ten missing.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,17 @@ from qat.base.regular_file import read_json
 from qat.data.annotations import AnnotatedImage, AnnotatedSet, check_inside, with_boxes
 
 _PREFIX = "instances_"
-_KEYS = {
-    "images": {"id", "file_name"},
-    "annotations": {"image_id", "category_id", "bbox"},
-    "categories": {"id", "name"},
+_KEYS: Mapping[str, Mapping[str, Any]] = {  # and the types of their values
+    "images": {"id": int | str, "file_name": str},
+    "annotations": {"image_id": int | str, "category_id": int, "bbox": list},
+    "categories": {"id": int, "name": str},
 }
 
 
 def read(path: Path, most: int | None = None) -> AnnotatedSet:
     """All images of the file, or the first ``most``, with their boxes. Raises UserError for any mistake in the set."""
     content = _content(path)
-    categories = {int(one["id"]): str(one["name"]) for one in content["categories"]}
+    categories = {one["id"]: one["name"] for one in content["categories"]}
     if not categories:
         raise UserError(f"{path} has no categories: name the classes there")
     ids = tuple(sorted(categories))
@@ -63,18 +64,15 @@ def _content(path: Path) -> dict[str, Any]:
         raise UserError(f"no file {path}: check the path of --data") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({one_line(error)}): check the file") from error
-    wanted = {
-        "images": ("id", "file_name"),
-        "annotations": ("image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    for part, keys in wanted.items():
+    for part, keys in _KEYS.items():
         entries = content.get(part) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(
-            isinstance(one, dict) and set(keys) <= one.keys() for one in entries
+            isinstance(one, dict) and all(isinstance(one.get(key), kind) for key, kind in keys.items())
+            for one in entries
         ):
             raise UserError(
-                f"{path} is not in COCO's format: {part} must be a list of entries with {', '.join(sorted(keys))}"
+                f"{path} is not in COCO's format: {part} must be a list of entries with {', '.join(sorted(keys))}, of "
+                "their types there"
             )
     if not content["images"]:
         raise UserError(f"{path} names no image: give another file")
@@ -113,7 +111,7 @@ def _annotated(
         where = f"{path}, annotation {one.get('id')}"
         try:
             left, top, width, height = map(float, one["bbox"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(f"{where}: bbox must be left, top, width and height in pixels") from None
         box = (left, top, left + width, top + height)
         check_inside(where, box, size)

@@ -37,7 +37,10 @@ def images_of(folder: Path, split: Split) -> list[str]:
     listed = folder / "ImageSets" / "Segmentation" / f"{split}.txt"
     if not listed.is_file():
         return files
-    names = set(read_text(listed).split())
+    try:
+        names = set(read_text(listed).split())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {listed} ({one_line(error)}): check the file") from error
     chosen = [file for file in files if Path(file).stem in names]
     if not chosen:
         raise UserError(f"{listed} lists no image that is in {images}: correct it")

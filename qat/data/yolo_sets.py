@@ -108,7 +108,7 @@ def _of_entry(path: Path, place: Path, split: str) -> Iterator[str]:
         return
     if place.suffix != ".txt":
         raise UserError(f"{path}: {split} is {place}, which must be a folder of images or a .txt file that lists them")
-    listed = [line.strip() for line in read_text(place).splitlines() if line.strip()]
+    listed = [line.strip() for line in _lines(place) if line.strip()]
     if not listed:
         raise UserError(f"{place} lists no image: write the path of one into each line")
     for line in listed:
@@ -122,7 +122,7 @@ def _labelled(image: str, labels: Path, names: Sequence[str]) -> AnnotatedImage:
     boxes, classes = [], []
     if labels.is_file():
         size = upright_size(image)
-        for number, line in enumerate(read_text(labels).splitlines(), 1):
+        for number, line in enumerate(_lines(labels), 1):
             if line.strip():
                 where = f"{labels}, line {number}"
                 label, shares = _parse(where, line, names)
@@ -133,13 +133,20 @@ def _labelled(image: str, labels: Path, names: Sequence[str]) -> AnnotatedImage:
     return with_boxes(image, boxes, classes, [False] * len(classes))
 
 
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_text(path).splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({one_line(error)}): check the file") from error
+
+
 def _parse(where: str, line: str, names: Sequence[str]) -> tuple[int, tuple[float, ...]]:
     """The class, and left, top, right and bottom as shares."""
     try:
         first, *values = map(float, line.split())
-    except ValueError:
+        label = int(first)
+    except (ValueError, OverflowError):
         raise UserError(f"{where}: {line.strip()[:40]!r} must be numbers: class x y width height") from None
-    label = int(first)
     if label != first or not 0 <= label < len(names):
         raise UserError(
             f"{where}: class {first:g} must be from 0 to {len(names) - 1}, as names has {len(names)}; the "

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import struct
+import threading
+import time
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +16,16 @@ import pytest
 from PIL import Image
 
 from qat.base.errors import UserError
-from qat.base.image_files import IMAGE_EXTENSIONS, all_image_files, image_files, image_size, is_image, read_image
+from qat.base.image_files import (
+    IMAGE_EXTENSIONS,
+    _PixelBudget,
+    all_image_files,
+    image_files,
+    image_size,
+    is_image,
+    read_image,
+    upright_size,
+)
 
 
 def made(path: Path, *, width: int = 6, height: int = 4) -> str:
@@ -79,3 +94,61 @@ def test_the_size_is_read_from_the_head_of_a_file(tmp_path: Path) -> None:
             read(str(path))
         with pytest.raises(UserError, match=r"cannot read .*none\.png: No such file"):
             read(str(tmp_path / "none.png"))
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path: Path) -> None:
+    images = [made(tmp_path / "set" / name) for name in ("a/1.png", "a/2.png", "b/3.png")]
+    for folder in ("a", "b"):
+        (tmp_path / "set" / folder / "loop").symlink_to(tmp_path / "set")
+        (tmp_path / "set" / folder / "up").symlink_to("..")
+        (tmp_path / "set" / folder / "other").symlink_to("../a")
+    assert sorted(map(os.path.realpath, all_image_files(tmp_path / "set")[0])) == images
+    inside, _ = all_image_files(tmp_path / "set" / "b")  # what its links reach around it is not in it, but for a/
+    assert [os.path.basename(file) for file in inside] == ["3.png", "1.png", "2.png"]
+
+
+def test_fifos_and_devices_are_no_images(tmp_path: Path) -> None:
+    image = made(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    (tmp_path / "c.png").symlink_to("/dev/zero")
+    files, notes = all_image_files(tmp_path)
+    assert files == [image]
+    assert "2 FIFO or device" in notes[0]
+    for name in ("b.png", "c.png"):
+        with pytest.raises(UserError, match=f"{name} is not a regular file"):
+            read_image(str(tmp_path / name))
+
+
+def test_an_image_of_more_pixels_than_pillows_limit(tmp_path: Path) -> None:
+    for side in (13000, 30000):
+        path = tmp_path / f"{side}.png"
+        head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+        rows = zlib.compress(bytes((side // 8 + 1) * side), 9) if side == 13000 else b""
+        parts = [(b"IHDR", head), (b"IDAT", rows), (b"IEND", b"")]
+        chunks = [
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+            for kind, content in parts
+        ]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+        for read in (read_image, image_size, upright_size):
+            with pytest.raises(UserError, match=rf"{side}\.png has .*pixels.*89,478,485 are read, Pillow's limit"):
+                read(str(path))
+
+
+def test_threads_decode_only_so_many_pixels_at_a_time() -> None:
+    budget, inside, most = _PixelBudget(100), 0, 0
+    lock = threading.Lock()
+
+    def decode(pixels: int) -> None:
+        nonlocal inside, most
+        with budget.of(pixels):
+            with lock:
+                inside += min(pixels, 100)
+                most = max(most, inside)
+            time.sleep(0.01)
+            with lock:
+                inside -= min(pixels, 100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, [60, 30, 20, 1000, 40, 40, 90, 10]))
+    assert most == 100
