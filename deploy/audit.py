@@ -17,15 +17,16 @@ import tyro
 
 from qat.base.artifact import check_writable, write_result
 from qat.base.console import Command, run_command, say, warn
+from qat.base.outputs import READS, WRITES_TEXT
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditOptions(Command):
     """The options of ``python -m deploy.audit``."""
 
-    engine: Annotated[Path, tyro.conf.Positional]
+    engine: Annotated[Path, tyro.conf.Positional, READS]
     """The engine that python -m deploy.build wrote."""
-    json: Path | None = None
+    json: Annotated[Path | None, WRITES_TEXT] = None
     """File for the whole audit, as JSON."""
     batch: int | None = None
     """Batch size at which times are measured; by default the one that the engine is tuned for."""

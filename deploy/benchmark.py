@@ -17,26 +17,32 @@ from typing import Annotated, Literal
 
 import tyro
 
+from deploy.settings import ENGINES
 from qat.base.artifact import check_writable
 from qat.base.console import Command, run_command, say
 from qat.base.errors import UserError
+from qat.base.outputs import READS, Reads, Writes
+
+_OUTPUT = Writes(
+    default=lambda options: options.model.with_name("benchmark.json"), when=lambda options: not options.build_only
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions(Command):
     """The options of ``python -m deploy.benchmark``."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL.onnx")]
+    model: Annotated[Path, tyro.conf.Positional, READS, tyro.conf.arg(metavar="MODEL.onnx")]
     """The Q/DQ ONNX file."""
-    float32: Path | None = None
+    float32: Annotated[Path | None, Reads(default=lambda options: options.model.with_suffix(".float32.onnx"))] = None
     """The same model from python -m export.onnx --precision float32; by default MODEL.float32.onnx."""
-    float16: Path | None = None
+    float16: Annotated[Path | None, Reads(default=lambda options: options.model.with_suffix(".float16.onnx"))] = None
     """The same model with --precision float16, for TensorRT versions that have only strongly typed networks; by default
     MODEL.float16.onnx."""
-    variants: tuple[str, ...] = ()
+    variants: Annotated[tuple[str, ...], READS] = ()
     """The model exported in other ways (export.onnx --pad-channels, --merge-shortcuts) as NAME=FILE, compared at all
     batch sizes."""
-    ptq: Path | None = None
+    ptq: Annotated[Path | None, READS] = None
     """The model quantized without training, as ONNX."""
     precisions: tuple[Literal["fp32", "tf32", "fp16", "int8"], ...] = ("fp32", "tf32", "fp16", "int8")
     """Float engines to compare with."""
@@ -44,9 +50,9 @@ class BenchmarkOptions(Command):
     """Batch sizes at which the model is compared with FP16 and implicit INT8."""
     full_batches: tuple[int, ...] = (32,)
     """Batch sizes at which FP32, TF32, post-training and --peers are compared too."""
-    peers: tuple[str, ...] = ()
+    peers: Annotated[tuple[str, ...], READS] = ()
     """ONNX files of other tools as NAME=FILE."""
-    inputs: tuple[str, ...] = ()
+    inputs: Annotated[tuple[str, ...], READS] = ()
     """The same model with other input types (export.onnx --input) as NAME=FILE, for --sweep and --host-to-host."""
     sweep: tuple[int, ...] = ()
     """Batch sizes at which throughput is measured."""
@@ -65,9 +71,9 @@ class BenchmarkOptions(Command):
     """As for deploy.build."""
     build_only: bool = False
     """Build the missing engines and measure nothing. Several such runs, each on its own GPU, share the builds."""
-    engines: Path | None = None
+    engines: Annotated[Path | None, ENGINES] = None
     """Folder that keeps the engines; by default engines/ beside the model."""
-    output: Path | None = None
+    output: Annotated[Path | None, _OUTPUT] = None
     """The results as JSON; by default benchmark.json beside the model."""
 
 

@@ -19,18 +19,21 @@ from typing import Annotated, Literal
 
 import tyro
 
-from deploy.settings import BuilderOptions, CalibrationSettings, Profile
+from deploy.settings import BuilderOptions, CalibrationSettings, Profile, beside_artifact
 from qat.base.console import Command, run_command
 from qat.base.exit_codes import DONE, NOT_INT8
+from qat.base.outputs import READS, Writes
+
+_OUTPUT = Writes(default=lambda options: options.model.with_suffix(".engine"), beside=beside_artifact)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(Command, BuilderOptions):
     """The options of ``python -m deploy.build``."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL.onnx")]
+    model: Annotated[Path, tyro.conf.Positional, READS, tyro.conf.arg(metavar="MODEL.onnx")]
     """The ONNX file."""
-    output: Path | None = None
+    output: Annotated[Path | None, _OUTPUT] = None
     """The engine to write; by default the model's name with the suffix .engine."""
     builder: Literal["auto", "tensorrt", "tensorrt-rtx"] = "auto"
     """auto: TensorRT if it and a GPU are usable, else TensorRT-RTX."""
@@ -42,7 +45,7 @@ class BuildOptions(Command, BuilderOptions):
     repeat: int = 1
     """Build this often and keep the engine that is fastest at the OPT batch, because the choice of kernels varies from
     build to build. Needs a GPU."""
-    ranges: Path | None = None
+    ranges: Annotated[Path | None, READS] = None
     """For --precision int8: the ranges of the tensors; a CSV file with the columns tensor,min,max, JSON like
     {"conv1": [-2.5, 2.5]}, a calibration cache of TensorRT, a Q/DQ ONNX file or a checkpoint of qat.train. They come
     before those of a calibrator."""
@@ -52,7 +55,7 @@ class BuildOptions(Command, BuilderOptions):
     a GPU."""
     fall_back: bool = False
     """With --verify-speed: write the FP16 engine where INT8 is not faster beyond the spread."""
-    timing_cache: Path | None = None
+    timing_cache: Annotated[Path | None, Writes(beside=beside_artifact)] = None
     """File that keeps measured kernel times. The first build makes it, later builds are shorter."""
 
 

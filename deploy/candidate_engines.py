@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -26,9 +25,10 @@ from deploy.settings import BuildSettings, Profile
 from deploy.timing_cache import TimingCacheFile
 from deploy.trt import Toolkit
 from deploy.weak_typing import warn_of_tf32_override
-from qat.base.artifact import Parent, Sidecar, disk_errors, read_sidecar, sha256_of, sidecar_path
+from qat.base.artifact import Parent, Sidecar, disk_errors, read_sidecar, sha256_of, sidecar_path, this_command
 from qat.base.console import say
 from qat.base.errors import UserError
+from qat.base.lock import HeldError, Holder, locked, remove_leftovers
 from qat.base.number_format import INT8
 
 _SOME_AMAX = 4.0
@@ -100,16 +100,11 @@ class CandidateEngines:
 
     def build_if_free(self, candidate: Candidate, batch: int) -> None:
         """Builds the engine, unless it exists or another run is building it."""
-        path = self._path(candidate, batch)
-        claim = path.with_name(path.name + ".claim")
-        with _claim_file(claim) as claimed:
-            if claimed:
+        with _claimed(self._path(candidate, batch)) as other:
+            if other is None:
                 self.engine(candidate, batch)
             else:
-                say(
-                    f"{candidate.name} for batch {batch} is left to the run that made {claim}; "
-                    "delete that file if the run has ended"
-                )
+                say(f"{candidate.name} for batch {batch} is left to {other}")
 
     def _ranges(self, candidate: Candidate, settings: BuildSettings, digest: str) -> RangeSources:
         """Where the ranges of implicit INT8 come from. What is calibrated for one batch size is kept for the others."""
@@ -183,17 +178,15 @@ class CandidateEngines:
 
 
 @contextlib.contextmanager
-def _claim_file(path: Path) -> Iterator[bool]:
-    """Whether ``path`` could be made. If so, it exists while the block runs."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-            made = True
-        except FileExistsError:
-            made = False
-    try:
-        yield made
-    finally:
-        if made:
-            path.unlink(missing_ok=True)
+def _claimed(engine: Path) -> Iterator[Holder | None]:
+    """Holds the lock of an engine while the block runs; yields who has it if that is another run."""
+    with contextlib.ExitStack() as stack:
+        with disk_errors(engine):
+            engine.parent.mkdir(parents=True, exist_ok=True)
+            holder = None
+            try:
+                stack.enter_context(locked(engine, " ".join(this_command())))
+                remove_leftovers(engine)
+            except HeldError as error:
+                holder = error.holder
+        yield holder

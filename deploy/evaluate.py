@@ -22,24 +22,25 @@ import tyro
 from qat.base.artifact import check_writable, write_result
 from qat.base.console import Command, run_command, say
 from qat.base.exit_codes import DISAGREES, DONE
+from qat.base.outputs import READS, READS_IMAGES, WRITES_TEXT
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(Command):
     """The options of ``python -m deploy.evaluate``."""
 
-    engine: Annotated[Path, tyro.conf.Positional]
+    engine: Annotated[Path, tyro.conf.Positional, READS]
     """The engine that python -m deploy.build wrote, or an ONNX file of python -m export.onnx."""
-    data: str | None = None
+    data: Annotated[str | None, READS_IMAGES] = None
     """Images: of a classifier as for qat.train (needs torch), whose test split is used; of others set.yaml,
     instances.json, or a folder of images, with masks or without. By default the reference file."""
-    data_root: Path = Path("data")
+    data_root: Annotated[Path, READS] = Path("data")
     """Where the data sets of torchvision are."""
     images: int | None = None
     """The largest number of images to use."""
-    onnx: Path | None = None
+    onnx: Annotated[Path | None, READS] = None
     """The ONNX file to compare the engine with; by default the one that it was built from."""
-    decoder: str | None = None
+    decoder: Annotated[str | None, READS] = None
     """What makes boxes of a detector's outputs, path/file.py:function: it takes the outputs of one image by name and
     (height, width) of the input, and returns boxes [n, 4] as left, top, right, bottom in pixels of the input, scores
     [n] and classes [n] from 0 on. Built in for Ultralytics (--decode) and torchvision's detectors of one stage."""
@@ -59,7 +60,7 @@ class EvaluateOptions(Command):
     the output of a network without class names."""
     layers: bool = False
     """Compare the tensors inside with ONNX Runtime's too. One more engine is built, which has them as outputs."""
-    json: Path | None = None
+    json: Annotated[Path | None, WRITES_TEXT] = None
     """File for the results, as JSON."""
     trust: bool = False
     """Load the engine even if it is not the file that its sidecar was written for."""

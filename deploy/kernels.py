@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from qat.base.console import Command, run_command
 from qat.base.exit_codes import DONE
+from qat.base.outputs import Writes
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelOptions(Command):
     """The options of ``python -m deploy.kernels``."""
 
-    output: Path
+    output: Annotated[Path, Writes()]
     """The profile, as JSON."""
     families: tuple[str, ...] = ()
     """Families of layers, such as grouped, transposed, depthwise; by default all."""

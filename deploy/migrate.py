@@ -16,33 +16,42 @@ from typing import Annotated
 
 import tyro
 
+from deploy.settings import ENGINES
+from export.file_form import files_beside, quantized_path
 from qat.base.console import Command, run_command
 from qat.base.exit_codes import DISAGREES, DONE
+from qat.base.outputs import READS, READS_IMAGES, WRITES_TEXT, Writes
+
+_EXPLICIT = Writes(
+    default=lambda options: quantized_path(options.model),
+    beside=files_beside,
+    when=lambda options: options.explicit is None,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MigrateOptions(Command):
     """The options of ``python -m deploy.migrate``."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FLOAT.onnx")]
+    model: Annotated[Path, tyro.conf.Positional, READS, tyro.conf.arg(metavar="FLOAT.onnx")]
     """The float ONNX file."""
-    calibration_cache: Path
+    calibration_cache: Annotated[Path, READS]
     """The calibration cache that the implicit engine was built with."""
-    explicit: Path | None = None
+    explicit: Annotated[Path | None, READS, _EXPLICIT] = None
     """The Q/DQ file, if it has been made elsewhere; by default it is made here, which needs torch."""
-    data: str | None = None
+    data: Annotated[str | None, READS_IMAGES] = None
     """Images to compare on, as deploy.build takes them to calibrate; by default the reference file beside the model."""
     images: int = 5000
     """How many of them, at most."""
     batches: tuple[int, ...] = (1, 32)
     """Fixed batch sizes at which engines are built and timed."""
-    engines: Path | None = None
+    engines: Annotated[Path | None, ENGINES] = None
     """Folder that keeps the engines; by default engines/ beside the model."""
     repeat: int = 1
     """Build every engine this often and keep the fastest."""
     runs: int = 200
     """Each engine has at least this many timed inferences."""
-    json: Path | None = None
+    json: Annotated[Path | None, WRITES_TEXT] = None
     """File for the results, as JSON."""
 
 

@@ -13,6 +13,7 @@ from deploy.candidates import Candidate
 from deploy.engine_table import EngineTable, Questions, measure_engines
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
+from export.file_form import quantized_path
 from qat.base.artifact import check_writable, sha256_of, write_result
 from qat.base.calibration_cache import check_cache
 from qat.base.console import say
@@ -143,6 +144,6 @@ def _quantized(model: Path, cache: Path) -> Path:
             f"writing the Q/DQ file needs another package ({error.name}): run python -m export.quantize {model} "
             f"--calibration-cache {cache} where torch is, and give its file as --explicit"
         ) from error
-    path = model.with_name(model.name.removesuffix(".onnx") + ".int8.onnx")
+    path = quantized_path(model)
     quantize_onnx(model, path, calibration_cache=cache)
     return path

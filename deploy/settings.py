@@ -6,10 +6,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from qat.base.artifact import sidecar_path
 from qat.base.choices import Constraints, EnginePrecision, ImplicitCalibrator
 from qat.base.errors import UserError
+from qat.base.outputs import READS, READS_IMAGES, Writes
+
+
+def beside_artifact(path: Path, options: object = None) -> tuple[Path, ...]:
+    """What is written with an engine or a cache: its sidecar."""
+    return (sidecar_path(path),)
+
+
+ENGINES = Writes(folder=True, default=lambda options: options.model.with_name("engines"), locked=lambda path: False)
+"""A folder of engines, which several runs may fill: each engine is claimed by the run that builds it."""
+
+# Several builds may read a calibration cache that is there.
+_CACHE = Writes(beside=beside_artifact, locked=lambda path: not path.exists())
 
 
 @dataclass(frozen=True)
@@ -100,7 +114,7 @@ class BuilderOptions:
 class CalibrationSettings:
     """How one of TensorRT's own calibrators finds the ranges of implicit INT8."""
 
-    data: str | None = None
+    data: Annotated[str | None, READS_IMAGES] = None
     """What to calibrate on. A folder of images (its train/, if it has one); a text file that
     lists the paths of images, one a line; digits, an .npz file or torchvision:NAME, as for qat.calibrate, with torch;
     or inputs as the network takes them, float32: an .npy file, or an .npz file with an array for each input."""
@@ -121,9 +135,9 @@ class CalibrationSettings:
     """Mean of the normalization for each channel, of pixels in 0 to 1; by default the sidecar's, else ImageNet's."""
     std: tuple[float, ...] | None = None
     """Standard deviation of the normalization, likewise."""
-    data_root: Path = Path("data")
+    data_root: Annotated[Path, READS] = Path("data")
     """Where torchvision's data sets are."""
-    calibration_cache: Path | None = None
+    calibration_cache: Annotated[Path | None, _CACHE] = None
     """TensorRT's calibration cache: read if it is there and was made of the same model, images, calibrator and version,
     else written."""
     trust_cache: bool = False

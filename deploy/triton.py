@@ -12,20 +12,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from qat.base.console import Command, run_command
+from qat.base.outputs import READS, Writes
+
+
+def _beside(repository: Path, options: Any) -> tuple[Path, ...]:
+    from deploy.triton_repository import files_of_model
+
+    return files_of_model(repository, options.name or options.model.stem)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TritonOptions(Command):
     """The options of ``python -m deploy.triton``."""
 
-    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL.engine|MODEL.onnx")]
+    model: Annotated[Path, tyro.conf.Positional, READS, tyro.conf.arg(metavar="MODEL.engine|MODEL.onnx")]
     """The engine that python -m deploy.build wrote, or with --backend python an ONNX file."""
-    out: Path
+    out: Annotated[Path, Writes(folder=True, beside=_beside)]
     """The model repository: a folder, which may have other models."""
     backend: Literal["tensorrt", "python"] = "tensorrt"
     """Who runs it: Triton's TensorRT backend, or its Python backend with this package."""

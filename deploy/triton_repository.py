@@ -109,6 +109,12 @@ def write_repository(
     say(f"wrote {folder}\nnext: {repository / PAGE} says how to start Triton and how to measure it")
 
 
+def files_of_model(repository: Path, name: str) -> tuple[Path, ...]:
+    """What ``write_repository`` may write for a model."""
+    folder = repository / name
+    return (*(folder / VERSION / file for file in sorted(_FILES)), folder / LABELS, folder / CONFIG, repository / PAGE)
+
+
 def render_page(model: TritonModel, source: str) -> str:
     """The page about the repository, in Markdown; ``source`` is the name of the engine or ONNX file."""
     import jinja2

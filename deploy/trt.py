@@ -38,6 +38,7 @@ from deploy.settings import BuildSettings
 from qat.base.choices import BuilderName, EnginePrecision, ImplicitCalibrator
 from qat.base.errors import UserError
 from qat.base.onnx_structure import check_structure
+from qat.base.streams import heeded
 from qat.base.supervised import native
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ class Toolkit:
     def report_progress(
         self, config: trt.IBuilderConfig, report: Callable[[float, str], None]
     ) -> Iterator[Callable[[], None]]:
-        """While the block builds, calls ``report(fraction done, phase)`` and lets Ctrl-C cancel the build.
+        """While the block builds, calls ``report(fraction done, phase)`` and lets Ctrl-C, SIGTERM and SIGHUP cancel it.
 
         Yields what raises KeyboardInterrupt after Ctrl-C, for Python code that the builder calls back.
 
@@ -262,7 +263,7 @@ class Toolkit:
             config.progress_monitor = progress_monitor(base, report, lambda: not interrupted)
         main_thread = threading.current_thread() is threading.main_thread()
         handler = mark if self.reports_progress else signal.SIG_DFL
-        before = signal.signal(signal.SIGINT, handler) if main_thread else None
+        before = {number: signal.signal(number, handler) for number in heeded()} if main_thread else {}
 
         def raise_if_interrupted() -> None:
             if interrupted:
@@ -271,8 +272,8 @@ class Toolkit:
         try:
             yield raise_if_interrupted
         finally:
-            if main_thread:
-                signal.signal(signal.SIGINT, before)
+            for number, earlier in before.items():
+                signal.signal(number, earlier)
         raise_if_interrupted()
 
     def load(self, plan: Any, log: BuildLog, host_code: bool = False) -> tuple[Any, trt.ICudaEngine]:

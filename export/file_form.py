@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from qat.base.artifact import sidecar_path
 from qat.base.choices import ExportPrecision, FloatType, InputKind, WeightStorage
 from qat.base.errors import UserError
+
+
+def reference_path(onnx: Path) -> Path:
+    """``model.onnx`` -> ``model.reference.npz``."""
+    return onnx.with_name(onnx.name.removesuffix(".onnx") + ".reference.npz")
+
+
+def quantized_path(model: Path) -> Path:
+    """``model.onnx`` -> ``model.int8.onnx``: what export.quantize makes of a float file."""
+    return model.with_name(model.name.removesuffix(".onnx") + ".int8.onnx")
+
+
+def files_beside(onnx: Path, options: object = None) -> tuple[Path, ...]:
+    """What is written with an ONNX file: its sidecar and its reference file."""
+    return sidecar_path(onnx), reference_path(onnx)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +67,10 @@ class FileForm:
     def quantized(self) -> bool:
         """Whether the file has quantizers."""
         return self.precision == "int8"
+
+    def path_beside(self, checkpoint: Path) -> Path:
+        """``model.qat`` -> ``model.merged-padded.onnx``: where the file is written when no name is given."""
+        return checkpoint.with_suffix(f"{self.suffix}.onnx")
 
     @property
     def suffix(self) -> str:

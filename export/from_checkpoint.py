@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from export import ops
 from export.against_float import against_float, against_recorded
 from export.emit import emit, example_input, input_quantizer, input_scale, with_ends
-from export.file_form import FileForm
+from export.file_form import FileForm, reference_path
 from export.float_types import store_floats_as
 from export.float_weights import save_onnx
 from export.fold import fold, fold_float, layer_paths, remaining_dead_channels, warn_of_dead_channels
@@ -34,7 +34,7 @@ from export.pad_channels import CHANNELS
 from export.pad_channels import pad_channels as pad
 from export.pad_groups import pad_groups
 from export.parity import measure
-from export.reference import Sample, reference_path, write_reference
+from export.reference import Sample, write_reference
 from export.scale_rules import SMALLEST_HALF
 from export.session import sqnr_db
 from export.split_projections import split_projections
@@ -127,7 +127,7 @@ def export_onnx(
         pad_channels=pad_channels,
         merge_shortcuts=merge_shortcuts,
     )
-    output = _resolve_output(source, output, form.suffix)
+    output = _resolve_output(source, output, form)
     if parity_images < 1 or layer_images < 1:
         raise UserError("--parity-images and --layer-images must be at least 1: parity is part of every export")
     reference = reference_path(output)
@@ -256,14 +256,14 @@ def _load(
     return TrainedNetwork.from_checkpoint(Path(source), allowed[0], source_size, allowed[1])
 
 
-def _resolve_output(source: Path | str | fx.GraphModule, output: Path | str | None, suffix: str) -> Path:
+def _resolve_output(source: Path | str | fx.GraphModule, output: Path | str | None, form: FileForm) -> Path:
     """The ONNX file to write. Raises UserError when it, or its reference file, would overwrite the checkpoint."""
     if not isinstance(source, (str, Path)):
         if output is None:
             raise UserError("output is missing, and a model has no file to be named after: give the file to write")
         return Path(output)
     checkpoint = Path(source)
-    chosen = checkpoint.with_suffix(f"{suffix}.onnx") if output is None else Path(output)
+    chosen = form.path_beside(checkpoint) if output is None else Path(output)
     for path in (chosen, reference_path(chosen)):
         if path.resolve() == checkpoint.resolve():
             if sidecar_path(checkpoint).exists():

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 
 from export.calibration_cache import placement_from_cache
+from export.file_form import quantized_path, reference_path
 from export.float_network import read_float_network
 from export.float_types import KeptFloat32, store_floats_as
 from export.float_weights import save_onnx
@@ -22,7 +23,7 @@ from export.insert import insert
 from export.network_inputs import Channels, NetworkInputs, load_inputs
 from export.onnx_network import network_from_onnx
 from export.pad_groups import pad_groups
-from export.reference import reference_path, write_reference
+from export.reference import write_reference
 from export.scale_rules import SMALLEST_HALF
 from export.session import run, runs_in_onnx_runtime, session, session_with_tensors
 from export.weight_codes import WeightQuantizer
@@ -110,7 +111,7 @@ def quantize_onnx(
     tells the ranges; when a pattern matches nothing.
     """
     model, cache = Path(model), None if calibration_cache is None else Path(calibration_cache)
-    output = model.with_name(model.name.removesuffix(".onnx") + ".int8.onnx") if output is None else Path(output)
+    output = quantized_path(model) if output is None else Path(output)
     reference = reference_path(output)
     if data is not None and inputs is not None:
         raise UserError("both data and inputs are given: leave out one of them")

@@ -18,6 +18,7 @@ import tyro
 
 from qat.base.console import Command, run_command
 from qat.base.exit_codes import DONE, LINT_ERRORS
+from qat.base.outputs import READS, WRITES_TEXT
 from qat.rules.kernel_profile import given_profile
 
 
@@ -25,11 +26,11 @@ from qat.rules.kernel_profile import given_profile
 class LintOptions(Command):
     """The options of ``python -m export.lint``."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, READS]
     """An ONNX file with QuantizeLinear and DequantizeLinear nodes, from whatever tool."""
-    profile: Path | None = None
+    profile: Annotated[Path | None, READS] = None
     """What deploy.kernels measured on the GPU that the engine is for; by default what was measured on an H200."""
-    json: Path | None = None
+    json: Annotated[Path | None, WRITES_TEXT] = None
     """Also write all findings here."""
     strict: bool = False
     """Exit with code 1 for warnings too."""

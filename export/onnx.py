@@ -14,21 +14,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from export.file_form import FileForm, files_beside
 from qat.base.choices import ExportPrecision, FloatType, InputKind, WeightStorage
 from qat.base.console import Command, run_command
+from qat.base.outputs import READS, Writes
+
+
+def _default_output(options: Any) -> Path:
+    from export.source_images import size_of
+
+    form = FileForm(
+        input=options.input,
+        source_size=None if options.source_size is None else size_of(options.source_size),
+        precision=options.precision,
+        weights=options.weights,
+        float_type=options.float_type,
+        pad_channels=options.pad_channels,
+        merge_shortcuts=options.merge_shortcuts,
+    )
+    return form.path_beside(options.checkpoint)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Command):
     """The options of ``python -m export.onnx``."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, READS]
     """The checkpoint that python -m qat.train or qat.calibrate wrote."""
-    output: Path | None = None
+    output: Annotated[Path | None, Writes(default=_default_output, beside=files_beside)] = None
     """The ONNX file to write; by default beside the checkpoint, with a name that says which options were given:
     model.merged-padded.onnx."""
     input: InputKind = "float32-nchw"

@@ -17,30 +17,34 @@ from typing import Annotated, Literal
 
 import tyro
 
+from export.file_form import files_beside, quantized_path
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import Command, run_command
+from qat.base.outputs import READS, READS_IMAGES, Writes
 from qat.rules.kernel_profile import given_profile
 from qat.rules.tuned import tuned_names
+
+_OUTPUT = Writes(default=lambda options: quantized_path(options.model), beside=files_beside)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeOptions(Command):
     """The options of ``python -m export.quantize``."""
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, READS]
     """A float ONNX file with one input, batch first."""
-    data: str | None = None
+    data: Annotated[str | None, READS_IMAGES] = None
     """Images to calibrate on: a folder of images without labels, a folder with train/ and val/, digits, an .npz file,
     torchvision:NAME; or an .npy file of float32 inputs as the network takes them, [N, ...]."""
-    calibration_cache: Path | None = None
+    calibration_cache: Annotated[Path | None, READS] = None
     """A calibration cache that TensorRT 10 or older wrote for this network."""
-    output: Path | None = None
+    output: Annotated[Path | None, _OUTPUT] = None
     """The ONNX file to write; by default model.int8.onnx beside the model."""
     keep_float: tuple[str, ...] = ()
     """Nodes and tensors that stay in float: patterns such as '/classifier/*'."""
-    placement: Path | None = None
+    placement: Annotated[Path | None, READS] = None
     """A placement that deploy.tune wrote for this network: what it leaves in float stays in float."""
-    profile: Path | None = None
+    profile: Annotated[Path | None, READS] = None
     """What deploy.kernels measured on the GPU that the engine is for; by default what was measured on an H200."""
     calibrator: Calibrator = "mse"
     """How activation ranges are chosen from the images."""
@@ -65,7 +69,7 @@ class QuantizeOptions(Command):
     """Test images on which the float and the quantized network are compared, at most."""
     seed: int = 0
     """Decides which images are calibrated on."""
-    data_root: Path = Path("data")
+    data_root: Annotated[Path, READS] = Path("data")
     """Where torchvision's data sets are, or are downloaded to."""
 
 

@@ -73,11 +73,6 @@ def first_images(data: Data, count: int) -> Sample:
     return Sample(torch.cat(images), torch.cat(labels), f"the {split} split of {data.source}")
 
 
-def reference_path(onnx: Path) -> Path:
-    """``model.onnx`` -> ``model.reference.npz``."""
-    return onnx.with_name(onnx.name.removesuffix(".onnx") + ".reference.npz")
-
-
 def write_reference(path: Path, images: Sample, answers: Sequence[Tensor], *, logits: bool) -> dict[str, Any]:
     """Writes ``images`` and the ``answers`` that an engine is compared with: each output, [N, ...].
 

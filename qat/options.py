@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from qat.base.artifact import sidecar_path
 from qat.base.choices import Amp, Calibrator, Schedule, WeightCalibrator
 from qat.base.console import Command
 from qat.base.number_format import BITS
+from qat.base.outputs import READS, READS_IMAGES, Writes
+from qat.base.ranges_file import ranges_path
 from qat.calibration.settings import CalibrationSettings
 from qat.data.request import ImageRequest
 from qat.rules.kernel_profile import KernelProfile, given_profile
 from qat.rules.tuned import tuned_names
+from qat.training.interrupts import state_path
 from qat.training.recipe import DistillationSettings, Recipe
 
 _BOTH_PHASES = (
@@ -26,18 +30,22 @@ _BOTH_PHASES = (
 _FLOAT_LR, _ATTENTION_LR = 2e-3, 5e-4
 
 
+def _beside_checkpoint(output: Path, options: Any) -> tuple[Path, ...]:
+    return sidecar_path(output), ranges_path(output), state_path(output), output.with_suffix(".explain.html")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SharedOptions(Command):
     """The options of both commands."""
 
-    model: str = "resnet50"
+    model: Annotated[str, READS] = "resnet50"
     """A torchvision model, timm/NAME, ultralytics/FILE, or path/to/file.py:function."""
-    data: str = "digits"
+    data: Annotated[str, READS_IMAGES] = "digits"
     """digits, an image folder with train/ and val/ or of <class>/<image>, an .npz file, or torchvision:NAME
     (torchvision:CIFAR10)."""
-    output: Path = Path("runs/model.qat")
+    output: Annotated[Path, Writes(beside=_beside_checkpoint)] = Path("runs/model.qat")
     """The checkpoint to write; its sidecar is written beside it."""
-    weights: str | None = None
+    weights: Annotated[str | None, READS] = None
     """Pretrained weights: a name that torchvision knows (IMAGENET1K_V2), a .safetensors or a .pth file. A checkpoint of
     pytorch-quantization also brings its ranges."""
     image_size: int | None = None
@@ -53,9 +61,9 @@ class SharedOptions(Command):
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that python -m
     qat.placement shows."""
-    placement: Path | None = None
+    placement: Annotated[Path | None, READS] = None
     """A placement that deploy.tune wrote for this network: what it leaves in float stays in float."""
-    profile: Path | None = None
+    profile: Annotated[Path | None, READS] = None
     """What deploy.kernels measured on the GPU that the engine is for; by default what was measured on an H200."""
     calibrator: Calibrator = "mse"
     """How activation ranges are chosen from the calibration images."""
@@ -78,7 +86,7 @@ class SharedOptions(Command):
     """cpu, cuda, or cuda:1 and so on; auto takes a GPU if there is one."""
     workers: int = 2
     """Processes that decode images, for data sets that do not fit in memory."""
-    data_root: Path = Path("data")
+    data_root: Annotated[Path, READS] = Path("data")
     """Folder in which torchvision's data sets are found, or to which they are downloaded."""
 
     def images(self) -> ImageRequest:
@@ -164,7 +172,7 @@ class TrainOptions(SharedOptions):
     compile: bool | None = None
     """Compile the training step with torch.compile, which takes about a minute; by default on a GPU, for 1000 steps or
     more."""
-    log_folder: Path | None = None
+    log_folder: Annotated[Path | None, Writes(folder=True, beside=lambda path, _: (path / "train.jsonl",))] = None
     """Folder for the figures of training as it proceeds: train.jsonl and TensorBoard's files."""
     resume: bool = False
     """Continue the stopped run that was to write this output."""
@@ -205,11 +213,11 @@ class TrainOptions(SharedOptions):
 class CalibrateOptions(SharedOptions):
     """The options of ``python -m qat.calibrate``."""
 
-    data: str = "digits"
+    data: Annotated[str, READS_IMAGES] = "digits"
     """A folder of images without labels; a set with boxes or masks (set.yaml, instances.json, a folder with images/ and
     masks/), whose training images are taken; or labelled images as python -m qat.train takes them: digits, an image
     folder with train/ and val/, an .npz file, or torchvision:NAME (torchvision:CIFAR10)."""
-    weights: str | None = None
+    weights: Annotated[str | None, READS] = None
     """The network's weights (required): a name that torchvision knows (IMAGENET1K_V2), a .safetensors or a .pth file. A
     checkpoint of pytorch-quantization also brings its ranges."""
     classes: int | None = None

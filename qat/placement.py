@@ -18,6 +18,7 @@ import tyro
 
 from qat.base.artifact import atomic_write, check_writable, write_json
 from qat.base.console import Command, run_command, say
+from qat.base.outputs import READS, WRITES_TEXT
 from qat.rules.kernel_profile import given_profile
 from qat.rules.tuned import tuned_names
 
@@ -26,13 +27,13 @@ from qat.rules.tuned import tuned_names
 class PlacementOptions(Command):
     """The options of ``python -m qat.placement``."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, READS]
     """A torchvision model, timm/NAME, path/to/file.py:function, or a checkpoint written by python -m qat.train."""
     keep_float: tuple[str, ...] = ()
     """Patterns (* ? []) of modules, operations and tensors that stay in float, by the names that this command shows."""
-    placement: Path | None = None
+    placement: Annotated[Path | None, READS] = None
     """A placement that deploy.tune wrote for this network: what it leaves in float stays in float."""
-    profile: Path | None = None
+    profile: Annotated[Path | None, READS] = None
     """What deploy.kernels measured on the GPU that the engine is for; by default what was measured on an H200."""
     image_size: int | None = None
     """Height and width of the input in pixels; 224 by default."""
@@ -44,9 +45,9 @@ class PlacementOptions(Command):
     """Go on when the code of the checkpoint's model has changed since, so that the network answers something else."""
     trust_code: bool = False
     """Run the code and read the images that the sidecar names, though it was not made by you on this machine."""
-    json: Path | None = None
+    json: Annotated[Path | None, WRITES_TEXT] = None
     """File for the placement, the scale groups and the rules, as JSON."""
-    svg: Path | None = None
+    svg: Annotated[Path | None, WRITES_TEXT] = None
     """File for a picture of the graph, as SVG."""
 
 

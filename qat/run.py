@@ -47,10 +47,11 @@ from qat.post_training import (
 )
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.placement import Placement
+from qat.training.interrupts import state_path
 from qat.training.log import TrainingLog
 from qat.training.loss import CrossEntropy, Distillation, stage_ends
 from qat.training.recipe import DistillationSettings, Recipe
-from qat.training.run_state import Progress, read_progress, resumable, save_progress, state_path
+from qat.training.run_state import Progress, read_progress, resumable, save_progress
 from qat.training.trainer import Fit, FitState
 from qat.weights import input_preset, load_weights
 

@@ -19,13 +19,14 @@ import tyro
 from qat.base.artifact import check_writable
 from qat.base.console import Command, run_command
 from qat.base.errors import UserError
+from qat.base.outputs import READS, WRITES_TEXT
 
 
 @dataclass(frozen=True, kw_only=True)
 class SensitivityOptions(Command):
     """The options of ``python -m qat.sensitivity``."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Path, tyro.conf.Positional, READS]
     """A checkpoint written by python -m qat.train or qat.calibrate."""
     images: int = 256
     """Largest number of images of the validation split to measure on."""
@@ -33,7 +34,7 @@ class SensitivityOptions(Command):
     """How many percentage points of accuracy below the float network the quantized one may be."""
     device: str = "auto"
     """cpu, cuda, or cuda:1 and so on; auto takes a GPU if there is one."""
-    json: Path | None = None
+    json: Annotated[Path | None, WRITES_TEXT] = None
     """File for all figures, as JSON."""
     allow_changed_model: bool = False
     """Go on when the code of the checkpoint's model has changed since, so that the network answers something else."""

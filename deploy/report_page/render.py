@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from json import dumps
@@ -24,6 +23,8 @@ from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import say, table
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
+from qat.base.outputs import check_apart
+from qat.base.streams import is_stdout
 from qat.base.text import decibels, megabytes
 
 FOLDER = Path(__file__).parent
@@ -59,11 +60,12 @@ def write_report(
 
     Raises UserError when files are missing or do not belong together, and when the page cannot be written.
     """
-    if str(output) == "-" or (str(json), str(markdown)) == ("-", "-"):
+    streams = [path for path in (json, markdown) if path is not None and is_stdout(path)]
+    if is_stdout(output) or len(streams) > 1:
         raise UserError("only one of --json and --markdown can be -, the standard output, and not --output")
     named = [path for path in (evaluation, benchmark) if path is not None]
     gathered = [gather(path, named if index == 0 else ()) for index, path in enumerate(runs)]
-    _check_outputs([path for path in (output, json, markdown) if path is not None and str(path) != "-"], gathered)
+    _check_outputs([path for path in (output, json, markdown) if path is not None and path not in streams], gathered)
     page = render(gathered)
     with atomic_write(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -71,7 +73,7 @@ def write_report(
         _write(json, dumps(summary.summary(gathered[0]), indent=1) + "\n")
     if markdown is not None:
         _write(markdown, summary.markdown(gathered[0]))
-    if "-" not in (str(json), str(markdown)):
+    if not streams:
         _print_result(gathered[0])
         say(f"report: {output}")
     return output
@@ -79,18 +81,12 @@ def write_report(
 
 def _check_outputs(outputs: Sequence[Path], runs: Iterable[Artifacts]) -> None:
     """Raises UserError when an output cannot be written, or is a file that is read, or another output."""
-    taken = {file.resolve(): str(file) for run in runs for file in run.files}
+    check_apart([("", path) for path in outputs], [("", file) for run in runs for file in run.files])
     for path in outputs:
-        if path.resolve() in taken:
-            raise UserError(f"{path} would overwrite {taken[path.resolve()]}: give another name")
-        taken[path.resolve()] = "another output"
         check_writable(path)
 
 
 def _write(path: Path, text: str) -> None:
-    if str(path) == "-":
-        sys.stdout.write(text)
-        return
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -15,10 +15,11 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -28,6 +29,7 @@ from typing import Any, Literal
 from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.base.regular_file import check_regular, read_json
+from qat.base.streams import interrupts_held_back, is_stdout, write_stdout
 from qat.base.supervised import unfinished
 from qat.base.trust import SEAL, is_known, remember, seal_of, untrusted_mode
 
@@ -139,23 +141,52 @@ def disk_errors(path: Path) -> Iterator[None]:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; on success it is renamed to ``path``, otherwise it is removed.
 
-    Raises UserError when the folder cannot be created or written to, or when the disk is full.
+    Of a symbolic link the file that it leads to is replaced, not the link. ``-`` is the standard output, which gets the
+    text of the file. Raises UserError when the folder cannot be created or written to, or when the disk is full; when
+    ``path`` is a device or anything else that is no file.
     """
+    if is_stdout(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder, "stdout")
+            write_stdout(Path(folder, "stdout").read_text(encoding="utf-8"))
+        return
     with disk_errors(path):
+        path = replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = None
         try:
+            with interrupts_held_back():
+                handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+                temporary = Path(name)
+                os.close(handle)
             with unfinished(temporary):
                 yield temporary
             _flush(temporary)
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+
+def replaceable(path: Path) -> Path:
+    """The file to write for ``path``, which may be a symbolic link. Raises UserError or OSError when it is no file."""
+    real = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if real.is_symlink():
+        raise UserError(f"cannot write {path}: it is a symbolic link that leads to itself: remove it")
+    try:
+        mode = real.stat().st_mode
+    except FileNotFoundError:
+        return real
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise UserError(f"cannot write {path}: it is a {_kind_of(mode)}: give the name of a file")
+    return real
+
+
+def _kind_of(mode: int) -> str:
+    return "pipe (FIFO)" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -171,10 +202,11 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
 
 def check_writable(path: Path) -> None:
     """Raises UserError when ``path`` could not be written. Call it before hours of work, not after them."""
+    if is_stdout(path):
+        return
     with disk_errors(path):
+        path = replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
         with tempfile.TemporaryFile(dir=path.parent):
             pass
 
@@ -186,7 +218,11 @@ def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], object]
     Returns the sidecar as written. Raises UserError when the files cannot be written.
     """
     # Both are complete before either is renamed; the artifact is renamed first.
-    with atomic_write(sidecar_path(path)) as temporary_sidecar, atomic_write(path) as temporary:
+    with (
+        ExitStack() as renaming,
+        atomic_write(sidecar_path(path)) as temporary_sidecar,
+        atomic_write(path) as temporary,
+    ):
         write(temporary)
         whole = dataclasses.replace(sidecar, sha256=sha256_of(temporary), made_by=_provenance() | made_by)
         text = json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(whole)}, allow_nan=False)
@@ -194,6 +230,7 @@ def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], object]
         content[SEAL] = seal_of(content)
         temporary_sidecar.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         _flush(temporary_sidecar)
+        renaming.enter_context(interrupts_held_back())  # not between the two
     remember(content[SEAL])
     return _sidecar_from_json(content)
 
@@ -287,12 +324,17 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def _provenance() -> dict[str, Any]:
-    python = ".".join(map(str, sys.version_info[:3]))
+def this_command() -> list[str]:
+    """The words of the command line that runs this process."""
     module = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script that was run by its path
     program = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
+    return [*program, *sys.argv[1:]]
+
+
+def _provenance() -> dict[str, Any]:
+    python = ".".join(map(str, sys.version_info[:3]))
     return {
-        "command": [*program, *sys.argv[1:]],
+        "command": this_command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": python} | versions(*_RECORDED_PACKAGES),
     }

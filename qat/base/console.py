@@ -7,8 +7,11 @@ line every few seconds in a log.
 
 from __future__ import annotations
 
+import errno
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
@@ -20,18 +23,21 @@ import rich.progress
 import rich.table
 import tyro
 
+from qat.base import streams
 from qat.base.errors import UserError
-from qat.base.exit_codes import DONE, FAULT, INTERRUPTED, USER_ERROR
+from qat.base.exit_codes import BROKEN_OUTPUT, DONE, FAULT, INTERRUPTED, USER_ERROR
+from qat.base.outputs import outputs_of
 from qat.base.supervised import continue_in_child
 
 SECONDS_BETWEEN_LOG_LINES = 5.0
 LOG_WIDTH = 140
 _WRAPPED = 30  # letters of a table's first column, of which more are wrapped
 
-_terminal = sys.stdout.isatty()
+_terminal = sys.stdout is not None and sys.stdout.isatty()
 console = rich.console.Console(width=None if _terminal else LOG_WIDTH, highlight=False)
 _errors = rich.console.Console(stderr=True, highlight=False)
 _speaker = ""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Options = TypeVar("Options", bound="Command")
 
@@ -47,10 +53,13 @@ class Command:
 def run_command(main: Callable[[Options], int | None], options: type[Options], *, supervised: bool = False) -> NoReturn:
     """Parses the command line into ``options``, runs ``main`` and exits with the code that it returns.
 
-    ``supervised``: in a child process, so that a crash of native code is one line; not with --debug.
+    Before ``main`` runs, its outputs are checked against its inputs and locked (qat/base/outputs.py). Ctrl-C, SIGTERM
+    and SIGHUP raise KeyboardInterrupt. All exit codes are in qat/base/exit_codes.py.
 
-    All exit codes are in qat/base/exit_codes.py.
+    ``supervised``: in a child process, so that a crash of native code is one line; not with --debug.
     """
+    streams.survive()
+    streams.interrupt_on_signals()
     module = sys.modules[main.__module__]
     name = module.__spec__.name if module.__spec__ else None
     debug = "--debug" in sys.argv  # until the command line is parsed
@@ -64,32 +73,37 @@ def run_command(main: Callable[[Options], int | None], options: type[Options], *
         debug = chosen.debug
         if supervised and not debug:
             continue_in_child(" ".join([name or "the command", *sys.argv[1:]]))
-        code = main(chosen) or DONE
-    except UserError as error:  # of main, or of options that contradict each other
+            streams.survive()
+        with outputs_of(chosen):
+            code: Any = main(chosen) or DONE
+            streams.ignore_interrupts()
+    except SystemExit as stop:  # of --help, of a command line that tyro does not understand, of a child
+        code = stop.code or DONE
+    except BaseException as error:
+        code, label, text = _meaning(error)
         if debug:
-            raise
-        _one_line("error", str(error))
-        code = USER_ERROR
-    except KeyboardInterrupt as interrupt:
-        if debug:
-            raise
-        _one_line("interrupted", str(interrupt) or "no half-written file was left behind")
-        code = INTERRUPTED
-    except MemoryError as error:
-        if debug:
-            raise
-        known = f" ({error})" if str(error) else ""
-        _one_line(
-            "error", f"{' '.join([name or 'the command', *sys.argv[1:]])}: not enough memory{known}: give smaller files"
-        )
-        code = USER_ERROR
-    except Exception as error:
-        if debug:
-            raise
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        _one_line("internal error", f"{type(error).__name__}: {first_line}; run again with --debug and report it")
-        code = FAULT
+            traceback.print_exception(error)
+        else:
+            _one_line(label, text)
+    if streams.lost_output() and code == DONE:
+        code = BROKEN_OUTPUT
     sys.exit(code)
+
+
+def _meaning(error: BaseException) -> tuple[int, str, str]:
+    """The exit code of an error that ends a command, and its line: what kind it is, and what it says."""
+    if isinstance(error, UserError):  # of main, or of options that contradict each other
+        return USER_ERROR, "error", str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted", str(error) or "no half-written file was left behind"
+    if isinstance(error, MemoryError):
+        known = f" ({error})" if str(error) else ""
+        return USER_ERROR, "error", f"{' '.join(sys.argv)}: not enough memory{known}: give smaller files"
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    no_folder = isinstance(error, FileNotFoundError) and tempfile.tempdir is None  # no temporary one was found
+    if no_folder or (isinstance(error, OSError) and error.errno in _FULL):
+        return USER_ERROR, "error", f"{first_line}: free some space, or name another folder for it in TMPDIR"
+    return FAULT, "internal error", f"{type(error).__name__}: {first_line}; run again with --debug and report it"
 
 
 def _with_flowing_help(options: type[Any]) -> type[Any]:

@@ -177,5 +177,6 @@ def _collate(items: list[tuple[Tensor, int] | UserError]) -> tuple[Tensor, Tenso
 
 
 def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; only the main process decides when to stop, and ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """These reach all processes of a terminal; only the main process decides when to stop, and ends the workers."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -6,12 +6,18 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-_SECONDS_OF_ONE_INTERRUPT = 1.0
+from qat.base.streams import SECONDS_OF_ONE_INTERRUPT, heeded
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised between two steps for Ctrl-C or SIGTERM, after the state was saved."""
+    """Raised between two steps for Ctrl-C, SIGTERM or SIGHUP, after the state was saved."""
+
+
+def state_path(output: Path) -> Path:
+    """``model.qat`` -> ``model.qat.state``: the saved state of the run that writes ``output``."""
+    return output.with_name(output.name + ".state")
 
 
 class Clock:
@@ -32,7 +38,7 @@ class Clock:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Holds back Ctrl-C and SIGTERM; the yielded function tells whether one came.
+    """Holds back Ctrl-C, SIGTERM and SIGHUP; the yielded function tells whether one came.
 
     A second one interrupts at once, but two within a second count as one: under torchrun each comes twice, from the
     terminal or scheduler and from torchrun, which passes it on.
@@ -40,11 +46,11 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     seen: list[float] = []
 
     def note(number: int, frame: object) -> None:
-        if seen and time.monotonic() - seen[0] > _SECONDS_OF_ONE_INTERRUPT:
+        if seen and time.monotonic() - seen[0] > SECONDS_OF_ONE_INTERRUPT:
             raise KeyboardInterrupt
         seen.append(time.monotonic())
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, note) for number in heeded()}
     try:
         yield lambda: bool(seen)
     finally:

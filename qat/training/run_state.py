@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from qat.base.console import say
+from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.checkpoint import load_state, save_state
 from qat.compute.processes import Processes
+from qat.training.interrupts import state_path
 from qat.training.trainer import FitState
 
 # Options that may change when a run is resumed: they do not affect the result.
@@ -32,11 +34,6 @@ class Progress:
     """What Fit.tensors returned: the state of the optimizer, the moving average."""
     teacher: dict[str, Tensor] = field(default_factory=dict)
     """The float network that distillation follows."""
-
-
-def state_path(output: Path) -> Path:
-    """``model.qat`` -> ``model.qat.state``: the saved state of the run that writes ``output``."""
-    return output.with_name(output.name + ".state")
 
 
 def resumable(options: Mapping[str, Any], processes: Processes) -> dict[str, Any]:
@@ -67,7 +64,8 @@ def save_progress(
     """
     parts = {"model": model.state_dict(), "best": fit.best_weights, "training": training, "teacher": reached.teacher}
     tensors = {f"{part}.{name}": value for part, entries in parts.items() for name, value in entries.items()}
-    details = {"phase": reached.phase, "figures": reached.figures, "fit": fit.numbers(), "options": options}
+    details: dict[str, Any] = {"phase": reached.phase, "figures": reached.figures, "fit": fit.numbers()}
+    details |= {"options": options, "threads": torch.get_num_threads()}
     save_state(state_path(output), tensors, details)
 
 
@@ -82,6 +80,12 @@ def read_progress(output: Path, options: Mapping[str, Any]) -> Progress:
     if differing:
         raise UserError(
             f"cannot resume with other options: {'; '.join(differing)}; give the options of the stopped run"
+        )
+    threads, now = details.get("threads"), torch.get_num_threads()
+    if threads not in (None, now):
+        warn(
+            f"the stopped run computed with {threads} threads, this one has {now}: the last bits of the result may "
+            f"differ; OMP_NUM_THREADS={threads} keeps them"
         )
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "training": {}, "teacher": {}}
     for key, tensor in tensors.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from deploy.comparison import Comparison, Workload
 from deploy.installed import find_toolkit
 from deploy.trt import Toolkit
 from qat.base.errors import UserError
+from qat.base.lock import lock_path, locked
 
 
 @pytest.fixture
@@ -94,7 +96,7 @@ def toolkit(model, claims, monkeypatch) -> Toolkit:
     """TensorRT-RTX, as if there were a GPU, on which nothing can be timed."""
 
     def build_fastest(toolkit, path, settings, repeat, ranges, calibration):
-        claims.append(len(list(model.parent.glob("engines/*.claim"))))
+        claims.append(len(list(model.parent.glob("engines/.*.lock"))))
         built = build(toolkit, path, dataclasses.replace(settings, capabilities=("8.9",)))
         return dataclasses.replace(built, repetition=Repetition(4, [0.5 + 0.01 * index for index in range(repeat)]))
 
@@ -149,21 +151,23 @@ def test_runs_share_the_builds(model, toolkit, claims, capfd):
     """What another run has claimed is left to it; a claim ends with the build, also where that fails."""
     engines = CandidateEngines(toolkit, model.parent / "engines", 2, 3, None)
     engine = engines.folder / "a-4.engine"
-    claim = engines.folder / "a-4.engine.claim"
+    claim = lock_path(engine)
     claim.parent.mkdir()
-    claim.touch()
-    engines.build_if_free(Candidate("a", model, "explicit"), 4)
+    with locked(engine, "python -m deploy.benchmark other.onnx"):
+        engines.build_if_free(Candidate("a", model, "explicit"), 4)
+        assert claim.exists()
     assert not engine.exists()
-    assert claim.exists()
-    assert f"a for batch 4 is left to the run that made {claim}" in " ".join(capfd.readouterr().out.split())
-    claim.unlink()
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"a for batch 4 is left to process {os.getpid()} since" in said
+    assert ": python -m deploy.benchmark other.onnx" in said
+    claim.touch()  # of a run that was killed
     engines.build_if_free(Candidate("a", model, "explicit"), 4)
     assert engine.exists()
     assert not claim.exists()
     assert claims == [1]
     with pytest.raises(UserError, match="cannot parse"):
         engines.build_if_free(Candidate("b", model.parent / "engines" / "a-4.engine", "explicit"), 4)
-    assert not list(engines.folder.glob("*.claim"))
+    assert not list(engines.folder.glob(".*"))
 
 
 def test_a_peer_that_is_refused_is_left_out(model, toolkit, tmp_path, capfd):

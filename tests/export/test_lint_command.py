@@ -324,7 +324,7 @@ def test_nodes_in_another_order_are_sorted(command: Run, tmp_path: Path) -> None
 def test_options_that_cannot_be_met(command: Run, tmp_path: Path) -> None:
     path = clean(tmp_path / "m.onnx")
     content = path.read_bytes()
-    assert "is the model itself" in refused(command, path, "--json", path)
+    assert "would overwrite the input" in refused(command, path, "--json", path)
     assert "that is a folder" in refused(command, path, "--json", tmp_path)
     assert "--show -1 is not a number of findings" in refused(command, path, "--show=-1")
     assert path.read_bytes() == content

@@ -127,7 +127,9 @@ def test_an_output_that_cannot_be_written(tmp_path):
         check_writable(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["errors", "trust", "regular_file", "supervised", "onnx_structure", "onnx_file"])
+@pytest.mark.parametrize(
+    "name", ["errors", "trust", "regular_file", "supervised", "onnx_structure", "onnx_file", "streams", "lock"]
+)
 def test_what_readers_rest_on_needs_the_standard_library_only(name: str):
     import ast
     import sys
