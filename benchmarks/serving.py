@@ -31,7 +31,7 @@ from deploy.triton_repository import write_repository
 from export import export_onnx
 from export.session import run, session
 from qat import ModelSpec, Preprocessing, build_model, calibrate_ranges, prepare, save_checkpoint
-from qat.base.artifact import versions
+from qat.base.this_program import versions
 
 PIXELS, CLASSES, IMAGES, MAX_BATCH = 64, 10, 64, 16
 Request = Callable[[int], np.ndarray]

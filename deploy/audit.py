@@ -15,9 +15,10 @@ from typing import Annotated
 
 import tyro
 
-from qat.base.artifact import check_writable, write_result
+from qat.base.artifact import write_result
 from qat.base.console import Command, run_command, say, warn
 from qat.base.outputs import READS, WRITES_TEXT
+from qat.base.writing import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)

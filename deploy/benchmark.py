@@ -18,10 +18,10 @@ from typing import Annotated, Literal
 import tyro
 
 from deploy.settings import ENGINES
-from qat.base.artifact import check_writable
 from qat.base.console import Command, run_command, say
 from qat.base.errors import UserError
 from qat.base.outputs import READS, Reads, Writes
+from qat.base.writing import check_writable
 
 _OUTPUT = Writes(
     default=lambda options: options.model.with_name("benchmark.json"), when=lambda options: not options.build_only

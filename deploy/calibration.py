@@ -15,10 +15,11 @@ from deploy.calibrator import Calibration
 from deploy.dynamic_ranges import RangeTable, is_calibration_cache
 from deploy.settings import BuildSettings, CalibrationSettings
 from deploy.trt import Toolkit
-from qat.base.artifact import Sidecar, check_writable
+from qat.base.artifact import Sidecar
 from qat.base.calibration_cache import check_cache
 from qat.base.console import say, warn
 from qat.base.text import did_you_mean
+from qat.base.writing import check_writable
 
 
 @dataclass(frozen=True)

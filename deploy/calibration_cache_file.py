@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.base.artifact import Sidecar, check_writable, read_sidecar, sidecar_path, write_artifact
+from qat.base.artifact import Sidecar, read_sidecar, sidecar_path, write_artifact
 from qat.base.calibration_cache import CalibrationCache
 from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.base.regular_file import read_bytes
+from qat.base.writing import check_writable
 
 
 @dataclass(frozen=True)

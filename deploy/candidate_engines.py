@@ -25,11 +25,13 @@ from deploy.settings import BuildSettings, Profile
 from deploy.timing_cache import TimingCacheFile
 from deploy.trt import Toolkit
 from deploy.weak_typing import warn_of_tf32_override
-from qat.base.artifact import Parent, Sidecar, disk_errors, read_sidecar, sha256_of, sidecar_path, this_command
+from qat.base.artifact import Parent, Sidecar, read_sidecar, sha256_of, sidecar_path
 from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.lock import HeldError, Holder, locked, remove_leftovers
 from qat.base.number_format import INT8
+from qat.base.this_program import this_command
+from qat.base.writing import disk_errors
 
 _SOME_AMAX = 4.0
 

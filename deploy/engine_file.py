@@ -23,13 +23,14 @@ from deploy.settings import DEFAULT_PROFILES, BuilderOptions, BuildSettings, Cal
 from deploy.timing_cache import TimingCacheFile
 from deploy.trt import Toolkit
 from deploy.weak_typing import warn_of_tf32_override
-from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
+from qat.base.artifact import Parent, Sidecar, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.choices import BuilderName
 from qat.base.console import say, table, warn
 from qat.base.errors import UserError
 from qat.base.exit_codes import NOT_INT8
 from qat.base.number_format import INT8
 from qat.base.text import first_of, megabytes
+from qat.base.writing import check_writable
 from qat.rules.tuned import warn_if_tuned_elsewhere
 
 DEFAULT_CAPABILITIES = ("8.6", "8.9", "12.0")

@@ -19,10 +19,11 @@ from typing import Annotated
 
 import tyro
 
-from qat.base.artifact import check_writable, write_result
+from qat.base.artifact import write_result
 from qat.base.console import Command, run_command, say
 from qat.base.exit_codes import DISAGREES, DONE
 from qat.base.outputs import READS, READS_IMAGES, WRITES_TEXT
+from qat.base.writing import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from deploy.installed import find_toolkit
 from deploy.measure import Latency, latencies_of_built
 from deploy.settings import BuildSettings
 from deploy.trt import Toolkit
-from qat.base.artifact import check_writable
 from qat.base.console import say, table, warn
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
+from qat.base.writing import check_writable
 from qat.rules.kernel_profile import KernelProfile, LayerKind, MeasuredKind
 
 GROUP_WIDTHS = (48, 24, 12, 4, 8, 16, 32, 64, 20, 40, 56, 80, 96, 112, 128, 160, 232)

@@ -14,11 +14,12 @@ from deploy.engine_table import EngineTable, Questions, measure_engines
 from deploy.installed import find_toolkit
 from deploy.settings import BuildSettings
 from export.file_form import quantized_path
-from qat.base.artifact import check_writable, sha256_of, write_result
+from qat.base.artifact import sha256_of, write_result
 from qat.base.calibration_cache import check_cache
 from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.interval import interval_of_share
+from qat.base.writing import check_writable
 
 FLOAT, FP16, IMPLICIT, EXPLICIT = "FP32", "FP16", "implicit INT8", "explicit INT8"
 

@@ -12,6 +12,7 @@ from qat.base.artifact import sidecar_path
 from qat.base.choices import Constraints, EnginePrecision, ImplicitCalibrator
 from qat.base.errors import UserError
 from qat.base.outputs import READS, READS_IMAGES, Writes
+from qat.base.own_json import JsonError, typed
 
 
 def beside_artifact(path: Path, options: object = None) -> tuple[Path, ...]:
@@ -191,11 +192,14 @@ class BuildSettings(BuilderOptions):
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> BuildSettings:
-        """From the sidecar of an engine, which has the output of ``dataclasses.asdict`` as JSON."""
-        values: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()
-        }
-        return cls(**values | {"profiles": tuple(Profile(**profile) for profile in entry["profiles"])})
+        """From the sidecar of an engine, which has the output of ``dataclasses.asdict`` as JSON.
+
+        Raises UserError when an entry is of another type, or out of range.
+        """
+        try:
+            return typed(entry, cls, "settings")
+        except JsonError as fault:
+            raise UserError(f"the sidecar of the engine misstates an entry ({fault}): build it again") from fault
 
     def __post_init__(self) -> None:
         if not self.profiles:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qat.base.artifact import Sidecar, WrongKindError, check_writable, read_sidecar, sidecar_path, write_artifact
+from qat.base.artifact import Sidecar, WrongKindError, read_sidecar, sidecar_path, write_artifact
 from qat.base.console import say, warn
 from qat.base.errors import UserError
+from qat.base.writing import check_writable
 
 if TYPE_CHECKING:
     from deploy.builder import BuiltEngine

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deploy.settings import Profile
-from qat.base.artifact import Sidecar, TensorSpec, atomic_write
+from qat.base.artifact import Sidecar, TensorSpec
 from qat.base.errors import UserError
+from qat.base.writing import atomic_write
 
 LABELS, CODE = "labels.txt", "model.py"
 PLAN, ENGINE, ONNX = "model.plan", "model.engine", "model.onnx"

@@ -29,10 +29,11 @@ from deploy.triton_config import (
     model_config,
     write_config,
 )
-from qat.base.artifact import Sidecar, TensorSpec, atomic_write, disk_errors, read_sidecar, sidecar_path
+from qat.base.artifact import Sidecar, TensorSpec, read_sidecar, sidecar_path
 from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
+from qat.base.writing import atomic_write, disk_errors
 
 TEMPLATE = Path(__file__).with_name("triton_repository.md.j2")
 PAGE, CONFIG, VERSION = "README.md", "config.pbtxt", "1"

@@ -13,9 +13,10 @@ from deploy.installed import find_toolkit
 from deploy.settings import BuilderOptions, Profile
 from deploy.tuning import frontier, search
 from deploy.tuning_bench import EngineBench
-from qat.base.artifact import Parent, Sidecar, check_writable, read_sidecar, sha256_of, sidecar_path, write_artifact
+from qat.base.artifact import Parent, Sidecar, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.console import say, table, warn
 from qat.base.errors import UserError
+from qat.base.writing import check_writable
 from qat.graph.network import Network
 from qat.graph.operations import WEIGHTED
 from qat.rules.float_steps import FloatStep, read_float_steps

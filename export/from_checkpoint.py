@@ -40,11 +40,12 @@ from export.session import sqnr_db
 from export.split_projections import split_projections
 from export.tensor_names import names_of_inputs, names_of_outputs, output_shapes
 from export.trained_network import Images, TrainedNetwork
-from qat.base.artifact import Sidecar, TensorSpec, check_writable, read_sidecar, sidecar_path, write_artifact
+from qat.base.artifact import Sidecar, TensorSpec, read_sidecar, sidecar_path, write_artifact
 from qat.base.choices import ExportPrecision, FloatType, InputKind, WeightStorage
 from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.base.text import megabytes
+from qat.base.writing import check_writable
 from qat.data.preprocessing import Preprocessing
 from qat.fake_quantize.prepare import placement_of
 from qat.fake_quantize.quantizer import quantize

@@ -27,16 +27,7 @@ from export.reference import write_reference
 from export.scale_rules import SMALLEST_HALF
 from export.session import run, runs_in_onnx_runtime, session, session_with_tensors
 from export.weight_codes import WeightQuantizer
-from qat.base.artifact import (
-    Parent,
-    Sidecar,
-    TensorSpec,
-    check_writable,
-    read_sidecar,
-    sha256_of,
-    sidecar_path,
-    write_artifact,
-)
+from qat.base.artifact import Parent, Sidecar, TensorSpec, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.calibration_cache import check_cache
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import progress, say, warn
@@ -44,6 +35,7 @@ from qat.base.errors import UserError
 from qat.base.output_agreement import OutputSums
 from qat.base.sqnr import worst_first
 from qat.base.text import megabytes
+from qat.base.writing import check_writable
 from qat.calibration.activation_ranges import choose_ranges
 from qat.calibration.histogram import HistogramObserver, check_finite
 from qat.fake_quantize.quantizer import ACTIVATION, scale_from_amax

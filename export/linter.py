@@ -15,10 +15,11 @@ from export.onnx_network import network_from_onnx
 from export.placement_rules import placement_findings, sentence
 from export.read import is_quantized, read_onnx
 from export.reuse_concats import repeat_findings
-from qat.base.artifact import check_writable, write_json
+from qat.base.artifact import write_json
 from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.text import megabytes
+from qat.base.writing import check_writable
 from qat.rules.kernel_profile import KernelProfile
 
 

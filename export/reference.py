@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qat.base.artifact import atomic_write, sha256_of
+from qat.base.artifact import sha256_of
 from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.base.trust import NotTrustedError, untrusted_mode
+from qat.base.writing import atomic_write
 from qat.checkpoint import Checkpoint, training_data
 from qat.data.batches import first_batches
 from qat.data.parts import NO_LABEL

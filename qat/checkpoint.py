@@ -17,20 +17,13 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, fx, nn
 
-from qat.base.artifact import (
-    FORMAT_VERSION,
-    Sidecar,
-    TensorSpec,
-    atomic_write,
-    read_sidecar,
-    sha256_of,
-    write_artifact,
-)
+from qat.base.artifact import FORMAT_VERSION, Sidecar, TensorSpec, read_sidecar, sha256_of, write_artifact
 from qat.base.console import warn
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
 from qat.base.regular_file import check_regular
 from qat.base.trust import permit
+from qat.base.writing import atomic_write
 from qat.data.preprocessing import Preprocessing
 from qat.data.splits import Data, load_data, load_unlabelled
 from qat.fake_quantize.answers import answers_of, same_answers

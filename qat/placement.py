@@ -16,9 +16,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from qat.base.artifact import atomic_write, check_writable, write_json
+from qat.base.artifact import write_json
 from qat.base.console import Command, run_command, say
 from qat.base.outputs import READS, WRITES_TEXT
+from qat.base.writing import atomic_write, check_writable
 from qat.rules.kernel_profile import given_profile
 from qat.rules.tuned import tuned_names
 

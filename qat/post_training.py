@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import progress, say, warn
 from qat.base.errors import UserError
 from qat.base.interval import is_near_chance
 from qat.base.number_format import BITS
 from qat.base.ranges_file import ranges_path, write_distributions
+from qat.base.writing import atomic_write, check_writable
 from qat.calibration.activation_ranges import observe, set_ranges
 from qat.calibration.adaround import adaround
 from qat.calibration.distributions import distributions

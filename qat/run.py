@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from qat.base.artifact import check_writable
 from qat.base.console import console_of_process, say, table
 from qat.base.errors import UserError
 from qat.base.number_format import BITS
 from qat.base.ranges_file import complete_distributions, ranges_path, write_distributions
+from qat.base.writing import check_writable
 from qat.calibration.distributions import distributions
 from qat.calibration.histogram import HistogramObserver
 from qat.calibration.settings import CalibrationSettings

@@ -16,10 +16,10 @@ from typing import Annotated
 
 import tyro
 
-from qat.base.artifact import check_writable
 from qat.base.console import Command, run_command
 from qat.base.errors import UserError
 from qat.base.outputs import READS, WRITES_TEXT
+from qat.base.writing import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,13 @@ from deploy.report_page.picture import draw
 from deploy.report_page.roofline import roofline
 from deploy.report_page.task_scores import task_scores_of
 from deploy.report_page.verdict import judge, latencies_of, speeds_of, stages_of
-from qat.base.artifact import atomic_write, check_writable
 from qat.base.console import say, table
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
 from qat.base.outputs import check_apart
 from qat.base.streams import is_stdout
 from qat.base.text import decibels, megabytes
+from qat.base.writing import atomic_write, check_writable
 
 FOLDER = Path(__file__).parent
 _CHANNELS_SHOWN, _DEAD_SHOWN = 100, 20

@@ -11,27 +11,27 @@ TensorRT.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
-import stat
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from qat.base import own_json
 from qat.base.console import warn
-from qat.base.errors import UserError
-from qat.base.regular_file import check_regular, read_json
-from qat.base.streams import interrupts_held_back, is_stdout, write_stdout
-from qat.base.supervised import unfinished
+from qat.base.errors import UserError, one_line
+from qat.base.regular_file import check_regular
+from qat.base.schema.entries import Entries, check_forms, check_recorded
+from qat.base.schema.leaves import Digest, Name, NumpyType, Shape
+from qat.base.streams import interrupts_held_back
+from qat.base.this_program import this_command, versions
 from qat.base.trust import SEAL, is_known, remember, seal_of, untrusted_mode
+from qat.base.writing import atomic_write, flush
 
 FORMAT_VERSION = 1
 
@@ -40,19 +40,6 @@ ArtifactKind = Literal["checkpoint", "onnx", "engine", "timing-cache", "calibrat
 _RECORDED_PACKAGES = ("int8-qat-pipeline", "torch", "torchvision", "timm", "onnx", "onnx-ir", "onnxruntime")
 
 _said_changed: set[Path] = set()
-
-_DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full: free some space or choose another folder",
-    errno.EDQUOT: "the disk quota is used up: free some space or choose another folder",
-    errno.EFBIG: "the file is too large for this file system: choose another folder",
-    errno.EACCES: "no permission to write there: choose another folder",
-    errno.EPERM: "no permission to write there: choose another folder",
-    errno.EROFS: "the file system is read-only: choose another folder",
-    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
-    errno.ENOENT: "the folder does not exist and cannot be created: choose another path",
-    errno.EEXIST: "a part of the path is a file, not a folder: choose another path",
-    errno.EISDIR: "that is a folder: give the name of a file",
-}
 
 
 class WrongKindError(UserError):
@@ -64,16 +51,16 @@ class TensorSpec:
     """One input or output: ``shape`` in elements, with -1 for the dynamic batch; ``dtype`` is NumPy's name of it."""
 
     name: str
-    shape: tuple[int, ...]
-    dtype: str
+    shape: Shape
+    dtype: NumpyType
 
 
 @dataclass(frozen=True)
 class Parent:
     """The file that an artifact was made from; ``file`` is its path relative to the folder of the artifact."""
 
-    file: str
-    sha256: str
+    file: Name
+    sha256: Digest
 
     @classmethod
     def from_file(cls, child: Path, parent: Path, sha256: str) -> Parent:
@@ -126,69 +113,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full disk, a missing permission and the like into a UserError about ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        raise UserError(f"cannot write {path}: {_DISK_ERRORS[error.errno]}") from error
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; on success it is renamed to ``path``, otherwise it is removed.
-
-    Of a symbolic link the file that it leads to is replaced, not the link. ``-`` is the standard output, which gets the
-    text of the file. Raises UserError when the folder cannot be created or written to, or when the disk is full; when
-    ``path`` is a device or anything else that is no file.
-    """
-    if is_stdout(path):
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder, "stdout")
-            write_stdout(Path(folder, "stdout").read_text(encoding="utf-8"))
-        return
-    with disk_errors(path):
-        path = replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = None
-        try:
-            with interrupts_held_back():
-                handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-                temporary = Path(name)
-                os.close(handle)
-            with unfinished(temporary):
-                yield temporary
-            _flush(temporary)
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-
-
-def replaceable(path: Path) -> Path:
-    """The file to write for ``path``, which may be a symbolic link. Raises UserError or OSError when it is no file."""
-    real = Path(os.path.realpath(path)) if path.is_symlink() else path
-    if real.is_symlink():
-        raise UserError(f"cannot write {path}: it is a symbolic link that leads to itself: remove it")
-    try:
-        mode = real.stat().st_mode
-    except FileNotFoundError:
-        return real
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
-    if not stat.S_ISREG(mode):
-        raise UserError(f"cannot write {path}: it is a {_kind_of(mode)}: give the name of a file")
-    return real
-
-
-def _kind_of(mode: int) -> str:
-    return "pipe (FIFO)" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
-
-
 def write_json(path: Path, content: Any) -> None:
     """Writes ``content`` as JSON; ``path`` appears only once it is complete. Raises UserError when that fails."""
     with atomic_write(path) as temporary:
@@ -198,17 +122,6 @@ def write_json(path: Path, content: Any) -> None:
 def write_result(path: Path, content: Mapping[str, Any]) -> None:
     """Writes the result of a command as ``write_json`` does, with the command, the date and the versions."""
     write_json(path, {"made_by": _provenance(), **content})
-
-
-def check_writable(path: Path) -> None:
-    """Raises UserError when ``path`` could not be written. Call it before hours of work, not after them."""
-    if is_stdout(path):
-        return
-    with disk_errors(path):
-        path = replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
 
 
 def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], object], **made_by: Any) -> Sidecar:
@@ -228,11 +141,14 @@ def write_artifact(path: Path, sidecar: Sidecar, write: Callable[[Path], object]
         text = json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(whole)}, allow_nan=False)
         content = json.loads(text)  # as a reader will see it: JSON has lists, not tuples
         content[SEAL] = seal_of(content)
+        written = own_json.typed(content, Sidecar)
+        if sidecar.kind in ("checkpoint", "onnx"):  # in which users of the library record figures and facts
+            check_recorded(path, written.kind, *_forms(written))
         temporary_sidecar.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        _flush(temporary_sidecar)
+        flush(temporary_sidecar)
         renaming.enter_context(interrupts_held_back())  # not between the two
     remember(content[SEAL])
-    return _sidecar_from_json(content)
+    return written
 
 
 def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> Sidecar:
@@ -243,30 +159,38 @@ def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> 
     """
     if not artifact.is_file():
         raise UserError(f"no file {artifact}: check the path, or make the file first")
-    path = sidecar_path(artifact)
-    try:
-        content = read_json(path)
-        seal, stated = seal_of(content), content.pop(SEAL, None)
-        version = content.pop("format")
-    except FileNotFoundError:
+    path, again = sidecar_path(artifact), f"make {artifact.name} again"
+    if not path.exists():
         raise UserError(
             f"{artifact} has no sidecar {path.name}: copy it there from the folder in which the {kind} was made"
-        ) from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is not a sidecar, or is truncated ({error}): make {artifact.name} again") from error
+        )
+    text = own_json.read_text(path, "a sidecar", again)
+    try:
+        content = own_json.parse(text)
+        if not isinstance(content, dict) or "format" not in content:
+            raise own_json.JsonError("it has no format")
+    except own_json.JsonError as fault:
+        raise UserError(f"{path} is not a sidecar, or is truncated ({one_line(fault)}): {again}") from fault
+    seal, stated, version = seal_of(content), content.get(SEAL), content["format"]
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version}, but this program reads {FORMAT_VERSION}: "
-            f"make {artifact.name} again with this version"
+            f"{path} has format version {version!r:.20}, but this program reads {FORMAT_VERSION}: "
+            f"{again} with this version"
         )
     try:
-        sidecar = _sidecar_from_json(content | {SEAL: seal})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} lacks or misstates an entry ({error}): make {artifact.name} again") from error
-    if sidecar.kind != kind:
-        raise WrongKindError(
-            f"{artifact} is a file of kind {sidecar.kind!r}, but must be of kind {kind!r}: give the right file"
-        )
+        sidecar = own_json.typed(content | {SEAL: seal}, Sidecar)
+        if sidecar.kind != kind:
+            raise WrongKindError(
+                f"{artifact} is a file of kind {sidecar.kind!r}, but must be of kind {kind!r}: give the right file"
+            )
+        check_forms(sidecar.kind, *_forms(sidecar))
+    except own_json.JsonError as fault:
+        raise UserError(f"{path} lacks or misstates an entry ({one_line(fault)}): {again}") from fault
+    figures, details = (
+        Entries.of(getattr(sidecar, name), f"{path} lacks or misstates an entry ({name}")
+        for name in ("figures", "details")
+    )
+    sidecar = dataclasses.replace(sidecar, figures=figures, details=details)
     if stated not in (None, seal) and path not in _said_changed:
         _said_changed.add(path)
         warn(f"{path} was changed since it was written: what it says is nobody's measurement any more")
@@ -313,24 +237,6 @@ def read_parent(child: Path, sidecar: Sidecar, kind: ArtifactKind) -> tuple[Path
     return path, parent
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of those of ``packages`` that are installed, without importing them."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def this_command() -> list[str]:
-    """The words of the command line that runs this process."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script that was run by its path
-    program = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
-    return [*program, *sys.argv[1:]]
-
-
 def _provenance() -> dict[str, Any]:
     python = ".".join(map(str, sys.version_info[:3]))
     return {
@@ -340,22 +246,5 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def _sidecar_from_json(content: dict[str, Any]) -> Sidecar:
-    content = {key: value for key, value in content.items() if key != "format"}
-    for key in ("inputs", "outputs"):
-        content[key] = tuple(TensorSpec(t["name"], tuple(t["shape"]), t["dtype"]) for t in content[key])
-    content["parent"] = None if content["parent"] is None else Parent(**content["parent"])
-    content["class_names"] = tuple(content["class_names"])
-    return Sidecar(**content)
-
-
-def _flush(path: Path) -> None:
-    """Forces a written file to the disk, so that a full disk shows as an error now."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _forms(sidecar: Sidecar) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
+    return sidecar.figures, sidecar.details, sidecar.preprocessing

@@ -15,11 +15,12 @@ from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from qat.base.artifact import disk_errors, replaceable, this_command
 from qat.base.errors import UserError
 from qat.base.input_files import Key, files_read_with, is_read_from, keys_of, mentions, paths_named
 from qat.base.lock import HeldError, locked, remove_leftovers
 from qat.base.streams import is_stdout, keep_stdout_for_data
+from qat.base.this_program import this_command
+from qat.base.writing import disk_errors, replaceable
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.base.artifact import atomic_write
 from qat.base.console import warn
 from qat.base.errors import UserError, one_line
 from qat.base.regular_file import read_json
+from qat.base.writing import atomic_write
 
 FORMAT_VERSION, KIND = 1, "ranges"
 COUNTS = 128  # bins of a histogram in the file

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qat.base.artifact import atomic_write
 from qat.base.console import say
 from qat.base.errors import UserError, one_line
 from qat.base.regular_file import read_json
+from qat.base.writing import atomic_write
 from qat.graph.network import ConstantWeight
 
 _SHIPPED = Path(__file__).parent / "profiles" / "h200-8.6.0.json"

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qat.base.artifact import atomic_write, disk_errors
 from qat.base.errors import UserError
+from qat.base.writing import atomic_write, disk_errors
 
 if TYPE_CHECKING:
     from tensorboardX import SummaryWriter

@@ -142,14 +142,14 @@ def test_what_the_name_of_a_method_tells_apart(change: dict[str, Any], other: bo
 
 def test_a_cache_as_ranges_by_hand_is_checked_against_its_sidecar(tmp_path: Path) -> None:
     path, content = tmp_path / "c.cache", b"TRT-8600-EntropyCalibration2\ninput: 3d18b082\n"
-    sidecar = Sidecar(kind="calibration-cache", details={"model": "mine"})
+    sidecar = Sidecar(kind="calibration-cache", details={"model": "abc1"})
     write_artifact(path, sidecar, lambda temporary: temporary.write_bytes(content))
-    check_cache(path, "mine")
+    check_cache(path, "abc1")
     with pytest.raises(UserError, match="made of another model"):
         check_cache(path, "other")
     path.write_bytes(content.replace(b"3d", b"3e"))
     with pytest.raises(UserError, match="SHA-256"):
-        check_cache(path, "mine")
+        check_cache(path, "abc1")
 
 
 def test_the_library_takes_paths_as_text() -> None:

@@ -507,12 +507,12 @@ def another_engine_than_the_sidecar_s(engine: Path) -> tuple[str, ...]:
 
 def profiles_of_an_older_build(engine: Path) -> tuple[str, ...]:
     write_engine(engine, profiles=None, batch={"min": 1, "opt": 8, "max": 32})
-    return "has missing or wrong optimization profiles (KeyError: 'profiles')", "build the engine again"
+    return "has missing or wrong optimization profiles", "details.profiles: it is missing", "build the engine again"
 
 
 def a_profile_without_optimum(engine: Path) -> tuple[str, ...]:
     write_engine(engine, profiles=[{"min": 1, "max": 8}])
-    return "has missing or wrong optimization profiles", "opt"
+    return "lacks or misstates an entry (details.profiles[0]: ", "opt"
 
 
 def stripped(engine: Path) -> tuple[str, ...]:
@@ -522,7 +522,7 @@ def stripped(engine: Path) -> tuple[str, ...]:
 
 def a_profile_upside_down(engine: Path) -> tuple[str, ...]:
     write_engine(engine, profiles=[{"min": 1, "opt": 8, "max": 4}])
-    return "has missing or wrong optimization profiles", "profile 1,8,4"
+    return "lacks or misstates an entry (details.profiles[0]: 1, 8, 4 must rise"
 
 
 def a_profile_and_a_fixed_batch(engine: Path) -> tuple[str, ...]:

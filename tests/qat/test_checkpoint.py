@@ -54,10 +54,10 @@ def rewrite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def save_again(path: Path, loaded: Checkpoint) -> None:
-    details = {"data": {}, "seed": 0}
+    details = {"noted": {"by": "somebody"}, "seed": 0}
     spec = ModelSpec(**loaded.sidecar.details["model"])
     names = loaded.sidecar.class_names
-    save_checkpoint(path, loaded.model, spec, loaded.preprocessing, names, {"float": 1}, details, 0)
+    save_checkpoint(path, loaded.model, spec, loaded.preprocessing, names, {"best": 1}, details, 0)
 
 
 # --- checkpoints

@@ -8,19 +8,9 @@ from pathlib import Path
 import pytest
 from commands import ROOT
 
-from qat.base.artifact import (
-    Parent,
-    Sidecar,
-    TensorSpec,
-    atomic_write,
-    check_writable,
-    disk_errors,
-    read_parent,
-    read_sidecar,
-    sidecar_path,
-    write_artifact,
-)
+from qat.base.artifact import Parent, Sidecar, TensorSpec, read_parent, read_sidecar, sidecar_path, write_artifact
 from qat.base.errors import UserError
+from qat.base.writing import atomic_write, check_writable, disk_errors
 
 
 @pytest.fixture
@@ -81,7 +71,7 @@ def test_no_file_and_no_sidecar(written, tmp_path):
 def test_a_parent_that_is_another_file_is_refused_with_both_hashes(written, tmp_path):
     path, parent = written
     child = tmp_path / "model.engine"
-    sidecar = write_artifact(child, Sidecar("engine", Parent(path.name, parent.sha256)), lambda f: f.write_bytes(b"e"))
+    sidecar = write_artifact(child, Sidecar("onnx", Parent(path.name, parent.sha256)), lambda f: f.write_bytes(b"e"))
     assert read_parent(child, sidecar, "onnx") == (path, parent)
     newer = write_artifact(path, Sidecar("onnx"), lambda file: file.write_bytes(b"trained again"))
     with pytest.raises(UserError, match=f"{parent.sha256}.*{newer.sha256}"):
@@ -144,7 +134,7 @@ def test_what_readers_rest_on_needs_the_standard_library_only(name: str):
 def test_a_parent_in_another_folder_is_found_there_and_after_both_were_moved_together(written, tmp_path):
     path, parent = written
     child = tmp_path / "other" / "model.engine"
-    sidecar = Sidecar("engine", Parent.from_file(child, path, parent.sha256))
+    sidecar = Sidecar("onnx", Parent.from_file(child, path, parent.sha256))
     sidecar = write_artifact(child, sidecar, lambda file: file.write_bytes(b"e"))
     assert read_parent(child, sidecar, "onnx")[1] == parent
     for file in (path, sidecar_path(path)):

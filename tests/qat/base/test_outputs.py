@@ -22,10 +22,11 @@ import pytest
 from commands import ROOT
 from onnx import TensorProto, helper
 
-from qat.base.artifact import Parent, Sidecar, atomic_write, check_writable, write_artifact
+from qat.base.artifact import Parent, Sidecar, write_artifact
 from qat.base.errors import UserError
 from qat.base.lock import lock_path, locked
 from qat.base.outputs import Reads, Writes, marked_fields, outputs_of
+from qat.base.writing import atomic_write, check_writable
 
 COMMANDS = {
     "qat": ("train", "calibrate", "placement", "sensitivity"),

@@ -17,7 +17,7 @@ COMMAND = '''
 import ctypes, os, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
-from qat.base.artifact import atomic_write
+from qat.base.writing import atomic_write
 from qat.base.console import Command, run_command
 from qat.base.supervised import native, said
 

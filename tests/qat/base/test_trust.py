@@ -181,7 +181,7 @@ def test_a_strangers_parent_is_sought_in_its_own_folder_only(tmp_path: Path, mon
     parent = tmp_path / "elsewhere" / "a.onnx"
     digest = written(parent, Sidecar("onnx")).sha256
     child = tmp_path / "here" / "a.engine"
-    made = written(child, Sidecar("engine", Parent.from_file(child, parent, digest)))
+    made = written(child, Sidecar("onnx", Parent.from_file(child, parent, digest)))
     assert read_parent(child, made, "onnx")[0] == child.parent / "../elsewhere/a.onnx"
     monkeypatch.setattr(trust, "is_known", lambda digest: False)
     monkeypatch.setattr("qat.base.artifact.is_known", lambda digest: False)
