@@ -1,7 +1,4 @@
-"""ONNX file -> engine file: builds an engine, audits it, and writes it with its sidecar.
-
-The engine in memory is made by deploy/builder.py; what the engine file says about it is decided here.
-"""
+"""ONNX file -> engine file: deploy/builder.py makes the engine in memory; here it is audited and gets its sidecar."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 from qat.base import own_json
 from qat.base.console import warn
 from qat.base.errors import UserError, one_line
+from qat.base.input_files import sidecar_path as sidecar_path
 from qat.base.regular_file import check_regular
 from qat.base.schema.entries import Entries, check_forms, check_recorded
 from qat.base.schema.leaves import Digest, Name, NumpyType, Shape
@@ -93,11 +94,6 @@ class Sidecar:
     def own(self) -> bool:
         """Whether this user wrote it on this machine, so that what it names may be used without a question."""
         return is_known(self.sidecar_sha256) and not untrusted_mode()
-
-
-def sidecar_path(artifact: Path) -> Path:
-    """``model.onnx`` -> ``model.onnx.json``."""
-    return artifact.with_name(artifact.name + ".json")
 
 
 def sha256_of(path: Path) -> str:

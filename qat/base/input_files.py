@@ -13,14 +13,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qat.base.artifact import sidecar_path
-
 Key = tuple[object, ...]
 _MOST_PARENTS = 8
 _LARGEST_SIDECAR = 64 * 2**20
 _SPLITS = ("train", "val", "valid", "test", "images", "masks")
 _LABELS = (".txt", ".yaml", ".yml", ".xml", ".csv", ".npz", ".npy")
 """How files with labels end; no command writes such a file under a name that the user chose."""
+
+
+def sidecar_path(artifact: Path) -> Path:
+    """``model.onnx`` -> ``model.onnx.json``."""
+    return artifact.with_name(artifact.name + ".json")
 
 
 def paths_named(value: Any) -> Iterator[Path]:
