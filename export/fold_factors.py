@@ -90,7 +90,10 @@ def _scale_layer(
             return False
     multiplied = [(dequantize, 1), *([bias] if bias else [])]
     scale, *others = (constant(node.inputs[at]) for node, at in multiplied)
-    if scale is None or any(found is None for found in others) or (scale * factor).min() < smallest:
+    if scale is None or any(found is None for found in others):
+        return False
+    as_stored = scale.dtype.type  # NumPy 1 would compute and compare one number in float64, NumPy 2 does not
+    if (scale * as_stored(factor)).min() < as_stored(smallest):
         return False
     for node, at in multiplied:
         _multiply(graph, node, at, factor)
