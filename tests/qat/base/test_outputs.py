@@ -214,7 +214,7 @@ def test_an_earlier_output_is_written_again() -> None:
 
 def test_sidecars_references_and_parents_are_inputs() -> None:
     os.mkdir("runs")
-    details = {"reference": {"file": "m.reference.npz"}}
+    details = {"reference": {"file": "m.reference.npz", "sha256": "0" * 64, "images": 1, "source": "", "top1": None}}
     model = write_artifact(Path("m.onnx"), Sidecar("onnx", details=details), lambda file: file.write_bytes(b"onnx"))
     engine, parent = Path("runs/m.engine"), Parent.from_file(Path("runs/m.engine"), Path("m.onnx"), model.sha256)
     write_artifact(engine, Sidecar("engine", parent), lambda file: file.write_bytes(b"engine"))
