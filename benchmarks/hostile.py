@@ -1,6 +1,8 @@
-"""Makes hostile files by a seed, runs commands on them, and counts what each command did within 10 s and 2 GiB.
+"""Makes hostile files by a seed, runs commands on them, and counts what each did within 10 s and 2 GiB.
 
     python -m benchmarks.hostile --seed 1 --mutated 40 | tee benchmarks/hostile.txt
+
+Seconds are those of processor time, because other work may run on the machine.
 
 Right: the command did its work. One line: exit code 2 and one line of error that names the file. Everything else is a
 fault: internal error, memory (more than 2 GiB resident), hang, crash. The files are those that brought the program down
@@ -31,6 +33,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 SECONDS, BYTES = 10, 2 << 30
+WALL = 6  # times as long may pass: other work may run on the machine
 LINT, QUANTIZE, BUILD = "export.lint", "export.quantize", "deploy.build"
 Case = tuple[str, list[str]]  # the file's name, and the command
 
@@ -41,7 +44,7 @@ def main() -> None:
     parser.add_argument("--mutated", type=int, default=40, help="mutated ONNX files")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     options = parser.parse_args()
-    print(f"seed {options.seed}; {options.seconds:g} s and {BYTES >> 30} GiB for each command")
+    print(f"seed {options.seed}; {options.seconds:g} s of processor time and {BYTES >> 30} GiB for each command")
     totals: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -57,9 +60,14 @@ def run(command: list[str], file: Path, seconds: float) -> tuple[str, str]:
     """What the command did, and its last line."""
     before = set(file.parent.iterdir())
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+        [sys.executable, "-m", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=limited,
     )
-    late = threading.Timer(seconds, lambda: os.killpg(process.pid, signal.SIGKILL))
+    late = threading.Timer(WALL * seconds, lambda: os.killpg(process.pid, signal.SIGKILL))
     late.start()
     assert process.stderr is not None
     lines = [line.rstrip() for line in process.stderr]
@@ -70,8 +78,8 @@ def run(command: list[str], file: Path, seconds: float) -> tuple[str, str]:
     faults = [line for line in lines if not line.startswith("warning: ")]
     said = faults[-1] if faults else ""
     left = [path.name for path in set(file.parent.iterdir()) - before if path.name.endswith(".part")]
-    if hung:
-        return "hang", ""
+    if hung or usage.ru_utime + usage.ru_stime > seconds:
+        return "hang", f"{usage.ru_utime + usage.ru_stime:.1f} s of processor time"
     if process.returncode < 0:
         return "crash", signal.Signals(-process.returncode).name
     if usage.ru_maxrss * 1024 > BYTES:
@@ -82,6 +90,12 @@ def run(command: list[str], file: Path, seconds: float) -> tuple[str, str]:
         one = len(faults) == 1 and said.startswith("error: ") and file.name in said and not left
         return ("one line" if one else "not one line"), said or f"left {left}"
     return "right", ""
+
+
+def limited() -> None:
+    """In the child: no more data than ``BYTES``, and the kernel ends what computes for twice as long as it may."""
+    resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS))
 
 
 # --- files
@@ -162,7 +176,7 @@ def models(folder: Path) -> dict[str, bytes]:
     convolution = helper.make_node("Conv", ["x", "w"], ["y"])
     relus = [helper.make_node("Relu", [f"t{n}" if n else "x"], [f"t{n + 1}"]) for n in range(20_000)]
     relus[-1].output[0] = "y"
-    constant = numpy_helper.from_array(np.array([1 << 18, 1 << 19], np.int64), "extents")
+    constant = numpy_helper.from_array(np.array([1 << 30, 3, 16, 16], np.int64), "extents")
     os.mkfifo(folder / "pipe.onnx")
     (folder / "zero.onnx").symlink_to("/dev/zero")
     zeros(folder / "holes.onnx")
@@ -179,9 +193,13 @@ def models(folder: Path) -> dict[str, bytes]:
         "external_above.onnx": model([convolution], [declared([8, 3, 1, 1], "../w.bin")]),
         "external_missing.onnx": model([convolution], [declared([8, 3, 1, 1], "gone.bin")]),
         "nodes20000.onnx": model(relus, []),
-        "computed_terabyte.onnx": model(
+        "computed_terabytes.onnx": model(
             [helper.make_node("ConstantOfShape", ["extents"], ["c"]), helper.make_node("Add", ["x", "c"], ["y"])],
             [constant],
+        ),
+        "computed_3GiB.onnx": model(
+            [helper.make_node("ConstantOfShape", ["extents"], ["c"]), helper.make_node("Add", ["x", "c"], ["y"])],
+            [numpy_helper.from_array(np.array([1 << 20, 3, 16, 16], np.int64), "extents")],
         ),
         "pipe.onnx": b"",
         "zero.onnx": b"",
@@ -237,9 +255,12 @@ def zeros(path: Path) -> None:
 
 
 def swelling(path: Path) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("train_images.npy", "w") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (3 << 30,)})
-        for _ in range(3 << 6):
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("train_images.npy", "w", force_zip64=True) as file,
+    ):
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (5 << 29,)})
+        for _ in range(5 << 5):
             file.write(bytes(1 << 24))
 
 

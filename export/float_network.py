@@ -14,7 +14,7 @@ from onnxscript.rewriter.rules import common as rewrites
 from export.equations import lower_equations
 from export.fold_constants import fold_constants
 from export.hard_rules import hard_findings
-from export.read import is_quantized, read_onnx
+from export.read import is_quantized, quiet, read_onnx
 from export.reuse_concats import reuse_concats
 from export.scaled_products import products_of_einsums, scale_before_product, softmax_before_values
 from export.session import if_onnx_runtime_can
@@ -26,9 +26,10 @@ from qat.base.errors import UserError
 OPSET = 17
 """Models of an older operator set are converted to this one: Q/DQ of single channels exist from 13 on."""
 _FIRST_PER_CHANNEL = 13
-_MOST_FOLDED = 1 << 30  # elements of a constant that is computed now, and not in the engine
+_MOST_FOLDED = 1 << 26  # elements of a constant that is computed now, and not in the engine
 
 
+@quiet()
 def read_float_network(path: Path, *, same_tensors: bool = False) -> ir.Model:
     """The float network, with constants computed and batch normalization folded into convolutions.
 

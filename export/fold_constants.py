@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
@@ -10,6 +12,13 @@ from export.onnx_network import constants
 from export.session import session
 
 _MOST_BYTES = 1 << 28  # of all that is computed
+
+
+def _bytes(value: ir.Value) -> int:
+    """Of a computed tensor, as far as its extents are known; they tell before anything is computed."""
+    if value.producer() is None or value.shape is None or value.dtype is None or not value.shape.is_static():
+        return 0
+    return math.prod(value.shape.numpy()) * value.dtype.bitwidth // 8
 
 
 def fold_constants(model: ir.Model) -> None:
@@ -28,7 +37,7 @@ def fold_constants(model: ir.Model) -> None:
     proto = ir.to_proto(model)
     inside = [node for node in proto.graph.node if names.issuperset(filter(None, node.output))]
     odd = any("Random" in node.op_type or any(one.HasField("g") for one in node.attribute) for node in inside)
-    if not wanted or odd:
+    if not wanted or odd or sum(map(_bytes, known)) > _MOST_BYTES:
         return
     read = {name for node in inside for name in node.input}
     graph = onnx.helper.make_graph(

@@ -20,6 +20,7 @@ import tyro
 from export.file_form import files_beside, quantized_path
 from qat.base.choices import Calibrator, WeightCalibrator, WeightStorage
 from qat.base.console import Command, run_command
+from qat.base.onnx_structure import check_structure
 from qat.base.outputs import READS, READS_IMAGES, Writes
 from qat.rules.kernel_profile import given_profile
 from qat.rules.tuned import tuned_names
@@ -74,7 +75,9 @@ class QuantizeOptions(Command):
 
 
 def main(options: QuantizeOptions) -> None:
-    """Quantizes. Torch is imported here, so that --help answers at once."""
+    """Quantizes. Torch is imported here, so that --help answers at once, and what no parser may see is refused so."""
+    if options.model.is_file():
+        check_structure(options.model)
     from export.from_float_onnx import quantize_onnx
 
     quantize_onnx(

@@ -34,7 +34,7 @@ def read_onnx(path: Path) -> ir.Model:
     if not path.is_file():
         raise UserError(f"no file {path}: check the path")
     check_structure(path)
-    with _quiet(), native(f"reading {path}"):
+    with quiet(), native(f"reading {path}"):
         model = _load(path)
         _check_opset(path, model)
         _load_data(path, model)
@@ -111,7 +111,7 @@ def _check_tensors(path: Path, model: ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences what onnx_ir logs about a file: what a user has to know becomes a UserError."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+_MOST_LETTERS = 1200
+
 
 class UserError(Exception):
-    """A mistake that the user can correct: one line that says what was wrong, what was found and what to do."""
+    """A mistake that the user can correct: one line that says what was wrong, what was found and what to do.
+
+    The middle of a very long line, which quotes what a file holds, is left out.
+    """
+
+    def __init__(self, line: str = "") -> None:
+        half = _MOST_LETTERS // 2
+        super().__init__(line if len(line) <= _MOST_LETTERS else f"{line[:half]} ... {line[-half:]}")
 
 
 def one_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import ClassVar, NoReturn
 
 from qat.base.errors import UserError, one_line
+from qat.base.exit_codes import USER_ERROR
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _FROM_KERNEL = 0x80  # si_code of a signal that the terminal sent to the whole foreground group
@@ -129,7 +130,8 @@ def _wait(child: int, output: int, command: str) -> NoReturn:
             break
     text = os.pread(output, os.fstat(output).st_size, 0).decode(errors="replace")
     if os.WIFEXITED(status):
-        sys.stderr.write(text)
+        if os.WEXITSTATUS(status) != USER_ERROR:  # that is one line
+            sys.stderr.write(text)
         sys.exit(os.WEXITSTATUS(status))
     number = os.WTERMSIG(status)
     _remove_unfinished()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import onnx
@@ -65,7 +67,7 @@ def _changed_json(content: bytes, changes: Sequence[tuple[float, str, Any]]) -> 
         holders = list(_holders(tree))
         holder, key = holders[int(place * len(holders))]
         if kind == "replace":
-            holder[key] = value
+            holder[key] = copy.deepcopy(value)
         elif kind == "bury":
             for _ in range(60):
                 holder[key] = [holder[key]]
@@ -90,22 +92,25 @@ def _changed_onnx(content: bytes, changes: Sequence[tuple[float, str, int, float
         if not fields:
             break
         message, field = fields[int(place * len(fields))]
-        value = getattr(message, field.name)
-        if kind == "clear":
-            message.ClearField(field.name)
-        elif isinstance(value, Message):
-            value.Clear()
-        elif hasattr(value, "extend"):
-            one = value[int(other * len(value))]
-            if kind == "double":
-                value.extend([one])
-            elif isinstance(one, Message):
-                del value[int(other * len(value))]
-            else:
-                value[int(other * len(value))] = _other_value(model, one, number, other)
-        else:
-            setattr(message, field.name, _other_value(model, value, number, other))
+        with suppress(ValueError):  # a number that the field's type does not have
+            _change_field(model, message, field.name, kind, number, other)
     return bytes(model.SerializeToString())
+
+
+def _change_field(model: onnx.ModelProto, message: Any, name: str, kind: str, number: int, place: float) -> None:
+    value = getattr(message, name)
+    if kind == "clear":
+        message.ClearField(name)
+    elif isinstance(value, Message):
+        value.Clear()
+    elif not hasattr(value, "extend"):
+        setattr(message, name, _other_value(model, value, number, place))
+    elif kind == "double":
+        value.extend([value[int(place * len(value))]])
+    elif isinstance(value[0], Message):
+        del value[int(place * len(value))]
+    else:
+        value[int(place * len(value))] = _other_value(model, value[0], number, place)
 
 
 def _fields(message: Any) -> Iterator[tuple[Any, Any]]:
