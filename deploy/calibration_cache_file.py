@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.base.artifact import Sidecar, read_sidecar, sidecar_path, write_artifact
-from qat.base.calibration_cache import CalibrationCache
+from qat.base.artifact import Sidecar, check_writable, read_sidecar, sidecar_path, write_artifact
+from qat.base.calibration_cache import MOST_BYTES, CalibrationCache
 from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.base.regular_file import read_bytes
@@ -70,7 +70,7 @@ class CalibrationCacheFile:
             )
         try:
             recorded = read_sidecar(path, "calibration-cache").details
-            content = read_bytes(path)
+            content = read_bytes(path, MOST_BYTES)
             CalibrationCache.parse(content, str(path))
         except UserError as error:
             raise UserError(f"the calibration cache is refused: {error}; delete it to calibrate again") from error

@@ -23,6 +23,8 @@ from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.regular_file import read_bytes
 
+MOST_BYTES = 64 << 20
+"""Of a calibration cache; each tensor is a line."""
 _HEADER = re.compile(r"TRT-(?P<version>\d+)-(?P<algorithm>\w+)|\d+ [0-9a-f]{1,16} [0-9a-f]{1,16}")
 _ALGORITHMS: dict[str, ImplicitCalibrator] = {
     "EntropyCalibration2": "entropy2",
@@ -49,7 +51,7 @@ class CalibrationCache:
     def read(cls, path: Path) -> CalibrationCache:
         """Raises UserError when the file cannot be read, is no calibration cache, or has a scale that is none."""
         try:
-            content = read_bytes(path)
+            content = read_bytes(path, MOST_BYTES)
         except OSError as error:
             raise UserError(f"cannot read the calibration cache {path} ({error}): check the path") from error
         return cls.parse(content, str(path))

@@ -62,6 +62,7 @@ class _PixelBudget:
                 self._changed.notify_all()
 
 
+_UNSUSPICIOUS, _MOST_PER_BYTE = 1 << 25, 1000  # pixels; a page in black and white, well compressed, has 700 in a byte
 _decoding = _PixelBudget(1 << 26)  # decoding takes some 10 bytes for each pixel
 
 
@@ -156,14 +157,16 @@ def _listed(others: Counter[str]) -> str:
 def opened_image(path: str) -> Iterator[Image.Image]:
     """A file opened by Pillow, which has read its head.
 
-    Raises what Pillow does, and UserError for what is no regular file or has more pixels than Pillow's own limit
-    (``Image.MAX_IMAGE_PIXELS``), above which it only warns.
+    Raises what Pillow does, UserError for what is no regular file, and ValueError for more pixels than Pillow's own
+    limit (``Image.MAX_IMAGE_PIXELS``), above which it only warns, or than a file of its size holds.
     """
     check_regular(Path(path))
     with Image.open(path) as image:
         width, height = image.size
         if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
             raise _TooLargeError(f"has {width}x{height} pixels, and {_LIMIT}")
+        if width * height > max(_UNSUSPICIOUS, _MOST_PER_BYTE * (size := os.path.getsize(path))):
+            raise _TooLargeError(f"has {width}x{height} pixels in {size:,} bytes, as no photograph has: remove it")
         yield image
 
 

@@ -134,7 +134,7 @@ def test_what_readers_rest_on_needs_the_standard_library_only(name: str):
         "streams",
         "onnx_file",
         "exit_codes",
-    )  # of other packages themselves
+    )
     beside = {f"qat.base.{name}" for name in free}
     assert {module.split(".")[0] for module in imported - beside} <= set(sys.stdlib_module_names)
 
