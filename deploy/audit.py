@@ -28,7 +28,7 @@ class AuditOptions(Command):
     engine: Annotated[Path, tyro.conf.Positional, READS]
     """The engine that python -m deploy.build wrote."""
     json: Annotated[Path | None, WRITES_TEXT] = None
-    """File for the whole audit, as JSON."""
+    """File for the whole audit, as JSON; - is the standard output."""
     batch: int | None = None
     """Batch size at which times are measured; by default the one that the engine is tuned for."""
     runs: int = 50

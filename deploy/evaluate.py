@@ -62,7 +62,7 @@ class EvaluateOptions(Command):
     layers: bool = False
     """Compare the tensors inside with ONNX Runtime's too. One more engine is built, which has them as outputs."""
     json: Annotated[Path | None, WRITES_TEXT] = None
-    """File for the results, as JSON."""
+    """File for the results, as JSON; - is the standard output."""
     trust: bool = False
     """Load the engine even if it is not the file that its sidecar was written for."""
     trust_code: bool = False

@@ -52,7 +52,7 @@ class MigrateOptions(Command):
     runs: int = 200
     """Each engine has at least this many timed inferences."""
     json: Annotated[Path | None, WRITES_TEXT] = None
-    """File for the results, as JSON."""
+    """File for the results, as JSON; - is the standard output."""
 
 
 def main(options: MigrateOptions) -> int:

@@ -31,7 +31,7 @@ class LintOptions(Command):
     profile: Annotated[Path | None, READS] = None
     """What deploy.kernels measured on the GPU that the engine is for; by default what was measured on an H200."""
     json: Annotated[Path | None, WRITES_TEXT] = None
-    """Also write all findings here."""
+    """Also write all findings here, as JSON; - is the standard output."""
     strict: bool = False
     """Exit with code 1 for warnings too."""
     show: int = 8

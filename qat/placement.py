@@ -47,9 +47,9 @@ class PlacementOptions(Command):
     trust_code: bool = False
     """Run the code and read the images that the sidecar names, though it was not made by you on this machine."""
     json: Annotated[Path | None, WRITES_TEXT] = None
-    """File for the placement, the scale groups and the rules, as JSON."""
+    """File for the placement, the scale groups and the rules, as JSON; - is the standard output."""
     svg: Annotated[Path | None, WRITES_TEXT] = None
-    """File for a picture of the graph, as SVG."""
+    """File for a picture of the graph, as SVG; - is the standard output."""
 
 
 def main(options: PlacementOptions) -> None:

@@ -35,7 +35,7 @@ class SensitivityOptions(Command):
     device: str = "auto"
     """cpu, cuda, or cuda:1 and so on; auto takes a GPU if there is one."""
     json: Annotated[Path | None, WRITES_TEXT] = None
-    """File for all figures, as JSON."""
+    """File for all figures, as JSON; - is the standard output."""
     allow_changed_model: bool = False
     """Go on when the code of the checkpoint's model has changed since, so that the network answers something else."""
     trust_code: bool = False

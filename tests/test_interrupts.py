@@ -99,8 +99,8 @@ def test_a_standard_output_that_takes_nothing_ends_no_training(
     assert all(one[name].equal(other[name]) for name in other)
 
 
-def test_help_that_is_not_read_to_its_end() -> None:
-    done = shell("python -m qat.train --help | head -1", ROOT)
+def test_help_that_nobody_reads() -> None:
+    done = shell("python -m qat.train --help | true", ROOT)
     assert (done.returncode, done.stderr) == (141, "")
 
 
@@ -209,3 +209,13 @@ def test_resuming_with_other_threads_says_that_bits_may_differ(trained: Path, co
         "warning: the stopped run computed with 1 threads, this one has 2: the last bits of the result may differ; "
         "OMP_NUM_THREADS=1 keeps them\n"
     )
+
+
+# --- at random moments
+
+
+@pytest.mark.slow
+def test_whatever_is_killed_at_random_ends_bit_by_bit_the_same(tmp_path: Path) -> None:
+    done = shell("python -m benchmarks.kills --rounds 10 --seed 2", ROOT, TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 faults" in done.stdout
