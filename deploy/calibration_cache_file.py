@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.base.artifact import Sidecar, check_writable, read_sidecar, sidecar_path, write_artifact
+from qat.base.artifact import Sidecar, read_sidecar, sidecar_path, write_artifact
 from qat.base.calibration_cache import MOST_BYTES, CalibrationCache
 from qat.base.console import say, warn
 from qat.base.errors import UserError
