@@ -169,6 +169,7 @@ def one_round(
         resume = job.resumes is not None and (folder / job.resumes).exists()
         number, moment = chance.choice(SIGNALS), chance.uniform(0, 1) * (seconds + 4 * anew)
         said.append(f"{number.name} after {moment:.3f} s{' anew' if anew else ''}{' resumed' if resume else ''}")
+        before = set(written(folder))
         process = start(job, folder, resume=resume, anew=anew)
         time.sleep(moment)
         os.kill(process, number)
@@ -176,7 +177,9 @@ def one_round(
         errors = (folder / "stderr.txt").read_text()
         tally.met[f"{name}: {number.name} {_what_met(code)}"] += 1
         if number != signal.SIGKILL:
-            tally.faults += [f"{name}, {', '.join(said)}: {fault}" for fault in _faults(code, errors, folder, wanted)]
+            tally.faults += [
+                f"{name}, {', '.join(said)}: {fault}" for fault in _faults(code, errors, folder, before | set(wanted))
+            ]
         if code == 0:
             break
     else:
@@ -191,20 +194,22 @@ def _what_met(code: int) -> str:
     return {0: "came too late", 130: "was heeded"}.get(code, "ended it" if code < 0 else f"gave exit code {code}")
 
 
-def _faults(code: int, errors: str, folder: Path, wanted: dict[str, str]) -> Iterator[str]:
+def _faults(code: int, errors: str, folder: Path, known: set[str]) -> Iterator[str]:
     """What is wrong behind an interrupt, which may come before the program has begun or after it has ended."""
-    if code not in (0, 130) and not (code < 0 and not errors):
+    begun = "Traceback" not in errors or "run_command" in errors
+    if code > 0 and code != 130 and begun:
         yield f"exit code {code}: {errors}"
     if code == 130 and len(errors.splitlines()) != 1:
         yield f"not one line: {errors}"
-    left = [name for name in written(folder) if name not in wanted and not name.endswith(".state")]
-    if left and code == 130:
+    left = [name for name in written(folder) if name not in known and not name.endswith(".state")]
+    if left and code:
         yield f"left {', '.join(left)}"
 
 
 def kill_rounds(rounds: int, seed: int, only: list[str], folder: Path) -> Tally:
     """Runs so many rounds, the commands in turns."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it,
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and so does what nohup runs
     torch.set_num_threads(1)  # of the forked runs too
     tally, chance = Tally(), random.Random(seed)
     all_jobs = jobs(folder)

@@ -16,6 +16,7 @@ from deploy import cuda
 from deploy.trt import Toolkit
 from qat.base.choices import BuilderName
 from qat.base.errors import UserError
+from qat.base.streams import interrupts_held_back
 
 # The wheel of ONNX Runtime's TensorRT-RTX provider contains the libraries. They must be loaded in this order.
 RTX_LIBRARY_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
@@ -41,7 +42,8 @@ def find_toolkit(choice: Literal["auto"] | BuilderName = "auto") -> Toolkit:
         if choice not in ("auto", name):
             continue
         try:
-            return find()
+            with interrupts_held_back():  # one that comes while a library is loaded looks as if that had failed
+                return find()
         except (ImportError, OSError, UserError) as error:
             failures.append(f"{name} ({' '.join(str(error).split())})")
     remedy = {"tensorrt": TENSORRT_INSTALL, "tensorrt-rtx": RTX_INSTALL}.get(
