@@ -179,7 +179,7 @@ def _test_split(model: Path, sidecar: Sidecar, data: str, data_root: Path, image
         details = {"seed": 0, "calibration_images": 512}
     given = sidecar.preprocessing
     preset = ImagePreset.of_sidecar(given)
-    seed, calibration_images = details["seed"], details["calibration_images"]
+    seed, calibration_images = details.get("seed", 0), details.get("calibration_images", 512)
     data_set = load_data(data, given["height"], seed, calibration_images, data_root, preset)
     count = len(data_set.test) if images is None else images
     for x_NCHW, labels in first_batches(data_set.test, count, BATCH):

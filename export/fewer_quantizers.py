@@ -7,7 +7,6 @@ so that engines can be tuned where only TensorRT is.
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, constants, network
 from export.pad_groups import Widths, set_group_widths, without_padding
 from export.qdq import DATA, HALF_TYPES, SCALE, QdqModel, size_of
 from export.read import read_onnx
+from qat.base import own_json
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
 from qat.graph.data_movement import Read, copies_of
@@ -152,8 +152,8 @@ def float_network(path: Path) -> Network:
 def split_layers(path: Path) -> tuple[str, ...]:
     """The layers that an export made several (export/split_projections.py), by their names in the model."""
     try:
-        return tuple(map(str, json.loads(read_onnx(path).metadata_props.get(SPLIT, "[]"))))
-    except (ValueError, TypeError):
+        return own_json.typed(own_json.parse(read_onnx(path).metadata_props.get(SPLIT, "[]")), tuple[str, ...])
+    except own_json.JsonError:
         return ()
 
 

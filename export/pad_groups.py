@@ -19,8 +19,10 @@ from onnx_ir.passes.common import ShapeInferencePass
 from export.names import all_names, unused_name
 from export.onnx_network import DEQUANTIZE, QUANTIZE, WEIGHT, OnnxNetwork, constant, network_from_onnx
 from export.qdq import DATA, SCALE
+from qat.base import own_json
 from qat.base.console import say, warn
 from qat.base.errors import UserError
+from qat.base.schema.leaves import Size
 from qat.rules.channel_regions import ChannelRegion, channel_region
 from qat.rules.placement import Placement
 
@@ -88,7 +90,7 @@ def without_padding(model: ir.Model) -> dict[str, Widths]:
     if (stated := model.metadata_props.pop(_PADDED, None)) is None:
         return {}
     try:
-        widths = {str(name): (int(inside), int(outside)) for name, (inside, outside) in json.loads(stated).items()}
+        widths = own_json.typed(own_json.parse(stated), dict[str, tuple[Size, Size]])
         done = _resize_groups(model, widths)
         if missing := widths.keys() - done.original.keys():
             raise ValueError(f"{min(missing)} cannot be found")

@@ -17,9 +17,10 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, fx, nn
 
+from qat.base import own_json
 from qat.base.artifact import FORMAT_VERSION, Sidecar, TensorSpec, read_sidecar, sha256_of, write_artifact
 from qat.base.console import warn
-from qat.base.errors import UserError
+from qat.base.errors import UserError, one_line
 from qat.base.number_format import BITS
 from qat.base.regular_file import check_regular
 from qat.base.trust import permit
@@ -297,11 +298,15 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     """The tensors and details that ``save_state`` wrote. Raises UserError when they are missing or damaged."""
     tensors = load_tensors(path)
     with safetensors.safe_open(path, "pt") as file:
-        details = json.loads((file.metadata() or {}).get(_STATE, "{}"))
-    version = details.pop("format", None)
+        text = (file.metadata() or {}).get(_STATE, "{}")
+    try:
+        details = own_json.parse(text)
+        version = details.pop("format", None)
+    except (own_json.JsonError, AttributeError, TypeError) as fault:
+        raise UserError(f"{path} is no training state ({one_line(fault)}): start without --resume") from fault
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} is a training state of format version {version}, but this program reads {FORMAT_VERSION}: "
+            f"{path} is a training state of format version {version!r:.20}, but this program reads {FORMAT_VERSION}: "
             "start without --resume"
         )
     return tensors, details

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qat.base import own_json
 from qat.base.artifact import (
     ArtifactKind,
     Sidecar,
@@ -20,14 +21,13 @@ from qat.base.artifact import (
     read_sidecar,
     sidecar_path,
 )
-from qat.base.errors import UserError
+from qat.base.errors import UserError, one_line
 from qat.base.number_format import INT8
 from qat.base.ranges_file import Distributions, ranges_path, read_distributions
-from qat.base.regular_file import read_json
+from qat.base.schema.results import RESULTS
 
 Result = Mapping[str, Any]
 _SUFFIXES: Mapping[ArtifactKind, str] = {"engine": ".engine", "onnx": ".onnx", "checkpoint": ".qat"}
-_LARGEST_RESULT = 64 * 2**20
 """Bytes of a JSON file that is looked at."""
 
 
@@ -67,8 +67,8 @@ class Artifacts:
     @property
     def name(self) -> str:
         """What a reader calls it: the name of the model and of the folder."""
-        spec = self.checkpoint.details["model"] if self.checkpoint else None
-        model = spec["name"] if spec else next(iter(self.paths.values())).stem
+        built = self.checkpoint.details["model"] if self.checkpoint else None
+        model = built["name"] if built else next(iter(self.paths.values())).stem
         model = Path(model).name if ".py:" in model else model
         folder = next(iter(self.paths.values())).absolute().parent.name
         return f"{model} in {folder}"
@@ -167,6 +167,9 @@ def gather(path: Path, named: Iterable[Path] = ()) -> Artifacts:
     for one in _json_files(paths.values()):
         try:
             kind, content = _read_result(one)
+        except DamagedResultError as error:
+            left_out.append(str(error))
+            continue
         except UserError:  # some other JSON file
             continue
         if reason := _refusal(kind, content, hashes):
@@ -221,8 +224,8 @@ def _is_float(path: Path, kind: ArtifactKind) -> bool:
     if kind != "onnx":
         return False
     try:
-        return str(read_json(sidecar_path(path))["details"]["precision"]) != INT8.dtype
-    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return str(read_sidecar(path, kind, trust=True).details.get("precision", INT8.dtype)) != INT8.dtype
+    except UserError:
         return False
 
 
@@ -254,20 +257,14 @@ def _read_any(artifact: Path) -> Sidecar:
 
 # --- results of commands
 
-# What each result must have, and of which type.
-_EVALUATION = {"images": int, "source": str, "top1": dict, "agreement": dict}
-_MARKS: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
-    "evaluation": {"engine": str, **_EVALUATION},
-    "onnx_evaluation": {"onnx": str, **_EVALUATION},
-    "benchmark": {"models": dict, "builds": list, "latency": list, "date": str, "tensorrt": str},
-    "audit": {"totals": dict, "layers": list, "findings": list},
-    "sensitivity": {"operations": list, "target_drop": (int, float), "quantized": dict},
-}
-_ENTRIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "benchmark": ("latency", ("name", "batch", "median", "low", "high", "p99", "images_per_second")),
-    "audit": ("layers", ("name", "kind", "inputs", "constants", "outputs", "onnx_nodes")),
-    "evaluation": ("layers", ("tensor", "node", "sqnr_db")),
-    "sensitivity": ("operations", ("label", "loss_without")),
+# Which entries tell one from another.
+_EVALUATION = {"images", "source", "top1", "agreement"}
+_MARKS: Mapping[str, set[str]] = {
+    "evaluation": {"engine", *_EVALUATION},
+    "onnx_evaluation": {"onnx", *_EVALUATION},
+    "benchmark": {"models", "builds", "latency", "date", "tensorrt"},
+    "audit": {"totals", "layers", "findings"},
+    "sensitivity": {"operations", "target_drop", "quantized"},
 }
 _COMMANDS = {
     "evaluation": "deploy.evaluate",
@@ -278,19 +275,25 @@ _COMMANDS = {
 }
 
 
+class DamagedResultError(UserError):
+    """The file is the result of a command, by its entries, but one of them is not as the command writes it."""
+
+
 def _read_result(path: Path) -> tuple[str, Result]:
     """What a JSON file is, and its content. Raises UserError when it is none of the results of commands."""
     try:
-        if path.stat().st_size > _LARGEST_RESULT:
-            raise UserError(f"{path} has more than {_LARGEST_RESULT // 2**20} MB: it is not a result of a command")
-        content = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a result of a command ({error}): run the command again") from error
+        content = own_json.parse(own_json.read_text(path, "result of a command", "run the command again"))
+    except own_json.JsonError as fault:
+        raise UserError(f"{path} is not a result of a command ({one_line(fault)}): run the command again") from fault
     for kind, marks in _MARKS.items():
-        if isinstance(content, dict) and all(isinstance(content.get(name), type_) for name, type_ in marks.items()):
-            entries, names = _ENTRIES.get(kind, ("", ()))
-            if all(isinstance(one, dict) and set(names) <= one.keys() for one in content.get(entries, [])):
-                return kind, content
+        if isinstance(content, dict) and marks <= content.keys():
+            try:
+                own_json.typed(content, RESULTS[kind])
+            except own_json.JsonError as fault:
+                raise DamagedResultError(
+                    f"{path} is not what {_COMMANDS[kind]} writes ({one_line(fault)}): run it again"
+                ) from fault
+            return kind, content
     raise UserError(f"{path} is not a result of a command: give what its --json or --output wrote")
 
 
@@ -304,10 +307,7 @@ def _refusal(kind: str, content: Result, hashes: Mapping[ArtifactKind, str]) -> 
         "sensitivity": ("checkpoint", lambda: [content.get("checkpoint")]),
     }
     artifact, named = about[kind]
-    try:
-        digests = list(named())
-    except (TypeError, KeyError, AttributeError) as error:
-        return f"is not what {_COMMANDS[kind]} writes ({error}): run it again"
+    digests = list(named())
     if artifact not in hashes:
         return f"is about {_WHAT[artifact]}, and there is none here: name it"
     if hashes[artifact] not in digests:

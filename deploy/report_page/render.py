@@ -226,11 +226,11 @@ def _training(run: Artifacts) -> list[str]:
     details = run.checkpoint.details
     splits, found = (
         details["splits"],
-        f"Ranges from {details['splits']['calibration']} calibration images ({details['calibrator']})",
+        f"Ranges from {details['splits'].get('calibration', 0)} calibration images ({details['calibrator']})",
     )
     if run.is_trained:
-        found += f"; weights from {splits['train']} training images"
-        found += f"; epochs chosen on {splits['validation']} validation images"
+        found += f"; weights from {splits.get('train', 0)} training images"
+        found += f"; epochs chosen on {splits.get('validation', 0)} validation images"
     else:
         steps = details.get("adaround", 0)
         how = f"rounded by AdaRound in {steps} steps a layer" if steps else "without training"

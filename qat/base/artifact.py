@@ -160,13 +160,13 @@ def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> 
         raise UserError(
             f"{artifact} has no sidecar {path.name}: copy it there from the folder in which the {kind} was made"
         )
-    text = own_json.read_text(path, "a sidecar", again)
+    text = own_json.read_text(path, "sidecar", again)
     try:
         content = own_json.parse(text)
         if not isinstance(content, dict) or "format" not in content:
             raise own_json.JsonError("it has no format")
     except own_json.JsonError as fault:
-        raise UserError(f"{path} is not a sidecar, or is truncated ({one_line(fault)}): {again}") from fault
+        raise UserError(f"{path} is no sidecar, or is truncated ({one_line(fault)}): {again}") from fault
     seal, stated, version = seal_of(content), content.get(SEAL), content["format"]
     if version != FORMAT_VERSION:
         raise UserError(
@@ -242,5 +242,5 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def _forms(sidecar: Sidecar) -> tuple[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]:
-    return sidecar.figures, sidecar.details, sidecar.preprocessing
+def _forms(sidecar: Sidecar) -> tuple[Mapping[str, Any], ...]:
+    return sidecar.figures, sidecar.details, sidecar.preprocessing, sidecar.made_by

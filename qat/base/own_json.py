@@ -37,17 +37,17 @@ def read_text(path: Path, what: str, remedy: str) -> str:
     try:
         if not path.is_file():
             found = "is no regular file" if path.exists() else "is not there"
-            raise UserError(f"cannot read {what} {path}: it {found}; check the path")
+            raise UserError(f"cannot read the {what} {path}: it {found}; check the path")
         with open(path, "rb") as file:
             data = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:  # ValueError: of a path with a NUL
-        raise UserError(f"cannot read {what} {path} ({one_line(error)}): check the path") from error
+        raise UserError(f"cannot read the {what} {path} ({one_line(error)}): check the path") from error
     if len(data) > LARGEST:
-        raise UserError(f"{path} has more than {LARGEST // 2**20} MB: it is not {what}; {remedy}")
+        raise UserError(f"{path} has more than {LARGEST // 2**20} MB, so it is no {what}: {remedy}")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not {what}, or is truncated ({one_line(error)}): {remedy}") from error
+        raise UserError(f"{path} is no {what}, or is truncated ({one_line(error)}): {remedy}") from error
 
 
 def parse(text: str) -> Any:
@@ -89,7 +89,7 @@ def read(path: Path, kind: type[Typed], what: str, remedy: str) -> Typed:
     try:
         return typed(parse(text), kind)
     except JsonError as fault:
-        raise UserError(f"{path} is not {what}, or is damaged ({one_line(fault)}): {remedy}") from fault
+        raise UserError(f"{path} is no {what} ({one_line(fault)}): {remedy}") from fault
 
 
 def _check_limits(text: str) -> None:

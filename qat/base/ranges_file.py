@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qat.base import own_json
 from qat.base.console import warn
 from qat.base.errors import UserError, one_line
-from qat.base.regular_file import read_json
 from qat.base.writing import atomic_write
 
 FORMAT_VERSION, KIND = 1, "ranges"
@@ -158,12 +158,12 @@ def read_distributions(path: Path, checkpoint_sha256: str) -> Distributions:
 def _read(path: Path) -> dict[str, Any]:
     """The content of the file, checked. Raises UserError."""
     again = "train or calibrate again"
+    if not path.exists():
+        raise UserError(f"no file {path}: {again}; python -m qat.train and qat.calibrate write it")
     try:
-        content = read_json(path)
-    except FileNotFoundError:
-        raise UserError(f"no file {path}: {again}; python -m qat.train and qat.calibrate write it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as a file of ranges ({one_line(error)}): {again}") from error
+        content = own_json.parse(own_json.read_text(path, "file of ranges", again))
+    except own_json.JsonError as fault:
+        raise UserError(f"{path} cannot be read as a file of ranges ({one_line(fault)}): {again}") from fault
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise UserError(f"{path} is not a file of ranges: {again}")
     if (version := content.get("format")) != FORMAT_VERSION:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from qat.base.errors import UserError, one_line
-from qat.base.regular_file import read_json
+from qat.base import own_json
+from qat.base.schema.results import FloatSteps
 
 
 @dataclass(frozen=True)
@@ -23,20 +22,9 @@ def read_float_steps(path: Path) -> tuple[FloatStep, ...]:
 
     Raises UserError when the file cannot be read, or is another one.
     """
-    try:
-        content = read_json(path)
-        reference = float(content["float"]["top1"])
-        measured = [("", float(content["quantized"]["top1"]))]
-        measured += [(str(step["label"]), float(step["top1"])) for step in content["keep_float"]]
-        if not all(math.isfinite(top1) for top1 in (reference, *(top1 for _, top1 in measured))):
-            raise ValueError("an accuracy is not finite")
-    except OSError as error:
-        raise UserError(f"cannot read the costs {path} ({error}): check the path") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not what python -m qat.sensitivity --json writes ({one_line(error)}): make it"
-        ) from error
-    labels = [label for label, _ in measured]
+    found = own_json.read(path, FloatSteps, "file of costs", "python -m qat.sensitivity --json writes one")
+    labels = ["", *(step.label for step in found.keep_float)]
+    accuracies = [found.quantized.top1, *(step.top1 for step in found.keep_float)]
     return tuple(
-        FloatStep(frozenset(labels[1 : count + 1]), reference - top1) for count, (_, top1) in enumerate(measured)
+        FloatStep(frozenset(labels[1 : count + 1]), found.float.top1 - top1) for count, top1 in enumerate(accuracies)
     )

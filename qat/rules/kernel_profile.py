@@ -12,11 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from qat.base import own_json
 from qat.base.console import say
-from qat.base.errors import UserError, one_line
-from qat.base.regular_file import read_json
 from qat.base.writing import atomic_write
 from qat.graph.network import ConstantWeight
 
@@ -73,11 +72,6 @@ class LayerKind:
     def group_width(self) -> int:
         """Input channels in a group."""
         return self.in_channels // self.groups
-
-    @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> LayerKind:
-        """As a profile has it."""
-        return cls(**{**entry, "kernel": tuple(entry["kernel"])})
 
     def __str__(self) -> str:
         parts = [self.operation.replace("_", " "), f"{self.in_channels} -> {self.out_channels}"]
@@ -137,11 +131,6 @@ class MeasuredKind:
         """For people."""
         return "refused in INT8" if self.int8_ms is None else f"{self.gain or 0:.2f} times as fast in INT8"
 
-    @classmethod
-    def from_json(cls, entry: dict[str, Any]) -> MeasuredKind:
-        """As a profile has it."""
-        return cls(**{**entry, "kind": LayerKind.from_json(entry["kind"])})
-
 
 @dataclass(frozen=True)
 class KernelProfile:
@@ -157,19 +146,8 @@ class KernelProfile:
     @classmethod
     def read(cls, path: Path) -> KernelProfile:
         """Raises UserError when the file cannot be read or is no profile."""
-        try:
-            content = read_json(path)
-            kinds = tuple(MeasuredKind.from_json(entry) for entry in content.pop("kinds"))
-            stated = [content[key] for key in ("gpu", "compute_capability", "tensorrt", "date")]
-            if type(content["batch"]) is not int or not all(isinstance(text, str) for text in stated):
-                raise ValueError(f"it is of batch {content['batch']!r} and {stated}")
-            return cls(kinds=kinds, **content)
-        except OSError as error:
-            raise UserError(f"cannot read the profile {path} ({error}): check the path") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{path} is no profile of kernels ({one_line(error)}): python -m deploy.kernels makes one"
-            ) from error
+        found = own_json.read(path, cls, "profile of kernels", "python -m deploy.kernels makes one")
+        return replace(found, kinds=tuple(found.kinds))
 
     def write(self, path: Path) -> None:
         """Writes it as JSON, a kind a line. Raises UserError when the disk does not take it."""

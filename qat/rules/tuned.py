@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qat.base import own_json
 from qat.base.artifact import write_json
 from qat.base.console import say, warn
-from qat.base.errors import UserError, one_line
-from qat.base.regular_file import read_json
+from qat.base.schema.leaves import Number, Positive, Size
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Trial:
     """A placement that was tried: what it changes, and the engine's median milliseconds, None if it was refused."""
 
     what: str
-    milliseconds: float | None
+    milliseconds: Positive | None
     kept: bool
 
 
@@ -33,9 +33,9 @@ class FrontierPoint:
         milliseconds: the engine's median.
     """
 
-    drop: float
+    drop: Number
     keep_float: tuple[str, ...]
-    milliseconds: float
+    milliseconds: Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,33 +55,17 @@ class TunedPlacement:
     layers: tuple[str, ...]
     gpu: str
     tensorrt: str
-    batch: int
-    int8_ms: float
-    float_ms: float
-    tuned_ms: float
+    batch: Size
+    int8_ms: Positive
+    float_ms: Positive
+    tuned_ms: Positive
     trials: tuple[Trial, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> TunedPlacement:
         """Raises UserError when the file cannot be read or is no tuned placement."""
-        try:
-            content = read_json(path)
-            if unknown := content.keys() - {field.name for field in fields(cls)}:
-                raise ValueError(f"unknown entry {min(unknown)}")
-            trials = tuple(Trial(**trial) for trial in content.pop("trials"))
-            frontier = tuple(
-                FrontierPoint(**{**point, "keep_float": tuple(point["keep_float"])})
-                for point in content.pop("frontier", ())
-            )
-            keep_float, layers = (tuple(map(str, content.pop(key))) for key in ("keep_float", "layers"))
-            return cls(keep_float=keep_float, layers=layers, trials=trials, frontier=frontier, **content)
-        except OSError as error:
-            raise UserError(f"cannot read the placement {path} ({error}): check the path") from error
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{path} is no tuned placement ({one_line(error)}): python -m deploy.tune makes one"
-            ) from error
+        return own_json.read(path, cls, "tuned placement", "python -m deploy.tune makes one")
 
     def write(self, path: Path) -> None:
         """Writes it as JSON. Raises UserError when the disk does not take it."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from msgspec import UNSET
 from torch import Tensor, nn
 
+from qat.base import own_json
 from qat.base.console import say, warn
-from qat.base.errors import UserError
+from qat.base.errors import UserError, one_line
+from qat.base.schema.leaves import Count, Extent, Number
+from qat.base.schema.sidecars import CheckpointFigures, EpochEntry
 from qat.checkpoint import load_state, save_state
 from qat.compute.processes import Processes
 from qat.training.interrupts import state_path
@@ -75,7 +79,11 @@ def read_progress(output: Path, options: Mapping[str, Any]) -> Progress:
     if not path.exists():
         raise UserError(f"nothing to resume: there is no {path}; start without --resume, or correct --output")
     tensors, details = load_state(path)
-    then = details["options"]
+    try:
+        saved = own_json.typed(details, _Saved)
+    except own_json.JsonError as fault:
+        raise UserError(f"{path} lacks or misstates an entry ({one_line(fault)}): start without --resume") from fault
+    then = saved.options
     differing = [f"{name} was {then.get(name)}, now {now}" for name, now in options.items() if then.get(name) != now]
     if differing:
         raise UserError(
@@ -90,9 +98,38 @@ def read_progress(output: Path, options: Mapping[str, Any]) -> Progress:
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "training": {}, "teacher": {}}
     for key, tensor in tensors.items():
         part, _, name = key.partition(".")
+        if part not in parts:
+            raise UserError(f"{path} has a tensor {key!r}, which no run saves: start without --resume")
         parts[part][name] = tensor
-    state = replace(FitState(**details["fit"]), best_weights=parts["best"])
-    say(f"resuming {details['phase']} training at epoch {state.epoch + 1}, step {state.step}")
-    return Progress(
-        details["phase"], dict(details["figures"]), state, parts["model"], parts["training"], parts["teacher"]
-    )
+    numbers = vars(saved.fit) | {"history": list(details["fit"]["history"])}
+    state = FitState(**numbers, best_weights=parts["best"])
+    say(f"resuming {saved.phase} training at epoch {state.epoch + 1}, step {state.step}")
+    figures = dict(details["figures"])
+    return Progress(saved.phase, figures, state, parts["model"], parts["training"], parts["teacher"])
+
+
+@dataclass(frozen=True)
+class _SavedFit:
+    """FitState without tensors."""
+
+    epoch: Count
+    step: Count
+    loss_sum: Number
+    best_epoch: Extent
+    best_top1: Number
+    best_loss: Number
+    history: tuple[EpochEntry, ...]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a state says beside its tensors."""
+
+    phase: Literal["float", "qat"]
+    figures: CheckpointFigures
+    fit: _SavedFit
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.phase == "qat" and UNSET in (self.figures.float, self.figures.ptq):
+            raise ValueError("figures of float and ptq are missing, and the phase is qat")

@@ -9,7 +9,7 @@ from typing import Any
 from qat.base.errors import UserError, one_line
 from qat.base.own_json import JsonError, typed
 from qat.base.schema.networks import PreprocessingEntry
-from qat.base.schema.sidecars import FORMS
+from qat.base.schema.sidecars import FORMS, MadeByEntry
 
 
 class Entries(dict[str, Any]):
@@ -29,12 +29,17 @@ class Entries(dict[str, Any]):
 
 
 def check_forms(
-    kind: str, figures: Mapping[str, Any], details: Mapping[str, Any], preprocessing: Mapping[str, Any]
+    kind: str,
+    figures: Mapping[str, Any],
+    details: Mapping[str, Any],
+    preprocessing: Mapping[str, Any],
+    made_by: Mapping[str, Any],
 ) -> None:
     """Raises JsonError, which names the entry, where one of them is not as a sidecar of this kind has it."""
     of_figures, of_details = FORMS[kind]
     typed(figures, of_figures, "figures")
     typed(details, of_details, "details")
+    typed(made_by, MadeByEntry, "made_by")
     if preprocessing:
         typed(preprocessing, PreprocessingEntry, "preprocessing")
 

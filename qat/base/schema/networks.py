@@ -123,8 +123,8 @@ class OutputEntry:
     """An output, and how well two networks agree on it."""
 
     tensor: str
-    sqnr_db: Number | None = None
-    equal_percent: Share | None = None
+    sqnr_db: Number | None
+    equal_percent: Share | None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ what a command needs it asks for (Entries in qat/base/artifact.py). What is ther
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, UnsetType
@@ -37,6 +37,16 @@ from qat.base.schema.networks import (
     TensorRatio,
     check_order,
 )
+
+
+@dataclass(frozen=True)
+class MadeByEntry:
+    """The command that made it, when, and the versions of the program and its libraries."""
+
+    command: tuple[str, ...] = ()
+    date: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
 
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Images = Annotated[int, Meta(ge=1, le=2**53)]
@@ -134,16 +144,21 @@ class CheckpointDetails:
 class ParityEntry:
     """Against another runtime, or the float network. ``images``: of a checkpoint's file; ``inputs``: of another one."""
 
-    source: str = ""
-    images: Count = 0
-    inputs: Count = 0
-    other_top1: Count | None = None
-    smallest_logit_cosine: Number | None = None
-    same_top1: Share | None = None
-    sqnr_db: Number | None = None
-    layers: tuple[TensorRatio, ...] = ()
     outputs: tuple[OutputEntry, ...] = ()
+    layers: tuple[TensorRatio, ...] = ()
+    source: str | UnsetType = UNSET
+    images: Count | UnsetType = UNSET
+    inputs: Count | UnsetType = UNSET
+    other_top1: Count | UnsetType | None = UNSET
+    smallest_logit_cosine: Number | None = None
+    same_top1: Share | UnsetType = UNSET
+    sqnr_db: Number | None = None
     worst_layer: TensorRatio | None = None
+
+    def __post_init__(self) -> None:
+        of_checkpoint = (self.source, self.images, self.other_top1)
+        if self.inputs is UNSET and (self.same_top1 is not UNSET or UNSET in of_checkpoint):
+            raise ValueError("neither source, images and other_top1, nor inputs")
 
 
 @dataclass(frozen=True)
@@ -261,7 +276,7 @@ class SourceEntry:
     """What the sidecar of its ONNX file said."""
 
     figures: OnnxFigures
-    made_by: dict[str, Any]
+    made_by: MadeByEntry
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ def test_what_a_kind_is_called(kind: LayerKind, name: str) -> None:
         {"kinds": 3},
         {"kinds": [{}]},
         {"kinds": [{"kind": {"operation": "convolution"}}]},
-        {"more": 1},
+        {"batch": 2.5},
         {"batch": "x"},
         *(
             {
@@ -95,7 +95,7 @@ def test_any_other_text_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "h.json").write_text(text)
     with pytest.raises(UserError, match="is no profile of kernels"):
         KernelProfile.read(tmp_path / "h.json")
-    with pytest.raises(UserError, match="cannot read the profile"):
+    with pytest.raises(UserError, match="cannot read the profile of kernels"):
         KernelProfile.read(tmp_path / "missing.json")
 
 

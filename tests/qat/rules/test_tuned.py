@@ -102,7 +102,16 @@ def test_a_prepared_model_records_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"trials": [{}]}, {"trials": 3}, {"keep_float": None}, {"batch": 32, "more": 1}, {"trials": [{"x": 1}]}]
+    "change",
+    [
+        {"trials": [{}]},
+        {"trials": 3},
+        {"keep_float": None},
+        {"batch": 0},
+        {"int8_ms": 0},
+        {"gpu": None},
+        {"trials": [{"x": 1}]},
+    ],
 )
 def test_what_is_no_placement_is_refused(change: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -115,5 +124,5 @@ def test_any_other_text_is_refused(text: str, path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match="is no tuned placement"):
         tuned_names(path)
-    with pytest.raises(UserError, match="cannot read the placement"):
+    with pytest.raises(UserError, match="cannot read the tuned placement"):
         tuned_names(path.with_name("missing.json"))
