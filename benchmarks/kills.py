@@ -199,7 +199,8 @@ def _faults(code: int, errors: str, folder: Path, known: set[str]) -> Iterator[s
     begun = "Traceback" not in errors or "run_command" in errors
     if code > 0 and code != 130 and begun:
         yield f"exit code {code}: {errors}"
-    if code == 130 and len(errors.splitlines()) != 1:
+    lines = [line for line in errors.splitlines() if not line.startswith("warning: ")]
+    if code == 130 and not (len(lines) == 1 and lines[0].startswith("interrupted: ")):
         yield f"not one line: {errors}"
     left = [name for name in written(folder) if name not in known and not name.endswith(".state")]
     if left and code:

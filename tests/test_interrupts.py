@@ -149,6 +149,22 @@ def test_the_kinds_of_an_end_have_codes_of_their_own(tmp_path: Path, error: str,
 # --- signals, and several runs
 
 
+def test_an_interrupt_that_a_native_import_made_another_error_of_is_one(tmp_path: Path) -> None:
+    program = ERROR.replace(
+        "    raise {error}",
+        """
+    import os, signal
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        raise ImportError("initialization failed")
+""",
+    )
+    (tmp_path / "program.py").write_text(program)
+    done = shell("python program.py resnet18", tmp_path)
+    assert (done.returncode, done.stderr) == (130, "interrupted: no half-written file was left behind\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_each_signal_saves_what_training_has_done(trained: Path, command: Run, tmp_path: Path, number: int) -> None:
     given = tiny.flags(tiny.options(trained, output=tmp_path / "model.qat"))

@@ -80,7 +80,8 @@ def run_command(main: Callable[[Options], int | None], options: type[Options], *
     except SystemExit as stop:  # of --help, of a command line that tyro does not understand, of a child
         code = stop.code or DONE
     except BaseException as error:
-        code, label, text = _meaning(error)
+        # An interrupt within the import of a native library comes out as that library's ImportError.
+        code, label, text = _meaning(KeyboardInterrupt() if streams.was_interrupted(error) else error)
         if debug:
             traceback.print_exception(error)
         else:

@@ -131,6 +131,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
 
+def was_interrupted(error: BaseException) -> bool:
+    """Whether a command that ends with ``error`` does so because of a signal, which something made another error of."""
+    return _last > -math.inf and not isinstance(error, KeyboardInterrupt)
+
+
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
     """Of a command, a signal that comes in this block raises KeyboardInterrupt at its end. Only for what is short."""

@@ -28,6 +28,7 @@ from qat.base.exit_codes import USER_ERROR
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _FROM_KERNEL = 0x80  # si_code of a signal that the terminal sent to the whole foreground group
 _PR_SET_PDEATHSIG = 1
+_NATIVE = {"onnxruntime", "tensorrt", "tensorrt_rtx"}
 _TAIL = 4096  # bytes of native output that are kept for the line about a crash
 
 
@@ -89,10 +90,13 @@ def unfinished(path: Path) -> Iterator[None]:
 def continue_in_child(command: str) -> None:
     """Forks, and returns in the child alone; the parent ends with the child's exit code, or dies of its signal.
 
-    Call it while nothing heavy is imported and no thread runs. Raises UserError in the parent when the child crashed:
-    one line that says what it was doing. ``command`` is named where that is not known.
+    Call it while nothing heavy is imported and no thread runs: where native libraries are loaded already, whose threads
+    would not be in the child, it does nothing. Raises UserError in the parent when the child crashed: one line that says
+    what it was doing. ``command`` is named where that is not known.
     """
     global _board
+    if _NATIVE & sys.modules.keys():
+        return
     sys.stdout.flush()
     sys.stderr.flush()
     _board, output, parent = _Board(), os.memfd_create("native output"), os.getpid()

@@ -129,3 +129,9 @@ def test_a_killed_parent_takes_the_child_along(script: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail("the child outlived its parent")
+
+
+def test_a_process_that_has_loaded_native_libraries_is_not_forked(script: Path) -> None:
+    script.write_text(f"import onnxruntime\n{COMMAND}")
+    done = start(script, "print(os.getppid())")
+    assert int(done.communicate(timeout=60)[0]) == os.getpid()
