@@ -91,8 +91,8 @@ def continue_in_child(command: str) -> None:
     """Forks, and returns in the child alone; the parent ends with the child's exit code, or dies of its signal.
 
     Call it while nothing heavy is imported and no thread runs: where native libraries are loaded already, whose threads
-    would not be in the child, it does nothing. Raises UserError in the parent when the child crashed: one line that says
-    what it was doing. ``command`` is named where that is not known.
+    would not be in the child, it does nothing. Raises UserError in the parent when the child crashed: one line that
+    says what it was doing. ``command`` is named where that is not known.
     """
     global _board
     if _NATIVE & sys.modules.keys():
