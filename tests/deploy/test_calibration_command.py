@@ -28,6 +28,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def exit_code(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(console, "continue_in_child", lambda command: None)  # this process has threads
     monkeypatch.setattr(sys, "argv", ["deploy-build", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         build.cli()
