@@ -12,6 +12,7 @@ import pytest
 import qdq_models
 
 from deploy import build
+from qat.base import console
 
 
 @pytest.fixture
