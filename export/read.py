@@ -98,6 +98,7 @@ def _check_tensors(path: Path, model: ir.Model) -> None:
         except ValueError as error:
             raise UserError(f"{path} is inconsistent: initializer {name} ({one_line(error)}): get it again") from error
     for node in model.graph.all_nodes():
+        _check_counts(path, node, model.opset_imports[""])
         for value in node.inputs:
             if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
                 raise UserError(
@@ -108,6 +109,30 @@ def _check_tensors(path: Path, model: ir.Model) -> None:
         model.graph.sort()
     except ValueError as error:
         raise UserError(f"{path} is inconsistent ({one_line(error)}): export it again") from error
+
+
+def _check_counts(path: Path, node: ir.Node, opset: int) -> None:
+    """Checks that a node of an operator of ONNX has the inputs and outputs that it must have."""
+    try:
+        operator = onnx.defs.get_schema(node.op_type, opset)  # of Q/DQ nodes in whatever domain too
+    except onnx.defs.SchemaError:
+        return
+    if node.domain not in ("", "ai.onnx") and "QuantizeLinear" not in node.op_type:
+        return
+    required = [one.name for one in operator.inputs if one.option == onnx.defs.OpSchema.FormalParameterOption.Single]
+    given = [value is not None for value in node.inputs]
+    if not all(given[: len(required)]) or not operator.min_input <= len(given):
+        raise UserError(
+            f"{path} is inconsistent: {node.op_type} {node.name} lacks an input, of {', '.join(required)}: export it "
+            "again"
+        )
+    if node.domain in ("", "ai.onnx") and (
+        len(given) > operator.max_input or not operator.min_output <= len(node.outputs) <= operator.max_output
+    ):
+        raise UserError(
+            f"{path} is inconsistent: {node.op_type} {node.name} has {len(given)} inputs and {len(node.outputs)} "
+            "outputs, which this operator cannot have: export it again"
+        )
 
 
 @contextlib.contextmanager

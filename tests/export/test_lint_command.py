@@ -313,6 +313,15 @@ def test_an_initializer_that_is_too_short(command: Run, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_node_that_lacks_an_input(command: Run, tmp_path: Path, kept: int) -> None:
+    model = onnx.load(clean(tmp_path / "m.onnx"))
+    node = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    del node.input[kept:]
+    line = refused(command, save(model, tmp_path / "m.onnx"))
+    assert f"is inconsistent: QuantizeLinear {node.name} lacks an input, of x, y_scale" in line
+
+
 def test_nodes_in_another_order_are_sorted(command: Run, tmp_path: Path) -> None:
     model = onnx.load(clean(tmp_path / "m.onnx"))
     nodes = list(model.graph.node)[::-1]
