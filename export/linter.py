@@ -13,7 +13,7 @@ from export.findings import LintFinding
 from export.hard_rules import hard_findings
 from export.onnx_network import network_from_onnx
 from export.placement_rules import placement_findings, sentence
-from export.read import is_quantized, read_onnx
+from export.read import blaming_inconsistencies, is_quantized, read_onnx
 from export.reuse_concats import repeat_findings
 from qat.base.artifact import write_json
 from qat.base.console import say
@@ -37,10 +37,11 @@ def lint_onnx(path: Path | str, profile: KernelProfile | None = None) -> list[Li
     Raises UserError when the file is missing or is not ONNX, or is a float network with nothing that TensorRT refuses.
     """
     path = Path(path)
-    model = read_onnx(path)
-    if is_quantized(model):
-        return lint_model(model, profile)
-    findings = hard_findings(model)
+    with blaming_inconsistencies(path):
+        model = read_onnx(path)
+        if is_quantized(model):
+            return lint_model(model, profile)
+        findings = hard_findings(model)
     if any(finding.severity == "error" for finding in findings):
         return findings
     raise UserError(

@@ -220,7 +220,7 @@ class _Reader:
         if value is None or value not in self.constants:
             return None, None
         shape, name, dequantize = _weight_shape(value), _root(value).name or "", _dequantizer_of(value)
-        if len(shape) < 2 or (node.op_type == "MatMul" and len(shape) != 2):
+        if len(shape) < 2 or (node.op_type in ("MatMul", "Gemm") and len(shape) != 2):
             return None, dequantize
         groups = node.attributes.get_int("group", 1)
         if kind in ("convolution", "transposed_convolution"):

@@ -79,26 +79,28 @@ def main(options: QuantizeOptions) -> None:
     if options.model.is_file():
         check_structure(options.model)
     from export.from_float_onnx import quantize_onnx
+    from export.read import blaming_inconsistencies
 
-    quantize_onnx(
-        options.model,
-        options.output,
-        data=options.data,
-        calibration_cache=options.calibration_cache,
-        calibrator=options.calibrator,
-        weight_calibrator=options.weight_calibrator,
-        percentile=options.percentile,
-        keep_float=(*options.keep_float, *(tuned_names(options.placement) if options.placement else ())),
-        profile=given_profile(options.profile),
-        weights=options.weights,
-        float_type=options.float_type,
-        images=options.images,
-        mean=options.mean,
-        std=options.std,
-        parity_images=options.parity_images,
-        seed=options.seed,
-        data_root=options.data_root,
-    )
+    with blaming_inconsistencies(options.model):
+        quantize_onnx(
+            options.model,
+            options.output,
+            data=options.data,
+            calibration_cache=options.calibration_cache,
+            calibrator=options.calibrator,
+            weight_calibrator=options.weight_calibrator,
+            percentile=options.percentile,
+            keep_float=(*options.keep_float, *(tuned_names(options.placement) if options.placement else ())),
+            profile=given_profile(options.profile),
+            weights=options.weights,
+            float_type=options.float_type,
+            images=options.images,
+            mean=options.mean,
+            std=options.std,
+            parity_images=options.parity_images,
+            seed=options.seed,
+            data_root=options.data_root,
+        )
 
 
 def cli() -> None:

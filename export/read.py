@@ -53,6 +53,24 @@ def is_quantized(model: ir.Model) -> bool:
     )
 
 
+@contextlib.contextmanager
+def blaming_inconsistencies(path: Path) -> Iterator[None]:
+    """Where the block fails on the model of ``path``, raises UserError if onnx.checker finds that inconsistent.
+
+    Else what failed is a mistake of this program, and is raised as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except Exception as found:  # of several types
+            raise UserError(f"{path} is inconsistent ({one_line(found)}): export it again") from error
+        raise
+
+
 def _load(path: Path) -> ir.Model:
     try:
         model = ir.load(path)
@@ -98,7 +116,7 @@ def _check_tensors(path: Path, model: ir.Model) -> None:
         except ValueError as error:
             raise UserError(f"{path} is inconsistent: initializer {name} ({one_line(error)}): get it again") from error
     for node in model.graph.all_nodes():
-        _check_counts(path, node, model.opset_imports[""])
+        _check_node(path, node, model.opset_imports[""])
         for value in node.inputs:
             if value is not None and not (value.producer() or value.is_graph_input() or value.is_initializer()):
                 raise UserError(
@@ -111,14 +129,22 @@ def _check_tensors(path: Path, model: ir.Model) -> None:
         raise UserError(f"{path} is inconsistent ({one_line(error)}): export it again") from error
 
 
-def _check_counts(path: Path, node: ir.Node, opset: int) -> None:
-    """Checks that a node of an operator of ONNX has the inputs and outputs that it must have."""
+def _check_node(path: Path, node: ir.Node, opset: int) -> None:
+    """Checks that a node of an operator of ONNX has the inputs, outputs and types of attributes that it must have."""
     try:
         operator = onnx.defs.get_schema(node.op_type, opset)  # of Q/DQ nodes in whatever domain too
     except onnx.defs.SchemaError:
         return
     if node.domain not in ("", "ai.onnx") and "QuantizeLinear" not in node.op_type:
         return
+    for name, attribute in node.attributes.items():
+        known = operator.attributes.get(name)
+        wanted = str(known.type).removeprefix("AttrType.") if known else attribute.type.name
+        if attribute.type.name != wanted:
+            raise UserError(
+                f"{path} is inconsistent: {node.op_type} {node.name} has {name} of type {attribute.type.name}, and it "
+                f"must be {wanted}: export it again"
+            )
     required = [one.name for one in operator.inputs if one.option == onnx.defs.OpSchema.FormalParameterOption.Single]
     given = [value is not None for value in node.inputs]
     if not all(given[: len(required)]) or not operator.min_input <= len(given):

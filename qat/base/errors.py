@@ -12,7 +12,7 @@ class UserError(Exception):
     """
 
     def __init__(self, line: str = "") -> None:
-        half = _MOST_LETTERS // 2
+        half, line = _MOST_LETTERS // 2, " ".join(line.splitlines())  # names in a file may hold line feeds
         super().__init__(line if len(line) <= _MOST_LETTERS else f"{line[:half]} ... {line[-half:]}")
 
 

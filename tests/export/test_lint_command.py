@@ -322,6 +322,14 @@ def test_a_node_that_lacks_an_input(command: Run, tmp_path: Path, kept: int) -> 
     assert f"is inconsistent: QuantizeLinear {node.name} lacks an input, of x, y_scale" in line
 
 
+def test_an_attribute_of_another_type(command: Run, tmp_path: Path) -> None:
+    model = onnx.load(clean(tmp_path / "m.onnx"))
+    node = next(node for node in model.graph.node if any(one.name == "axis" for one in node.attribute))
+    next(one for one in node.attribute if one.name == "axis").type = onnx.AttributeProto.UNDEFINED
+    line = refused(command, save(model, tmp_path / "m.onnx"))
+    assert f"{node.name} has axis of type UNDEFINED, and it must be INT: export it again" in line
+
+
 def test_nodes_in_another_order_are_sorted(command: Run, tmp_path: Path) -> None:
     model = onnx.load(clean(tmp_path / "m.onnx"))
     nodes = list(model.graph.node)[::-1]

@@ -20,9 +20,11 @@ from PIL import Image
 from deploy.calibration_cache_file import CacheKey, CalibrationCacheFile
 from deploy.dynamic_ranges import RangeTable
 from deploy.report_page.artifacts import gather
-from export.linter import lint_model
+from export.float_network import read_float_network
+from export.linter import lint_onnx
 from export.network_inputs import load_inputs
-from export.read import read_onnx
+from export.onnx_network import network_from_onnx
+from export.read import blaming_inconsistencies, is_quantized, read_onnx
 from export.session import run, runs_in_onnx_runtime, session
 from qat.base.artifact import Sidecar, TensorSpec, read_sidecar, sha256_of, sidecar_path, write_artifact
 from qat.base.calibration_cache import CalibrationCache
@@ -35,6 +37,7 @@ from qat.pretrained.weights_file import read_weights_file
 from qat.rules import kernel_profile
 from qat.rules.float_steps import read_float_steps
 from qat.rules.kernel_profile import KernelProfile
+from qat.rules.place import place
 from qat.rules.tuned import TunedPlacement
 
 SAVED_TYPES = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
@@ -212,13 +215,18 @@ _TUNED = {
 
 
 def _lint_and_run(path: Path) -> None:
-    lint_model(read_onnx(path))
+    with blaming_inconsistencies(path):
+        if is_quantized(read_onnx(path)):
+            lint_onnx(path)
+        else:
+            network = read_float_network(path)
+            place(network_from_onnx(network).network)
     with runs_in_onnx_runtime(path):
-        network = session(path)
-        given = network.get_inputs()
+        running = session(path)
+        given = running.get_inputs()
         extents = [1 if one == "N" else one for one in given[0].shape] if given else []
         if len(given) == 1 and given[0].type == "tensor(float)" and all(one in (1, 3, 8, 16, 32) for one in extents):
-            run(network, np.ones(extents, np.float32))
+            run(running, np.ones(extents, np.float32))
 
 
 def _cache_with_sidecar(path: Path) -> None:
