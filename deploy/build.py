@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import tyro
 
 from deploy.settings import BuilderOptions, CalibrationSettings, Profile, beside_artifact
+from qat.base.artifact import sidecar_path
 from qat.base.console import Command, run_command
 from qat.base.exit_codes import DONE, NOT_INT8
 from qat.base.onnx_structure import check_structure
@@ -62,7 +63,8 @@ class BuildOptions(Command, BuilderOptions):
 
 def main(options: BuildOptions) -> int:
     """Builds, audits and writes the engine. Returns 0, or 3 when a declared INT8 layer is not INT8."""
-    if options.model.is_file():  # before TensorRT is loaded, and before the file is hashed
+    # Before TensorRT is loaded; a sidecar, if there is one, says more about another file.
+    if options.model.is_file() and not sidecar_path(options.model).exists():
         check_structure(options.model)
     from deploy.engine_file import build_engine, print_engine_file
 
