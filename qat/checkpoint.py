@@ -169,6 +169,8 @@ def load_checkpoint(
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the sidecar of {path} lacks or misstates {error}: train again") from error
     shapes = {spec.name: spec.shape[1:] for spec in sidecar.inputs}
+    if not shapes:
+        raise UserError(f"the sidecar of {path} lacks or misstates inputs: train again")
     given: Shapes = shapes if len(shapes) > 1 else next(iter(shapes.values()))
     prepared = prepare(model, placement, input_shape=given, training=sidecar.details.get("trainable", True))
     simulate_bits(prepared, sidecar.details.get("bits", BITS))

@@ -23,7 +23,8 @@ from qat.fake_quantize.quantizer import ActivationQuantizer, WeightQuantizer
 from qat.graph.attention import fuse_attention
 from qat.graph.constants import constant_value
 from qat.graph.fx_network import weight_axis, weight_source
-from qat.graph.network import Op
+from qat.graph.network import Network, Op
+from qat.graph.operations import WEIGHTED
 from qat.graph.reparameterization import advice
 from qat.graph.tracing import Shapes, TracedModel, network_of, trace
 from qat.rules.kernel_profile import KernelProfile
@@ -73,6 +74,7 @@ def prepare(
         placement = place(network_of(traced), keep_float, profile=profile)
     nodes = {node.name: node for node in traced.graph.nodes}
     _check_fits(placement, nodes)
+    _check_weighted(placement, network_of(traced))
 
     traced.meta[FOLDED_NORMS] = {}
     for decision in placement.weights:
@@ -187,8 +189,19 @@ def _device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+def _check_weighted(placement: Placement, network: Network) -> None:
+    kinds = {op.name: op.kind for op in network}
+    for decision in placement.weights:
+        if decision.quantized and kinds.get(decision.op) not in WEIGHTED:
+            raise UserError(
+                f"the placement quantizes the weight of {decision.op!r}, which has none in this model: it was made for "
+                "another one; train again with this model"
+            )
+
+
 def _check_fits(placement: Placement, nodes: dict[str, fx.Node]) -> None:
-    named = {tensor.tensor for tensor in placement.tensors} | {decision.op for decision in placement.decisions}
+    named = {decision.op for decision in placement.decisions} | {reader for reader, _, _ in placement.reads()}
+    named |= {name for tensor in placement.tensors for name in (tensor.tensor, tensor.quantizer)}
     missing = sorted(named - nodes.keys())
     if missing:
         raise UserError(
