@@ -71,9 +71,14 @@ def read_reference(onnx_path: Path, sidecar: Sidecar) -> Reference:
                 raise ValueError("a single array")
             names = [spec.name for spec in sidecar.outputs]
             kept = [LOGITS] if LOGITS in arrays else [f"{OUTPUT}{index}" for index in range(len(names))]
+            if len(kept) != len(names) or not {"images", "labels", *kept} <= set(arrays):
+                raise UserError(
+                    f"{path} has {', '.join(arrays) or 'nothing'}, and the sidecar of {onnx_path.name} records "
+                    f"{len(names)} outputs: export it again"
+                )
             outputs = {name: arrays[key] for name, key in zip(names, kept, strict=True)}
             return Reference(arrays["images"], arrays["labels"], outputs, recorded["source"])
-    except (*DAMAGED, KeyError) as error:
+    except DAMAGED as error:
         raise UserError(f"{path} is not a reference file ({one_line(error)}): export again") from error
 
 

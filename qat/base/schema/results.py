@@ -122,7 +122,7 @@ class BenchmarkResult:
     latency: tuple[MeasuredLatency, ...]
     date: str
     tensorrt: str
-    device: MeasuringDevice | None = None
+    device: MeasuringDevice | None
     slower_in_int8: tuple[SlowerEntry, ...] = ()
     made_by: MadeByEntry = field(default_factory=MadeByEntry)
 
@@ -145,8 +145,8 @@ class AuditResult:
     findings: tuple[FindingEntry, ...]
     engine: Digest = ""
     peaks: PeaksEntry | None = None
-    batch: Size | None = None
-    runs: Count = 0
+    batch: Size | None
+    runs: Count
     kernels: tuple[KernelEntry, ...] = ()
     made_by: MadeByEntry = field(default_factory=MadeByEntry)
 
