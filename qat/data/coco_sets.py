@@ -21,6 +21,7 @@ _KEYS = {
     "annotations": {"image_id", "category_id", "bbox"},
     "categories": {"id", "name"},
 }
+"""What each entry of these lists must have."""
 
 
 def read(path: Path, most: int | None = None) -> AnnotatedSet:
@@ -63,16 +64,9 @@ def _content(path: Path) -> dict[str, Any]:
         raise UserError(f"no file {path}: check the path of --data") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({one_line(error)}): check the file") from error
-    wanted = {
-        "images": ("id", "file_name"),
-        "annotations": ("image_id", "category_id", "bbox"),
-        "categories": ("id", "name"),
-    }
-    for part, keys in wanted.items():
+    for part, keys in _KEYS.items():
         entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not all(
-            isinstance(one, dict) and set(keys) <= one.keys() for one in entries
-        ):
+        if not isinstance(entries, list) or not all(isinstance(one, dict) and keys <= one.keys() for one in entries):
             raise UserError(
                 f"{path} is not in COCO's format: {part} must be a list of entries with {', '.join(sorted(keys))}"
             )
