@@ -6,7 +6,6 @@ file, with PyTorch's answers, or the test split of a data set.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bisect import Difference
+from deploy.difference_search import Judgement
 from deploy.reference import read_reference
 from deploy.who_answers import ENGINE, PYTORCH, Answer, Judged, who_answers
 from qat.base.artifact import Sidecar, read_parent
@@ -74,50 +73,35 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Judgement):
     """The answers of a classifier, and whether it agrees with the others.
 
     Attributes:
         identity: kind and SHA-256 of the file that was judged.
         answers: its answers and those of the others.
         least_agreement: share of images, in percent, on which the others must choose the same class.
-        searched: whether the first difference from ONNX Runtime was searched.
-        first_difference: the first tensor that differs, if it was searched and found.
-        layers: every compared tensor against ONNX Runtime, if that was asked for.
     """
 
     identity: Mapping[str, str]
     answers: Answers
     least_agreement: float
-    searched: bool = False
-    first_difference: Difference | None = None
-    layers: tuple[Difference, ...] = ()
 
     @property
     def disagreements(self) -> dict[str, str]:
         """The pairs that agree too little."""
         return self.answers.disagreements(self.least_agreement)
 
-    @property
-    def agrees(self) -> bool:
-        """Whether it agrees with all others well enough."""
-        return not self.disagreements
-
     def to_json(self) -> dict[str, Any]:
         """As the file of ``python -m deploy.evaluate --json`` has it."""
-        answers, found = self.answers, self.first_difference
-        result: dict[str, Any] = {
+        answers = self.answers
+        return {
             **self.identity,
             "images": len(answers.labels),
             "source": answers.source,
             "top1": {who: answers.accuracy(who) for who in answers.logits},
             "agreement": answers.agreements(),
+            **self.inside(),
         }
-        if self.searched:
-            result["first_difference"] = found and dataclasses.asdict(found)
-        if self.layers:
-            result["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
-        return result
 
 
 def evaluate_classes(

@@ -18,6 +18,7 @@ from qat.base.artifact import TensorSpec
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
 from qat.base.trust import NotTrustedError
+from qat.base.user_code import run_file
 from qat.data.annotations import AnnotatedSet
 
 _MOST_CANDIDATES = 30000
@@ -232,12 +233,8 @@ def _own(given: str, limits: Limits) -> Decoder:
     path = Path(file).expanduser()
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"--decoder {given}: no file {file or given}; must be path/file.py:function")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = run_file(path, f"_decoder_{path.stem}")
     except Exception as error:  # whatever the user's code raises
         raise UserError(f"{path} cannot be loaded ({type(error).__name__}: {one_line(error)}): correct it") from error
     function = getattr(module, name, None)

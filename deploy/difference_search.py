@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +22,40 @@ if TYPE_CHECKING:
     from deploy.trt import Toolkit
 
 SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement(ABC):
+    """Whether the judged one agrees with the others, and where an engine differs from ONNX Runtime inside.
+
+    Attributes:
+        searched: whether the first difference from ONNX Runtime was searched.
+        first_difference: the first tensor that differs, if it was searched and found.
+        layers: every compared tensor against ONNX Runtime, if that was asked for.
+    """
+
+    searched: bool = False
+    first_difference: Difference | None = None
+    layers: tuple[Difference, ...] = ()
+
+    @property
+    @abstractmethod
+    def disagreements(self) -> dict[str, str]:
+        """The pairs that agree too little, each with what was measured and what is demanded."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether it agrees with all others well enough."""
+        return not self.disagreements
+
+    def inside(self) -> dict[str, Any]:
+        """For the file of results: what was found inside, as far as it was looked for."""
+        found: dict[str, Any] = {}
+        if self.searched:
+            found["first_difference"] = self.first_difference and dataclasses.asdict(self.first_difference)
+        if self.layers:
+            found["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        return found
 
 
 def _built_with(sidecar: Sidecar) -> tuple[Toolkit, BuildSettings]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qat.base.errors import UserError
+from qat.base.letterbox import extents_within
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,8 +37,7 @@ class Fit:
         """For an image of (width, height) and a sidecar's ``preprocessing``."""
         size = (preprocessing["width"], preprocessing["height"])
         if preprocessing.get("letterbox", False):
-            factor = min(wanted / extent for extent, wanted in zip(image, size, strict=True))
-            width, height = (max(1, round(extent * factor)) for extent in image)
+            width, height = extents_within(image, size)
             return cls(image, size, (width, height), ((size[0] - width) // 2, (size[1] - height) // 2), True)
         short, (width, height) = min(image), image
         to_cover = max(wanted / extent for extent, wanted in zip(image, size, strict=True))

@@ -13,7 +13,7 @@ import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -35,13 +35,6 @@ class Scores:
     def to_json(self) -> dict[str, Any]:
         """For the file of results."""
         return {"figures": dict(self.figures), "by_class": dict(self.by_class)}
-
-
-class Counter(Protocol):
-    """What is counted, image by image."""
-
-    def scores(self) -> Scores:
-        """The figures of all images so far."""
 
 
 class BoxCounter:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from deploy.bisect import Difference
 from deploy.decoders import Decoder, Limits, decoder_for
+from deploy.difference_search import Judgement
 from deploy.fitting import Fit, fitted
 from deploy.reference import read_reference
 from deploy.scores import BoxCounter, PixelCounter, Scores, classes_of_pixels
-from deploy.who_answers import FLOAT, Judged, who_answers
+from deploy.who_answers import FLOAT, PYTORCH, Judged, who_answers
 from qat.base.artifact import TensorSpec
 from qat.base.console import progress, say, table, warn
 from qat.base.errors import UserError
@@ -47,7 +47,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class TaskEvaluation:
+class TaskEvaluation(Judgement):
     """How right all are who answered, and how far the judged one agrees with the others.
 
     Attributes:
@@ -67,9 +67,6 @@ class TaskEvaluation:
     least_sqnr: float
     least_agreement: float
     how: Mapping[str, Any] = field(default_factory=dict)
-    searched: bool = False
-    first_difference: Difference | None = None
-    layers: tuple[Difference, ...] = ()
 
     @property
     def disagreements(self) -> dict[str, str]:
@@ -84,11 +81,6 @@ class TaskEvaluation:
             if low and not pair.endswith(FLOAT):
                 found[pair] = f"agree too little ({', '.join(map(str, low))}): {demand}"
         return found
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the judged one agrees with ONNX Runtime and PyTorch well enough."""
-        return not self.disagreements
 
     def to_json(self) -> dict[str, Any]:
         """As the file of ``python -m deploy.evaluate --json`` has it."""
@@ -107,11 +99,7 @@ class TaskEvaluation:
         if self.scores:
             result["scores"] = {who: scores.to_json() for who, scores in self.scores.items()}
             result["how"] = dict(self.how)
-        if self.searched:
-            result["first_difference"] = self.first_difference and dataclasses.asdict(self.first_difference)
-        if self.layers:
-            result["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
-        return result
+        return result | self.inside()
 
 
 def evaluate_task(
@@ -177,7 +165,7 @@ def task_images(judged: Judged, data: str | None, most: int | None) -> Images:
             for start in range(0, count, BATCH):
                 part = slice(start, min(start + BATCH, count))
                 answers = {name: values[part] for name, values in reference.outputs.items()}
-                yield reference.images[part], (), {"PyTorch": answers}
+                yield reference.images[part], (), {PYTORCH: answers}
 
         return Images(reference.source, count, recorded)
     if not preprocessing:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from qat.base.artifact import sha256_of
 from qat.base.console import say
 from qat.base.errors import UserError, one_line
 from qat.base.text import did_you_mean
+from qat.base.user_code import run_file
 from qat.graph.reparameterization import advice
 from qat.graph.tracing import TracedModel, network_of, trace
 from qat.pretrained.torchvision_detectors import build_detector, detector_names
@@ -263,14 +263,8 @@ def _function(name: str, code: ModelCode | None, folder: Path | None) -> Callabl
     """The function of 'path/file.py:function'; the file is run."""
     file, _, function = name.rpartition(":")
     path = model_file(name, code, folder)
-    module_name = f"_model_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickle look there
     try:
-        spec.loader.exec_module(module)
+        module = run_file(path, f"_model_{path.stem}")
     except Exception as error:
         raise UserError(
             f"{file} cannot be run ({type(error).__name__}: {one_line(error)}): correct the file"

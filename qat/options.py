@@ -25,8 +25,6 @@ from qat.training.recipe import DistillationSettings, Recipe
 _BOTH_PHASES = (
     *("batch_size", "accumulate", "weight_decay", "label_smoothing", "clip_norm", "ema", "seed", "mixup", "cutmix"),
 )
-
-
 _FLOAT_LR, _ATTENTION_LR = 2e-3, 5e-4
 
 

@@ -185,15 +185,20 @@ class InOnnxRuntime:
         return answer
 
 
+def check_scores(path: Path, data: Path, figure: str, least: float, apart: float, lost: float) -> None:
+    """All are good enough in ``figure``, ONNX Runtime is as PyTorch, INT8 as float, and the report has the figure."""
+    found = evaluate_file(path, data=str(data))
+    assert isinstance(found, TaskEvaluation)
+    scores = {who: score.figures[figure] for who, score in found.scores.items()}
+    assert min(scores.values()) > least
+    assert abs(scores[ONNX_RUNTIME] - scores[PYTORCH]) < apart
+    assert scores[PYTORCH] > scores[FLOAT] - lost
+    assert f"{scores[ONNX_RUNTIME]:.2f}" in page(path, found)
+
+
 def test_a_detector_from_training_to_the_drawn_picture(folder: Path) -> None:
     path = exported(folder, "Detector", lambda answer, batch: box_loss(answer, batch[1]))
-    found = evaluate_file(path, data=str(folder / "set.yaml"))
-    assert isinstance(found, TaskEvaluation)
-    scores = {who: score.figures["mAP50-95"] for who, score in found.scores.items()}
-    assert min(scores.values()) > 40
-    assert abs(scores[ONNX_RUNTIME] - scores[PYTORCH]) < 2
-    assert scores[PYTORCH] > scores[FLOAT] - 5
-    assert f"{scores[ONNX_RUNTIME]:.2f}" in page(path, found)
+    check_scores(path, folder / "set.yaml", "mAP50-95", least=40, apart=2, lost=5)
     example = runpy.run_path(str(Path(__file__).parents[1] / "docs/examples/draw_boxes.py"))
     photo, sidecar = folder / "val/images/0.png", read_sidecar(path, "onnx")
     boxes, likely, labels = example["detect"](InOnnxRuntime(path), sidecar, photo)
@@ -212,10 +217,4 @@ def test_a_segmenter_from_training_to_its_classes_of_pixels(folder: Path) -> Non
         return F.cross_entropy(answer["out"], batch[2])
 
     path = exported(folder, "Segmenter", loss)
-    found = evaluate_file(path, data=str(folder))
-    assert isinstance(found, TaskEvaluation)
-    scores = {who: score.figures["mIoU"] for who, score in found.scores.items()}
-    assert min(scores.values()) > 85
-    assert abs(scores[ONNX_RUNTIME] - scores[PYTORCH]) < 1
-    assert scores[PYTORCH] > scores[FLOAT] - 2
-    assert f"{scores[ONNX_RUNTIME]:.2f}" in page(path, found)
+    check_scores(path, folder, "mIoU", least=85, apart=1, lost=2)

@@ -81,11 +81,8 @@ class Artifacts:
     @property
     def data_source(self) -> str:
         """Which images it was calibrated and trained on; '' where a program of one's own has saved the checkpoint."""
-        return str(self.checkpoint.details["data"]["source"]) if self.checkpoint and self._records_data else ""
-
-    @property
-    def _records_data(self) -> bool:
-        return self.checkpoint is not None and {"data", "splits"} <= self.checkpoint.details.keys()
+        details = self.checkpoint.details if self.checkpoint else {}
+        return str(details["data"]["source"]) if {"data", "splits"} <= details.keys() else ""
 
     @property
     def is_trained(self) -> bool:

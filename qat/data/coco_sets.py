@@ -17,11 +17,12 @@ from qat.base.regular_file import read_json
 from qat.data.annotations import AnnotatedImage, AnnotatedSet, check_inside, with_boxes
 
 _PREFIX = "instances_"
-_KEYS: Mapping[str, Mapping[str, Any]] = {  # and the types of their values
+_KEYS: Mapping[str, Mapping[str, Any]] = {
     "images": {"id": int | str, "file_name": str},
     "annotations": {"image_id": int | str, "category_id": int, "bbox": list},
     "categories": {"id": int, "name": str},
 }
+"""What each entry of these lists must have, and of which type."""
 
 
 def read(path: Path, most: int | None = None) -> AnnotatedSet:

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from qat.base.errors import UserError
 from qat.base.image_files import LETTERBOX_GREY
+from qat.base.letterbox import extents_within
 
 Interpolation = Literal["bilinear", "bicubic"]
 _COLORS = {1: "grey", 3: "RGB"}  # by channels
@@ -150,8 +151,7 @@ class Preprocessing:
         That is [left, top, right, bottom] in pixels, below 0 where so many are cut off.
         """
         if self.letterbox:
-            factor = min(self.height / height, self.width / width)
-            size = [max(1, round(extent * factor)) for extent in (height, width)]
+            size = [*extents_within((height, width), (self.height, self.width))]
         else:
             size = [int(self.resize * extent / min(height, width)) for extent in (height, width)]
         (top, bottom), (left, right) = (

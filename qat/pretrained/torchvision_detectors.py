@@ -109,7 +109,7 @@ class BoxChooser:
 def box_chooser(name: str, num_classes: int, options: Mapping[str, Any], **limits: float | None) -> BoxChooser:
     """That of the detector ``name``; ``limits`` by torchvision's names of them, None for its own.
 
-    Raises UserError when it is no detector of torchvision with one stage.
+    Raises UserError when it is not a one-stage detector of torchvision.
     """
     return BoxChooser(_one_stage(name, num_classes, options), **limits)
 
@@ -126,7 +126,7 @@ def as_torchvision(prepared: TracedModel, name: str, num_classes: int, **options
         num_classes: with the background, where the detector has one.
         options: of the detector's constructor.
 
-    Raises UserError when it is no detector of torchvision with one stage.
+    Raises UserError when it is not a one-stage detector of torchvision.
     """
     model = _one_stage(name, num_classes, options)
     ((_, height, width),) = prepared.meta["inputs"].shapes.values()

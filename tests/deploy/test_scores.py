@@ -266,6 +266,17 @@ def worse(outputs, size):
 """
 
 
+DATACLASS = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+@dataclass
+class Grid:
+    cell: int
+"""
+
+
 def test_a_function_of_ones_own(tmp_path: Path) -> None:
     file = tmp_path / "decode.py"
     file.write_text(OWN)
@@ -284,6 +295,8 @@ def test_a_function_of_ones_own(tmp_path: Path) -> None:
         made(specs(maps=(2, 2, 2)), f"{file}:goo")
     with pytest.raises(UserError, match=r"must be path/file\.py:function"):
         made(specs(maps=(2, 2, 2)), "decode")
+    file.write_text(f"{DATACLASS}{OWN}")
+    made(specs(maps=(2, 2, 2)), f"{file}:good")
     file.write_text("import nothing_of_that_name\n")
     with pytest.raises(UserError, match=r"cannot be loaded .ModuleNotFoundError"):
         made(specs(maps=(2, 2, 2)), f"{file}:good")

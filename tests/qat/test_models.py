@@ -224,46 +224,42 @@ def test_the_classifier_in_the_weights_tells_the_number_of_classes(net_file: Pat
         build_pretrained(name, weights, 8)
 
 
+def network_of_heads(folder: Path, heads: str) -> str:
+    """The name of a network whose ``heads``, Python code, may use num_classes."""
+    file = folder / "heads.py"
+    file.write_text(f"from torch import nn\ndef net(num_classes):\n    return nn.ModuleDict({heads})")
+    return f"{file}:net"
+
+
 def test_two_classifiers_tell_the_number_of_classes_if_both_have_it(tmp_path: Path) -> None:
-    file, weights = tmp_path / "two.py", str(tmp_path / "w.pth")
-    file.write_text(
-        "from torch import nn\ndef net(num_classes):\n"
-        "    return nn.ModuleDict({n: nn.Linear(4, num_classes) for n in 'ab'})"
-    )
-    given = build_model(ModelSpec(f"{file}:net", 7))
+    name, weights = network_of_heads(tmp_path, "{n: nn.Linear(4, num_classes) for n in 'ab'}"), str(tmp_path / "w.pth")
+    given = build_model(ModelSpec(name, 7))
     torch.save(given.state_dict(), weights)
     for classes in (None, 7):
-        found = build_pretrained(f"{file}:net", weights, classes)
+        found = build_pretrained(name, weights, classes)
         assert found.spec.num_classes == 7
         assert equal(found.model.state_dict(), given.state_dict())
     torch.save(given.state_dict() | {"b.weight": torch.zeros(9, 4), "b.bias": torch.zeros(9)}, weights)
     with pytest.raises(UserError, match=r"do not fit .* or their --classes if they are not 1000"):
-        build_pretrained(f"{file}:net", weights)
+        build_pretrained(name, weights)
 
 
 def test_a_detectors_head_has_rows_for_each_class_and_anchor(tmp_path: Path) -> None:
-    file, weights = tmp_path / "anchors.py", str(tmp_path / "w.pth")
-    file.write_text(
-        "from torch import nn\ndef net(num_classes):\n"
-        "    return nn.ModuleDict({'scores': nn.Conv2d(4, 9 * num_classes, 1), 'boxes': nn.Conv2d(4, 36, 1)})"
-    )
-    given = build_model(ModelSpec(f"{file}:net", 7))
+    heads, weights = "{'scores': nn.Conv2d(4, 9 * num_classes, 1), 'boxes': nn.Conv2d(4, 36, 1)}", tmp_path / "w.pth"
+    given = build_model(ModelSpec(name := network_of_heads(tmp_path, heads), 7))
     torch.save(given.state_dict(), weights)
-    found = build_pretrained(f"{file}:net", weights)
+    found = build_pretrained(name, str(weights))
     assert found.spec.num_classes == 7
     assert equal(found.model.state_dict(), given.state_dict())
 
 
 def test_one_head_of_two_that_ignores_the_number_of_classes(tmp_path: Path) -> None:
-    file, weights = tmp_path / "half.py", str(tmp_path / "w.pth")
-    file.write_text(
-        "from torch import nn\ndef net(num_classes):\n"
-        "    return nn.ModuleDict({'a': nn.Linear(4, num_classes), 'b': nn.Linear(4, 1000)})"
-    )
+    name = network_of_heads(tmp_path, "{'a': nn.Linear(4, num_classes), 'b': nn.Linear(4, 1000)}")
+    weights = str(tmp_path / "w.pth")
     both = {"a.weight": (10, 4), "a.bias": (10,), "b.weight": (10, 4), "b.bias": (10,)}
     torch.save({name: torch.zeros(shape) for name, shape in both.items()}, weights)
     with pytest.raises(UserError, match=r"have 10 classes, but .* has 1000 \(b\) when it is built for 10"):
-        build_pretrained(f"{file}:net", weights)
+        build_pretrained(name, weights)
 
 
 def test_heads_that_only_train_are_ignored(tmp_path: Path) -> None:
