@@ -1,15 +1,21 @@
 """Which builder is installed: TensorRT if it and a GPU are usable, else TensorRT-RTX, which needs no GPU to build.
 
+And what runs an engine: its builder, or TensorRT's lean runtime, which is 46 MB instead of gigabytes and runs engines
+that were built with --version-compatible.
+
 What the two builders and their versions can do is in deploy/trt.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, get_args
 
 from deploy import cuda
@@ -18,10 +24,48 @@ from qat.base.choices import BuilderName
 from qat.base.errors import UserError
 from qat.base.streams import interrupts_held_back
 
-# The wheel of ONNX Runtime's TensorRT-RTX provider contains the libraries. They must be loaded in this order.
-RTX_LIBRARY_PACKAGE = "onnxruntime_ep_nv_tensorrt_rtx"
-RTX_LIBRARIES = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")
-RTX_BINDINGS = "tensorrt_rtx_bindings"
+
+@dataclass(frozen=True)
+class _Wheels:
+    """How a library is packaged: one package that loads its libraries itself, or bindings and libraries apart.
+
+    Attributes:
+        package: loads its own libraries.
+        bindings: without it, the Python module, for which the libraries must be loaded first.
+        libraries_in: the package that has them.
+        libraries: their names, in the order in which they must be loaded.
+    """
+
+    package: str
+    bindings: str
+    libraries_in: str
+    libraries: tuple[str, ...]
+
+    def load(self) -> ModuleType:
+        """Raises ImportError that names what is missing."""
+        if _is_package(self.package):
+            return importlib.import_module(self.package)
+        if not _is_package(self.bindings):
+            raise ImportError(f"the package {self.bindings} is not installed")
+        spec = importlib.util.find_spec(self.libraries_in)
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError(f"the package {self.libraries_in}, which contains the libraries, is not installed")
+        folder = Path(spec.submodule_search_locations[0])
+        for pattern in self.libraries:
+            library = next(iter(sorted(folder.glob(pattern))), None)
+            if library is None:
+                raise ImportError(f"no {pattern} in {folder}")
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        return importlib.import_module(self.bindings)
+
+
+RTX = _Wheels(
+    "tensorrt_rtx",
+    "tensorrt_rtx_bindings",
+    "onnxruntime_ep_nv_tensorrt_rtx",  # ONNX Runtime's provider contains them
+    ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*"),
+)
+LEAN = _Wheels("tensorrt_lean", "tensorrt_lean_bindings", "tensorrt_lean_libs", ("libnvinfer_lean.so.*",))
 RTX_INSTALL = "pip install tensorrt-rtx-cu13-bindings onnxruntime-ep-nv-tensorrt-rtx-cu13"
 TENSORRT_INSTALL = "a machine with an NVIDIA GPU and its driver, and there pip install tensorrt"
 
@@ -52,27 +96,28 @@ def find_toolkit(choice: Literal["auto"] | BuilderName = "auto") -> Toolkit:
     raise UserError(f"no TensorRT builder is usable. Tried: {'; '.join(failures)}. To install: {remedy}")
 
 
+def find_runtime(builder: BuilderName) -> Toolkit:
+    """What runs the engines of ``builder`` here: itself, or TensorRT's lean runtime where that alone is installed.
+
+    Raises UserError as find_toolkit does.
+    """
+    if builder == "tensorrt" and not _is_package("tensorrt"):
+        with contextlib.suppress(ImportError, OSError), interrupts_held_back():
+            return Toolkit("tensorrt", LEAN.load(), cuda.device(), lean=True)
+    return find_toolkit(builder)
+
+
 def _find_tensorrt() -> Toolkit:
-    spec = importlib.util.find_spec("tensorrt")
-    if spec is None or spec.origin is None:  # a folder of type stubs has no origin
+    if not _is_package("tensorrt"):
         raise ImportError("the package tensorrt is not installed")
     device = cuda.device()
     return Toolkit("tensorrt", importlib.import_module("tensorrt"), device)
 
 
 def _find_rtx() -> Toolkit:
-    # The meta package loads its own libraries; without it they must be loaded before the bindings.
-    if importlib.util.find_spec("tensorrt_rtx") is not None:
-        return Toolkit("tensorrt-rtx", importlib.import_module("tensorrt_rtx"))
-    if importlib.util.find_spec(RTX_BINDINGS) is None:
-        raise ImportError(f"the package {RTX_BINDINGS} is not installed")
-    spec = importlib.util.find_spec(RTX_LIBRARY_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"the package {RTX_LIBRARY_PACKAGE}, which contains the libraries, is not installed")
-    folder = Path(spec.submodule_search_locations[0])
-    for pattern in RTX_LIBRARIES:
-        library = next(iter(sorted(folder.glob(pattern))), None)
-        if library is None:
-            raise ImportError(f"no {pattern} in {folder}")
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    return Toolkit("tensorrt-rtx", importlib.import_module(RTX_BINDINGS))
+    return Toolkit("tensorrt-rtx", RTX.load())
+
+
+def _is_package(name: str) -> bool:
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None  # a folder of type stubs has no origin

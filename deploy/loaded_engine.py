@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy import cuda
 from deploy.build_log import BuildLog
-from deploy.installed import find_toolkit
+from deploy.installed import find_runtime
 from deploy.settings import Profile
 from deploy.tensor_types import numpy_name, sizes
 from deploy.trt import Toolkit
@@ -128,7 +128,7 @@ def _toolkit_here(path: Path, sidecar: Sidecar | None) -> Toolkit:
     """The TensorRT that runs an engine on this machine. Raises UserError when there is none."""
     device = cuda.device()
     builder: BuilderName = sidecar.details["builder"]["name"] if sidecar else "tensorrt"
-    toolkit = find_toolkit(builder)
+    toolkit = find_runtime(builder)
     if sidecar is not None:
         _check_built_for(path, sidecar, toolkit, device)
     return toolkit
@@ -138,6 +138,11 @@ def _check_built_for(path: Path, sidecar: Sidecar, toolkit: Toolkit, device: cud
     """Raises UserError when an engine cannot load here; TensorRT's own message would say less."""
     details = sidecar.details
     built_by = details["builder"]["version"]
+    if toolkit.lean and not details.get("version_compatible"):
+        raise UserError(
+            f"{path} was built without --version-compatible, here is {toolkit.title}, which runs no others: build it "
+            f"with that, or install TensorRT {built_by}"
+        )
     if built_by != toolkit.version and not details.get("version_compatible"):
         raise UserError(
             f"{path} was built by version {built_by}, here is {toolkit.title}: build it again here, or install "

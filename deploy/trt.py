@@ -55,6 +55,8 @@ class Toolkit:
     module: Any
     device: cuda.Device | None = None
     """The GPU that engines are built for. None if the builder works ahead of time, without a GPU."""
+    lean: bool = False
+    """Whether it only runs engines, version-compatible ones, and builds none."""
 
     @property
     def version(self) -> str:
@@ -64,7 +66,8 @@ class Toolkit:
     @property
     def title(self) -> str:
         """For example ``TensorRT-RTX 1.7.1.116``."""
-        return {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[self.name] + f" {self.version}"
+        name = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}[self.name] + (" lean runtime" * self.lean)
+        return f"{name} {self.version}"
 
     def typing(self, precision: EnginePrecision = "explicit") -> Literal["strong", "weak"]:
         """``strong`` if every precision comes from the network, ``weak`` if builder flags allow it.
@@ -250,8 +253,7 @@ class Toolkit:
 
         An exception must not pass through TensorRT's C++ code. So Ctrl-C only sets a flag; the progress monitor sees it
         and cancels the build, and then KeyboardInterrupt is raised. Without a progress monitor Ctrl-C ends the process
-        at once; nothing has been written by then. In a thread other than the main one Ctrl-C is left alone, because
-        Python allows no signal handlers there.
+        at once; nothing has been written by then. Only the main thread can have signal handlers: others leave it alone.
         """
         interrupted: list[int] = []
 
@@ -322,8 +324,7 @@ class Toolkit:
 
     def scratch_bytes(self, engine: trt.ICudaEngine) -> int:
         """How many bytes of scratch memory an execution context needs."""
-        newer = getattr(engine, "device_memory_size_v2", None)
-        return int(engine.device_memory_size if newer is None else newer)
+        return int(getattr(engine, "device_memory_size_v2", None) or engine.device_memory_size)
 
     def final_layers(
         self, log: BuildLog, plan: Any, host_code: bool = False
