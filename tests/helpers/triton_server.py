@@ -16,10 +16,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
-from commands import ROOT
 
+ROOT = Path(__file__).parents[2]
 START = ROOT / "scripts" / "triton-server"
 SECONDS_TO_START, SECONDS_TO_END = 120, 60
 PROTOCOLS = ("http", "grpc")
@@ -72,7 +73,8 @@ def running(repository: Path, log: Path, *, exit_timeout: int = 20) -> Iterator[
     options += [f"--exit-timeout-secs={exit_timeout}", f"--backend-config=python,shm-region-prefix-name={prefix}"]
     for name, port in ports.items():
         options += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
-    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    packages = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": packages}
     with log.open("wb") as file:
         process = subprocess.Popen([str(START), *options], stdout=file, stderr=file, env=environment)
     server = Server(process, ports, log, prefix)
@@ -106,14 +108,14 @@ def tensor(protocol: str, name: str, array: np.ndarray) -> Any:
 
 
 def _wait_until_live(server: Server) -> None:
+    address = f"http://127.0.0.1:{server.ports['http']}/v2/health/live"
     end = time.monotonic() + SECONDS_TO_START
-    with server.client("http") as client:
-        while time.monotonic() < end and server.process.poll() is None:
-            try:
-                if client.is_server_live():
-                    return
-            except OSError:  # nobody listens yet
-                time.sleep(0.1)
+    while time.monotonic() < end and server.process.poll() is None:
+        try:
+            with urlopen(address, timeout=5):
+                return
+        except OSError:  # nobody listens yet
+            time.sleep(0.1)
     raise AssertionError(f"the server does not start:\n{server.log.read_text(errors='replace')[-4000:]}")
 
 
