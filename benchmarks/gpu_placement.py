@@ -1,7 +1,7 @@
 """Speed of several placements of the same networks, each beside its FP16 engine, by deploy.benchmark.
 
     python -m benchmarks.gpu_placement FOLDER --output OUTPUT [--models NAME ...] [--batch 32] [--implicit]
-        [--level 3] [--timing-iterations N] [--build-only]
+        [--level 3] [--timing-iterations N] [--build-only] [--turns FOLDER]
     python -m benchmarks.gpu_placement --table FILE
 
 FOLDER/NAME/ holds the ONNX files of one network: float32.onnx, of which the FP16 engine is built, ours.onnx, and one
@@ -11,6 +11,7 @@ network are measured interleaved. OUTPUT/NAME/ gets the engines, benchmark.json,
 each engine, from which --table prints the table; with --build-only the engines alone. --level is the builder's
 optimization level: at 3, TensorRT 8.6 compiles some thirty kernels for each activation that stands alone, and takes
 more than 400 seconds for a YOLO. --timing-iterations: how often it times a kernel; several builders on one GPU need it.
+Processes with the same --turns are stopped while one of them measures (benchmarks/gpu_turns.py).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_turns import GpuTurns
 from deploy.candidate_engines import CandidateEngines
 from deploy.candidates import FP16, MODEL, CandidateSet
 from deploy.comparison import Comparison, Workload
@@ -30,7 +32,7 @@ OURS, FLOAT = "ours", "float32"
 _PLACEMENTS = {FP16: FLOAT, MODEL: OURS}  # their names in a benchmark
 
 
-def compare(folder: Path, output: Path, options: argparse.Namespace) -> None:
+def compare(folder: Path, output: Path, options: argparse.Namespace, turns: GpuTurns) -> None:
     """Builds the engine of every ONNX file of ``folder`` and measures them against each other."""
     others = sorted(path for path in folder.glob("*.onnx") if path.stem not in _PLACEMENTS.values())
     toolkit = find_toolkit("tensorrt")
@@ -51,7 +53,8 @@ def compare(folder: Path, output: Path, options: argparse.Namespace) -> None:
     if options.build_only:
         comparison.build()
         return
-    found = comparison.measure(output / "benchmark.json")
+    with turns.alone():
+        found = comparison.measure(output / "benchmark.json")
     _write(output, [{"model": folder.name, **entry} for entry in entries(found)])
 
 
@@ -104,15 +107,17 @@ def main() -> None:
     parser.add_argument("--timing-iterations", type=int)
     parser.add_argument("--implicit", action="store_true")
     parser.add_argument("--build-only", action="store_true")
+    parser.add_argument("--turns", type=Path)
     options = parser.parse_args()
     if options.table is not None:
         print(table([json.loads(line) for line in options.table.read_text(encoding="utf-8").splitlines()]))
         return
     if options.folder is None:
         parser.error("a folder of ONNX files, or --table FILE")
+    turns = GpuTurns(options.turns)
     for name in options.models or sorted(path.name for path in options.folder.iterdir() if path.is_dir()):
         try:
-            compare(options.folder / name, options.output / name, options)
+            compare(options.folder / name, options.output / name, options, turns)
         except UserError as error:  # a network that TensorRT refuses is a result, not the end
             print(f"{name}: {error}", flush=True)
             if not options.build_only:

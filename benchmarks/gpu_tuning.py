@@ -1,11 +1,13 @@
 """deploy.tune on several networks, and against trying everything.
 
     python -m benchmarks.gpu_tuning FOLDER --output OUTPUT [--models NAME ...] [--minutes 5] [--batch 32]
+        [--turns FOLDER]
     python -m benchmarks.gpu_tuning FOLDER --output OUTPUT --models NAME --exhaustive 6
 
 FOLDER/NAME/ours.onnx are Q/DQ files (benchmarks/placement_models.py, benchmarks/random_networks.py). OUTPUT/NAME.json
 is the tuned placement, with what was tried; OUTPUT/tuning.jsonl has a line for each network, and a table is printed.
-With --exhaustive all combinations of so many layers, those that gain least in INT8, are measured, too.
+With --exhaustive all combinations of so many layers, those that gain least in INT8, are measured, too. Processes with
+the same --turns are stopped while one of them measures (benchmarks/gpu_turns.py).
 Needs TensorRT, a GPU and onnx, and no torch.
 """
 
@@ -19,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_turns import GpuTurns
+from deploy import tuning_bench
 from deploy.installed import find_toolkit
 from deploy.tuned_engine import tune_engine
 from deploy.tuning_bench import EngineBench
@@ -69,7 +73,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--exhaustive", type=int, default=0)
+    parser.add_argument("--turns", type=Path)
     options = parser.parse_args()
+    turns = GpuTurns(options.turns)
+    for measured in ("latencies_of_built", "layer_times"):
+        setattr(tuning_bench, measured, turns.alone()(getattr(tuning_bench, measured)))
     options.output.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in options.models or sorted(path.name for path in options.folder.iterdir() if path.is_dir()):
