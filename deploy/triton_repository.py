@@ -33,6 +33,7 @@ from qat.base.artifact import Sidecar, TensorSpec, read_sidecar, sidecar_path
 from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
+from qat.base.onnx_structure import check_structure
 from qat.base.writing import atomic_write, disk_errors
 
 TEMPLATE = Path(__file__).with_name("triton_repository.md.j2")
@@ -241,6 +242,8 @@ def _write_version(folder: Path, source: Path, model: TritonModel) -> set[str]:
             shutil.copyfile(source, temporary)
     else:
         with atomic_write(sidecar_path(target)) as temporary_sidecar, atomic_write(target) as temporary:
+            if model.in_onnx_runtime:
+                check_structure(source)
             shutil.copyfile(source, temporary)
             shutil.copyfile(sidecar_path(source), temporary_sidecar)
             if model.in_onnx_runtime:

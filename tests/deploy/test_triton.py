@@ -330,7 +330,7 @@ def test_what_the_backends_do_not_serve(tmp_path: Path, repository: Path) -> Non
         with pytest.raises(UserError, match=re.escape(message)):
             main(TritonOptions(out=repository, **options))
     write_artifact(path, read_sidecar(path, "onnx"), lambda file: file.write_bytes(b"no network") and None)
-    with pytest.raises(UserError, match=re.escape(f"ONNX Runtime cannot run {path}")):
+    with pytest.raises(UserError, match=re.escape(f"{path} is not an ONNX file: get it again")):
         main(TritonOptions(model=path, out=repository, backend="python"))
     assert not (repository / "digits").exists()
 

@@ -101,10 +101,10 @@ def _sidecar(folder: Path) -> Sequence[Path]:
         "onnx",
         inputs=(TensorSpec("x", (-1, 3, 8, 8), "float32"),),
         outputs=(TensorSpec("y", (-1, 2), "float32"),),
-        preprocessing={"mean": [0.5], "std": [0.5]},
+        preprocessing={"height": 8, "width": 8, "resize": 8, "mean": [0.5] * 3, "std": [0.5] * 3},
         class_names=("a", "b"),
         figures={"nodes": 3},
-        details={"placement": {"tensors": []}, "precision": "int8"},
+        details={"placement": _PLACEMENT, "precision": "int8"},
     )
     write_artifact(path, sidecar, lambda file: file.write_bytes(b"content"))
     return [sidecar_path(path)]
@@ -184,12 +184,17 @@ def _coco(folder: Path) -> Sequence[Path]:
 def _calibration_cache(folder: Path) -> Sequence[Path]:
     path = folder / "c.cache"
     sidecar = Sidecar(
-        "calibration-cache", details={"model": "m", "images": "i", "calibrator": "entropy", "tensorrt": "8"}
+        "calibration-cache",
+        details={"model": "0a" * 32, "images": "1b" * 32, "calibrator": "entropy", "tensorrt": "8"},
     )
     write_artifact(path, sidecar, lambda file: file.write_text(_CACHE))
     return [path, sidecar_path(path)]
 
 
+_PLACEMENT = {
+    "tensors": [{"tensor": "x", "quantizer": "x_quantizer", "reads": [{"reader": "conv", "rule": "conv_input"}]}],
+    "decisions": [{"op": "conv", "label": "conv", "kind": "convolution", "quantized": True, "rule": "conv_input"}],
+}
 _PROFILE = sorted(Path(kernel_profile.__file__).with_name("profiles").glob("*.json"))[0].read_text()
 _SENSITIVITY = {
     "float": {"top1": 90.0},
@@ -230,7 +235,7 @@ def _lint_and_run(path: Path) -> None:
 
 
 def _cache_with_sidecar(path: Path) -> None:
-    CalibrationCacheFile(path.with_name("c.cache"), CacheKey("m", None, "entropy", "8"))
+    CalibrationCacheFile(path.with_name("c.cache"), CacheKey("0a" * 32, None, "entropy", "8"))
 
 
 def _read_yolo(path: Path) -> None:
