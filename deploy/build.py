@@ -59,6 +59,8 @@ class BuildOptions(Command, BuilderOptions):
     """With --verify-speed: write the FP16 engine where INT8 is not faster beyond the spread."""
     timing_cache: Annotated[Path | None, Writes(beside=beside_artifact)] = None
     """File that keeps measured kernel times. The first build makes it, later builds are shorter."""
+    trust_code: bool = False
+    """Run the code that a checkpoint of --ranges names, though it was not made by you on this machine."""
 
 
 def main(options: BuildOptions) -> int:
@@ -81,6 +83,7 @@ def main(options: BuildOptions) -> int:
         fall_back=options.fall_back,
         calibration=options.calibration,
         settings=options,
+        trust_code=options.trust_code,
     )
     print_engine_file(engine)
     return NOT_INT8 if engine.audit.broken else DONE

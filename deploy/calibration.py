@@ -61,6 +61,8 @@ def range_sources(
     settings: BuildSettings,
     calibration: CalibrationSettings | None,
     ranges: Path | None,
+    *,
+    trust_code: bool = False,
 ) -> RangeSources:
     """What was asked for, read and checked before anything is built.
 
@@ -70,10 +72,11 @@ def range_sources(
         settings: those of the build.
         calibration: the calibrator, what it is fed, and its cache.
         ranges: a file of ranges by hand.
+        trust_code: run the code that a stranger's checkpoint of ranges names.
 
     Raises UserError when a file cannot be read or does not fit, and when this version has no such calibrator.
     """
-    by_hand = None if ranges is None else RangeTable.read(ranges)
+    by_hand = None if ranges is None else RangeTable.read(ranges, trust_code=trust_code)
     if ranges is not None and is_calibration_cache(ranges):
         check_cache(ranges, digest)
     if by_hand is not None:

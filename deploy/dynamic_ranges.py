@@ -55,11 +55,14 @@ class RangeTable:
     other: float | None = None
 
     @classmethod
-    def read(cls, path: str | Path) -> RangeTable:
-        """A range file. Raises UserError when it cannot be read, and for a range that is none, naming its tensor."""
+    def read(cls, path: str | Path, *, trust_code: bool = False) -> RangeTable:
+        """A range file. Raises UserError when it cannot be read, and for a range that is none, naming its tensor.
+
+        ``trust_code``: run the code that a stranger's checkpoint names (docs/trust.md).
+        """
         path = Path(path)
         if path.suffix in (".onnx", ".qat"):
-            return cls(str(path), _quantized_ranges(path))
+            return cls(str(path), _quantized_ranges(path, trust_code))
         try:
             text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
@@ -162,11 +165,11 @@ def _passed_on(network: trt.INetworkDefinition, known: Mapping[str, float], modu
     return found
 
 
-def _quantized_ranges(path: Path) -> dict[str, float]:
+def _quantized_ranges(path: Path, trust_code: bool) -> dict[str, float]:
     try:
         from export.quantized_ranges import quantized_ranges
 
-        return quantized_ranges(path)
+        return quantized_ranges(path, trust_code=trust_code)
     except ImportError as error:
         instead = ", or give the Q/DQ file that export.onnx makes of it" if path.suffix == ".qat" else ""
         raise UserError(

@@ -65,6 +65,7 @@ def build_engine(
     verify_speed: bool = False,
     fall_back: bool = False,
     settings: BuilderOptions | None = None,
+    trust_code: bool = False,
 ) -> EngineFile:
     """Builds an engine from an ONNX file, audits it, and writes it with its sidecar.
 
@@ -86,13 +87,12 @@ def build_engine(
             and record which is faster. Needs a GPU.
         fall_back: with ``verify_speed``, write the FP16 engine where INT8 is not faster beyond the spread.
         settings: the options of the builder; by default TensorRT's own, without TF32.
+        trust_code: run the code that a stranger's checkpoint, given as ``ranges``, names (docs/trust.md).
 
-    Returns what was written, with the audit. A layer that is declared INT8 but is not INT8 in the engine raises
-    nothing; it is in ``audit.broken``.
+    Returns what was written, with the audit: a layer that is declared INT8 and is not is in ``audit.broken``.
 
     Raises UserError when the model is missing, damaged or refused, when no builder is installed, when the arguments
-    contradict each other, and when the engine cannot be written. Its message names arguments as the command line does:
-    ``--timing-cache`` is ``timing_cache``.
+    contradict each other, and when the engine cannot be written. Its message names them as the command line does.
 
     Example::
 
@@ -126,7 +126,9 @@ def build_engine(
     target = toolkit.device.name if toolkit.device else "compute capabilities " + " ".join(capabilities)
     say(f"{toolkit.title}, {toolkit.typing(options.precision)}ly typed, for {target}")
     build_settings = BuildSettings.from_options(options, profiles=tuple(profiles), capabilities=capabilities)
-    sources = range_sources(toolkit, model, source, parent.sha256, build_settings, calibration, path_of_ranges)
+    sources = range_sources(
+        toolkit, model, source, parent.sha256, build_settings, calibration, path_of_ranges, trust_code=trust_code
+    )
     with sources.saved():
         built = build_with_cache_or_repeat(toolkit, model, build_settings, repeat, cache, sources)
     _say_ranges(sources, built.without_range, strict=options.strict)

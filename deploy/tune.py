@@ -52,6 +52,8 @@ class TuneOptions(Command):
     """What qat.sensitivity --json wrote: placements with more in float are timed too, as far as it went."""
     max_drop: float | None = None
     """Percentage points of accuracy below the float network that are acceptable, by --costs."""
+    trust_code: bool = False
+    """Run the code that the sidecar of a checkpoint names, though it was not made by you on this machine."""
 
 
 def main(options: TuneOptions) -> int:
@@ -66,6 +68,7 @@ def main(options: TuneOptions) -> int:
         runs=options.runs,
         costs=options.costs,
         max_drop=options.max_drop,
+        trust_code=options.trust_code,
     )
     return DONE
 

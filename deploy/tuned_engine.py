@@ -43,6 +43,7 @@ def tune_engine(
     runs: int = 200,
     costs: str | Path | None = None,
     max_drop: float | None = None,
+    trust_code: bool = False,
 ) -> TunedEngine:
     """Finds which layers of a Q/DQ file are faster in float on this GPU, and writes what it found.
 
@@ -58,6 +59,7 @@ def tune_engine(
             placements are timed, too, in as many minutes again.
         max_drop: how many percentage points of accuracy below the float network are acceptable: the fastest placement
             within them is chosen. None: the fastest of all.
+        trust_code: run the code that a stranger's checkpoint names (docs/trust.md).
 
     Raises UserError when there is no GPU, the file has no Q/DQ nodes, TensorRT refuses it or its float twin, or
     ``costs`` are of another network.
@@ -83,7 +85,7 @@ def tune_engine(
     toolkit = find_toolkit("tensorrt")
     assert toolkit.device is not None
     if model != given:
-        _export(given, model)
+        exported_to_tune(given, model, trust_code=trust_code)
     with tempfile.TemporaryDirectory() as folder:
         bench = EngineBench(toolkit, model, Path(folder), batch, runs)
         network = bench.network
@@ -145,7 +147,8 @@ def _within(points: Sequence[FrontierPoint], max_drop: float | None, kept: Kept)
     return frozenset(chosen.keep_float)
 
 
-def _export(checkpoint: Path, output: Path) -> None:
+def exported_to_tune(checkpoint: Path, output: Path, *, trust_code: bool) -> None:
+    """Exports a checkpoint. Raises UserError where torch is missing, and as export_onnx does."""
     try:
         from export.from_checkpoint import export_onnx
     except ImportError as error:
@@ -153,7 +156,7 @@ def _export(checkpoint: Path, output: Path) -> None:
             f"exporting {checkpoint} needs another package ({error.name}): run python -m export.onnx {checkpoint} "
             "where torch is, and give its file"
         ) from error
-    export_onnx(checkpoint, output)
+    export_onnx(checkpoint, output, trust_code=trust_code)
 
 
 def _sidecar(model: Path, tuned: Path, placement: TunedPlacement) -> Sidecar:

@@ -16,13 +16,15 @@ from qat.base.errors import UserError
 from qat.base.number_format import INT8
 
 
-def quantized_ranges(path: Path) -> dict[str, float]:
+def quantized_ranges(path: Path, *, trust_code: bool = False) -> dict[str, float]:
     """The amax of every activation that ``path`` (.onnx or .qat) quantizes, above 0, by the tensor's name.
+
+    ``trust_code``: run the code that a stranger's checkpoint names (docs/trust.md).
 
     Raises UserError when the file cannot be read, quantizes nothing, or quantizes an activation by several scales or
     with a zero point, which no symmetric range can say.
     """
-    model = read_onnx(path) if path.suffix == ".onnx" else _emitted(path)
+    model = read_onnx(path) if path.suffix == ".onnx" else _emitted(path, trust_code)
     found: dict[str, float] = {}
     qdq = QdqModel.from_ir(model, INT8)
     for node in qdq.nodes:
@@ -44,7 +46,7 @@ def quantized_ranges(path: Path) -> dict[str, float]:
     return found
 
 
-def _emitted(checkpoint: Path) -> ir.Model:
+def _emitted(checkpoint: Path, trust_code: bool) -> ir.Model:
     """The Q/DQ model of a checkpoint, as export.onnx writes it. Torch is imported here: Q/DQ files do not need it."""
     import torch
 
@@ -53,7 +55,7 @@ def _emitted(checkpoint: Path) -> ir.Model:
     from export.tensor_names import names_of_inputs, names_of_outputs, output_shapes
     from export.trained_network import TrainedNetwork
 
-    network = TrainedNetwork.from_checkpoint(checkpoint)
+    network = TrainedNetwork.from_checkpoint(checkpoint, trust_code=trust_code)
     network.check_exportable()
     folded, _ = fold(network.model)
     names = names_of_inputs(network.inputs, ())

@@ -27,6 +27,7 @@ from qat.calibration.histogram import HistogramObserver
 from qat.calibration.settings import CalibrationSettings
 from qat.checkpoint import save_checkpoint
 from qat.compute.device import Compute
+from qat.compute.precision import denormals_flushed
 from qat.compute.processes import Processes, process_group
 from qat.data.batches import batch_count
 from qat.data.request import ImageRequest
@@ -147,6 +148,7 @@ class _Run:
         self.log = TrainingLog(log_folder if compute.processes.is_main else None, resumed=resume)
         self.data: Data
 
+    @denormals_flushed()
     def train(
         self,
         name: str,
@@ -160,7 +162,6 @@ class _Run:
         learn_ranges: bool,
     ) -> None:
         """Runs all phases that are left and writes the checkpoint."""
-        torch.set_flush_denormal(True)  # gradients of small networks become denormal, which is ten times as slow
         compute, reached, images, (float_recipe, qat_recipe) = self.compute, self.reached, self.images, recipes
         learn_ranges = learn_ranges and qat_recipe.epochs > 0  # else nothing learns them
         self._load_images(name, weights)

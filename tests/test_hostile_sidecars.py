@@ -16,6 +16,8 @@ import torch
 from commands import Run
 from sidecars import edit
 
+from deploy.dynamic_ranges import RangeTable
+from deploy.tuned_engine import exported_to_tune
 from export import export_onnx
 from qat import ModelSpec, Preprocessing, build_model, calibrate_ranges, prepare, save_checkpoint
 from qat.base.artifact import sidecar_path
@@ -85,6 +87,8 @@ USES: dict[str, Callable[[Path], object]] = {
         output=None,
         compute=None,  # type: ignore[arg-type]
     ),
+    "ranges": RangeTable.read,
+    "tune": lambda path: exported_to_tune(path, path.with_suffix(".onnx"), trust_code=False),
 }
 
 

@@ -25,7 +25,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_flush_denormal(False)
 
 
 class Run(Protocol):
