@@ -2,7 +2,8 @@
 
 The model.py that ``python -m deploy.triton --backend python`` writes takes ``TritonPythonModel`` from here. Triton
 calls it in a process of its own for each instance of a model, with the requests that its dynamic batching has put
-together.
+together. An engine's batches are computed in threads, several at the same time, so that copies overlap with computing;
+their responses are sent when they are there.
 
 Tensors pass as DLPack and never as the backend's own NumPy arrays. A server that was built for NumPy 1 (tritonserver
 2.51 was) reads arrays of NumPy 2 as empty and gives zeros for an input, both without an error.
@@ -13,8 +14,12 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,9 @@ from deploy.runtime import Engine
 from deploy.triton_config import ENGINE, ONNX
 from qat.base.artifact import Sidecar, read_sidecar
 from qat.base.errors import one_line
+
+IN_FLIGHT = 3
+"""How many batches of an engine are on their way at the same time in each instance."""
 
 Arrays = Mapping[str, np.ndarray]
 """Inputs or outputs by name, [N, ...] each."""
@@ -40,6 +48,7 @@ class TritonPythonModel:
         self._backend = backend
         self._config = json.loads(args["model_config"])
         self._open = ExitStack()
+        self._threads: Threads | None = None
         folder = Path(args["model_repository"], args["model_version"])
         if (folder / ONNX).is_file():
             instances = sum(group["count"] for group in self._config["instance_group"])
@@ -47,16 +56,34 @@ class TritonPythonModel:
         else:
             cuda.use_device(int(args["model_instance_device_id"]))
             self._sidecar, self._run = open_engine(folder / ENGINE, self._open)
+            self._threads = self._open.enter_context(Threads(IN_FLIGHT))
 
-    def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Computes the requests as one batch. Returns a response for each; a request that fails gets an error."""
-        asked = [self._inputs(request) for request in requests]
-        together = self._config["max_batch_size"] > 0  # else the shape of a request is the whole batch
-        return [self._response(found) for found in answer(self._run, asked, together=together)]
+    def execute(self, requests: Sequence[Any]) -> list[Any] | None:
+        """Computes the requests as one batch. Returns a response for each; a request that fails gets an error.
+
+        Of an engine it returns None, as soon as the batch is on its way; then responses are sent.
+        """
+        if self._threads is None:
+            return self._responses(requests)
+        self._threads.start(partial(self._send, requests))
+        return None
 
     def finalize(self) -> None:
-        """Frees what ``initialize`` loaded."""
+        """Waits for what is on its way, and frees what ``initialize`` loaded."""
         self._open.close()
+
+    def _send(self, requests: Sequence[Any]) -> None:
+        for request, response in zip(requests, self._responses(requests), strict=True):
+            sender = request.get_response_sender()
+            sender.send(response, flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _responses(self, requests: Sequence[Any]) -> list[Any]:
+        try:
+            asked = [self._inputs(request) for request in requests]
+            together = self._config["max_batch_size"] > 0  # else the shape of a request is the whole batch
+            return [self._response(found) for found in answer(self._run, asked, together=together)]
+        except Exception as error:  # whoever waits for a response must get one
+            return [self._response(error) for _ in requests]
 
     def _inputs(self, request: Any) -> Arrays:
         get = self._backend.get_input_tensor_by_name
@@ -87,14 +114,42 @@ def open_onnx(path: Path, *, threads: int = 0) -> tuple[Sidecar, Run]:
 
 
 def open_engine(path: Path, close: ExitStack) -> tuple[Sidecar, Run]:
-    """An engine in ``deploy.Engine``; ``close`` frees it. Requests are put together in pinned memory.
+    """An engine in ``deploy.Engine``, for IN_FLIGHT threads; ``close`` frees it.
 
-    Raises UserError as ``Engine.load`` does.
+    Requests are put together in pinned memory. Raises UserError as ``Engine.load`` does.
     """
     sidecar = read_sidecar(path, "engine")
-    engine = close.enter_context(Engine.load(path, contexts=1))  # Triton's instances are what runs at the same time
-    pinned = _by_name(engine.pinned_input(engine.max_batch), engine.inputs)
-    return sidecar, lambda requests: _by_name(engine(_joined(requests, pinned)), engine.outputs)
+    engine = close.enter_context(Engine.load(path, contexts=IN_FLIGHT))
+    free: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    for _ in range(IN_FLIGHT):
+        free.put(_by_name(engine.pinned_input(engine.max_batch), engine.inputs))
+
+    def run(requests: Sequence[Arrays]) -> Arrays:
+        pinned = free.get()
+        try:
+            return _by_name(engine(_joined(requests, pinned)), engine.outputs)
+        finally:
+            free.put(pinned)
+
+    return sidecar, run
+
+
+class Threads:
+    """Does ``count`` things at the same time; ``start`` waits while so many are not done. Leaving it waits for all."""
+
+    def __init__(self, count: int) -> None:
+        self._free, self._pool = threading.Semaphore(count), ThreadPoolExecutor(count)
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Begins ``work``, which raises nothing."""
+        self._free.acquire()
+        self._pool.submit(work).add_done_callback(lambda _: self._free.release())
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
 
 
 def answer(run: Run, asked: Sequence[Arrays], *, together: bool) -> list[Arrays | Exception]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import threading
 import types
 import weakref
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ import onnx
 import pytest
 
 from deploy.runtime import Engine
-from deploy.triton_backend import TritonPythonModel, answer, open_engine, threads_for
+from deploy.triton_backend import IN_FLIGHT, TritonPythonModel, answer, open_engine, threads_for
 from qat.base.artifact import Sidecar, TensorSpec, write_artifact
 from qat.base.errors import UserError
 
@@ -99,17 +100,21 @@ class Pinned:
     inputs, outputs, max_batch = INPUTS, OUTPUTS, 4
 
     def __init__(self) -> None:
-        self.memory = {"x": np.empty((4, 2), np.float32), "y": np.empty(4, np.int64)}
+        self.memory: list[dict[str, np.ndarray]] = []
         self.closed = False
+        self.go_on = threading.Event()
+        self.go_on.set()
 
     def pinned_input(self, batch: int) -> dict[str, np.ndarray]:
         assert batch == self.max_batch
-        return self.memory
+        self.memory.append({"x": np.empty((4, 2), np.float32), "y": np.empty(4, np.int64)})
+        return self.memory[-1]
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if len(arrays["x"]) > self.max_batch:
             raise UserError(f"a batch of {len(arrays['x'])} is outside")
-        assert all(np.shares_memory(array, self.memory[name]) for name, array in arrays.items())
+        assert any(all(np.shares_memory(arrays[name], own[name]) for name in arrays) for own in self.memory)
+        assert self.go_on.wait(10)
         return compute(arrays)
 
     def __enter__(self) -> Pinned:
@@ -119,11 +124,24 @@ class Pinned:
         self.closed = True
 
 
-def test_an_engine_gets_its_batch_in_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, engine = tmp_path / "model.engine", Pinned()
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "m" / "1" / "model.engine"
+    path.parent.mkdir(parents=True)
     sidecar = Sidecar("engine", inputs=INPUTS, outputs=OUTPUTS)
     write_artifact(path, sidecar, lambda file: file.write_bytes(b"a plan") and None)
-    monkeypatch.setattr(Engine, "load", lambda given, *, contexts: engine if (given, contexts) == (path, 1) else None)
+    return path
+
+
+@pytest.fixture
+def engine(path: Path, monkeypatch: pytest.MonkeyPatch) -> Pinned:
+    engine = Pinned()
+    known = {(path, IN_FLIGHT): engine}
+    monkeypatch.setattr(Engine, "load", lambda given, *, contexts: known[given, contexts])
+    return engine
+
+
+def test_an_engine_gets_its_batch_in_pinned_memory(path: Path, engine: Pinned) -> None:
     with ExitStack() as close:
         found, run = open_engine(path, close)
         assert found.outputs == OUTPUTS
@@ -161,9 +179,61 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's own module, which only its processes have."""
     module = types.ModuleType("triton_python_backend_utils")
     module.Tensor, module.TritonError = Tensor, str  # type: ignore[attr-defined]
+    module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1  # type: ignore[attr-defined]
     module.get_input_tensor_by_name = lambda given, name: given[name]  # type: ignore[attr-defined]
     module.InferenceResponse = lambda tensors=(), error=None: (list(tensors), error)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+class Asked(dict[str, Tensor]):
+    """A request, whose response is sent later."""
+
+    def __init__(self, *values: int) -> None:
+        super().__init__({name: Tensor(name, array) for name, array in request(*values).items()})
+        self.sent: list[tuple[Any, int]] = []
+
+    def get_response_sender(self) -> Asked:
+        return self
+
+    def send(self, response: Any, flags: int) -> None:
+        self.sent.append((response, flags))
+
+
+def test_several_batches_of_an_engine_are_on_their_way(
+    path: Path, engine: Pinned, triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.cuda.use_device", lambda index: None)
+    model = TritonPythonModel()
+    model.initialize(
+        {
+            "model_config": json.dumps({"max_batch_size": 4}),
+            "model_repository": str(path.parents[1]),
+            "model_version": "1",
+            "model_instance_device_id": "0",
+        }
+    )
+    engine.go_on.clear()
+    batches = [[Asked(n, n + 1), Asked(n + 2)] for n in range(0, 10 * IN_FLIGHT, 10)]
+    for batch in batches:
+        assert model.execute(batch) is None
+    late = [Asked(1, 2, 3, 4, 5)]
+    taken = threading.Thread(target=model.execute, args=(late,))
+    taken.start()
+    taken.join(0.2)
+    assert taken.is_alive()  # it waits until one of those is done
+    assert not any(asked.sent for batch in batches for asked in batch)
+    engine.go_on.set()
+    taken.join(10)
+    model.finalize()
+    assert engine.closed
+    for n, (first, second) in zip(range(0, 10 * IN_FLIGHT, 10), batches, strict=True):
+        for asked, values in ((first, (n, n + 1)), (second, (n + 2,))):
+            (((tensors, error), final),) = asked.sent
+            assert (error, final) == (None, 1)
+            check({tensor.name: tensor.array for tensor in tensors}, *values)
+    ((([], error), final),) = late[0].sent
+    assert "a batch of 5 is outside" in error
+    assert final == 1
 
 
 def write_network(path: Path) -> None:
@@ -187,6 +257,7 @@ def test_the_model_as_triton_calls_it(tmp_path: Path, triton: None) -> None:
     )
     xs = [np.ones((2, 2), np.float32), np.zeros((1, 3), np.float32), np.full((1, 2), 5, np.float32)]
     responses = model.execute([{"x": Tensor("x", x)} for x in xs])
+    assert responses is not None
     (first,), error = responses[0]
     assert (first.name, first.array.tolist(), error) == ("y", [[2, 3], [2, 3]], None)
     assert responses[1][0] == []

@@ -263,14 +263,14 @@ def test_the_model_is_never_overwritten(gpu: dict[str, float], model: Path) -> N
 
 def test_a_checkpoint_is_exported_first(gpu: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m.qat").write_bytes(b"a checkpoint")
-    exported: list[tuple[str, str]] = []
+    exported: list[tuple[str, str, bool]] = []
 
-    def export_onnx(checkpoint: Path, output: Path) -> None:
-        exported.append((checkpoint.name, output.name))
+    def export_onnx(checkpoint: Path, output: Path, trust_code: bool) -> None:
+        exported.append((checkpoint.name, output.name, trust_code))
         residual(output)
 
     monkeypatch.setattr("export.from_checkpoint.export_onnx", export_onnx)
-    found = tune_engine(tmp_path / "m.qat", minutes=5)
-    assert exported == [("m.qat", "m.onnx")]
+    found = tune_engine(tmp_path / "m.qat", minutes=5, trust_code=True)
+    assert exported == [("m.qat", "m.onnx", True)]
     assert found.model == tmp_path / "m.tuned.onnx"
     assert TunedPlacement.read(tmp_path / "m.tuned.json") == found.placement
