@@ -63,7 +63,7 @@ def _fold(graph: ir.Graph, node: ir.Node, source: ir.Value, factor: float, small
     """The first of the three ways that is open."""
     if all(reader.op_type == QUANTIZE for reader in node.outputs[0].consumers()):
         before, behind = Scaling(), Scaling()
-        if before.make(source, factor, node) and before.apply(graph, smallest):
+        if not _is_added(node, source) and before.make(source, factor, node) and before.apply(graph, smallest):
             return True
         if behind.take_back(node.outputs[0], factor) and behind.apply(graph, smallest):
             return True
@@ -78,6 +78,18 @@ def _fold(graph: ir.Graph, node: ir.Node, source: ir.Value, factor: float, small
         if scaling.make(value, factor, product) and scaling.apply(graph, smallest):
             return True
     return _multiply(graph, min(codes, key=_elements), product, factor, smallest)
+
+
+def _is_added(node: ir.Node, source: ir.Value) -> bool:
+    """Whether codes of a convolution's multiplied result are added to something.
+
+    Without the number the sum would fuse into the convolution, and these codes would stand between them.
+    """
+    made = source.producer()
+    if made is None or made.op_type != "Conv":
+        return False
+    codes = [dequantize for quantize in node.outputs[0].consumers() for dequantize in quantize.outputs[0].consumers()]
+    return any(reader.op_type == "Add" for one in codes for reader in one.outputs[0].consumers())
 
 
 def _dequantizes(value: ir.Value | None) -> bool:

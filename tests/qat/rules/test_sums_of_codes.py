@@ -116,6 +116,26 @@ def test_the_file_has_no_numbers_left_and_answers_as_pytorch(tmp_path: Path) -> 
         assert sqnr_db(model(x).numpy(), found[0].numpy()) > 20
 
 
+def test_the_number_of_a_convolution_that_is_added_stays_as_it_was_placed(tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(F.relu(self.body(F.relu(x) * 1.7) * 0.2 + x) * 1.1)
+
+    x, path = torch.randn(4, *SHAPE), tmp_path / "m.onnx"
+    prepared = prepare(Plain().eval(), input_shape=SHAPE)
+    with torch.no_grad():
+        calibrate_ranges(prepared, [x], "max")
+    exported = emit(fold(prepared)[0], x[:2], {})
+    assert fold_factors(exported) == 2
+    ir.save(exported, path)
+    assert lint_onnx(path) == []
+
+
 def test_parity_sees_a_wrong_scale_where_a_factor_moved(tmp_path: Path) -> None:
     x = torch.randn(8, *SHAPE)
     prepared = prepare(scaled_blocks(), input_shape=SHAPE)
