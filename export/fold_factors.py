@@ -25,8 +25,9 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
+from export.composed_activations import composed_activations
 from export.names import all_names, unused_name
-from export.onnx_network import DEQUANTIZE, QUANTIZE, constant
+from export.onnx_network import DEQUANTIZE, QUANTIZE, constant, constants
 from export.scaling import Scaling
 
 
@@ -36,9 +37,10 @@ def fold_factors(model: ir.Model, smallest: float = 0.0) -> int:
     Returns how many numbers it took in.
     """
     graph, folded = model.graph, 0
+    inner = {node for one in composed_activations(graph, constants(graph)) for node in one.nodes}  # 1/2 of a GELU
     for node in list(graph):
         source, factor = _factor(node)
-        if source is not None and _fold(graph, node, source, factor, smallest):
+        if source is not None and node not in inner and _fold(graph, node, source, factor, smallest):
             node.outputs[0].replace_all_uses_with(source)
             graph.remove(node, safe=True)
             folded += 1

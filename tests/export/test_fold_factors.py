@@ -248,3 +248,19 @@ def test_the_gate_is_multiplied_where_no_layer_can_take_the_factor(tmp_path: Pat
 def test_a_gate_that_may_be_as_large_as_what_it_gates_is_left_alone(tmp_path: Path) -> None:
     assert fold_shaped(gated(tmp_path / "m.onnx", 0.25, pixels=1, swish_first=True), tmp_path / "f.onnx") == 0
     assert fold_shaped(gated(tmp_path / "m.onnx", -0.25), tmp_path / "f.onnx") == 0
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_the_half_of_a_gelu_is_no_factor(behind: bool, tmp_path: Path) -> None:
+    graph = Graph()
+    x = int8(graph, graph.quantized("input", "x"), "first")
+    bent = graph.node("Erf", [graph.node("Div", [x, graph.constant("root", np.float32(2**0.5))], "shrunk")], "bent")
+    bent = graph.node("Add", [bent, graph.constant("one", np.float32(1))], "plus")
+    x = graph.node("Mul", [graph.node("Mul", [x, bent], "twice"), graph.constant("half", np.float32(0.5))], "gelu")
+    if behind:
+        x = graph.node("Mul", [x, graph.constant("factor", np.float32(2.0))], "scaled")
+    graph.node("Relu", [int8(graph, graph.quantized(x, "z"), "last")], "output")
+    path = graph.save(tmp_path / "m.onnx", ("N", 8, 4, 4), ("N", 8, 4, 4))
+    assert fold_shaped(path, tmp_path / "f.onnx") == behind
+    assert {"half", "root"} <= initializers(tmp_path / "f.onnx").keys()
+    np.testing.assert_array_equal(image_answers(tmp_path / "f.onnx"), image_answers(path))
