@@ -241,16 +241,14 @@ class SwishOfSum(CodesThroughout):
 
 
 class ActivationOfCodes(Rule):
-    """An activation whose input all other readers read as codes, as in residual blocks that begin with one.
+    """An activation of a sum that all other readers read as codes, as in residual blocks that begin with one.
 
     In timm's nfnet_l0 each such sum was written in FP16 and as codes, by kernels of their own (30 us for the codes, 20
     for the activation, 30 to convert the codes back; H200, TensorRT 8.6.0, 2026-12-01).
     """
 
     name = "activation_of_codes"
-    sentence = (
-        "an activation reads the codes that all other readers of its input read, so that no float copy is written"
-    )
+    sentence = "an activation of a sum reads the codes that all others read of it, so that no float copy is written"
     source = LAYERS
 
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
@@ -259,7 +257,7 @@ class ActivationOfCodes(Rule):
             return None
         if any(obstacle.reason(op, op.inputs, state) for obstacle in OBSTACLES):
             return None
-        readers = state.network.readers(op.inputs[0])
+        readers = state.network.readers(op.inputs[0]) if _is_sum(state.network[op.inputs[0]]) else ()
         others = [reader for reader in readers if reader.kind not in FUSED_ACTIVATIONS]
         read_codes = bool(others) and all((reader.name, op.inputs[0]) in state.reads for reader in others)
         if not read_codes or not state.is_only_read_quantized(state.written_by(op)):

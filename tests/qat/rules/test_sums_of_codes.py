@@ -74,6 +74,15 @@ def test_a_relu_fuses_with_its_sum() -> None:
     assert decided(Sum(nn.ReLU(), nn.Conv2d(16, 16, 1)), "activation") == [("activation_of_codes", True)]
 
 
+def test_an_activation_of_no_sum_is_left_alone() -> None:
+    class TwoReaders(Sum):
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.one(x))
+            return self.last(x) + self.activation(x)
+
+    assert decided(TwoReaders(nn.SiLU()), "swish") == []
+
+
 def test_not_where_the_activation_is_kept_in_float_or_its_result_is_read_in_float() -> None:
     model = Sum(nn.SiLU(), nn.Conv2d(16, 16, 1))
     assert decided(model, "swish", keep_float=["activation"]) == []
