@@ -24,6 +24,7 @@ import tyro
 
 from deploy import Engine, ServedEngine, cuda
 from deploy.arrays import shape_for_batch
+from deploy.executor import GRAPHS_PER_EXECUTOR
 from qat.base.choices import BuilderName
 
 FLAT_BYTES = 32 << 20
@@ -32,10 +33,11 @@ FLAT_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class Asked:
-    """One of the requests that are asked again and again, and its answer: arrays by name."""
+    """One of the requests that are asked again and again, and its answer: arrays by name; how often, relatively."""
 
     inputs: dict[str, np.ndarray]
     answer: dict[str, np.ndarray]
+    share: float
 
 
 @dataclass
@@ -72,8 +74,10 @@ def make_requests(engine: Engine, count: int = 64) -> list[Asked]:
     """``count`` requests of random values with batches of all sizes that the engine takes, and their answers."""
     random = np.random.default_rng(0)
     sizes = sorted({size for p in engine.profiles for size in (p.min, p.opt, p.max, *range(p.min, p.max + 1))})
-    # Some twenty sizes, more than an executor keeps contexts for, so that contexts are dropped and made again.
+    # Some twenty sizes, more than an executor keeps contexts for, so that contexts are dropped and made again; some of
+    # the sizes are rare, because that takes much longer than a request.
     sizes = sizes if len(sizes) <= 20 else [sizes[round(i)] for i in np.linspace(0, len(sizes) - 1, 20)]
+    shares = [1.0 if index < GRAPHS_PER_EXECUTOR - 2 else 0.003 for index in range(len(sizes))]
     asked = []
     for index in range(count):
         inputs = {}
@@ -84,7 +88,7 @@ def make_requests(engine: Engine, count: int = 64) -> list[Asked]:
                 random.integers(0, 2 if spec.dtype == "bool" else 100, shape) if whole else random.normal(size=shape)
             )
             inputs[spec.name] = values.astype(spec.dtype)
-        asked.append(Asked(inputs, _by_name(engine(inputs), engine)))
+        asked.append(Asked(inputs, _by_name(engine(inputs), engine), shares[index % len(sizes)]))
     return asked
 
 
@@ -117,6 +121,7 @@ def soak(
     with ExitStack() as stack:
         served = stack.enter_context(ServedEngine(open_engine()))
         asked = make_requests(served.engine)
+        until = np.cumsum([one.share for one in asked])
         names = served.engine
 
         def ask(index: int) -> None:
@@ -134,7 +139,7 @@ def soak(
                     served.exchange(open_engine())
                     with lock:
                         found.exchanged += 1
-                one = asked[int(random.integers(len(asked)))]
+                one = asked[int(np.searchsorted(until, random.random() * until[-1], side="right"))]
                 try:
                     answer = _by_name(served(one.inputs), names)
                     wrong = any(not np.array_equal(answer[name], wanted) for name, wanted in one.answer.items())
@@ -209,7 +214,7 @@ def _by_name(answer: Any, engine: Engine) -> dict[str, np.ndarray]:
     return answer if isinstance(answer, dict) else {engine.outputs[0].name: answer}
 
 
-def main(engine: Path, requests: int = 1_000_000, threads: int = 8, contexts: int = 3) -> int:
+def main(engine: tyro.conf.Positional[Path], requests: int = 1_000_000, threads: int = 8, contexts: int = 3) -> int:
     """Soaks an engine, and prints what was found."""
     with Engine.load(engine, contexts=1) as one:
         builder: BuilderName = one.toolkit.name

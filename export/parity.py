@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnx import numpy_helper
 from onnxruntime import InferenceSession
 from torch import Tensor, fx, nn
 
@@ -176,11 +177,13 @@ def _layers(
     names = [output.name for output in proto.graph.output]
     values = run(session_with_tensors(proto, shown), given)
     values |= {name: axis.back.resized(values[name], 1) for name, axis in wider.items() if name in values}
-    by_quantizer: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    by_quantizer: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]] = {}
+    stored = {one.name: one for one in proto.graph.initializer}
     for node in quantizes:
         name = node.input[1].split(f"{ACTIVATION_QUANTIZERS}.")[-1].partition(".scale")[0]  # behind it may be a type
         before, after = values.get(node.input[0]), values[dequantized[node.output[0]]]
-        by_quantizer.setdefault(name, []).append((given[node.input[0]] if before is None else before, after))
+        scale = numpy_helper.to_array(stored[node.input[1]]) if node.input[1] in stored else None
+        by_quantizer.setdefault(name, []).append((given[node.input[0]] if before is None else before, after, scale))
     compared = _WithOnnxCodes(folded, by_quantizer)
     with torch.no_grad():
         answers = _several(compared.run(*x))
@@ -193,9 +196,14 @@ def _layers(
 
 
 class _WithOnnxCodes(fx.Interpreter):
-    """Runs the folded module, but every quantizer returns what ONNX Runtime computed there."""
+    """Runs the folded module, but every quantizer returns what ONNX Runtime computed there.
 
-    def __init__(self, folded: fx.GraphModule, values: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> None:
+    ``values``: by quantizer, the tensors before and behind it, and its scale in the file.
+    """
+
+    def __init__(
+        self, folded: fx.GraphModule, values: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray | None]]]
+    ) -> None:
         super().__init__(folded)
         self._values = values
         self.layers: list[LayerParity] = []
@@ -204,7 +212,20 @@ class _WithOnnxCodes(fx.Interpreter):
         module = self.fetch_attr(target)
         if not isinstance(module, QuantizeDequantize) or target.split(".")[-1] not in self._values:
             return super().call_module(target, args, kwargs)
-        before, after = self._values[target.split(".")[-1]].pop(0)
+        before, after, scale = self._values[target.split(".")[-1]].pop(0)
+        if (moved := _moved_factor(module, scale)) != 1:
+            before, after = before * np.float32(moved), after * np.float32(moved)
         if before.shape == tuple(args[0].shape):  # else it is the image before the preprocessing inside the network
             self.layers.append(LayerParity(target.split(".")[-1], sqnr_db(before, args[0].numpy())))
         return torch.from_numpy(after).float()
+
+
+def _moved_factor(module: QuantizeDequantize, scale: np.ndarray | None) -> float:
+    """How many times as large the tensor is in PyTorch, where a factor moved elsewhere (export/fold_factors.py).
+
+    A scale of 16 bits differs by its rounding, too.
+    """
+    if scale is None or scale.size != 1:
+        return 1.0
+    factor = float(module.scale) / float(scale.item())
+    return factor if abs(factor - 1) > (0 if scale.dtype == np.float32 else 2**-7) else 1.0

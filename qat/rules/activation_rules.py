@@ -8,7 +8,7 @@ from qat.graph.network import Network, Op
 from qat.graph.operations import FUSED_ACTIVATIONS, POOLS
 from qat.rules.fusion import broadcasts, gate_products, stands_alone
 from qat.rules.obstacles import OBSTACLES
-from qat.rules.rule import BYTES, GUIDE, HEURISTICS, MEASURED, PROFILE, PlacementState, Rule, Verdict
+from qat.rules.rule import BYTES, GUIDE, HEURISTICS, LAYERS, MEASURED, PROFILE, PlacementState, Rule, Verdict
 
 
 def _is_sum(op: Op) -> bool:
@@ -216,6 +216,53 @@ class SwishOfCodes(CodesThroughout):
         made = state.fusing_convolution(op.inputs[0]) if op.kind == "swish" else None
         weight = None if made is None else state.network[made].weight
         return weight is not None and state.profile.swish_of_codes(weight) is not None
+
+
+class SwishOfSum(CodesThroughout):
+    """A swish behind a residual sum: the INT8 kernels of a convolution take in the sum, and a ReLU, but no swish.
+
+    In timm's nfnet_l0 the convolution wrote FP16 (41 us, with INT8 about 20), the other input was converted to FP16
+    (50 us), and a third kernel added and computed the swish (57 us; H200, TensorRT 8.6.0, 2026-12-01).
+    """
+
+    name = "swish_of_sum"
+    sentence = "a swish reads the INT8 codes of the residual sum before it: no kernel takes in both"
+    source = LAYERS
+    cost = "the convolution and the other input of the sum are written in FP16 for a kernel that adds"
+    writes_with_others = True
+
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Each swish that alone reads a sum which fuses into a convolution."""
+        made = state.network[op.inputs[0]] if op.kind == "swish" else None
+        if made is None or not (_is_sum(made) and state.is_quantized(made)):
+            return False
+        inside = [tensor for tensor in made.inputs if (made.name, tensor) not in state.reads]
+        return len(state.network.readers(made.name)) == 1 and any(map(state.takes_sum, inside))
+
+
+class ActivationOfCodes(Rule):
+    """An activation of a sum that all other readers read as codes, as in residual blocks that begin with one.
+
+    In timm's nfnet_l0 each such sum was written in FP16 and as codes, by kernels of their own (30 us for the codes, 20
+    for the activation, 30 to convert the codes back; H200, TensorRT 8.6.0, 2026-12-01).
+    """
+
+    name = "activation_of_codes"
+    sentence = "an activation of a sum reads the codes that all others read of it, so that no float copy is written"
+    source = LAYERS
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """INT8, unless it already reads codes, or nothing reads codes of it; asked when all others are decided."""
+        if op.kind not in FUSED_ACTIVATIONS or len(op.inputs) != 1 or (op.name, op.inputs[0]) in state.reads:
+            return None
+        if any(obstacle.reason(op, op.inputs, state) for obstacle in OBSTACLES):
+            return None
+        readers = state.network.readers(op.inputs[0]) if _is_sum(state.network[op.inputs[0]]) else ()
+        others = [reader for reader in readers if reader.kind not in FUSED_ACTIVATIONS]
+        read_codes = bool(others) and all((reader.name, op.inputs[0]) in state.reads for reader in others)
+        if not read_codes or not state.is_only_read_quantized(state.written_by(op)):
+            return None
+        return self.quantize(op.inputs[0])
 
 
 class NormOfCodes(Rule):

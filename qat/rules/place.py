@@ -9,7 +9,7 @@ module defines the order in which they are asked:
 2. Additions and products of activations. Their rules depend on which layers run in INT8.
 3. From the output to the input, operations that should read codes if their own output is read as codes. The readers of
    that output are decided already.
-4. Normalizations whose input other operations read as codes.
+4. Activations and normalizations whose input other operations read as codes.
 
 An obstacle may stop any read that a rule asks for. If quantized tensors differ only by data movement,
 qat/rules/scale_groups.py gives them one scale and one quantizer.
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from qat.graph.network import Network, Op
 from qat.graph.operations import WEIGHTED
 from qat.rules.activation_rules import (
+    ActivationOfCodes,
     GateProduct,
     NormOfCodes,
     PoolInput,
@@ -31,6 +32,7 @@ from qat.rules.activation_rules import (
     ResidualAddOfConvolutions,
     SharedConcatScale,
     SwishOfCodes,
+    SwishOfSum,
     TransformerAdd,
     UnfusedActivation,
     UnfusedAdd,
@@ -103,10 +105,11 @@ PASSES = (
             UnfusedNorm(),
             UnfusedActivation(),
             SwishOfCodes(),
+            SwishOfSum(),
         ),
         backward=True,
     ),
-    Pass((NormOfCodes(),)),
+    Pass((ActivationOfCodes(), NormOfCodes())),
 )
 RULES: dict[str, Rule] = {rule.name: rule for one in PASSES for rule in one.rules} | {ONE_QUANTIZER.name: ONE_QUANTIZER}
 """All rules by name."""

@@ -24,6 +24,7 @@ GUIDE = "TensorRT Developer Guide, Working with Quantized Types, Q/DQ Placement 
 HEURISTICS = "heuristics of NVIDIA's ONNX quantizer"
 MEASURED = "benchmarks/gpu_placement.txt"
 PROFILE = "layers measured by deploy.kernels: qat/rules/profiles"
+LAYERS = "times of layers: benchmarks/gpu_other_networks.txt"
 BYTES = "bytes that TensorRT-RTX's layers write: benchmarks/placement_table.txt"
 
 Reads = Mapping[Read, str]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import pytest
 import torch
 from attention_forms import Attention
@@ -16,7 +18,8 @@ from qdq_models import Graph
 from export.fold_factors import fold_factors
 from export.from_checkpoint import export_onnx
 from export.from_float_onnx import quantize_onnx
-from export.session import run, session
+from export.linter import lint_onnx
+from export.session import run, session, sqnr_db
 from qat.calibration.activation_ranges import calibrate_ranges
 from qat.fake_quantize.prepare import prepare
 
@@ -135,3 +138,129 @@ def test_both_ways_to_a_file(head: int, exact: bool, tmp_path: Path) -> None:
     assert "Mul" in operators(tmp_path / "float.onnx")  # the scaling of q
     quantize_onnx(tmp_path / "float.onnx", tmp_path / "q.onnx", inputs=x.numpy())
     assert "Mul" not in operators(tmp_path / "q.onnx")
+
+
+def swish(graph: Graph, x: str, name: str) -> str:
+    return graph.node("Mul", [x, graph.node("Sigmoid", [x], f"{name}_sigmoid")], name)
+
+
+def int8(graph: Graph, x: str, name: str, channels: int = 8, **options: Any) -> str:
+    """An INT8 1x1 convolution of 8 channels."""
+    weight = graph.weights(name, (channels, 8, 1, 1), **options)
+    return graph.node("Conv", [x, weight, graph.float_weights(f"{name}_b", (channels,))], f"{name}_y")
+
+
+def activation(path: Path, factor: float, also: str = "") -> Path:
+    """A layer, a swish, ``factor`` and a Q; behind it are a layer and an average pool with another one; their sum."""
+    graph = Graph()
+    x = swish(graph, int8(graph, graph.quantized("input", "x"), "first"), "swish")
+    x = graph.quantized(graph.node("Mul", [x, graph.constant("factor", np.float32(factor))], "scaled"), "z", 0.04)
+    pooled = graph.node("AveragePool", [x], "pool", kernel_shape=[2, 2], strides=[1, 1], pads=[0, 0, 1, 1])
+    one, two = int8(graph, x, "one"), int8(graph, graph.quantized(pooled, "p", 0.023), "two")
+    y = graph.node("Add", [one, two], "sum")
+    if also == "sum":
+        y = graph.node("Add", [y, x], "more")
+    elif also == "weight":
+        y = graph.node("Add", [y, graph.node("Conv", [graph.quantized("input", "i"), "one_dq"], "again")], "more")
+    graph.node("Relu", [y], "output")
+    return graph.save(path, ("N", 8, 4, 4), ("N", 8, 4, 4))
+
+
+def image_answers(path: Path) -> np.ndarray:
+    x = np.random.default_rng(1).standard_normal((3, 8, 4, 4)).astype(np.float32)
+    return next(iter(run(session(path), {"input": x}).values()))
+
+
+def initializers(path: Path) -> dict[str, np.ndarray]:
+    return {one.name: numpy_helper.to_array(one) for one in onnx.load(path).graph.initializer}
+
+
+def test_what_is_behind_a_q_takes_the_factor_of_an_activation(tmp_path: Path) -> None:
+    path = activation(tmp_path / "m.onnx", 0.5)
+    model = ir.load(path)
+    assert fold_factors(model) == 1
+    ir.save(model, tmp_path / "f.onnx")
+    np.testing.assert_array_equal(image_answers(tmp_path / "f.onnx"), image_answers(path))
+    before, after = initializers(path), initializers(tmp_path / "f.onnx")
+    assert after["z_scale.scaled"] == 2 * before["z_scale"]  # one for the Q and its DQ
+    assert after["p_scale.scaled"] == 2 * before["p_scale"]
+    np.testing.assert_array_equal(after["two_scale.scaled"], before["two_scale"] / 2)
+    assert all(np.array_equal(before[name], after[name]) for name in ("one_q", "two_q", "one_b", "two_b", "first_q"))
+    assert lint_onnx(tmp_path / "f.onnx") == lint_onnx(path)
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.3])
+def test_it_changes_answers_by_roundings_alone(factor: float, tmp_path: Path) -> None:
+    path = activation(tmp_path / "m.onnx", factor)
+    model = ir.load(path)
+    assert fold_factors(model) == 1
+    ir.save(model, tmp_path / "f.onnx")
+    assert (sqnr_db(image_answers(path), image_answers(tmp_path / "f.onnx")) or np.inf) > 60
+
+
+@pytest.mark.parametrize("also", ["sum", "weight"])
+def test_an_activation_that_something_else_reads_keeps_its_factor(also: str, tmp_path: Path) -> None:
+    path = activation(tmp_path / "m.onnx", 0.5, also)
+    assert fold_factors(ir.load(path)) == 0
+
+
+def gated(path: Path, factor: float, *, pixels: object = 4, swish_first: bool = False) -> Path:
+    """A layer's result times a gate of its mean, times ``factor``, quantized and added to the input."""
+    graph = Graph()
+    skip = graph.quantized("input", "x")
+    x = int8(graph, skip, "first")
+    x = graph.quantized(swish(graph, x, "swish") if swish_first else x, "y", 0.04)
+    mean = graph.quantized(graph.node("GlobalAveragePool", [x], "mean"), "mean_q")
+    gate = graph.node("Sigmoid", [int8(graph, mean, "excite")], "gate")
+    product = graph.node("Mul", [x, graph.quantized(gate, "g", 1 / 127)], "product")
+    scaled = graph.node("Mul", [graph.constant("factor", np.float32(factor)), product], "scaled")
+    graph.node("Add", [graph.quantized(scaled, "z"), skip], "output")
+    return graph.save(path, ("N", 8, pixels, pixels), ("N", 8, pixels, pixels))
+
+
+def fold_shaped(path: Path, output: Path) -> int:
+    model = passes.ShapeInferencePass()(ir.load(path)).model
+    count = fold_factors(model)
+    ir.save(model, output)
+    return count
+
+
+def test_the_layer_before_a_gate_takes_the_factor_and_the_gate_does_not_see_it(tmp_path: Path) -> None:
+    path = gated(tmp_path / "m.onnx", 0.25)
+    assert fold_shaped(path, tmp_path / "f.onnx") == 1
+    np.testing.assert_array_equal(image_answers(tmp_path / "f.onnx"), image_answers(path))
+    before, after = initializers(path), initializers(tmp_path / "f.onnx")
+    for name in ("first_scale", "first_b", "y_scale", "mean_q_scale"):
+        np.testing.assert_array_equal(after[f"{name}.scaled"], before[name] / 4)
+    np.testing.assert_array_equal(after["excite_scale.scaled"], before["excite_scale"] * 4)
+    assert operators(tmp_path / "f.onnx").count("Mul") == 1
+
+
+def test_the_gate_is_multiplied_where_no_layer_can_take_the_factor(tmp_path: Path) -> None:
+    path = gated(tmp_path / "m.onnx", 0.25, swish_first=True)
+    assert fold_shaped(path, tmp_path / "f.onnx") == 1
+    np.testing.assert_array_equal(image_answers(tmp_path / "f.onnx"), image_answers(path))
+    model = onnx.load(tmp_path / "f.onnx")
+    (number,) = (node for node in model.graph.node if {"gate"} & set(node.input))
+    assert (number.op_type, initializers(tmp_path / "f.onnx")["g_scale.scaled"]) == ("Mul", np.float32(1 / 127) / 4)
+
+
+def test_a_gate_that_may_be_as_large_as_what_it_gates_is_left_alone(tmp_path: Path) -> None:
+    assert fold_shaped(gated(tmp_path / "m.onnx", 0.25, pixels=1, swish_first=True), tmp_path / "f.onnx") == 0
+    assert fold_shaped(gated(tmp_path / "m.onnx", -0.25), tmp_path / "f.onnx") == 0
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_the_half_of_a_gelu_is_no_factor(behind: bool, tmp_path: Path) -> None:
+    graph = Graph()
+    x = int8(graph, graph.quantized("input", "x"), "first")
+    bent = graph.node("Erf", [graph.node("Div", [x, graph.constant("root", np.float32(2**0.5))], "shrunk")], "bent")
+    bent = graph.node("Add", [bent, graph.constant("one", np.float32(1))], "plus")
+    x = graph.node("Mul", [graph.node("Mul", [x, bent], "twice"), graph.constant("half", np.float32(0.5))], "gelu")
+    if behind:
+        x = graph.node("Mul", [x, graph.constant("factor", np.float32(2.0))], "scaled")
+    graph.node("Relu", [int8(graph, graph.quantized(x, "z"), "last")], "output")
+    path = graph.save(tmp_path / "m.onnx", ("N", 8, 4, 4), ("N", 8, 4, 4))
+    assert fold_shaped(path, tmp_path / "f.onnx") == behind
+    assert {"half", "root"} <= initializers(tmp_path / "f.onnx").keys()
+    np.testing.assert_array_equal(image_answers(tmp_path / "f.onnx"), image_answers(path))
