@@ -17,8 +17,8 @@ The differences, and how they are handled:
   others), and along its output channels from 10.2. TensorRT-RTX takes both, and computes in float.
 - A context that uses the caller's scratch memory: ``device_memory`` in 8.6, a strategy and ``set_device_memory`` later.
 
-This file was run with TensorRT-RTX 1.7 (tests/deploy) and TensorRT 8.6.0 on an H200 (tests/gpu). The branches for 10.x
-and 11.x follow NVIDIA's API documentation and the types of 10.13; they were not run.
+This file was run with TensorRT-RTX 1.7 (tests/deploy), TensorRT 8.6.0 (tests/gpu) and the lean runtime 10.16.1, both on
+an H200. What builds with 10.x and 11.x follows NVIDIA's API documentation and the types of 10.13; it was not run.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def decided(model: nn.Module, kind: str, **options: object) -> list[tuple[str, b
 def test_a_swish_reads_the_codes_of_its_sum() -> None:
     rules = decided(scaled_blocks(), "swish")
     assert rules == [("swish_of_sum", True), ("activation_of_codes", True), ("activation_of_codes", True)]
-    sums = [("residual_add", True), ("residual_add", True), ("unfused_add", True), ("unfused_add", True)]
+    sums = [("residual_add", True), ("residual_add", True), ("sum_of_gate", True), ("sum_of_gate", True)]
     assert decided(scaled_blocks(), "add") == sums
 
 
