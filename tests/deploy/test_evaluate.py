@@ -163,8 +163,10 @@ def test_the_file_of_results_and_whether_the_engine_agrees():
         "top1": {"engine": pytest.approx(200 / 3), "ONNX Runtime": pytest.approx(200 / 3)},
         "agreement": {"engine, ONNX Runtime": 75.0},
     }
-    other = Evaluation({"engine": "digest"}, answers, 99.0, True, Difference("relu1", "/relu1/Relu", 7.5))
+    other = Evaluation(
+        {"engine": "digest"}, answers, 99.0, searched=True, first_difference=Difference("relu1", "/relu1/Relu", 7.5)
+    )
     assert not other.agrees
     assert other.to_json()["first_difference"] == {"node": "/relu1/Relu", "tensor": "relu1", "sqnr_db": 7.5}
-    assert Evaluation({"engine": "digest"}, answers, 99.0, True).to_json()["first_difference"] is None
+    assert Evaluation({"engine": "digest"}, answers, 99.0, searched=True).to_json()["first_difference"] is None
     assert Evaluation({"engine": "digest"}, Answers("x", np.array([0]), {"engine": np.eye(4)[[0]]}), 99.0).agrees
