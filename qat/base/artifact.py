@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.base import own_json
-from qat.base.console import warn
 from qat.base.errors import UserError, one_line
 from qat.base.input_files import sidecar_path as sidecar_path
 from qat.base.regular_file import check_regular
@@ -188,6 +187,8 @@ def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> 
     )
     sidecar = dataclasses.replace(sidecar, figures=figures, details=details)
     if stated not in (None, seal) and path not in _said_changed:
+        from qat.base.console import warn  # loads rich and tyro
+
         _said_changed.add(path)
         warn(f"{path} was changed since it was written: what it says is nobody's measurement any more")
     if trust:
