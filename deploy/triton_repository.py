@@ -33,6 +33,7 @@ from qat.base.artifact import Sidecar, TensorSpec, read_sidecar, sidecar_path
 from qat.base.console import say, warn
 from qat.base.errors import UserError
 from qat.base.number_format import INT8
+from qat.base.onnx_structure import check_structure
 from qat.base.writing import atomic_write, disk_errors
 
 TEMPLATE = Path(__file__).with_name("triton_repository.md.j2")
@@ -252,11 +253,18 @@ def _write_version(folder: Path, source: Path, model: TritonModel) -> set[str]:
 
 
 def _check_runs(source: Path, copy: Path) -> None:
-    """Raises UserError when ONNX Runtime does not load the copy of an ONNX file, whose weights may lie elsewhere."""
+    """Raises UserError, which names ``source``, when ONNX Runtime does not run it, or ``copy`` has not all weights."""
     from export.session import runs_in_onnx_runtime, session
 
     with runs_in_onnx_runtime(source):
-        session(copy)
+        session(source)
+    try:
+        check_structure(copy)
+    except UserError as error:  # the source is whole, so it is the place
+        raise UserError(
+            f"{source} keeps weights in another file, which the repository does not get: save it again with all "
+            "weights inside"
+        ) from error
 
 
 def _write_labels(path: Path, model: TritonModel) -> None:
