@@ -11,11 +11,10 @@ _GONE = object()
 
 
 def changed_entries(content: Any, *, every: bool) -> Iterator[tuple[str, Any]]:
-    """(what was done, the mutated value). Without ``every``, each entry gets two of the changes, in turn."""
+    """(what was done, the mutated value). Without ``every``, each entry gets one of the changes, in turn."""
     changes = [_GONE, *OTHERS]
     for number, way in enumerate(_ways(content)):
-        start = 2 * number % len(changes)
-        chosen = changes if every else (changes[start], changes[(start + 1) % len(changes)])
+        chosen = changes if every else (changes[number % len(changes)],)
         for change in chosen:
             changed = copy.deepcopy(content)
             inside = changed
