@@ -242,8 +242,6 @@ def _write_version(folder: Path, source: Path, model: TritonModel) -> set[str]:
             shutil.copyfile(source, temporary)
     else:
         with atomic_write(sidecar_path(target)) as temporary_sidecar, atomic_write(target) as temporary:
-            if model.in_onnx_runtime:
-                check_structure(source)
             shutil.copyfile(source, temporary)
             shutil.copyfile(sidecar_path(source), temporary_sidecar)
             if model.in_onnx_runtime:
@@ -255,11 +253,18 @@ def _write_version(folder: Path, source: Path, model: TritonModel) -> set[str]:
 
 
 def _check_runs(source: Path, copy: Path) -> None:
-    """Raises UserError when ONNX Runtime does not load the copy of an ONNX file, whose weights may lie elsewhere."""
+    """Raises UserError, which names ``source``, when ONNX Runtime does not run it, or ``copy`` has not all weights."""
     from export.session import runs_in_onnx_runtime, session
 
     with runs_in_onnx_runtime(source):
-        session(copy)
+        session(source)
+    try:
+        check_structure(copy)
+    except UserError as error:  # the source is whole, so it is the place
+        raise UserError(
+            f"{source} keeps weights in another file, which the repository does not get: save it again with all "
+            "weights inside"
+        ) from error
 
 
 def _write_labels(path: Path, model: TritonModel) -> None:

@@ -32,6 +32,7 @@ from qat.training.trainer import FitState
 
 Use = Callable[[Path], object]
 NAMES = ("model.qat", "model.onnx", "model.engine")
+each_change = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 
 @pytest.fixture
@@ -45,12 +46,10 @@ def family(chain: Path, trained: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def faults(
-    content: Any, write: Callable[[Any], object], use: Callable[[], object], most: int | None = None
-) -> list[str]:
+def faults(content: Any, write: Callable[[Any], object], use: Callable[[], object], *, every: bool) -> list[str]:
     """What was neither right nor one line."""
     found, count, refused = [], 0, 0
-    for what, changed in changed_entries(content, most):
+    for what, changed in changed_entries(content, every=every):
         count += 1
         write(changed)
         try:
@@ -103,12 +102,12 @@ USES: list[tuple[str, Use]] = [
 ]
 
 
-@pytest.mark.parametrize("most", [80, pytest.param(None, marks=pytest.mark.slow)])
+@each_change
 @pytest.mark.parametrize(("name", "use"), USES)
-def test_sidecars(family: Path, name: str, use: Use, most: int | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sidecars(family: Path, name: str, use: Use, every: bool, capsys: pytest.CaptureFixture[str]) -> None:
     path = family / name
     content = json.loads(sidecar_path(path).read_text())
-    assert faults(content, write_sealed(sidecar_path(path)), lambda: use(path), most) == []
+    assert faults(content, write_sealed(sidecar_path(path)), lambda: use(path), every=every) == []
 
 
 # --- results of commands
@@ -172,9 +171,9 @@ def results(family: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("most", [80, pytest.param(None, marks=pytest.mark.slow)])
+@each_change
 @pytest.mark.parametrize("kind", ["evaluation", "benchmark", "audit", "sensitivity"])
-def test_results(family: Path, kind: str, most: int | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_results(family: Path, kind: str, every: bool, capsys: pytest.CaptureFixture[str]) -> None:
     path = family / f"{kind}.json"
     content = results(family)[kind]
 
@@ -183,7 +182,7 @@ def test_results(family: Path, kind: str, most: int | None, capsys: pytest.Captu
 
     path.write_text(json.dumps(content))
     use()  # as it is, it is taken
-    assert faults(content, lambda changed: path.write_text(json.dumps(changed)), use, most) == []
+    assert faults(content, lambda changed: path.write_text(json.dumps(changed)), use, every=every) == []
 
 
 def test_a_damaged_result_beside_the_engine_is_said_and_left_out(family: Path) -> None:
@@ -227,16 +226,20 @@ OTHERS: Mapping[str, tuple[Callable[[], Any], Use]] = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_other_files(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "every"),
+    [("placement", True), ("costs", True), ("profile", False), pytest.param("profile", True, marks=pytest.mark.slow)],
+)
+def test_other_files(kind: str, every: bool, tmp_path: Path) -> None:
     path, (make, use) = tmp_path / "file.json", OTHERS[kind]
     content = json.loads(json.dumps(make()))
     path.write_text(json.dumps(content))
     use(path)
-    assert faults(content, lambda changed: path.write_text(json.dumps(changed)), lambda: use(path)) == []
+    assert faults(content, lambda changed: path.write_text(json.dumps(changed)), lambda: use(path), every=every) == []
 
 
-def test_files_of_ranges(family: Path) -> None:
+@each_change
+def test_files_of_ranges(family: Path, every: bool) -> None:
     path = ranges_path(family / "model.qat")
     content = json.loads(path.read_text())
     digest = content["checkpoint"]
@@ -245,10 +248,11 @@ def test_files_of_ranges(family: Path) -> None:
         return read_distributions(path, digest)
 
     use()
-    assert faults(content, lambda changed: path.write_text(json.dumps(changed)), use) == []
+    assert faults(content, lambda changed: path.write_text(json.dumps(changed)), use, every=every) == []
 
 
-def test_states(tmp_path: Path) -> None:
+@each_change
+def test_states(tmp_path: Path, every: bool) -> None:
     output = tmp_path / "model.qat"
     epoch = {"train_loss": 1.0, "validation_top1": 50.0, "validation_loss": 1.0, "learning_rate": 0.1}
     test = {"test_top1": 50.0, "test_loss": 1.0, "test_images": 60}
@@ -266,7 +270,7 @@ def test_states(tmp_path: Path) -> None:
     write(content)
     found = read_progress(output, content["options"])
     assert (found.phase, found.fit.epoch, found.fit.history) == ("qat", 1, [epoch])
-    assert faults(content, write, lambda: read_progress(output, content["options"])) == []
+    assert faults(content, write, lambda: read_progress(output, content["options"]), every=every) == []
     save_state(state_path(output), {"elsewhere.w": torch.zeros(2)}, content)
     with pytest.raises(UserError, match=r"'elsewhere\.w', which no run saves"):
         read_progress(output, content["options"])

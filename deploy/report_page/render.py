@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -93,19 +94,13 @@ def _write(path: Path, text: str) -> None:
 
 def render(runs: Sequence[Artifacts]) -> str:
     """The page about the first of ``runs``; the second is what it is compared with."""
-    import jinja2
-
     run = runs[0]
     stages, speeds, layers = stages_of(run), speeds_of(run), layers_of(run)
     verdict = judge(run, stages, speeds, layers)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters["identity"] = id
     ids = {id(layer): f"l{index}" for index, layer in enumerate(layers)}
     others = runs[1:]
     change = changes(others[0], run) if others else None
-    return environment.get_template("page.html.j2").render(
+    page: str = _template().render(
         run=run,
         int8=INT8.name,
         origin=_origin(run),
@@ -137,6 +132,18 @@ def render(runs: Sequence[Artifacts]) -> str:
         provenance=_provenance(run),
         commands=_commands(run),
     )
+    return page
+
+
+@cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    environment.filters["identity"] = id
+    return environment.get_template("page.html.j2")
 
 
 def _origin(run: Artifacts) -> str:

@@ -187,7 +187,7 @@ def read_sidecar(artifact: Path, kind: ArtifactKind, *, trust: bool = False) -> 
     )
     sidecar = dataclasses.replace(sidecar, figures=figures, details=details)
     if stated not in (None, seal) and path not in _said_changed:
-        from qat.base.console import warn  # the command line, which a library's user may never need
+        from qat.base.console import warn  # loads rich and tyro
 
         _said_changed.add(path)
         warn(f"{path} was changed since it was written: what it says is nobody's measurement any more")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from qat.graph.data_movement import first_reads
 from qat.graph.network import Network, Op
@@ -69,16 +71,13 @@ class _Dot:
 
 def draw(view: PlacementView) -> str:
     """The picture as SVG, under a heading with the title and the summary."""
-    import jinja2
-
     network, placement = view.network, view.placement
     picture = _Picture(network, placement, view.rules)
     wires = picture.wires()
     layout = lay_out({op.name: picture.size(op) for op in network}, list(wires))
     lines = [picture.line(wire, wires[wire], pieces) for wire, pieces in zip(wires, layout.wires, strict=True)]
     starts = {wire.source: pieces[0][0] for wire, pieces in zip(wires, layout.wires, strict=True) if wires[wire]}
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    drawn: str = _template().render(
         title=view.title,
         summary=placement.summary(),
         states=STATES,
@@ -88,6 +87,15 @@ def draw(view: PlacementView) -> str:
         width=layout.width,
         height=layout.height,
     )
+    return drawn
+
+
+@cache
+def _template() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 class _Picture:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from commands import ROOT, Run
@@ -329,10 +330,27 @@ def test_what_the_backends_do_not_serve(tmp_path: Path, repository: Path) -> Non
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             main(TritonOptions(out=repository, **options))
-    write_artifact(path, read_sidecar(path, "onnx"), lambda file: file.write_bytes(b"no network") and None)
-    with pytest.raises(UserError, match=re.escape(f"{path} is not an ONNX file: get it again")):
-        main(TritonOptions(model=path, out=repository, backend="python"))
     assert not (repository / "digits").exists()
+
+
+def test_onnx_files_that_cannot_be_served_are_refused_by_their_own_name(tmp_path: Path, repository: Path) -> None:
+    path = write_onnx(tmp_path / "digits.onnx")
+    sidecar = read_sidecar(path, "onnx")
+    unknown = onnx.load(path)
+    unknown.graph.node[0].op_type = "Odd"
+    outside = onnx.load(path)
+    outside.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(512, np.float32), "w"))
+    onnx.save(outside, tmp_path / "outside.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    for content, message in (
+        (b"no network", f"{path} is not an ONNX file"),
+        (unknown.SerializeToString(), f"ONNX Runtime cannot run {path}: "),
+        ((tmp_path / "outside.onnx").read_bytes(), f"{path} keeps weights in another file, which the repository"),
+    ):
+        write_artifact(path, sidecar, lambda file, content=content: file.write_bytes(content) and None)
+        with pytest.raises(UserError, match=f"^{re.escape(message)}") as caught:
+            main(TritonOptions(model=path, out=repository, backend="python"))
+        assert ".part" not in str(caught.value)
+        assert not (repository / "digits").exists()
 
 
 # --- replacing

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,21 +10,21 @@ OTHERS: tuple[Any, ...] = (None, True, -1, 0, 10**17, 1.5, 1e300, "", "x", "a/b"
 _GONE = object()
 
 
-def changed_entries(content: Any, most: int | None = None) -> Iterator[tuple[str, Any]]:
-    """(what was done, the mutated value): each change of each entry, or ``most`` of them, always the same."""
-    pairs = [(way, change) for way in _ways(content) for change in (_GONE, *OTHERS)]
-    if most is not None and len(pairs) > most:
-        pairs = random.Random(0).sample(pairs, most)
-    for way, change in pairs:
-        changed = copy.deepcopy(content)
-        inside = changed
-        for step in way[:-1]:
-            inside = inside[step]
-        if change is _GONE:
-            del inside[way[-1]]
-        else:
-            inside[way[-1]] = copy.deepcopy(change)
-        yield f"{'.'.join(map(str, way))} -> {'left out' if change is _GONE else repr(change)}", changed
+def changed_entries(content: Any, *, every: bool) -> Iterator[tuple[str, Any]]:
+    """(what was done, the mutated value). Without ``every``, each entry gets one of the changes, in turn."""
+    changes = [_GONE, *OTHERS]
+    for number, way in enumerate(_ways(content)):
+        chosen = changes if every else (changes[number % len(changes)],)
+        for change in chosen:
+            changed = copy.deepcopy(content)
+            inside = changed
+            for step in way[:-1]:
+                inside = inside[step]
+            if change is _GONE:
+                del inside[way[-1]]
+            else:
+                inside[way[-1]] = copy.deepcopy(change)
+            yield f"{'.'.join(map(str, way))} -> {'left out' if change is _GONE else repr(change)}", changed
 
 
 def _ways(content: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

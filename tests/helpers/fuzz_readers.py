@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,10 @@ def _sidecar(folder: Path) -> Sequence[Path]:
         "onnx",
         inputs=(TensorSpec("x", (-1, 3, 8, 8), "float32"),),
         outputs=(TensorSpec("y", (-1, 2), "float32"),),
-        preprocessing={"height": 8, "width": 8, "resize": 8, "mean": [0.5] * 3, "std": [0.5] * 3},
+        preprocessing={"height": 8, "width": 8, "resize": 8, "mean": [0.5] * 3, "std": [0.25] * 3},
         class_names=("a", "b"),
         figures={"nodes": 3},
-        details={"placement": _PLACEMENT, "precision": "int8"},
+        details={"placement": _PLACEMENT, "network": _NETWORK, "precision": "int8", "input": "float32-nchw"},
     )
     write_artifact(path, sidecar, lambda file: file.write_bytes(b"content"))
     return [sidecar_path(path)]
@@ -183,18 +183,10 @@ def _coco(folder: Path) -> Sequence[Path]:
 
 def _calibration_cache(folder: Path) -> Sequence[Path]:
     path = folder / "c.cache"
-    sidecar = Sidecar(
-        "calibration-cache",
-        details={"model": "0a" * 32, "images": "1b" * 32, "calibrator": "entropy", "tensorrt": "8"},
-    )
-    write_artifact(path, sidecar, lambda file: file.write_text(_CACHE))
+    CalibrationCacheFile(path, _CACHE_KEY).save(_CACHE.encode(), 96)
     return [path, sidecar_path(path)]
 
 
-_PLACEMENT = {
-    "tensors": [{"tensor": "x", "quantizer": "x_quantizer", "reads": [{"reader": "conv", "rule": "conv_input"}]}],
-    "decisions": [{"op": "conv", "label": "conv", "kind": "convolution", "quantized": True, "rule": "conv_input"}],
-}
 _PROFILE = sorted(Path(kernel_profile.__file__).with_name("profiles").glob("*.json"))[0].read_text()
 _SENSITIVITY = {
     "float": {"top1": 90.0},
@@ -202,6 +194,18 @@ _SENSITIVITY = {
     "keep_float": [{"label": "conv", "top1": 85.0}],
 }
 _CACHE = "TRT-8600-EntropyCalibration2\ninput: 3c010a14\nconv1: 3d2e4f10\n"
+_CACHE_KEY = CacheKey("a" * 64, "b" * 64, "entropy2", "8.6.0")
+_OPS = {
+    "x": {"kind": "input", "inputs": [], "shape": [-1, 3, 8, 8], "weight": None},
+    "conv": {"kind": "convolution", "inputs": ["x"], "shape": [-1, 2, 8, 8], "weight": [2, 3, 3, 3]},
+    "y": {"kind": "output", "inputs": ["conv"], "shape": None, "weight": None},
+}
+_NETWORK = [{"name": name, "label": name, **op} for name, op in _OPS.items()]
+_PLACEMENT = {
+    "tensors": [{"tensor": "x", "quantizer": "x", "reads": [{"reader": "conv", "rule": "int8-layer"}]}],
+    "decisions": [{"op": "conv", "label": "conv", "kind": "convolution", "quantized": True, "rule": "convolution"}],
+    "keep_float": [],
+}
 _TUNED = {
     "gpu": "NVIDIA H200",
     "tensorrt": "8.6.0",
@@ -235,7 +239,7 @@ def _lint_and_run(path: Path) -> None:
 
 
 def _cache_with_sidecar(path: Path) -> None:
-    CalibrationCacheFile(path.with_name("c.cache"), CacheKey("0a" * 32, None, "entropy", "8"))
+    CalibrationCacheFile(path.with_name("c.cache"), replace(_CACHE_KEY, images=None))
 
 
 def _read_yolo(path: Path) -> None:
