@@ -182,7 +182,7 @@ class SumOfGate(UnfusedAdd):
     name = "sum_of_gate"
     sentence = "a sum takes in the product of a gate, which multiplies codes, and reads codes otherwise"
     source = LAYERS
-    cost = "the sum reads FP16"
+    cost = ""
 
     def applies(self, op: Op, state: PlacementState) -> bool:
         """Such sums with a gate's product."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import ModelProto, NodeProto
-from scaled_blocks import ScaledBlocks, scaled_blocks
+from scaled_blocks import Gate, ScaledBlocks, scaled_blocks
 from torch import Tensor, nn
 
 from export.emit import emit
@@ -69,6 +69,34 @@ def test_only_where_no_float_copy_is_written_anyway(
     assert decided(Sum(activation, also), "swish") == rules
 
 
+class GateAndSum(nn.Module):
+    """x + gate of one layer * 0.5, or the sum of two gates' products; ``also``: the product is read by a layer, too."""
+
+    def __init__(self, *, two: bool = False, also: bool = False) -> None:
+        super().__init__()
+        self.stem, self.one, self.last = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3, 1, 1), nn.Conv2d(16, 16, 1)
+        self.gates, self.also = nn.ModuleList(Gate(16) for _ in range(2 if two else 1)), also
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        made = [gate(self.one(x)) * 0.5 for gate in self.gates]
+        y = self.last(made[0] + (made[1] if len(made) > 1 else x))
+        return self.last(made[0]) + y if self.also else y
+
+
+@pytest.mark.parametrize(("given", "rule"), [({}, "sum_of_gate"), ({"two": True}, "unfused_add")])
+def test_a_sum_takes_in_one_gate(given: dict[str, bool], rule: str) -> None:
+    model = GateAndSum(**given)
+    assert decided(model, "add") == [(rule, True)]
+    placement = place(network_of(trace(model.eval(), SHAPE)))
+    read = {tensor for reader, tensor, _ in placement.reads() if reader == "add"}
+    assert len(read) == (1 if rule == "sum_of_gate" else 2)
+
+
+def test_a_product_that_something_else_reads_is_read_as_codes() -> None:
+    assert decided(GateAndSum(also=True), "add")[0] == ("unfused_add", True)
+
+
 def test_a_relu_fuses_with_its_sum() -> None:
     assert decided(Sum(nn.ReLU()), "activation") == []
     assert decided(Sum(nn.ReLU(), nn.Conv2d(16, 16, 1)), "activation") == [("activation_of_codes", True)]
@@ -95,7 +123,7 @@ def makers(model: ModelProto) -> dict[str, NodeProto]:
 
 
 def check_all_codes(path: Path) -> None:
-    """No number is left, and each product, sum and swish between layers reads codes or a layer's result."""
+    """No number is left; each product, sum and swish between layers reads codes, or what its kernel makes."""
     model = onnx.load(path)
     made, constants = makers(model), {one.name for one in model.graph.initializer}
     for node in model.graph.node:
@@ -103,7 +131,7 @@ def check_all_codes(path: Path) -> None:
             assert constants.isdisjoint(node.input), node.name
             kinds = sorted(made[name].op_type for name in node.input)
             swish = kinds in (["Conv", "Sigmoid"], ["DequantizeLinear", "Sigmoid"])
-            sum_ = node.op_type == "Add" and kinds == ["Conv", "DequantizeLinear"]
+            sum_ = node.op_type == "Add" and kinds in (["Conv", "DequantizeLinear"], ["DequantizeLinear", "Mul"])
             assert swish or sum_ or kinds == ["DequantizeLinear"] * 2, (node.name, kinds)
     assert lint_onnx(path) == []
 
