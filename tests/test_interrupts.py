@@ -131,6 +131,16 @@ run_command(main, qat.placement.PlacementOptions)
     [
         ("OSError(errno.ENOSPC, 'No space left on device', '/tmp/x')", 2, "error: .*No space left.* TMPDIR"),
         ("FileNotFoundError('No usable temporary directory found')", 2, "error: No usable temporary.* TMPDIR"),
+        (
+            "OSError(errno.ENAMETOOLONG, 'File name too long', 'x' * 5000)",
+            2,
+            "error: File name too long: .*; give another",
+        ),
+        (
+            "PermissionError(errno.EACCES, 'Permission denied', '/x')",
+            2,
+            "error: Permission denied: /x; give another path",
+        ),
         ("ValueError('odd')", 70, "internal error: ValueError: odd; run again with --debug and report it"),
         ("KeyboardInterrupt", 130, "interrupted: no half-written file was left behind"),
     ],

@@ -38,6 +38,7 @@ console = rich.console.Console(width=None if _terminal else LOG_WIDTH, highlight
 _errors = rich.console.Console(stderr=True, highlight=False)
 _speaker = ""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_ABOUT_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.ESTALE)
 
 Options = TypeVar("Options", bound="Command")
 
@@ -104,6 +105,9 @@ def _meaning(error: BaseException) -> tuple[int, str, str]:
     no_folder = isinstance(error, FileNotFoundError) and tempfile.tempdir is None  # no temporary one was found
     if no_folder or (isinstance(error, OSError) and error.errno in _FULL):
         return USER_ERROR, "error", f"{first_line}: free some space, or name another folder for it in TMPDIR"
+    if isinstance(error, OSError) and error.errno in _ABOUT_A_PATH and error.filename is not None:
+        told = UserError(f"{error.strerror}: {error.filename}; give another path, or correct that one")
+        return USER_ERROR, "error", str(told)
     return FAULT, "internal error", f"{type(error).__name__}: {first_line}; run again with --debug and report it"
 
 

@@ -24,6 +24,14 @@ def is_regular(path: Path | str) -> bool:
         return False
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; of a name that no file can have there is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # before Python 3.14 a name that is too long raises
+        return False
+
+
 def check_regular(path: Path) -> None:
     """Raises UserError when ``path`` exists and is neither a file of bytes nor a folder."""
     try:

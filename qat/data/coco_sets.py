@@ -13,7 +13,7 @@ from typing import Any
 
 from qat.base.errors import UserError, one_line
 from qat.base.image_files import upright_size
-from qat.base.regular_file import read_json
+from qat.base.regular_file import is_regular, read_json
 from qat.data.annotations import AnnotatedImage, AnnotatedSet, check_inside, with_boxes
 
 _PREFIX = "instances_"
@@ -85,11 +85,11 @@ def _files(path: Path, content: dict[str, Any], most: int | None) -> list[str]:
     split, around = path.stem.removeprefix(_PREFIX), path.parent.parent
     folders = [path.parent, path.parent / "images", path.parent / split, around / split, around / "images"]
     folders += [around / "images" / split, around]
-    folder = next((one for one in folders if (one / names[0]).is_file()), None)
+    folder = next((one for one in folders if is_regular(one / names[0])), None)
     if folder is None:
         tried = ", ".join(str(one) for one in folders[:4])
         raise UserError(f"{path}: no image {names[0]} in {tried} and others around: put the folder of images beside it")
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not is_regular(folder / name)]
     if missing:
         raise UserError(
             f"{path}: {len(missing)} of {len(names)} images are not in {folder}, first {missing[0]}: add them"

@@ -13,11 +13,11 @@ from typing import Any
 
 from qat.base.errors import UserError, one_line
 from qat.base.image_files import all_image_files, upright_size
-from qat.base.regular_file import read_text
+from qat.base.regular_file import is_regular, is_there, read_text
 from qat.data.annotations import AnnotatedImage, AnnotatedSet, Split, check_inside, with_boxes
 
 _IMAGES, _LABELS = "images", "labels"
-_MOST_CLASSES = 1_000_000
+_MOST_CLASSES, _MOST_DEEP = 1_000_000, 32
 
 
 def read(path: Path, split: Split, most: int | None = None) -> AnnotatedSet:
@@ -54,7 +54,13 @@ def _content(path: Path) -> dict[str, Any]:
     except ImportError as error:
         raise UserError(f"reading {path} needs PyYAML: pip install PyYAML pycocotools") from error
     try:
-        content = yaml.safe_load(read_text(path))
+        text = read_text(path)
+        depth = 0
+        for event in yaml.parse(text):  # event by event, so that brackets without end are not read to their end
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MOST_DEEP:
+                raise ValueError(f"lists or tables lie more than {_MOST_DEEP} deep within each other")
+        content = yaml.safe_load(text)
     except FileNotFoundError:
         raise UserError(f"no file {path}: check the path of --data") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -97,7 +103,7 @@ def _place(path: Path, content: dict[str, Any], entry: str) -> Path:
     roots = [root] if root.is_absolute() else [path.parent / root, root, path.parent]
     places = [one / entry for one in roots]
     for place in places:
-        if place.exists():
+        if is_there(place):
             return place
     raise UserError(f"{path}: {places[0]} does not exist: correct path, train or val")
 
@@ -113,7 +119,7 @@ def _of_entry(path: Path, place: Path, split: str) -> Iterator[str]:
         raise UserError(f"{place} lists no image: write the path of one into each line")
     for line in listed:
         file = place.parent / line
-        if not file.is_file():
+        if not is_regular(file):
             raise UserError(f"{place} lists {file}, which does not exist: correct it")
         yield str(file)
 

@@ -113,12 +113,17 @@ def test_mistakes_in_labels(labels: str, said: str, tmp_path: Path) -> None:
         ("val: set.yaml\nnames: [a]\n", "must be a folder of images or a .txt file"),
         ("- a\n", "does not describe a set"),
         ("val: [\n", "cannot read"),
+        (f"val: {'a' * 5000}\nnames: [a]\n", "does not exist: correct path, train or val"),
+        (f"val: images\nnames: {'[' * 50_000}", "lists or tables lie more than 32 deep within each other"),
+        (f"val: images\nnames:\n{'- ' * 40}a", "lists or tables lie more than 32 deep within each other"),
+        ("val: long.txt\nnames: [a]\n", "which does not exist: correct it"),
     ],
 )
 def test_mistakes_in_a_yaml_file(content: str, said: str, tmp_path: Path) -> None:
     path = write_yolo(tmp_path, [[]])
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "wrong.txt").write_text("images/9.png\n")
+    (tmp_path / "long.txt").write_text("a" * 5000)
     path.write_text(content)
     if said:
         assert said in refused(path)
@@ -153,6 +158,8 @@ def change(entries: str, index: int, **values: Any) -> Callable[[dict[str, Any]]
         ),
         (change("annotations", 1, bbox=[50, 0]), "bbox must be left, top, width and height in pixels"),
         (change("images", 1, file_name="gone.png"), "1 of 3 images are not in"),
+        (change("images", 0, file_name="a" * 5000), "and others around: put the folder of images beside it"),
+        (change("images", 1, file_name="a" * 5000), "1 of 3 images are not in"),
         (change("images", 0, width=48), "has 64x48 pixels, and the file states 48x48"),
         (lambda content: content.pop("categories"), "categories must be a list of entries with id, name"),
         (lambda content: content.update(images=[]), "names no image"),
