@@ -20,10 +20,8 @@ from typing import Annotated, Literal
 import tyro
 
 from deploy.settings import BuilderOptions, CalibrationSettings, Profile, beside_artifact
-from qat.base.artifact import sidecar_path
 from qat.base.console import Command, run_command
 from qat.base.exit_codes import DONE, NOT_INT8
-from qat.base.onnx_structure import check_structure
 from qat.base.outputs import READS, Writes
 
 _OUTPUT = Writes(default=lambda options: options.model.with_suffix(".engine"), beside=beside_artifact)
@@ -65,9 +63,6 @@ class BuildOptions(Command, BuilderOptions):
 
 def main(options: BuildOptions) -> int:
     """Builds, audits and writes the engine. Returns 0, or 3 when a declared INT8 layer is not INT8."""
-    # Before TensorRT is loaded; a sidecar, if there is one, says more about another file.
-    if options.model.is_file() and not sidecar_path(options.model).exists():
-        check_structure(options.model)
     from deploy.engine_file import build_engine, print_engine_file
 
     engine = build_engine(

@@ -26,6 +26,7 @@ from qat.base.console import say, table, warn
 from qat.base.errors import UserError
 from qat.base.exit_codes import NOT_INT8
 from qat.base.number_format import INT8
+from qat.base.onnx_structure import check_structure
 from qat.base.text import first_of, megabytes
 from qat.base.writing import check_writable
 from qat.rules.tuned import warn_if_tuned_elsewhere
@@ -219,6 +220,7 @@ def _read_model(model: Path, output: Path) -> tuple[Sidecar | None, Parent]:
     if sidecar_path(model).exists():
         source = read_sidecar(model, "onnx")
         return source, Parent.from_file(output, model, source.sha256)
+    check_structure(model)  # before it is read whole, and before TensorRT is loaded
     return None, Parent.from_file(output, model, sha256_of(model))
 
 
@@ -251,9 +253,7 @@ def _say_layer_types(layers: Sequence[LayerType]) -> None:
 
 def _check_names(model: Path, ranges: Path | None, written: Mapping[str, Path | None]) -> None:
     """Raises UserError when a file to be ``written``, by its option, would overwrite another one."""
-    known = {model.resolve(): "the model"}
-    if ranges:
-        known[ranges.resolve()] = "the file of --ranges"
+    known = {model.resolve(): "the model"} | ({ranges.resolve(): "the file of --ranges"} if ranges else {})
     for option, path in written.items():
         if path and path.resolve() in known:
             raise UserError(f"{option} {path} is {known[path.resolve()]}: give it a name of its own")

@@ -19,6 +19,7 @@ from qat.base.calibration_cache import check_cache
 from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.interval import interval_of_share
+from qat.base.onnx_structure import check_structure
 from qat.base.writing import check_writable
 
 FLOAT, FP16, IMPLICIT, EXPLICIT = "FP32", "FP16", "implicit INT8", "explicit INT8"
@@ -81,6 +82,8 @@ def migrate_engine(
     for path in (model, cache, *([explicit] if explicit else [])):
         if not path.is_file():
             raise UserError(f"no file {path}: check the path")
+        if path != cache:
+            check_structure(path)
     if output:
         check_writable(output)
     check_cache(cache, sha256_of(model))
