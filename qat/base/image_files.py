@@ -28,6 +28,9 @@ _KNOWN = ".apng .avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .
 IMAGE_EXTENSIONS = tuple(known for known in _KNOWN.split() if known in Image.registered_extensions())
 """How the names of image files end, in lower case; .avif only where Pillow was built with it."""
 
+# Of Pillow's formats those of these extensions, whatever the name says: others run a program (PostScript: Ghostscript).
+_FORMATS = tuple({Image.registered_extensions()[known] for known in IMAGE_EXTENSIONS})
+
 LETTERBOX_GREY = 114
 """The value of what stands around an image in a letterbox, as the YOLOs are trained with."""
 
@@ -161,7 +164,7 @@ def opened_image(path: str) -> Iterator[Image.Image]:
     limit (``Image.MAX_IMAGE_PIXELS``), above which it only warns, or than a file of its size holds.
     """
     check_regular(Path(path))
-    with Image.open(path) as image:
+    with Image.open(path, formats=_FORMATS) as image:
         width, height = image.size
         if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
             raise _TooLargeError(f"has {width}x{height} pixels, and {_LIMIT}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from qat.base.errors import UserError
 from qat.base.image_files import (
@@ -156,3 +156,26 @@ def test_threads_decode_only_so_many_pixels_at_a_time() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(decode, [60, 30, 20, 1000, 40, 40, 90, 10]))
     assert most == 100
+
+
+def test_postscript_in_an_image_runs_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow gives PostScript to Ghostscript, whatever the file is called."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\necho 10.0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # it is sought once
+    path = tmp_path / "x.png"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n")
+    for read in (read_image, image_size, upright_size):
+        with pytest.raises(UserError, match="of a kind that Pillow does not read"):
+            read(str(path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP"])
+def test_every_listed_format_is_read_whatever_the_file_is_called(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.png"
+    Image.new("RGB", (8, 4), (200, 100, 50)).save(path, kind)
+    assert read_image(str(path)).shape == (4, 8, 3)
