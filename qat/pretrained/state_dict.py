@@ -28,6 +28,7 @@ _PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.", "ema_model."
 _COUNTS = ("total_ops", "total_params")  # of thop, in every module
 _AVERAGED = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 _DEEPEST = 4  # levels of nesting
+_MOST_PREFIXES = 8  # before one name
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def _dicts_of_tensors(content: Any, entry: tuple[str, ...] = ()) -> Iterator[tup
 def _without_prefixes(found: StateDict) -> Iterator[StateDict]:
     """The state dict as it is, and without each prefix that all its names have, one after the other."""
     yield found
+    if found.prefix.count(".") >= _MOST_PREFIXES:
+        return
     names = [key for key in found.tensors if key != _AVERAGED and key.rpartition(".")[2] not in _COUNTS]
     for prefix in _PREFIXES:
         if names and all(key.startswith(prefix) for key in names):

@@ -12,11 +12,13 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from qat.base.errors import UserError, one_line
 from qat.base.regular_file import check_regular
@@ -43,6 +45,7 @@ _INERT = (
 )
 _LARGEST_HEADER = 100_000_000  # bytes; the format's limit
 _UNSUSPICIOUS = 64 << 20  # bytes that an archive may become, however small it is
+_DEEPEST = 6  # dicts within each other; nobody looks deeper for weights
 _ZIP, _LFS_POINTER = b"PK\x03\x04", b"version https://git-lfs"
 
 
@@ -73,11 +76,30 @@ def read_weights_file(path: Path) -> Any:
     if flaw := _flaw(path, start):
         raise UserError(f"weights file {path} {flaw}: get it again")
     try:
-        return load_file(path) if _is_safetensors(path, start) else _unpickle(path)
+        content = load_file(path) if _is_safetensors(path, start) else _unpickle(path)
     except pickle.UnpicklingError as error:
         raise _cannot_unpickle(path, start, error) from error
     except Exception as error:  # what parsers raise on damaged bytes is not limited to a few types
         raise UserError(f"cannot read weights file {path} ({_words(error)}): {_remedy(start)}") from error
+    if flaw := _multiplied(path, content):
+        raise UserError(f"weights file {path} {flaw}: save the weights again by torch.save(model.state_dict(), file)")
+    return content
+
+
+def _multiplied(path: Path, content: object) -> str:
+    """Whether what is read is more than the file has: dicts that hold one many times, tensors that repeat values."""
+    size = path.stat().st_size
+    most, entries, ahead = max(_UNSUSPICIOUS, 2 * size), 0, [(content, "", 0)]
+    while ahead:
+        one, name, depth = ahead.pop()
+        if isinstance(one, Tensor) and one.numel() * one.element_size() > most:
+            return f"holds {name} of {list(one.shape)}, more values than the file has"
+        if isinstance(one, Mapping) and depth < _DEEPEST:
+            entries += len(one)
+            if entries > size:  # each entry takes a byte at least
+                return f"holds dicts with more than {size:,} entries, which it repeats"
+            ahead += [(value, str(key), depth + 1) for key, value in one.items()]
+    return ""
 
 
 def _unpickle(path: Path) -> Any:

@@ -115,3 +115,9 @@ def test_nothing_is_found_where_there_are_no_tensors() -> None:
     cyclic["self"] = cyclic
     for content in ({}, [], None, {"model": None, "epoch": 1}, cyclic):
         assert find_state_dict(content, STATE.keys()) is None
+
+
+def test_names_of_nothing_but_prefixes() -> None:
+    found = find_state_dict({"net." * 3000 + "weight": torch.ones(3)}, ("weight",))
+    assert found is not None
+    assert found[0].misfits(("weight",)) == 2

@@ -173,3 +173,26 @@ def test_damaged_bytes_end_in_one_line(tmp_path: Path, zipped: bool) -> None:
             lines.append(str(error))
     assert len(lines) > 10
     assert not any("\n" in line for line in lines)
+
+
+def test_a_tensor_that_repeats_one_value(tmp_path: Path) -> None:
+    """A stride of 0 makes a terabyte of four bytes."""
+    path = tmp_path / "w.pt"
+    torch.save({"conv.weight": torch.ones(3), "fc.weight": torch.zeros(1).expand(1 << 38)}, path)
+    with pytest.raises(UserError, match=r"holds fc.weight of \[274877906944\], more values than the file has"):
+        read_weights_file(path)
+    torch.save({"mask": torch.zeros(1).expand(1 << 20)}, path)
+    assert read_weights_file(path)["mask"].shape == (1 << 20,)
+
+
+def test_dicts_that_hold_one_dict_many_times(tmp_path: Path) -> None:
+    path, content = tmp_path / "w.pt", {"w": torch.ones(3)}
+    for _ in range(4):
+        content = {f"k{index}": content for index in range(300)}  # type: ignore[misc]
+    torch.save(content, path)
+    with pytest.raises(UserError, match="entries, which it repeats"):
+        read_weights_file(path)
+    inner = {"w": torch.ones(3)}
+    inner["itself"] = inner  # type: ignore[assignment]
+    torch.save(inner, path)
+    assert read_weights_file(path)["w"].shape == (3,)  # nobody looks deeper than a few
