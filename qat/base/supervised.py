@@ -42,13 +42,16 @@ class _Board:
 
     def write(self, slot: str, text: str) -> None:
         start, end = self._slots[slot]
-        content = text.encode(errors="replace")[: end - start - 4]
+        content = text.encode(errors=self._errors(slot))[: end - start - 4]
         self._memory[start : start + 4 + len(content)] = len(content).to_bytes(4, "little") + content
 
     def read(self, slot: str) -> str:
         start, _ = self._slots[slot]
         length = int.from_bytes(self._memory[start : start + 4], "little")
-        return self._memory[start + 4 : start + 4 + length].decode(errors="replace")
+        return self._memory[start + 4 : start + 4 + length].decode(errors=self._errors(slot))
+
+    def _errors(self, slot: str) -> str:
+        return "surrogateescape" if slot == "unfinished" else "replace"  # of paths every byte counts
 
 
 _board: _Board | None = None
@@ -79,7 +82,7 @@ def unfinished(path: Path) -> Iterator[None]:
     """Notes a file that a crash within the block would leave half-written: the parent then removes it."""
     before = _board.read("unfinished") if _board else ""
     if _board:
-        _board.write("unfinished", f"{before}\n{path.absolute()}")
+        _board.write("unfinished", f"{before}\0{path.absolute()}")
     try:
         yield
     finally:
@@ -148,9 +151,10 @@ def _wait(child: int, output: int, command: str) -> NoReturn:
 
 def _remove_unfinished() -> None:
     assert _board is not None
-    for name in _board.read("unfinished").splitlines():
+    for name in _board.read("unfinished").split("\0"):  # of which no path has any
         if name:
-            Path(name).unlink(missing_ok=True)
+            with suppress(OSError):
+                Path(name).unlink()
 
 
 def _crash(number: int, command: str, output: str) -> str:

@@ -79,6 +79,20 @@ def test_a_crash_is_one_line_and_leaves_nothing(script: Path, do: str, says: str
     assert left(script) == []
 
 
+@pytest.mark.parametrize("name", ["a\nb", "a\u2028b", "a\x0cb", os.fsdecode(b"a\xffb")])
+def test_a_crash_in_a_folder_with_an_odd_name_removes_its_own_file_only(script: Path, name: str) -> None:
+    folder = script.parent / name
+    folder.mkdir()
+    for other in ("a", "a?b", "a\ufffdb"):  # what such a path could be taken for
+        (script.parent / other).write_text("of the user")
+    before = left(script)
+    moved = script.rename(folder / script.name)
+    process = start(moved, "os.abort()")
+    assert process.communicate(timeout=60)[1].startswith("error: Parser parsing net.onnx crashed")
+    assert left(moved) == []
+    assert sorted(path.name for path in folder.parent.iterdir()) == before
+
+
 def test_what_the_child_answers_is_passed_on(script: Path) -> None:
     done = start(script, "os.write(2, b'native\\n'); print('out'); print('err', file=sys.stderr)")
     assert done.communicate(timeout=60) == ("out\n", "err\nnative\n")
