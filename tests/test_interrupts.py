@@ -221,7 +221,7 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next(trained: Path, command:
     given = tiny.flags(tiny.options(trained, output=tmp_path / "model.qat"))
     command("qat.train", *given, environment={"STOP_IN_PASS": "5", "STOP_BY": str(int(signal.SIGKILL))})
     assert names(tmp_path) == [lock_path(tmp_path / "model.qat").name]
-    (tmp_path / ".model.qat.state.x.part").write_bytes(b"half")
+    (tmp_path / ".model.qat.state.abcd_123.part").write_bytes(b"half")
     assert command("qat.train", *given).returncode == 0
     assert names(tmp_path) == ["model.qat", "model.qat.json", "model.ranges.json"]
 

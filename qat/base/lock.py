@@ -21,6 +21,7 @@ from qat.base.streams import interrupts_held_back
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that have none
 _MOST_LETTERS = 300  # of a command
+_RANDOM = "[a-z0-9_]" * 8  # as tempfile.mkstemp names files
 _held: set[int] = set()
 
 
@@ -72,9 +73,12 @@ def locked(path: Path, command: str) -> Iterator[None]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes half-written files of dead runs (``.NAME.*.part``). Only for who holds the lock of ``path``."""
+    """Removes half-written files of dead runs (``.NAME.RANDOM.part``). Only for who holds the lock of ``path``.
+
+    RANDOM is one word of tempfile's eight letters: ``.NAME.onnx.RANDOM.part`` is of another output, NAME.onnx.
+    """
     real = Path(os.path.realpath(path))
-    for part in real.parent.glob(f".{glob.escape(real.name)}.*.part"):
+    for part in real.parent.glob(f".{glob.escape(real.name)}.{_RANDOM}.part"):
         with suppress(OSError):
             part.unlink()
 

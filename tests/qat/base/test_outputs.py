@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 
 from qat.base.artifact import Parent, Sidecar, write_artifact
 from qat.base.errors import UserError
-from qat.base.lock import lock_path, locked
+from qat.base.lock import lock_path, locked, remove_leftovers
 from qat.base.outputs import Reads, Writes, marked_fields, outputs_of
 from qat.base.writing import atomic_write, check_writable
 
@@ -359,11 +359,20 @@ def test_a_second_run_is_told_who_writes() -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 1, "since": "x", "command": "y"}', b"[]"])
 def test_a_lock_of_a_dead_run_is_none_whatever_it_says(content: bytes) -> None:
     lock_path(Path("m.qat")).write_bytes(content)
-    Path(".m.qat.abc.part").write_bytes(b"half")
-    Path(".m.ranges.json.abc.part").write_bytes(b"half")
-    Path(".other.qat.abc.part").write_bytes(b"of another run")
+    for name in ("m.qat", "m.qat.json", "m.ranges.json"):
+        Path(f".{name}.abcd_123.part").write_bytes(b"half")
+    others = {".other.qat.abcd_123.part", ".m.qat.onnx.abcd_123.part"}  # of outputs that other runs may be writing
+    for name in others:
+        Path(name).write_bytes(b"of another run")
     check(made("qat.train", output=Path("m.qat"), data="digits"))
-    assert os.listdir() == [".other.qat.abc.part"]
+    assert set(os.listdir()) == others
+
+
+def test_what_is_written_now_has_the_name_that_is_sought() -> None:
+    with atomic_write(Path("m.qat")) as temporary:
+        remove_leftovers(Path("m.qat"))
+        assert not temporary.exists()
+        temporary.write_bytes(b"again")
 
 
 def test_a_lock_ends_with_its_process_not_with_its_children() -> None:
