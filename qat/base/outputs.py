@@ -161,6 +161,13 @@ def _check_place(output: _Output) -> None:
             f"{output.name} {output.path} is a symbolic link, and what is written beside it would not lie beside the "
             f"file that it leads to: give {os.path.realpath(output.path)}, or remove the link"
         )
+    # A link that the user has not named, in a folder of a stranger, would lead anywhere.
+    for path in (*output.beside, *(() if output.given else (output.path,))):
+        if path.is_symlink():
+            raise UserError(
+                f"{path}, which would be written, is a symbolic link to {os.path.realpath(path)}: remove the link, or "
+                f"give {output.name} another name"
+            )
     for path in (output.path, *output.beside):
         with disk_errors(path):
             replaceable(path)

@@ -330,6 +330,18 @@ def test_a_link_with_a_sidecar_is_refused_because_it_would_part_them() -> None:
         check(made("qat.train", output=Path("latest.qat"), data="digits"))
 
 
+def test_a_link_that_the_user_has_not_named_is_not_written_through() -> None:
+    """In a folder of a stranger a sidecar, or an output by its default name, may be a link to a file of the user."""
+    Path("of_the_user").write_text("content")
+    os.symlink("of_the_user", "m.engine.json")
+    with pytest.raises(UserError, match=r"m.engine.json, which would be written, is a symbolic link to .*/of_the_user"):
+        check(made("deploy.build", model=Path("m.onnx")))
+    os.symlink("of_the_user", "benchmark.json")
+    with pytest.raises(UserError, match=r"benchmark.json, which would be written, is a symbolic link"):
+        check(made("deploy.benchmark", model=Path("m.onnx")))
+    check(made("deploy.benchmark", model=Path("m.onnx"), output=Path("benchmark.json")))  # named
+
+
 def test_standard_output_is_for_one_text() -> None:
     for name in ("-", "/dev/stdout"):
         with pytest.raises(UserError, match=f"--output {name}: this cannot go to the standard output: name a file"):
