@@ -136,7 +136,8 @@ def _check(options: Any) -> list[_Output]:
         raise UserError(f"only one output can be the standard output, not {names}: name a file")
     outputs_in_files = [output for output in outputs if output not in streams]
     for output in outputs_in_files:
-        _check_place(output)
+        with disk_errors(output.path):
+            _check_place(output)
     inputs = [("the input", file) for path, _ in read for file in files_read_with(path)]
     written = [(one.name, path) for one in outputs_in_files for path in (one.path, *one.beside)]
     check_apart(written, inputs)

@@ -27,8 +27,12 @@ _DISK_ERRORS = {
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another path",
     errno.ENOENT: "the folder does not exist and cannot be created: choose another path",
     errno.EEXIST: "a part of the path is a file, not a folder: choose another path",
+    errno.ENAMETOOLONG: "the name is too long: give a shorter one",
+    errno.ELOOP: "a part of the path is a symbolic link that leads to itself: choose another path",
     errno.EISDIR: "that is a folder: give the name of a file",
 }
+
+_LONGEST_NAME = 255 - len("..abcd_123.part")  # bytes; while it is written the file has a longer name
 
 
 @contextmanager
@@ -77,6 +81,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def replaceable(path: Path) -> Path:
     """The file to write for ``path``, which may be a symbolic link. Raises UserError or OSError when it is no file."""
     real = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if len(os.fsencode(real.name)) > _LONGEST_NAME:
+        raise OSError(errno.ENAMETOOLONG, "the name is too long", str(path))
     if real.is_symlink():
         raise UserError(f"cannot write {path}: it is a symbolic link that leads to itself: remove it")
     try:

@@ -310,6 +310,19 @@ def test_what_is_no_file_is_not_replaced(make: Callable[[Path], object], words: 
     assert os.listdir() == ["x"]
 
 
+@pytest.mark.parametrize(
+    "path", [Path("m" * 236 + ".json"), Path("m" * 300), Path("m" * 300, "x.json"), Path("o/x.json")]
+)
+def test_a_name_that_cannot_be_is_told_before_the_work(path: Path) -> None:
+    """That of the file while it is written is longer than its own."""
+    os.symlink("o", "o")
+    words = r"cannot write .*: (the name is too long|a part of the path is a symbolic link that leads to itself)"
+    options = made("export.lint", model=Path("m.onnx"), json=path)
+    for write in (lambda: check(options), lambda: check_writable(path), lambda: atomic_write(path).__enter__()):
+        with pytest.raises(UserError, match=words):
+            write()
+
+
 def test_a_symbolic_link_is_written_through() -> None:
     os.mkdir("there")
     Path("there/target").write_text("earlier")
