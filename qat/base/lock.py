@@ -11,12 +11,14 @@ import fcntl
 import glob
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from qat.base.errors import UserError
 from qat.base.streams import interrupts_held_back
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that have none
@@ -55,7 +57,8 @@ def lock_path(path: Path) -> Path:
 def locked(path: Path, command: str) -> Iterator[None]:
     """Holds the lock of the output ``path`` for ``command`` while the block runs; the folder must exist.
 
-    Raises HeldError when another run holds it, and OSError when the file of the lock cannot be made.
+    Raises HeldError when another run holds it, UserError when something else has its name, and OSError when the file of
+    the lock cannot be made.
     """
     name = lock_path(path)
     handle = -1
@@ -85,7 +88,7 @@ def remove_leftovers(path: Path) -> None:
 
 def _acquire(name: Path, command: str) -> int:
     while True:
-        handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        handle = _open(name)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -106,6 +109,21 @@ def _acquire(name: Path, command: str) -> int:
     except OSError:
         os.close(handle)
         raise
+    return handle
+
+
+def _open(name: Path) -> int:
+    """The file of a lock. What else is there, in a folder of a stranger, is left as it is: what leads elsewhere too."""
+    try:
+        handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise UserError(f"{name}, where a lock belongs, is no regular file: remove it") from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise UserError(f"{name}, where a lock belongs, is no regular file of its own: remove it")
     return handle
 
 

@@ -393,6 +393,16 @@ def test_a_lock_of_a_dead_run_is_none_whatever_it_says(content: bytes) -> None:
     assert set(os.listdir()) == others
 
 
+@pytest.mark.parametrize("make", [fifo, a_socket, os.mkdir, loop, lambda path: os.link("of_the_user", path)])
+def test_what_is_no_lock_is_left_as_it_is(make: Callable[[Path], object]) -> None:
+    Path("of_the_user").write_text("content")
+    make(lock_path(Path("m.qat")))
+    with pytest.raises(UserError, match=r"/.m.qat.lock, where a lock belongs, is no regular file"):
+        check(made("qat.train", output=Path("m.qat"), data="digits"))
+    assert Path("of_the_user").read_text() == "content"
+    assert sorted(os.listdir()) == [".m.qat.lock", "of_the_user"]
+
+
 def test_what_is_written_now_has_the_name_that_is_sought() -> None:
     with atomic_write(Path("m.qat")) as temporary:
         remove_leftovers(Path("m.qat"))
