@@ -44,7 +44,7 @@ from qat.models import ModelSpec, build_model  # noqa: E402
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST = 300.0  # seconds of a run
 ANEW = 10
-_DIFFER = ("made_by", "date", "seconds", "log")  # entries of sidecars that two good runs do not share
+_DIFFER = ("made_by", "date", "seconds", "log", "sidecar_sha256")  # entries of sidecars that two good runs do not share
 
 
 @dataclass(frozen=True)

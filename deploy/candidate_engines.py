@@ -30,6 +30,7 @@ from qat.base.console import say
 from qat.base.errors import UserError
 from qat.base.lock import HeldError, Holder, locked, remove_leftovers
 from qat.base.number_format import INT8
+from qat.base.onnx_structure import check_structure
 from qat.base.this_program import this_command
 from qat.base.writing import disk_errors
 
@@ -69,6 +70,7 @@ class CandidateEngines:
     def engine(self, candidate: Candidate, batch: int) -> bytes:
         """The serialized engine of a candidate for a fixed batch, built unless the folder has exactly this engine."""
         settings = self._settings(candidate, batch)
+        check_structure(candidate.model)  # before it is read to its end
         path, digest = self._path(candidate, batch), sha256_of(candidate.model)
         by_itself = candidate.calibration is None and candidate.ranges is None
         if by_itself and (sidecar := self._reusable_sidecar(path, settings, digest)) is not None:
