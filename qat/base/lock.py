@@ -12,6 +12,7 @@ import glob
 import json
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from qat.base.streams import interrupts_held_back
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems that have none
 _MOST_LETTERS = 300  # of a command
+_SECONDS_BETWEEN_LOOKS = 0.02
 _RANDOM = "[a-z0-9_]" * 8  # as tempfile.mkstemp names files
 _held: set[int] = set()
 
@@ -54,18 +56,27 @@ def lock_path(path: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path, command: str) -> Iterator[None]:
+def locked(path: Path, command: str, patience_s: float = 0.0) -> Iterator[None]:
     """Holds the lock of the output ``path`` for ``command`` while the block runs; the folder must exist.
+
+    It waits ``patience_s`` seconds for a holder who may have been killed: a process takes a while to end.
 
     Raises HeldError when another run holds it, UserError when something else has its name, and OSError when the file of
     the lock cannot be made.
     """
     name = lock_path(path)
     handle = -1
+    end = time.monotonic() + patience_s
     try:
-        with interrupts_held_back():
-            handle = _acquire(name, command)
-            _held.add(handle)
+        while handle < 0:
+            try:
+                with interrupts_held_back():
+                    handle = _acquire(name, command)
+                    _held.add(handle)
+            except HeldError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
         yield
     finally:
         if handle >= 0:

@@ -22,6 +22,8 @@ from qat.base.streams import is_stdout, keep_stdout_for_data
 from qat.base.this_program import this_command
 from qat.base.writing import disk_errors, replaceable
 
+_PATIENCE_S = 2.0  # for a run that was killed a moment ago
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -182,7 +184,7 @@ def _lock(stack: ExitStack, output: _Output) -> None:
         elif not path.parent.is_dir():
             return  # the input that it is named after is missing, which the command says
         try:
-            stack.enter_context(locked(path, " ".join(this_command())))
+            stack.enter_context(locked(path, " ".join(this_command()), _PATIENCE_S))
         except HeldError as error:
             raise UserError(
                 f"{output.name} {path} is being written by {error}; wait for it, or give another {output.name}"

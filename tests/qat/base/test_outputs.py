@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -379,6 +380,15 @@ def test_a_second_run_is_told_who_writes() -> None:
         check(made("qat.train", output=Path("runs/other.qat"), data="digits"))
     check(options)
     assert os.listdir("runs") == []
+
+
+def test_a_run_that_was_killed_has_a_while_to_end() -> None:
+    ending = locked(Path("m.qat"), "python -m qat.train")
+    ending.__enter__()
+    timer = threading.Timer(0.2, ending.__exit__, (None, None, None))
+    timer.start()
+    check(made("qat.train", output=Path("m.qat"), data="digits"))
+    timer.join()
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"pid": 1, "since": "x", "command": "y"}', b"[]"])
