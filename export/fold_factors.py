@@ -104,8 +104,9 @@ def _dequantizes(value: ir.Value | None) -> bool:
 
 def _elements(value: ir.Value | None) -> float:
     """Its size for one image; infinite where that is not known."""
-    extents = list(value.shape or ("unknown",))[1:] if value is not None and value.shape is not None else [""]
-    return math.prod(extent if isinstance(extent, int) else math.inf for extent in extents)
+    if value is None or value.shape is None:
+        return math.inf
+    return math.prod(extent if isinstance(extent, int) else math.inf for extent in list(value.shape)[1:])
 
 
 def _multiply(graph: ir.Graph, value: ir.Value | None, product: ir.Node, factor: float, smallest: float) -> bool:

@@ -68,13 +68,14 @@ def prepare(
     if hasattr(model, ACTIVATION_QUANTIZERS):
         raise UserError("the model has quantizers already: give the float model that it was prepared from")
     traced = trace(model, input_shape, training=training)
+    network = network_of(traced)
     if placement is None:
         if line := advice(model, traced.meta["inputs"]):
             say(line)
-        placement = place(network_of(traced), keep_float, profile=profile)
+        placement = place(network, keep_float, profile=profile)
     nodes = {node.name: node for node in traced.graph.nodes}
     _check_fits(placement, nodes)
-    _check_weighted(placement, network_of(traced))
+    _check_weighted(placement, network)
 
     traced.meta[FOLDED_NORMS] = {}
     for decision in placement.weights:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 from qat.graph.network import Network, Op
 from qat.graph.operations import FUSED_ACTIVATIONS, POOLS
-from qat.rules.fusion import broadcasts, gate_products, stands_alone
+from qat.rules.fusion import broadcasts, stands_alone
 from qat.rules.obstacles import OBSTACLES
 from qat.rules.rule import BYTES, GUIDE, HEURISTICS, LAYERS, MEASURED, PROFILE, PlacementState, Rule, Verdict
 
@@ -155,7 +155,7 @@ class GateProduct(CodesThroughout):
 
     def applies(self, op: Op, state: PlacementState) -> bool:
         """Products that are gates."""
-        return op.name in gate_products(state.network)
+        return op.name in state.gates
 
 
 class UnfusedAdd(CodesThroughout):
@@ -186,25 +186,25 @@ class SumOfGate(UnfusedAdd):
 
     def applies(self, op: Op, state: PlacementState) -> bool:
         """Such sums with a gate's product."""
-        return super().applies(op, state) and self._product(op, state.network) is not None
+        return super().applies(op, state) and self._product(op, state) is not None
 
     def decide(self, op: Op, state: PlacementState) -> Verdict | None:
         """INT8 with all inputs but the product quantized, if an operation after it reads codes."""
-        verdict, product = super().decide(op, state), self._product(op, state.network)
+        verdict = super().decide(op, state)
         if verdict is None or not verdict.quantized:
             return verdict
-        return self.quantize(*(tensor for tensor in op.inputs if tensor != product))
+        return self.quantize(*(tensor for tensor in op.inputs if tensor != self._product(op, state)))
 
-    def _product(self, op: Op, network: Network) -> str | None:
+    def _product(self, op: Op, state: PlacementState) -> str | None:
         """The input that is a gate's product, or that times a number; None if there is none, or there are two."""
-        gates = gate_products(network)
-        found = [tensor for tensor in op.inputs if self._only_behind_gate(tensor, network, gates)]
+        found = [tensor for tensor in op.inputs if self._only_behind_gate(tensor, state)]
         return found[0] if len(found) == 1 else None
 
-    def _only_behind_gate(self, tensor: str, network: Network, gates: set[str]) -> bool:
-        while len(network.readers(tensor)) == 1 and tensor not in gates and _is_pointwise(network[tensor]):
+    def _only_behind_gate(self, tensor: str, state: PlacementState) -> bool:
+        network = state.network
+        while len(network.readers(tensor)) == 1 and tensor not in state.gates and _is_pointwise(network[tensor]):
             tensor = network[tensor].inputs[0]
-        return tensor in gates and len(network.readers(tensor)) == 1
+        return tensor in state.gates and len(network.readers(tensor)) == 1
 
 
 def _is_pointwise(op: Op) -> bool:
@@ -279,7 +279,32 @@ class SwishOfSum(CodesThroughout):
         return len(state.network.readers(made.name)) == 1 and any(map(state.takes_sum, inside))
 
 
-class ActivationOfCodes(Rule):
+class AsCodesToo(Rule):
+    """A rule about an operation whose input all other readers read as codes: it does so too.
+
+    Asked when all other operations are decided.
+    """
+
+    @abstractmethod
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Whether the rule is about ``op``."""
+
+    @abstractmethod
+    def is_alike(self, reader: Op) -> bool:
+        """Whether another reader of the input is one that these rules are about, too, and so does not count."""
+
+    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
+        """INT8, unless it already reads codes, or not all others do."""
+        if not self.applies(op, state) or (op.name, op.inputs[0]) in state.reads:
+            return None
+        if any(obstacle.reason(op, op.inputs, state) for obstacle in OBSTACLES):
+            return None
+        others = [reader for reader in state.network.readers(op.inputs[0]) if not self.is_alike(reader)]
+        read_codes = bool(others) and all((reader.name, op.inputs[0]) in state.reads for reader in others)
+        return self.quantize(op.inputs[0]) if read_codes else None
+
+
+class ActivationOfCodes(AsCodesToo):
     """An activation of a sum that all other readers read as codes, as in residual blocks that begin with one.
 
     With a swish each such sum was written in FP16 and as codes, by kernels of their own (30 us for the codes, 20 for
@@ -290,21 +315,18 @@ class ActivationOfCodes(Rule):
     sentence = "an activation of a sum reads the codes that all others read of it, so that no float copy is written"
     source = LAYERS
 
-    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
-        """INT8, unless it already reads codes, or nothing reads codes of it; asked when all others are decided."""
-        if op.kind not in FUSED_ACTIVATIONS or len(op.inputs) != 1 or (op.name, op.inputs[0]) in state.reads:
-            return None
-        if any(obstacle.reason(op, op.inputs, state) for obstacle in OBSTACLES):
-            return None
-        readers = state.network.readers(op.inputs[0]) if _is_sum(state.network[op.inputs[0]]) else ()
-        others = [reader for reader in readers if reader.kind not in FUSED_ACTIVATIONS]
-        read_codes = bool(others) and all((reader.name, op.inputs[0]) in state.reads for reader in others)
-        if not read_codes or not state.is_only_read_quantized(state.written_by(op)):
-            return None
-        return self.quantize(op.inputs[0])
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Activations of sums whose result is read as codes alone."""
+        if op.kind not in FUSED_ACTIVATIONS or len(op.inputs) != 1 or not _is_sum(state.network[op.inputs[0]]):
+            return False
+        return state.is_only_read_quantized(state.written_by(op))
+
+    def is_alike(self, reader: Op) -> bool:
+        """Activations."""
+        return reader.kind in FUSED_ACTIVATIONS
 
 
-class NormOfCodes(Rule):
+class NormOfCodes(AsCodesToo):
     """A batch normalization that does not fold into a convolution and whose input all other readers read as codes."""
 
     name = "norm_of_codes"
@@ -313,12 +335,10 @@ class NormOfCodes(Rule):
     )
     source = BYTES
 
-    def decide(self, op: Op, state: PlacementState) -> Verdict | None:
-        """INT8, unless it already reads codes; asked when all other operations are decided."""
-        if not stands_alone(state.network, op) or (op.name, op.inputs[0]) in state.reads:
-            return None
-        if any(obstacle.reason(op, op.inputs, state) for obstacle in OBSTACLES):
-            return None
-        others = [reader for reader in state.network.readers(op.inputs[0]) if reader.kind != "batch_norm"]
-        read_codes = bool(others) and all((reader.name, op.inputs[0]) in state.reads for reader in others)
-        return self.quantize(op.inputs[0]) if read_codes else None
+    def applies(self, op: Op, state: PlacementState) -> bool:
+        """Stand-alone normalizations."""
+        return stands_alone(state.network, op)
+
+    def is_alike(self, reader: Op) -> bool:
+        """Normalizations."""
+        return reader.kind == "batch_norm"

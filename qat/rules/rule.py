@@ -15,7 +15,7 @@ from typing import ClassVar
 from qat.graph.data_movement import Read, final_reads
 from qat.graph.network import Network, Op
 from qat.graph.operations import FUSED_ACTIVATIONS, WEIGHTED
-from qat.rules.fusion import fusing_convolution, written_by
+from qat.rules.fusion import fusing_convolution, gate_products, written_by
 from qat.rules.keep_float import KeepFloat
 from qat.rules.kernel_profile import KernelProfile
 from qat.rules.placement import Decision
@@ -123,6 +123,11 @@ class PlacementState:
     def int8_layers(self) -> set[str]:
         """The convolutions and linear layers in INT8. Use it only when all of them are decided."""
         return {op.name for op in self.network if op.kind in WEIGHTED and self.is_quantized(op)}
+
+    @cached_property
+    def gates(self) -> set[str]:
+        """The products that are gates."""
+        return gate_products(self.network)
 
     def fusing_convolution(self, tensor: str) -> str | None:
         """The INT8 convolution that makes ``tensor``, with at most normalization between; a sum can fuse into it."""
