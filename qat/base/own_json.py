@@ -134,4 +134,4 @@ def _finite(text: str) -> float:
 
 
 def _refuse_constant(text: str) -> float:
-    raise JsonError(f"{text} is no number of JSON")
+    raise JsonError(f"{text} is not a JSON number")

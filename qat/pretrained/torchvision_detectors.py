@@ -156,7 +156,7 @@ class _Prepared(nn.Module):
 
 def _one_stage(name: str, num_classes: int, options: Mapping[str, Any]) -> Any:
     if name not in detector_names():
-        raise UserError(f"{name} is no detector of torchvision: give --decoder path/file.py:function")
+        raise UserError(f"{name} is not a detector of torchvision: give --decoder path/file.py:function")
     known = {"weights": None, "weights_backbone": None, "num_classes": num_classes}
     model = torchvision.models.get_model(name, **{**options, **known})
     if hasattr(model, "rpn"):

@@ -161,7 +161,7 @@ def test_an_entry_that_is_not_as_it_was_written(path: Path, change: Callable[[An
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
-    refused(path, "lacks or misstates an entry|is no number of JSON|too many digits")
+    refused(path, "lacks or misstates an entry|is not a JSON number|too many digits")
 
 
 def test_it_is_not_there_or_cannot_be_read(path: Path) -> None:

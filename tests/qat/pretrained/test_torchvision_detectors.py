@@ -109,7 +109,7 @@ def test_two_stages_are_not_trained_so() -> None:
     prepared = trace(nn.Sequential(nn.Conv2d(3, 4, 1)), (3, 8, 8))
     with pytest.raises(UserError, match="fasterrcnn_resnet50_fpn has two stages, of which only the first is a network"):
         as_torchvision(prepared, "fasterrcnn_resnet50_fpn", 5)
-    with pytest.raises(UserError, match="resnet18 is no detector of torchvision"):
+    with pytest.raises(UserError, match="resnet18 is not a detector of torchvision"):
         as_torchvision(prepared, "resnet18", 5)
 
 
