@@ -207,7 +207,7 @@ def test_what_speed_leaves_in_float_stays_there(costs: Path, gpu: dict[str, floa
     [
         ("{", "is no file of costs .*python -m qat.sensitivity --json writes one"),
         ('{"float": {"top1": 1}}', "is no file of costs .*python -m qat.sensitivity --json writes one"),
-        ('{"float": {"top1": NaN}, "quantized": {"top1": 1}, "keep_float": []}', "NaN is no number"),
+        ('{"float": {"top1": NaN}, "quantized": {"top1": 1}, "keep_float": []}', "NaN is not a JSON number"),
         (
             '{"float": {"top1": 2}, "quantized": {"top1": 1}, "keep_float": [{"label": "elsewhere", "top1": 2}]}',
             "is of another network: this one has no elsewhere",
